@@ -1,0 +1,17 @@
+//! Layers: content as frames of a pack, described by an index.
+//!
+//! `encode` makes pack and index of a source; `read` gives any range of a component back through its layers; `restore`
+//! gives all of it, in order, on all cores. Formats are `capsule-proto`'s (`proto::index`); where blobs are stored, and
+//! by which layers a component is reached, is the node's business. See `chunker/docs/layer.md`.
+
+mod assemble;
+pub mod codec;
+mod cut;
+pub mod encode;
+pub mod restore;
+mod slab;
+mod stats;
+mod work;
+
+pub use cut::Cuts;
+pub use stats::EncodeStats;

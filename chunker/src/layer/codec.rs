@@ -1,0 +1,161 @@
+//! One frame: compressing its content, and getting it back.
+//!
+//! Knows nothing of packs and indexes beyond a frame's own entry. Where references come from is the business of `read`;
+//! which references to choose, of the delta search.
+
+use capsule_proto::FrameHash;
+use capsule_proto::index::{Codec, Frame};
+use thiserror::Error;
+use zstd::zstd_safe::{self, CCtx, CParameter, DCtx};
+
+/// A frame is stored as it is unless compression saves at least 1/128: less is not worth decompressing.
+const LEAST_SAVING: usize = 128;
+
+/// A frame's bytes in a pack.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Packed {
+    /// The content as it is.
+    Stored,
+    /// A zstd frame.
+    Zstd(Vec<u8>),
+}
+
+/// What is wrong with a frame.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+pub enum FrameFault {
+    /// The pack's bytes are not what the codec makes.
+    #[error("it does not decompress: {0}")]
+    Zstd(String),
+    /// The pack's bytes hold more than one zstd frame.
+    #[error("its {packed} bytes in the pack hold a zstd frame of only {used}")]
+    Trailing {
+        /// Length in the pack.
+        packed: usize,
+        /// Length of the zstd frame.
+        used: usize,
+    },
+    /// Another length than the index says.
+    #[error("it decodes to {found} bytes, not {expected}")]
+    Length {
+        /// By the index.
+        expected: usize,
+        /// By the pack.
+        found: usize,
+    },
+    /// A difference against fewer bytes than it has.
+    #[error("it is a difference of {len} bytes against references of {references}")]
+    Difference {
+        /// Length of the frame.
+        len: usize,
+        /// Length of the references together.
+        references: usize,
+    },
+    /// Another content than the index says.
+    #[error("its content has hash {found:?}, not {expected:?}: the pack, or what the frame refers to, is not what was published")]
+    Hash {
+        /// By the index.
+        expected: FrameHash,
+        /// Of what was decoded.
+        found: FrameHash,
+    },
+}
+
+/// Compresses frames at one level; keeps zstd's tables and its output buffer from frame to frame.
+pub struct Compressor {
+    context: CCtx<'static>,
+    buffer: Vec<u8>,
+    level: i32,
+}
+
+impl Compressor {
+    /// Compresses at a zstd level.
+    pub fn new(level: i32) -> Self {
+        Self { context: CCtx::create(), buffer: Vec::new(), level }
+    }
+
+    /// Compresses content on its own.
+    pub fn compress(&mut self, content: &[u8]) -> Result<Packed, FrameFault> {
+        self.buffer.clear();
+        self.buffer.reserve(zstd_safe::compress_bound(content.len()));
+        let level = CParameter::CompressionLevel(self.level);
+        self.context.set_parameter(level).and_then(|_| self.context.compress2(&mut self.buffer, content)).map_err(fault)?;
+        let enough = self.buffer.len() < content.len() - content.len() / LEAST_SAVING;
+        Ok(if enough { Packed::Zstd(self.buffer.clone()) } else { Packed::Stored })
+    }
+
+    /// Compresses content against references: a zstd frame in any case.
+    pub fn compress_against(&mut self, content: &[u8], references: &[u8]) -> Result<Vec<u8>, FrameFault> {
+        // A context must not outlive its prefix, so each such frame has its own.
+        let mut context = CCtx::create();
+        let window = (content.len() + references.len()).max(1 << 10).next_power_of_two().ilog2();
+        let mut packed = Vec::with_capacity(zstd_safe::compress_bound(content.len()));
+        context
+            .set_parameter(CParameter::CompressionLevel(self.level))
+            .and_then(|_| context.set_parameter(CParameter::WindowLog(window)))
+            .and_then(|_| context.ref_prefix(references))
+            .and_then(|_| context.compress2(&mut packed, content))
+            .map_err(fault)?;
+        Ok(packed)
+    }
+}
+
+/// Decodes frames; keeps zstd's tables from frame to frame.
+pub struct Decoder {
+    context: DCtx<'static>,
+}
+
+impl Default for Decoder {
+    fn default() -> Self {
+        Self { context: DCtx::create() }
+    }
+}
+
+impl Decoder {
+    /// Decodes a frame from its bytes in the pack and the content of its references, and checks its hash.
+    ///
+    /// Never makes more than the frame's length, whatever the pack says: the buffer has that size, and zstd writes
+    /// nowhere else.
+    pub fn decode(&mut self, frame: &Frame, packed: Vec<u8>, references: &[u8]) -> Result<Vec<u8>, FrameFault> {
+        let len = frame.len as usize;
+        let content = match frame.codec {
+            Codec::Stored => packed,
+            Codec::Zstd => decompress(&mut self.context, &packed, len)?,
+            // A context must not outlive its prefix, so each such frame has its own.
+            Codec::ZstdReferences => {
+                let mut context = DCtx::create();
+                context.ref_prefix(references).map_err(fault)?;
+                decompress(&mut context, &packed, len)?
+            }
+            Codec::Difference => {
+                let mut content = decompress(&mut self.context, &packed, len)?;
+                if references.len() < len {
+                    return Err(FrameFault::Difference { len, references: references.len() });
+                }
+                content.iter_mut().zip(references).for_each(|(byte, old)| *byte = byte.wrapping_add(*old));
+                content
+            }
+        };
+        if content.len() != len {
+            return Err(FrameFault::Length { expected: len, found: content.len() });
+        }
+        let found = FrameHash::of(&content);
+        if found != frame.hash {
+            return Err(FrameFault::Hash { expected: frame.hash, found });
+        }
+        Ok(content)
+    }
+}
+
+fn decompress(context: &mut DCtx<'_>, packed: &[u8], len: usize) -> Result<Vec<u8>, FrameFault> {
+    let used = zstd_safe::find_frame_compressed_size(packed).map_err(fault)?;
+    if used != packed.len() {
+        return Err(FrameFault::Trailing { packed: packed.len(), used });
+    }
+    let mut content = Vec::with_capacity(len);
+    context.decompress(&mut content, packed).map_err(fault)?;
+    Ok(content)
+}
+
+fn fault(code: zstd_safe::ErrorCode) -> FrameFault {
+    FrameFault::Zstd(zstd_safe::get_error_name(code).to_owned())
+}

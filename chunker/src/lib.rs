@@ -1,0 +1,10 @@
+//! Capsule's content: BLAKE3 trees, frames and layers, image readers, directory trees.
+//!
+//! Depends on `capsule-proto` only. Knows files and devices, but no network and no database.
+
+pub mod bao;
+pub mod content;
+pub mod image;
+pub mod layer;
+mod osfile;
+pub mod tree;

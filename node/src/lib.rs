@@ -1,0 +1,3 @@
+//! The `capsule` program's parts, so that tests can reach them.
+
+pub mod store;

@@ -1,0 +1,2 @@
+//! The `capsule` program.
+fn main() {}

@@ -1,0 +1,120 @@
+//! Damage: groups that no longer verify are taken out of what the store holds, durably, and reported.
+//!
+//! Found while serving, or by [`Store::verify`]. Fetching them again is the daemon's business.
+
+use std::sync::{Arc, PoisonError};
+
+use capsule_chunker::bao::{VerifyError, verify};
+use capsule_proto::{GroupRanges, RootHash};
+
+use super::blob::{Blob, Part, path_of};
+use super::disk::OpenMode;
+use super::error::{IoFault, ReadError};
+use super::{Inner, Store};
+
+/// Groups that were held and no longer verify.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Damage {
+    /// The blob or component.
+    pub root: RootHash,
+    /// Its size in bytes.
+    pub size: u64,
+    /// The groups.
+    pub groups: GroupRanges,
+}
+
+/// What is told of damage; called on the thread that found it, which holds the blob's lock: hand the
+/// report on, and do not call the store.
+pub type DamageHandler = Arc<dyn Fn(&Damage) + Send + Sync>;
+
+impl Store {
+    /// Sets who is told of damage, in place of who was.
+    pub fn on_damage(&self, handler: DamageHandler) {
+        *self.inner.damage_handler.write().unwrap_or_else(PoisonError::into_inner) = Some(handler);
+    }
+
+    /// Reads all that is present of a blob or component again, and returns the groups that do not
+    /// verify; these no longer count as present, and are reported.
+    pub fn verify(&self, root: &RootHash) -> Result<GroupRanges, ReadError> {
+        let Some(blob) = self.inner.blob(root) else {
+            return self.inner.verify_component(root);
+        };
+        let present = blob.state().present.clone();
+        let bad = self.inner.bad_groups(&blob, &present)?;
+        if bad.is_empty() {
+            return Ok(bad);
+        }
+        match self.inner.condemn(&blob, &bad)? {
+            ReadError::Damaged { groups, .. } => Ok(groups),
+            // Repaired or removed meanwhile.
+            _ => Ok(GroupRanges::new()),
+        }
+    }
+}
+
+impl Inner {
+    /// Which of the groups do not verify.
+    fn bad_groups(&self, blob: &Blob, groups: &GroupRanges) -> Result<GroupRanges, ReadError> {
+        if groups.is_empty() {
+            return Ok(GroupRanges::new());
+        }
+        if blob.is_small() {
+            return Ok(match self.small_bytes(blob) {
+                Ok(bytes) if RootHash::of(&bytes) == blob.root => GroupRanges::new(),
+                Ok(_) | Err(ReadError::Database(super::DatabaseError::Row { .. })) => groups.clone(),
+                Err(other) => return Err(other),
+            });
+        }
+        let files = match self.handles.get(&*self.disk, &blob.root, OpenMode::Existing) {
+            Ok(files) => files,
+            Err(fault) if fault.source.kind() == std::io::ErrorKind::NotFound => return Ok(groups.clone()),
+            Err(fault) => return Err(fault.into()),
+        };
+        let good = verify(&blob.tree(), groups, &files.data, &files.tree).map_err(|error| match error {
+            VerifyError::Data { source, .. } => IoFault::new("read", path_of(&blob.root, Part::Data), source),
+            VerifyError::Outboard { source, .. } => IoFault::new("read", path_of(&blob.root, Part::Tree), source),
+        })?;
+        Ok(groups.difference(&good))
+    }
+
+    /// Takes those of the suspected groups that indeed do not verify out of presence, commits that,
+    /// and reports it. The error for the reader comes back as a value.
+    pub(super) fn condemn(&self, blob: &Arc<Blob>, suspects: &GroupRanges) -> Result<ReadError, ReadError> {
+        let _turn = blob.turn();
+        let _alone = blob.gate_exclusive();
+        // They may have been punched, removed or repaired since they were read.
+        let present = blob.state().present.intersection(suspects);
+        let bad = self.bad_groups(blob, &present)?;
+        if bad.is_empty() {
+            let first = suspects.runs().first().cloned().unwrap_or(0..0);
+            return Ok(ReadError::Absent { root: blob.root, groups: first });
+        }
+        let durable = {
+            let mut state = blob.state();
+            bad.runs().iter().cloned().for_each(|run| {
+                state.present.remove(run.clone());
+                state.durable.remove(run);
+            });
+            state.small = None;
+            state.files = None;
+            state.row.then(|| state.durable.clone())
+        };
+        self.space.release(blob.cost(&bad));
+        // The hash pairs above may be what is damaged: they are to be written again.
+        self.handles.forget(&blob.root);
+        let damage = Damage { root: blob.root, size: blob.size, groups: bad };
+        self.report(&damage);
+        if let Some(durable) = durable {
+            self.commit_presence(blob, &durable, None)?;
+        }
+        Ok(ReadError::Damaged { root: damage.root, groups: damage.groups })
+    }
+
+    pub(super) fn report(&self, damage: &Damage) {
+        tracing::warn!(root = %damage.root, groups = ?damage.groups, "stored data is damaged");
+        let handler = self.damage_handler.read().unwrap_or_else(PoisonError::into_inner).clone();
+        if let Some(handler) = handler {
+            handler(damage);
+        }
+    }
+}

@@ -1,0 +1,272 @@
+//! Writing: verified ranges from the network, and the flush that makes them durable.
+//!
+//! The one order that everything rests on is in [`Store::flush`]: data and outboard, sync, names, sync,
+//! then the commit that says so. `node/docs/store.md` argues it; the crash tests try to break it.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use capsule_chunker::bao::{DecodeError, decode_range};
+use capsule_proto::ranges::group_count;
+use capsule_proto::{GROUP_LEN, GroupRanges, RootHash};
+
+use super::blob::{Blob, BlobFiles, Part, dir_of, lock, path_of};
+use super::disk::OpenMode;
+use super::error::{IoFault, WriteError};
+use super::meta::{BLOBS, SMALL};
+use super::rows::{BlobKind, Row, bounded};
+use super::{Inner, Store};
+
+/// Blobs with unsynced data at a time: each keeps two files open.
+const MAX_DIRTY_BLOBS: usize = 64;
+
+impl Store {
+    /// Makes room in the books for a blob that is about to be fetched.
+    ///
+    /// Nothing is written yet; a blob of which nothing was ever flushed is forgotten by a restart. Where
+    /// the blob is known already, its size is checked and what is there stays.
+    pub fn create_partial(&self, root: &RootHash, size: u64, kind: BlobKind) -> Result<(), WriteError> {
+        self.inner.entry(root, size, kind).map(drop)
+    }
+
+    /// Verifies an encoded run of groups (bao, see [`decode_range`]) and writes it.
+    ///
+    /// Thread-safe, many at once for one blob; blocking. Nothing is written unless all of it verifies.
+    /// What was written counts as [`present`](Store::present) at once, and as
+    /// [`durable`](Store::durable) after a flush: by the caller, each
+    /// [`flush_bytes`](super::StoreOptions::flush_bytes), or when the blob becomes complete.
+    pub fn write_encoded(&self, root: &RootHash, groups: Range<u64>, encoded: &[u8]) -> Result<(), WriteError> {
+        let blob = self.inner.blob(root).ok_or(WriteError::Unknown(*root))?;
+        let (pairs, leaves) = verified(&blob, &groups, encoded)?;
+        let wrote = if blob.is_small() {
+            self.inner.keep_small(&blob, leaves.concat())?
+        } else {
+            self.inner.write_groups(&blob, groups, &pairs, &leaves)?
+        };
+        if wrote { self.inner.flush_if_due(&blob) } else { Ok(()) }
+    }
+
+    /// Makes all that was written of a blob durable. Does nothing where all is.
+    pub fn flush(&self, root: &RootHash) -> Result<(), WriteError> {
+        let blob = self.inner.blob(root).ok_or(WriteError::Unknown(*root))?;
+        self.inner.flush(&blob)
+    }
+
+    /// Makes all that was written of all blobs durable; goes on after a failure and returns the first.
+    pub fn flush_all(&self) -> Result<(), WriteError> {
+        let flushed: Vec<_> = self.inner.all_blobs().iter().map(|blob| self.inner.flush(blob)).collect();
+        flushed.into_iter().collect()
+    }
+}
+
+/// Verified parts of an encoding: pairs by offset in the outboard, and the content in order.
+type Verified<'a> = (Vec<(u64, &'a [u8; 64])>, Vec<&'a [u8]>);
+
+fn verified<'a>(blob: &Blob, groups: &Range<u64>, encoded: &'a [u8]) -> Result<Verified<'a>, WriteError> {
+    let (root, count) = (blob.root, group_count(blob.size));
+    if groups.is_empty() || groups.end > count {
+        return Err(WriteError::OutOfRange { root, groups: groups.clone(), count });
+    }
+    let (mut pairs, mut leaves) = (Vec::new(), Vec::new());
+    let parent = |offset, pair| pairs.push((offset, pair));
+    decode_range(&blob.tree(), groups.clone(), encoded, parent, |_, leaf| leaves.push(leaf))
+        .map_err(|source: DecodeError| WriteError::Invalid { root, source })?;
+    Ok((pairs, leaves))
+}
+
+impl Inner {
+    /// The blob's entry, made if there is none; waits while an older one is being removed.
+    pub(super) fn entry(&self, root: &RootHash, size: u64, kind: BlobKind) -> Result<Arc<Blob>, WriteError> {
+        loop {
+            let blob = Arc::clone(self.blobs_mut().entry(*root).or_insert_with(|| Arc::new(Blob::new(*root, size, kind))));
+            if blob.size != size {
+                return Err(WriteError::Size { root: *root, claimed: size, known: blob.size });
+            }
+            if !blob.state().gone {
+                return Ok(blob);
+            }
+            // Who removes it holds its turn until its entry is gone.
+            drop(blob.turn());
+        }
+    }
+
+    /// Writes verified groups; whether any of them was missing.
+    fn write_groups(
+        &self,
+        blob: &Arc<Blob>,
+        groups: Range<u64>,
+        pairs: &[(u64, &[u8; 64])],
+        leaves: &[&[u8]],
+    ) -> Result<bool, WriteError> {
+        let missing = blob.missing(&groups);
+        if missing.is_empty() {
+            return Ok(false);
+        }
+        let reserved = blob.cost(&missing);
+        self.space.reserve(reserved)?;
+        let result = self.write_within_gate(blob, groups, pairs, leaves);
+        // Another writer may have brought some of the same groups meanwhile, and paid for them.
+        let used = result.as_ref().map_or(0, |added| blob.cost(added));
+        self.space.release(reserved - used.min(reserved));
+        result.map(|added| !added.is_empty())
+    }
+
+    fn write_within_gate(
+        &self,
+        blob: &Arc<Blob>,
+        groups: Range<u64>,
+        pairs: &[(u64, &[u8; 64])],
+        leaves: &[&[u8]],
+    ) -> Result<GroupRanges, WriteError> {
+        let _within = blob.gate_shared();
+        let files = self.files_to_write(blob)?;
+        let fault = |part| move |e| WriteError::io(IoFault::new("write", path_of(&blob.root, part), e));
+        files.data.0.write_at(groups.start * GROUP_LEN, leaves).map_err(fault(Part::Data))?;
+        files.write_nodes(pairs).map_err(fault(Part::Tree))?;
+        let mut state = blob.state();
+        if state.gone {
+            return Err(WriteError::Unknown(blob.root));
+        }
+        let added = GroupRanges::from(groups.clone()).difference(&state.present);
+        state.present.insert(groups);
+        self.note_dirty(blob, &mut state, added.bytes(blob.size));
+        state.files = Some(files);
+        Ok(added)
+    }
+
+    fn files_to_write(&self, blob: &Blob) -> Result<Arc<BlobFiles>, WriteError> {
+        {
+            let state = blob.state();
+            if state.gone {
+                return Err(WriteError::Unknown(blob.root));
+            }
+            if let Some(files) = &state.files {
+                return Ok(Arc::clone(files));
+            }
+        }
+        self.handles.get(&*self.disk, &blob.root, OpenMode::Create).map_err(WriteError::io)
+    }
+
+    /// Keeps a small blob's verified bytes until the flush; whether it was missing.
+    pub(super) fn keep_small(&self, blob: &Arc<Blob>, bytes: Vec<u8>) -> Result<bool, WriteError> {
+        let cost = blob.cost(&blob.all());
+        self.space.reserve(cost)?;
+        let mut state = blob.state();
+        if state.gone || !state.present.is_empty() {
+            self.space.release(cost);
+            return if state.gone { Err(WriteError::Unknown(blob.root)) } else { Ok(false) };
+        }
+        state.present = blob.all();
+        // Empty blobs are to be flushed too.
+        state.dirty += (bytes.len() as u64).max(1);
+        state.small = Some(Arc::new(bytes));
+        Ok(true)
+    }
+
+    fn note_dirty(&self, blob: &Blob, state: &mut super::blob::BlobState, bytes: u64) {
+        if state.dirty == 0 {
+            lock(&self.dirty).push_back(blob.root);
+        }
+        state.dirty += bytes.max(1);
+    }
+
+    fn flush_if_due(&self, blob: &Arc<Blob>) -> Result<(), WriteError> {
+        let due = {
+            let state = blob.state();
+            state.dirty >= self.flush_bytes || blob.completes(&state.present)
+        };
+        if due {
+            self.flush(blob)?;
+        }
+        // Bound the number of files that wait for their sync, the oldest first.
+        let oldest = {
+            let mut dirty = lock(&self.dirty);
+            if dirty.len() > MAX_DIRTY_BLOBS { dirty.pop_front() } else { None }
+        };
+        match oldest.and_then(|root| self.blob(&root)) {
+            Some(oldest) => self.flush(&oldest),
+            None => Ok(()),
+        }
+    }
+
+    /// Data, sync, names, sync, commit: in this order, and nothing counts as durable before the last.
+    pub(super) fn flush(&self, blob: &Arc<Blob>) -> Result<(), WriteError> {
+        let _turn = blob.turn();
+        // Whatever counts as present here was written before; so the sync below covers it.
+        let (written, files, small, named) = {
+            let mut state = blob.state();
+            if state.gone || state.dirty == 0 {
+                return Ok(());
+            }
+            state.dirty = 0;
+            (bounded(state.present.clone()), state.files.clone(), state.small.clone(), state.row)
+        };
+        lock(&self.dirty).retain(|root| *root != blob.root);
+        if small.is_none()
+            && let Err(fault) = self.sync_files(blob, files, named)
+        {
+            self.abandon(blob);
+            return Err(WriteError::io(fault));
+        }
+        self.commit_presence(blob, &written, small.as_deref().map(Vec::as_slice)).inspect_err(|_| {
+            // The data is safe; only the commit is to be repeated, by the next flush.
+            let mut state = blob.state();
+            self.note_dirty(blob, &mut state, 1);
+        })?;
+        let mut state = blob.state();
+        state.row = true;
+        state.durable = written;
+        state.small = None;
+        if state.dirty == 0 {
+            state.files = None;
+        }
+        Ok(())
+    }
+
+    fn sync_files(&self, blob: &Blob, files: Option<Arc<BlobFiles>>, named: bool) -> Result<(), IoFault> {
+        let files = match files {
+            Some(files) => files,
+            None => self.handles.get(&*self.disk, &blob.root, OpenMode::Existing)?,
+        };
+        let fault = |part| move |e| IoFault::new("sync", path_of(&blob.root, part), e);
+        files.data.0.sync().map_err(fault(Part::Data))?;
+        files.tree.0.sync().map_err(fault(Part::Tree))?;
+        if !named {
+            let dir = dir_of(&blob.root);
+            self.disk.sync_dir(&dir).map_err(|e| IoFault::new("sync", dir, e))?;
+        }
+        Ok(())
+    }
+
+    /// Commits a blob's row, and a small blob's bytes with it. The caller holds the blob's turn.
+    pub(super) fn commit_presence(
+        &self,
+        blob: &Blob,
+        ranges: &GroupRanges,
+        small: Option<&[u8]>,
+    ) -> Result<(), super::DatabaseError> {
+        let (key, row) = (blob.root.as_bytes(), blob.row(ranges.clone()).encode());
+        self.meta.write(|tx| {
+            tx.open_table(BLOBS)?.insert(key, &row[..])?;
+            if let Some(bytes) = small {
+                tx.open_table(SMALL)?.insert(key, bytes)?;
+            }
+            Ok(())
+        })
+    }
+
+    /// Forgets what was written and not committed: after a failed sync nobody vouches for it, and a later
+    /// sync of the same file would succeed without it (see `node/docs/store.md`). The caller holds the turn.
+    fn abandon(&self, blob: &Blob) {
+        // No write may be half-way: it might have been dropped by the failed sync, and count afterwards.
+        let _alone = blob.gate_exclusive();
+        let mut state = blob.state();
+        let lost = state.present.difference(&state.durable);
+        self.space.release(blob.cost(&lost));
+        state.present = state.durable.clone();
+        state.dirty = 0;
+        state.files = None;
+        lock(&self.dirty).retain(|root| *root != blob.root);
+        self.handles.forget(&blob.root);
+    }
+}

@@ -1,0 +1,394 @@
+//! Which haves are told to whom, and when: batches within a budget.
+//!
+//! Only the timing and the audience. How an announcement is encoded, and that peers' own announcements
+//! go to [`Downloads`](crate::Downloads), is the caller's business.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::ops::Bound;
+use std::time::Duration;
+
+use capsule_proto::hash::RootHash;
+use capsule_proto::ranges::{GroupRanges, group_count};
+
+use crate::{PeerKey, Time};
+
+/// Bytes that an announcement costs a peer: root hash, size, framing, TLS record.
+const COST: f64 = 80.0;
+/// Bytes that each run in it costs: two variable-length integers.
+const RUN_COST: f64 = 5.0;
+/// Most roots in which one peer's lack of interest is remembered.
+const MAX_UNINTERESTING: usize = 4096;
+
+/// Tunables of [`Announcements`].
+#[derive(Clone, Debug)]
+pub struct AnnounceConfig {
+    /// Least time between two deltas of one blob. Short: while a blob spreads, every hop waits for it.
+    pub min_interval: Duration,
+    /// Time between two deltas when the budget is used up: deltas then are larger, and cheaper by the group.
+    pub max_interval: Duration,
+    /// What deltas may cost, as a part of the bytes received.
+    pub budget: f64,
+    /// What they may cost in advance, in bytes: the start, in which promptness is worth most, is free of the budget.
+    pub advance: u64,
+}
+
+impl Default for AnnounceConfig {
+    fn default() -> Self {
+        Self {
+            min_interval: Duration::from_millis(20),
+            max_interval: Duration::from_millis(500),
+            budget: 0.005,
+            advance: 64 << 10,
+        }
+    }
+}
+
+/// What changed in what this node holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// The ranges are held now.
+    Have,
+    /// The ranges are no longer held.
+    Unhave,
+}
+
+/// An announcement to send: the same message to each of the peers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Announce {
+    /// Who is told. Never empty, in order.
+    pub peers: Vec<PeerKey>,
+    /// The blob.
+    pub root: RootHash,
+    /// Its size in bytes.
+    pub size: u64,
+    /// Whether the ranges came or went.
+    pub change: Change,
+    /// The groups in question: all that is held (to a new peer, and on completion), or what is new.
+    pub ranges: GroupRanges,
+}
+
+/// Decides which haves are announced to whom, and when.
+///
+/// A new peer is told all that is held. Then every peer is told of what comes, in batches: 20 ms apart while the
+/// cost stays within 0.5 % of the bytes received, else 500 ms apart; except of blobs in which it has no interest
+/// ([`set_interested`](Self::set_interested), for peers that hold all of it), of which it is told on completion only. What goes is told
+/// at once, so that nobody asks in vain.
+///
+/// # Order of calls
+/// 1. Any number of inputs, each with the current time.
+/// 2. [`poll_announce`](Self::poll_announce) until it returns `None`, sending each.
+/// 3. Wait until [`poll_timeout`](Self::poll_timeout) or the next event, then step 1 or 2 again.
+///
+/// # Bounds
+/// What is held is given by the caller, who bounds it. By peer: 4,096 roots without interest.
+#[derive(Debug)]
+pub struct Announcements {
+    config: AnnounceConfig,
+    holdings: BTreeMap<RootHash, Holding>,
+    /// The peers, each with the roots in which it has no interest.
+    peers: BTreeMap<PeerKey, BTreeSet<RootHash>>,
+    /// New peers, and how far they have been told.
+    greetings: VecDeque<(PeerKey, Option<RootHash>)>,
+    /// To be sent at once.
+    urgent: VecDeque<Announce>,
+    /// When the fresh groups of a blob are due.
+    due: BTreeSet<(Time, RootHash)>,
+    /// Bytes that deltas may still cost.
+    credit: f64,
+}
+
+/// What is held of a blob.
+#[derive(Debug, Default)]
+struct Holding {
+    size: u64,
+    held: GroupRanges,
+    /// Held and not told yet.
+    fresh: GroupRanges,
+    due: Option<Time>,
+    told: Option<Time>,
+}
+
+impl Announcements {
+    /// Nothing held, nobody connected.
+    pub fn new(config: AnnounceConfig) -> Self {
+        Self {
+            credit: config.advance as f64,
+            config,
+            holdings: BTreeMap::new(),
+            peers: BTreeMap::new(),
+            greetings: VecDeque::new(),
+            urgent: VecDeque::new(),
+            due: BTreeSet::new(),
+        }
+    }
+
+    /// Takes in that groups of a blob are now held (verified and stored).
+    pub fn handle_held(&mut self, now: Time, root: RootHash, size: u64, ranges: &GroupRanges) {
+        let holding = self.holdings.entry(root).or_default();
+        holding.size = size;
+        let fresh = if holding.held.is_empty() {
+            ranges.clone()
+        } else {
+            ranges.difference(&holding.held)
+        };
+        if fresh.is_empty() {
+            return;
+        }
+        self.credit = (self.credit + fresh.bytes(size) as f64 * self.config.budget)
+            .min(self.config.advance as f64);
+        holding.held.union_with(&fresh);
+        holding.fresh.union_with(&fresh);
+        let complete = holding.held.contains_run(&(0..group_count(size)));
+        let wait = if self.credit > 0.0 {
+            self.config.min_interval
+        } else {
+            self.config.max_interval
+        };
+        let due = match holding.told {
+            Some(told) if !complete => (told + wait).max(now),
+            // The first groups, and the last, are told at once.
+            _ => now,
+        };
+        if holding.due.is_none_or(|other| due < other) {
+            if let Some(other) = holding.due.replace(due) {
+                self.due.remove(&(other, root));
+            }
+            self.due.insert((due, root));
+        }
+    }
+
+    /// Takes in that groups are no longer held. Told at once, so that nobody asks in vain.
+    pub fn handle_dropped(&mut self, _now: Time, root: RootHash, ranges: &GroupRanges) {
+        let Some(holding) = self.holdings.get_mut(&root) else {
+            return;
+        };
+        let dropped = holding.held.intersection(ranges);
+        holding.held = holding.held.difference(ranges);
+        holding.fresh = holding.fresh.difference(ranges);
+        let size = holding.size;
+        if holding.held.is_empty()
+            && let Some(holding) = self.holdings.remove(&root)
+            && let Some(due) = holding.due
+        {
+            self.due.remove(&(due, root));
+        }
+        let peers: Vec<_> = self.peers.keys().copied().collect();
+        if !dropped.is_empty() && !peers.is_empty() {
+            self.urgent.push_back(Announce {
+                peers,
+                root,
+                size,
+                change: Change::Unhave,
+                ranges: dropped,
+            });
+        }
+    }
+
+    /// Takes in a new peer: it will be told all that is held.
+    pub fn peer_connected(&mut self, _now: Time, peer: PeerKey) {
+        if self.peers.insert(peer, BTreeSet::new()).is_none() {
+            self.greetings.push_back((peer, None));
+        }
+    }
+
+    /// Forgets a peer.
+    pub fn peer_disconnected(&mut self, _now: Time, peer: PeerKey) {
+        self.peers.remove(&peer);
+        self.greetings.retain(|(other, _)| *other != peer);
+        for announce in &mut self.urgent {
+            announce.peers.retain(|other| *other != peer);
+        }
+        self.urgent.retain(|announce| !announce.peers.is_empty());
+    }
+
+    /// Says whether a peer has interest in deltas of a blob. By default it has; one that holds all of it has none.
+    /// When interest returns, the peer is told all that is held.
+    pub fn set_interested(&mut self, _now: Time, peer: PeerKey, root: RootHash, interested: bool) {
+        let Some(uninteresting) = self.peers.get_mut(&peer) else {
+            return;
+        };
+        if !interested {
+            if uninteresting.len() < MAX_UNINTERESTING {
+                uninteresting.insert(root);
+            }
+        } else if uninteresting.remove(&root)
+            && let Some(holding) = self.holdings.get(&root)
+        {
+            let (size, ranges) = (holding.size, holding.held.clone());
+            self.urgent.push_back(Announce {
+                peers: vec![peer],
+                root,
+                size,
+                change: Change::Have,
+                ranges,
+            });
+        }
+    }
+
+    /// The next announcement to send, if one is due.
+    pub fn poll_announce(&mut self, now: Time) -> Option<Announce> {
+        if let Some(announce) = self.urgent.pop_front() {
+            return Some(announce);
+        }
+        if let Some(announce) = self.greet() {
+            return Some(announce);
+        }
+        while let Some(&(due, root)) = self.due.first().filter(|(due, _)| *due <= now) {
+            self.due.remove(&(due, root));
+            if let Some(announce) = self.delta(now, root) {
+                return Some(announce);
+            }
+        }
+        None
+    }
+
+    /// When `poll_announce` will next have something, if nothing else happens.
+    pub fn poll_timeout(&self) -> Option<Time> {
+        if !self.urgent.is_empty() || !self.greetings.is_empty() {
+            return Some(Time::ZERO);
+        }
+        self.due.first().map(|(due, _)| *due)
+    }
+
+    /// The next blob that a new peer is to be told of.
+    fn greet(&mut self) -> Option<Announce> {
+        while let Some((peer, after)) = self.greetings.pop_front() {
+            let from = after.map_or(Bound::Unbounded, Bound::Excluded);
+            if let Some((&root, holding)) = self.holdings.range((from, Bound::Unbounded)).next() {
+                self.greetings.push_front((peer, Some(root)));
+                let (size, ranges) = (holding.size, holding.held.clone());
+                return Some(Announce {
+                    peers: vec![peer],
+                    root,
+                    size,
+                    change: Change::Have,
+                    ranges,
+                });
+            }
+        }
+        None
+    }
+
+    /// What is fresh of a blob.
+    fn delta(&mut self, now: Time, root: RootHash) -> Option<Announce> {
+        let holding = self.holdings.get_mut(&root)?;
+        holding.due = None;
+        holding.told = Some(now);
+        let fresh = std::mem::take(&mut holding.fresh);
+        let complete = holding.held.contains_run(&(0..group_count(holding.size)));
+        let told = |uninteresting: &BTreeSet<RootHash>| complete || !uninteresting.contains(&root);
+        let peers: Vec<_> = self
+            .peers
+            .iter()
+            .filter(|(_, un)| told(un))
+            .map(|(&peer, _)| peer)
+            .collect();
+        // All that is held is one run then.
+        let ranges = if complete {
+            holding.held.clone()
+        } else {
+            fresh
+        };
+        if peers.is_empty() || ranges.is_empty() {
+            return None;
+        }
+        self.credit -= peers.len() as f64 * (COST + RUN_COST * ranges.runs().len() as f64);
+        Some(Announce {
+            peers,
+            root,
+            size: holding.size,
+            change: Change::Have,
+            ranges,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use capsule_proto::ranges::GROUP_LEN;
+
+    use super::*;
+
+    const SIZE: u64 = 100 * GROUP_LEN;
+
+    fn at(ms: u64) -> Time {
+        Time::from_start(Duration::from_millis(ms))
+    }
+
+    fn root(i: u8) -> RootHash {
+        RootHash::of(&[i])
+    }
+
+    fn all(announcements: &mut Announcements, ms: u64) -> Vec<(Vec<u64>, Vec<u64>)> {
+        let poll = || announcements.poll_announce(at(ms));
+        let brief = |a: Announce| {
+            (
+                a.peers.iter().map(|p| p.0).collect(),
+                a.ranges.iter().collect(),
+            )
+        };
+        std::iter::from_fn(poll).map(brief).collect()
+    }
+
+    #[test]
+    fn new_peers_are_told_all_and_then_deltas_in_batches() {
+        let mut announcements = Announcements::new(AnnounceConfig::default());
+        announcements.handle_held(at(0), root(1), SIZE, &(0..2).into());
+        assert_eq!(all(&mut announcements, 0), []);
+        announcements.peer_connected(at(1), PeerKey(7));
+        assert_eq!(all(&mut announcements, 1), [(vec![7], vec![0, 1])]);
+        announcements.handle_held(at(5), root(1), SIZE, &(5..6).into());
+        announcements.handle_held(at(6), root(1), SIZE, &(8..9).into());
+        assert_eq!(announcements.poll_timeout(), Some(at(20)));
+        assert_eq!(all(&mut announcements, 19), []);
+        assert_eq!(all(&mut announcements, 20), [(vec![7], vec![5, 8])]);
+        assert_eq!(announcements.poll_timeout(), None);
+    }
+
+    #[test]
+    fn who_has_no_interest_is_told_of_completion_only() {
+        let mut announcements = Announcements::new(AnnounceConfig::default());
+        [1, 2].map(|peer| announcements.peer_connected(at(0), PeerKey(peer)));
+        announcements.set_interested(at(0), PeerKey(2), root(1), false);
+        announcements.handle_held(at(0), root(1), SIZE, &(0..1).into());
+        assert_eq!(all(&mut announcements, 0), [(vec![1], vec![0])]);
+        announcements.set_interested(at(1), PeerKey(2), root(1), true);
+        assert_eq!(all(&mut announcements, 1), [(vec![2], vec![0])]);
+        announcements.set_interested(at(1), PeerKey(2), root(1), false);
+        announcements.handle_held(at(2), root(1), SIZE, &(1..100).into());
+        assert_eq!(
+            all(&mut announcements, 2),
+            [(vec![1, 2], (0..100).collect())]
+        );
+    }
+
+    #[test]
+    fn what_goes_is_told_at_once() {
+        let mut announcements = Announcements::new(AnnounceConfig::default());
+        announcements.peer_connected(at(0), PeerKey(1));
+        announcements.handle_held(at(0), root(1), SIZE, &(0..4).into());
+        assert_eq!(all(&mut announcements, 0).len(), 1);
+        announcements.handle_dropped(at(1), root(1), &(2..50).into());
+        let told = announcements.poll_announce(at(1)).expect("told at once");
+        assert_eq!((told.change, told.ranges), (Change::Unhave, (2..4).into()));
+        announcements.handle_dropped(at(1), root(1), &(0..4).into());
+        announcements.peer_disconnected(at(1), PeerKey(1));
+        assert_eq!(all(&mut announcements, 1), []);
+    }
+
+    #[test]
+    fn beyond_the_budget_batches_grow() {
+        let mut announcements = Announcements::new(AnnounceConfig {
+            advance: 1000,
+            ..Default::default()
+        });
+        (0..20).for_each(|peer| announcements.peer_connected(at(0), PeerKey(peer)));
+        let mut told = 0;
+        for ms in 0..1900 {
+            let group = ms / 19;
+            announcements.handle_held(at(ms), root(1), SIZE, &(group..group + 1).into());
+            told += all(&mut announcements, ms).len();
+        }
+        assert!((4..8).contains(&told), "{told}");
+    }
+}

@@ -1,0 +1,107 @@
+//! Measured rates: what links to peers and blobs' transfers do, in bytes a second.
+//!
+//! Only measures. What follows from a rate (windows, lateness) is decided where the rate is used.
+
+use std::time::Duration;
+
+use crate::Time;
+
+/// Length of a sample: long against the jitter of a LAN, short against a transfer.
+const SAMPLE: Duration = Duration::from_millis(100);
+/// Weight of a sample above the average: links that were underestimated fill up within a few samples.
+const WEIGHT_UP: f64 = 0.5;
+/// Weight of a sample below the average: one bad sample does not shrink a window by much.
+const WEIGHT_DOWN: f64 = 0.2;
+
+/// Exponentially weighted rate over the time in which something was expected.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct RateMeter {
+    rate: Option<f64>,
+    bytes: u64,
+    elapsed: Duration,
+    busy_since: Option<Time>,
+}
+
+impl RateMeter {
+    /// From now on bytes are expected; time counts.
+    pub(crate) fn start(&mut self, now: Time) {
+        self.busy_since.get_or_insert(now);
+    }
+
+    /// From now on none are expected; time does not count.
+    pub(crate) fn stop(&mut self, now: Time) {
+        if let Some(since) = self.busy_since.take() {
+            self.elapsed += now - since;
+        }
+    }
+
+    /// Counts bytes that came.
+    pub(crate) fn add(&mut self, now: Time, bytes: u64) {
+        self.bytes += bytes;
+        let elapsed = self.sample_length(now);
+        if elapsed < SAMPLE {
+            return;
+        }
+        let sample = self.bytes as f64 / elapsed.as_secs_f64();
+        self.rate = Some(match self.rate {
+            None => sample,
+            Some(rate) if sample > rate => rate + WEIGHT_UP * (sample - rate),
+            Some(rate) => rate + WEIGHT_DOWN * (sample - rate),
+        });
+        (self.bytes, self.elapsed) = (0, Duration::ZERO);
+        if self.busy_since.is_some() {
+            self.busy_since = Some(now);
+        }
+    }
+
+    /// The rate as last measured; `None` before the first sample is full.
+    pub(crate) fn rate(&self) -> Option<f64> {
+        self.rate
+    }
+
+    /// The rate, taking into account how long nothing (or little) came since the last sample was full.
+    pub(crate) fn rate_at(&self, now: Time) -> Option<f64> {
+        let elapsed = self.sample_length(now);
+        if elapsed < 4 * SAMPLE {
+            return self.rate;
+        }
+        let lately = self.bytes as f64 / elapsed.as_secs_f64();
+        Some(self.rate.map_or(lately, |rate| rate.min(lately)))
+    }
+
+    fn sample_length(&self, now: Time) -> Duration {
+        self.elapsed + self.busy_since.map_or(Duration::ZERO, |since| now - since)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(ms: u64) -> Time {
+        Time::from_start(Duration::from_millis(ms))
+    }
+
+    #[test]
+    fn idle_time_does_not_count() {
+        let mut meter = RateMeter::default();
+        for second in 0..10 {
+            meter.start(at(second * 1000));
+            meter.add(at(second * 1000 + 50), 50_000);
+            meter.stop(at(second * 1000 + 50));
+        }
+        let rate = meter.rate().expect("500 ms of samples");
+        assert!((900_000.0..1_100_000.0).contains(&rate), "{rate}");
+    }
+
+    #[test]
+    fn silence_lowers_the_rate_before_the_next_byte() {
+        let mut meter = RateMeter::default();
+        meter.start(at(0));
+        meter.add(at(100), 100_000);
+        assert_eq!(meter.rate_at(at(200)), Some(1_000_000.0));
+        meter.add(at(150), 10);
+        assert!(meter.rate_at(at(10_000)).is_some_and(|rate| rate < 2.0));
+        assert_eq!(RateMeter::default().rate_at(at(10_000)), None);
+    }
+}

@@ -1,0 +1,512 @@
+//! What the node sees of the network: its configuration, the two stores it must bring, the handle,
+//! fetches, events and the figures that people read.
+//!
+//! Deliberately absent: anything of libp2p beyond [`PeerId`] and [`Multiaddr`]; how a transfer is
+//! scheduled (`capsule-swarm-core`); what a blob means (the node).
+
+use std::fmt;
+use std::io;
+use std::net::SocketAddr;
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
+
+use capsule_proto::credential::{Credential, MachineKey, Member, Revoked};
+pub use capsule_proto::record::RecordId;
+use capsule_proto::{CapsuleId, GroupRanges, RootHash};
+pub use libp2p::{Multiaddr, PeerId};
+use thiserror::Error;
+use tokio::sync::{Notify, mpsc, oneshot, watch};
+
+use crate::engine::Command;
+
+/// How a node takes part in its fleet's network.
+#[derive(Clone)]
+pub struct NetworkConfig {
+    /// This machine's key: its public half is what the credential certifies, and gives the [`PeerId`].
+    pub machine: MachineKey,
+    /// The chain root -> token -> machine; names the fleet.
+    pub credential: Credential,
+    /// Where to accept connections. Port 0 takes a free one; empty accepts none.
+    pub listen: Vec<SocketAddr>,
+    /// Where to find the fleet: `HOST:PORT` or multiaddr texts (`/ip4/10.0.0.1/tcp/4001`). Names are resolved at
+    /// every attempt.
+    pub bootstrap: Vec<String>,
+    /// Whether to look for the fleet by multicast on the LAN. A node that listens only on loopback never does.
+    pub lan_discovery: bool,
+    /// Peers that once sent wrong bytes; refused from the start.
+    pub banned: Vec<PeerId>,
+    /// Bounds on connections, memory and threads.
+    pub limits: Limits,
+    /// Unix seconds now, floored by the node on the newest signed time it has seen.
+    pub unix_time: Arc<dyn Fn() -> u64 + Send + Sync>,
+    /// Seed of every random choice of the network (ties, jitter).
+    pub seed: u64,
+}
+
+/// Bounds of one node's network.
+#[derive(Clone, Debug)]
+pub struct Limits {
+    /// Connections that the node dials up to by itself.
+    pub connections_wanted: usize,
+    /// Connections beyond which new ones replace old ones.
+    pub connections_max: usize,
+    /// Bytes of received or served content that may wait in memory, over all peers.
+    pub buffered_bytes: usize,
+    /// Threads that read from and write to the store.
+    pub store_threads: usize,
+    /// Largest blob whose size is taken from a provider's announcement.
+    pub unsized_blob_max: u64,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            connections_wanted: 16,
+            connections_max: 24,
+            buffered_bytes: 48 << 20,
+            store_threads: 2,
+            unsized_blob_max: 1 << 30,
+        }
+    }
+}
+
+/// Why content could not be read for a peer.
+#[derive(Debug, Error)]
+pub enum ServeError {
+    /// The store does not hold that range (any more).
+    #[error("the store does not hold this range of {root}")]
+    Missing {
+        /// The blob asked for.
+        root: RootHash,
+    },
+    /// What lies on the disk no longer matches the hash.
+    #[error("chunk group {group} of {root} is damaged on the disk: run `capsule verify`")]
+    Damaged {
+        /// The blob asked for.
+        root: RootHash,
+        /// The first group that does not match.
+        group: u64,
+    },
+    /// Reading failed.
+    #[error("reading {root}: {source}")]
+    Io {
+        /// The blob asked for.
+        root: RootHash,
+        /// What the system said.
+        source: io::Error,
+    },
+}
+
+/// Why received content was not stored.
+#[derive(Debug, Error)]
+pub enum StoreError {
+    /// The bytes do not match the hash, or are no encoding of the range: the sender's fault.
+    #[error("chunk group {group} does not match the hash: the sender is at fault")]
+    Invalid {
+        /// The first group that does not match.
+        group: u64,
+    },
+    /// No room: the disk or the quota is full. Our fault; the fetch ends.
+    #[error("no room for more content: free space, raise the quota or run `capsule gc`")]
+    Full,
+    /// Writing failed. Our fault; the fetch ends.
+    #[error("writing content: {0}")]
+    Io(#[from] io::Error),
+}
+
+/// Blobs of the node, as the network reads and writes them. All calls block; they come from the
+/// network's own few threads, several at once.
+pub trait BlobStore: Send + Sync + 'static {
+    /// Size and held groups of a blob; `None` if nothing of it is known.
+    fn presence(&self, root: &RootHash) -> Option<(u64, GroupRanges)>;
+
+    /// Appends the bao encoding of a run of groups to `out` (see `capsule_chunker::bao::encode_range`).
+    fn read_encoded(
+        &self,
+        root: &RootHash,
+        groups: Range<u64>,
+        out: &mut Vec<u8>,
+    ) -> Result<(), ServeError>;
+
+    /// Verifies the bao encoding of a run of groups and stores it. The blob may be new to the store:
+    /// nothing is kept of it before something verified.
+    fn write_encoded(
+        &self,
+        root: &RootHash,
+        size: u64,
+        groups: Range<u64>,
+        encoded: &[u8],
+    ) -> Result<(), StoreError>;
+}
+
+/// What became of a record that a peer sent.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Offer {
+    /// Valid and not seen before: it is stored, and spreads on.
+    New,
+    /// Already held, or superseded by what is held: no fault of the sender's.
+    Known,
+    /// Malformed, or not signed by a member who may: counts against the sender.
+    Rejected(String),
+}
+
+/// Records of the node, as the network compares and exchanges them. Calls block for at most a short
+/// while (a database lookup); they come from the network's own threads.
+pub trait RecordStore: Send + Sync + 'static {
+    /// Every record that should spread.
+    fn ids(&self) -> Vec<RecordId>;
+    /// The bytes of one record.
+    fn get(&self, id: &RecordId) -> Option<Vec<u8>>;
+    /// Checks and stores a record that a peer sent.
+    fn offer(&self, bytes: &[u8]) -> Offer;
+    /// The newest revocation record, sent to peers before they are let in.
+    fn revocation_head(&self) -> Option<Vec<u8>>;
+    /// Tokens and machines revoked, by the revocation record that counts.
+    fn revoked(&self) -> Revoked;
+}
+
+/// How urgent a fetch is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Priority {
+    /// Nobody waits (a headless node's prefetch).
+    Background,
+    /// A person or a pull waits for the whole.
+    #[default]
+    Normal,
+    /// A reader waits for these very bytes.
+    Demand,
+}
+
+/// What to fetch.
+#[derive(Clone, Debug)]
+pub struct FetchSpec {
+    /// The blob.
+    pub root: RootHash,
+    /// Its size in bytes; `None` takes it from a provider, bounded by [`Limits::unsized_blob_max`] and proved by the hash.
+    pub size: Option<u64>,
+    /// Groups already held; asked of the store at the start where `None`.
+    pub have: Option<GroupRanges>,
+    /// Groups wanted; `None` is all.
+    pub want: Option<GroupRanges>,
+    /// How urgent it is.
+    pub priority: Priority,
+}
+
+impl FetchSpec {
+    /// The whole blob at normal priority.
+    pub fn whole(root: RootHash, size: Option<u64>) -> Self {
+        Self { root, size, have: None, want: None, priority: Priority::Normal }
+    }
+}
+
+/// How far a fetch has come.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct FetchProgress {
+    /// Size of the blob, once known.
+    pub size: Option<u64>,
+    /// Bytes of content wanted that were lacking at the start.
+    pub bytes_total: u64,
+    /// Of these, bytes verified and stored.
+    pub bytes_done: u64,
+    /// Bytes a second, smoothed over the last few seconds.
+    pub rate: u64,
+    /// Connected peers that hold something we still lack.
+    pub providers: usize,
+    /// Verified content bytes by the peer that sent them.
+    pub by_peer: Vec<(PeerId, u64)>,
+}
+
+/// Why a fetch ended without all of it.
+#[derive(Debug, Error)]
+pub enum FetchError {
+    /// The store could not take more.
+    #[error("storing {root}: {source}")]
+    Store {
+        /// The blob.
+        root: RootHash,
+        /// What the store said.
+        source: StoreError,
+    },
+    /// Two fetches of one blob disagree on its size.
+    #[error("{root} is being fetched as {known} bytes, not {asked}: one of the two sizes is wrong")]
+    SizeConflict {
+        /// The blob.
+        root: RootHash,
+        /// Size of the fetch under way.
+        known: u64,
+        /// Size in the refused one.
+        asked: u64,
+    },
+    /// More fetches at once than the network schedules.
+    #[error("{0} fetches are under way: wait for some of them")]
+    TooMany(usize),
+    /// The network has been shut down.
+    #[error("the network has been shut down")]
+    Closed,
+}
+
+/// A fetch under way. Dropping it cancels; what is verified stays in the store.
+#[derive(Debug)]
+pub struct Fetch {
+    root: RootHash,
+    progress: watch::Receiver<FetchProgress>,
+    done: oneshot::Receiver<Result<FetchProgress, FetchError>>,
+    demand: mpsc::Sender<Command>,
+    /// Told when the receiver of `done` goes, so that the engine looks for abandoned fetches at once.
+    dropped: Arc<Notify>,
+}
+
+impl Fetch {
+    /// The blob.
+    pub fn root(&self) -> RootHash {
+        self.root
+    }
+
+    /// Progress, renewed a few times a second.
+    pub fn progress(&self) -> watch::Receiver<FetchProgress> {
+        self.progress.clone()
+    }
+
+    /// Waits for the end. Cancel-safe; not to be called again after it returned.
+    pub async fn done(&mut self) -> Result<FetchProgress, FetchError> {
+        (&mut self.done).await.unwrap_or(Err(FetchError::Closed))
+    }
+
+    /// Asks for some groups before everything else: a reader waits for them.
+    pub async fn demand(&self, groups: GroupRanges) -> Result<(), NetworkClosed> {
+        send(&self.demand, Command::Demand { root: self.root, groups }).await
+    }
+}
+
+impl Drop for Fetch {
+    fn drop(&mut self) {
+        self.done.close();
+        self.dropped.notify_one();
+    }
+}
+
+/// The network has been shut down.
+#[derive(Debug, Error)]
+#[error("the network has been shut down")]
+pub struct NetworkClosed;
+
+/// Why the network did not start.
+#[derive(Debug, Error)]
+pub enum StartError {
+    /// The machine's secret and the credential do not belong together, or it is malformed.
+    #[error("this node's credential: {0}: run `capsule join TOKEN` again")]
+    Credential(String),
+    /// An address could not be listened on.
+    #[error("listening on {address}: {reason}")]
+    Listen {
+        /// The address.
+        address: SocketAddr,
+        /// What the system said.
+        reason: String,
+    },
+    /// TLS could not be set up.
+    #[error("setting up TLS: {0}")]
+    Tls(String),
+}
+
+/// What the network tells the node.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// A record that was new to the store arrived (it is stored already).
+    RecordReceived {
+        /// The signed record.
+        bytes: Vec<u8>,
+        /// Who sent it.
+        from: PeerId,
+    },
+    /// A member of the fleet is connected.
+    PeerConnected(PeerId),
+    /// It no longer is.
+    PeerDisconnected(PeerId),
+    /// A peer sent a wrong byte. Keep it, and pass it as [`NetworkConfig::banned`] from now on.
+    PeerBanned {
+        /// The peer.
+        peer: PeerId,
+        /// What it did.
+        reason: String,
+    },
+    /// A connection ended before the peer was let in: its fault or ours, in words for a person.
+    Refused {
+        /// The address at the other end.
+        address: String,
+        /// Why.
+        reason: String,
+    },
+    /// The store could not read what we announce: withdraw it, and tell the person.
+    StoreDamaged {
+        /// The blob.
+        root: RootHash,
+        /// What the store said.
+        reason: String,
+    },
+    /// Another node's status, heard by gossip.
+    Status {
+        /// The node.
+        peer: PeerId,
+        /// Capsules that it holds; whether each is complete.
+        capsules: Vec<(CapsuleId, bool)>,
+    },
+}
+
+/// A connected peer.
+#[derive(Clone, Debug)]
+pub struct PeerInfo {
+    /// Who.
+    pub id: PeerId,
+    /// The address at the other end of the connection.
+    pub address: Multiaddr,
+    /// Whether we dialled.
+    pub dialled: bool,
+    /// Round trip, smoothed; `None` before the first answer.
+    pub rtt: Option<Duration>,
+    /// Bytes a second received from it, smoothed.
+    pub rate_in: u64,
+    /// Bytes a second sent to it, smoothed.
+    pub rate_out: u64,
+    /// Content bytes received from it over this connection.
+    pub bytes_in: u64,
+    /// Content bytes sent to it over this connection.
+    pub bytes_out: u64,
+    /// What its credential says: machine, its name, roles and channels.
+    pub member: Member,
+    /// How many blobs it announces to us.
+    pub blobs: usize,
+    /// How long it has been connected.
+    pub connected: Duration,
+}
+
+/// A connected peer that announces a blob.
+#[derive(Clone, Debug)]
+pub struct Provider {
+    /// Who.
+    pub peer: PeerId,
+    /// Size that it claims.
+    pub size: u64,
+    /// Groups that it claims.
+    pub groups: GroupRanges,
+}
+
+/// Content bytes sent and received of one blob since the start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct BlobTotals {
+    /// Content bytes sent to peers.
+    pub sent: u64,
+    /// Verified content bytes received from peers.
+    pub received: u64,
+}
+
+/// The running network. Clones share it; it shuts down when told to, or when the last clone is dropped.
+#[derive(Clone)]
+pub struct NetworkHandle {
+    local_peer: PeerId,
+    listening: Arc<[SocketAddr]>,
+    commands: mpsc::Sender<Command>,
+    dropped: Arc<Notify>,
+}
+
+impl fmt::Debug for NetworkHandle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("NetworkHandle").field("local_peer", &self.local_peer).finish_non_exhaustive()
+    }
+}
+
+impl NetworkHandle {
+    pub(crate) fn new(
+        local_peer: PeerId,
+        listening: Arc<[SocketAddr]>,
+        commands: mpsc::Sender<Command>,
+        dropped: Arc<Notify>,
+    ) -> Self {
+        Self { local_peer, listening, commands, dropped }
+    }
+
+    /// This node's id.
+    pub fn local_peer(&self) -> PeerId {
+        self.local_peer
+    }
+
+    /// Addresses that accept connections, with the ports that the system chose.
+    pub fn listening(&self) -> &[SocketAddr] {
+        &self.listening
+    }
+
+    /// Announces a blob, or more of it, to all peers: what `ranges` holds is added to what was announced.
+    pub async fn announce(
+        &self,
+        root: RootHash,
+        size: u64,
+        ranges: GroupRanges,
+    ) -> Result<(), NetworkClosed> {
+        send(&self.commands, Command::Announce { root, size, ranges }).await
+    }
+
+    /// Takes a blob back.
+    pub async fn withdraw(&self, root: RootHash) -> Result<(), NetworkClosed> {
+        send(&self.commands, Command::Withdraw { root }).await
+    }
+
+    /// Starts fetching a blob. It waits for providers as long as it takes: time out by dropping it.
+    pub async fn fetch(&self, spec: FetchSpec) -> Result<Fetch, FetchError> {
+        let root = spec.root;
+        let (done_sender, done) = oneshot::channel();
+        let (progress_sender, progress) = watch::channel(FetchProgress::default());
+        let command = Command::Fetch { spec, progress: progress_sender, done: done_sender };
+        send(&self.commands, command).await.map_err(|NetworkClosed| FetchError::Closed)?;
+        let (demand, dropped) = (self.commands.clone(), self.dropped.clone());
+        Ok(Fetch { root, progress, done, demand, dropped })
+    }
+
+    /// Spreads a record that this node made and has already put into its record store.
+    pub async fn publish_record(&self, bytes: Vec<u8>) -> Result<(), NetworkClosed> {
+        send(&self.commands, Command::PublishRecord { bytes }).await
+    }
+
+    /// Says which capsules this node holds, and whether complete; the fleet hears it by gossip.
+    pub async fn set_capsules(&self, capsules: Vec<(CapsuleId, bool)>) -> Result<(), NetworkClosed> {
+        send(&self.commands, Command::SetCapsules { capsules }).await
+    }
+
+    /// Adds a bootstrap address, as in [`NetworkConfig::bootstrap`].
+    pub async fn add_address(&self, address: String) -> Result<(), NetworkClosed> {
+        send(&self.commands, Command::AddAddress { address }).await
+    }
+
+    /// Connected peers that announce a blob.
+    pub async fn providers(&self, root: RootHash) -> Result<Vec<Provider>, NetworkClosed> {
+        self.ask(|reply| Command::Providers { root, reply }).await
+    }
+
+    /// Connected peers.
+    pub async fn peers(&self) -> Result<Vec<PeerInfo>, NetworkClosed> {
+        self.ask(|reply| Command::Peers { reply }).await
+    }
+
+    /// Bytes sent and received by blob since the start.
+    pub async fn totals(&self) -> Result<Vec<(RootHash, BlobTotals)>, NetworkClosed> {
+        self.ask(|reply| Command::Totals { reply }).await
+    }
+
+    /// Ends all connections and fetches; returns when the sockets are closed.
+    pub async fn shutdown(&self) {
+        let _closed = self.ask(|reply| Command::Shutdown { reply }).await;
+    }
+
+    async fn ask<T>(
+        &self,
+        command: impl FnOnce(oneshot::Sender<T>) -> Command,
+    ) -> Result<T, NetworkClosed> {
+        let (reply, answer) = oneshot::channel();
+        send(&self.commands, command(reply)).await?;
+        answer.await.map_err(|_| NetworkClosed)
+    }
+}
+
+async fn send(commands: &mpsc::Sender<Command>, command: Command) -> Result<(), NetworkClosed> {
+    commands.send(command).await.map_err(|_| NetworkClosed)
+}

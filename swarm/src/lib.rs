@@ -1,0 +1,18 @@
+//! Capsule's network: finds the machines of a fleet, lets in only its members, spreads records, and
+//! moves verified content between many peers at once.
+//!
+//! Deliberately absent: which piece to ask of whom (`capsule-swarm-core`, without sockets or clock); what
+//! a blob means and where it lies (the node, behind [`BlobStore`] and [`RecordStore`]).
+
+mod api;
+mod discovery;
+mod engine;
+mod protocol;
+mod transport;
+
+pub use api::{
+    BlobStore, BlobTotals, Event, Fetch, FetchError, FetchProgress, FetchSpec, Limits, Multiaddr,
+    NetworkClosed, NetworkConfig, NetworkHandle, Offer, PeerId, PeerInfo, Priority, Provider,
+    RecordId, RecordStore, ServeError, StartError, StoreError,
+};
+pub use engine::Network;

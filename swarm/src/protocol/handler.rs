@@ -1,0 +1,351 @@
+//! One connection: opens our two lanes, reads the peer's two, and carries frames between them and the behaviour.
+//!
+//! Lanes live as long as the connection. A lane that ends, or a frame that breaks the protocol, is reported once as
+//! [`ToBehaviour::Fault`], and the behaviour closes the connection: both sides then start afresh, with full announcements,
+//! rather than guess what was lost. Inbound lanes are never dropped: a second one of a kind is such a fault too.
+//!
+//! Backpressure: outward, content is bounded by the scheduler's credit (reports of [`ToBehaviour::Sent`]) and control by
+//! [`MAX_QUEUED`]; inward, by the channel to the behaviour and the budget of `buffers`.
+
+use std::collections::VecDeque;
+use std::convert::Infallible;
+use std::future::{Ready, ready};
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use bytes::Bytes;
+use capsule_proto::wire::Control;
+use futures::channel::mpsc;
+use futures::future::BoxFuture;
+use futures::io::{AsyncWriteExt, BufReader};
+use futures::{FutureExt, SinkExt, StreamExt};
+use libp2p::core::upgrade::ReadyUpgrade;
+use libp2p::core::{InboundUpgrade, UpgradeInfo};
+use libp2p::swarm::handler::{
+    ConnectionEvent, ConnectionHandler, ConnectionHandlerEvent, DialUpgradeError,
+    FullyNegotiatedInbound, FullyNegotiatedOutbound,
+};
+use libp2p::swarm::{Stream, SubstreamProtocol};
+use libp2p::StreamProtocol;
+
+use super::buffers::{Buffer, Buffers};
+use super::frame::{self, Arriving, CONTENT_HEADER, LaneError, Response};
+
+/// Bytes of control messages that may wait for a peer: more, and it does not read (the news of a large node is some 100 KiB, the longest message 1 MiB).
+const MAX_QUEUED: usize = 8 << 20;
+/// Events that lanes may have ready before the behaviour takes them; the first is in the behaviour's own queue by then.
+const EVENTS_READY: usize = 4;
+/// Frames given to a lane's writer ahead of the one being written.
+const FRAMES_AHEAD: usize = 1;
+/// Bytes written between two reports of how far a response has got.
+const REPORT_EVERY: usize = 256 << 10;
+/// Read-ahead of the control lane, so that small messages come several to a read.
+const CONTROL_READ_AHEAD: usize = 8 << 10;
+
+const PROTOCOLS: [StreamProtocol; 2] =
+    [StreamProtocol::new("/capsule/control/1"), StreamProtocol::new("/capsule/data/1")];
+
+/// What a substream is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lane {
+    Control = 0,
+    Data = 1,
+}
+
+const LANES: [Lane; 2] = [Lane::Control, Lane::Data];
+
+/// What the behaviour asks of a connection.
+#[derive(Debug)]
+pub enum FromBehaviour {
+    /// A control frame, header included.
+    Control(Bytes),
+    /// A content frame, header included.
+    Content { request: u64, frame: Buffer },
+}
+
+/// What a connection tells the behaviour.
+#[derive(Debug)]
+pub enum ToBehaviour {
+    /// A control message came.
+    Control(Box<Control>),
+    /// Content came.
+    Content(Response),
+    /// The connection took `bytes` more of the encoding of a response.
+    Sent { request: u64, bytes: usize, finished: bool },
+    /// A lane ended or was abused; nothing more will come.
+    Fault(LaneError),
+}
+
+/// The frame queue to one outbound lane.
+struct Outbound {
+    opening: bool,
+    queue: VecDeque<FromBehaviour>,
+    writer: Option<mpsc::Sender<FromBehaviour>>,
+    task: Option<BoxFuture<'static, LaneError>>,
+}
+
+/// See the module.
+pub struct Handler {
+    outbound: [Outbound; 2],
+    inbound: [Option<BoxFuture<'static, LaneError>>; 2],
+    events_in: mpsc::Sender<ToBehaviour>,
+    events_out: mpsc::Receiver<ToBehaviour>,
+    queued_control: usize,
+    fault: Option<LaneError>,
+    failed: bool,
+    buffers: Arc<Buffers>,
+    arriving: Arriving,
+}
+
+impl Handler {
+    /// A connection that takes its buffers for content from `buffers` and notes progress in `arriving`.
+    pub fn new(buffers: Arc<Buffers>, arriving: Arriving) -> Self {
+        let (events_in, events_out) = mpsc::channel(EVENTS_READY);
+        let outbound =
+            LANES.map(|_| Outbound { opening: false, queue: VecDeque::new(), writer: None, task: None });
+        Self {
+            outbound,
+            inbound: [None, None],
+            events_in,
+            events_out,
+            queued_control: 0,
+            fault: None,
+            failed: false,
+            buffers,
+            arriving,
+        }
+    }
+
+    fn fail(&mut self, error: LaneError) {
+        if !self.failed {
+            self.failed = true;
+            self.fault = Some(error);
+        }
+    }
+
+    fn outbound_opened(&mut self, lane: Lane, stream: Stream) {
+        let (sender, receiver) = mpsc::channel(FRAMES_AHEAD);
+        let task = write_lane(stream, receiver, self.events_in.clone()).boxed();
+        let outbound = &mut self.outbound[lane as usize];
+        outbound.writer = Some(sender);
+        outbound.task = Some(task);
+    }
+
+    fn inbound_opened(&mut self, lane: Lane, stream: Stream) {
+        if self.inbound[lane as usize].is_some() {
+            return self.fail(LaneError::Open("the peer opened a lane twice".into()));
+        }
+        let events = self.events_in.clone();
+        self.inbound[lane as usize] = Some(match lane {
+            Lane::Control => read_control_lane(stream, events).boxed(),
+            Lane::Data => {
+                read_data_lane(stream, events, self.buffers.clone(), self.arriving.clone()).boxed()
+            }
+        });
+    }
+
+    /// Moves queued frames to the writers and runs all lanes as far as they go.
+    fn poll_lanes(&mut self, cx: &mut Context<'_>) -> Result<(), LaneError> {
+        for outbound in &mut self.outbound {
+            if let (Some(writer), Some(task)) = (&mut outbound.writer, &mut outbound.task) {
+                loop {
+                    let fed = feed(writer, &mut outbound.queue, &mut self.queued_control, cx);
+                    if let Poll::Ready(error) = task.poll_unpin(cx) {
+                        return Err(error);
+                    }
+                    if !fed {
+                        break;
+                    }
+                }
+            }
+        }
+        for task in self.inbound.iter_mut().flatten() {
+            if let Poll::Ready(error) = task.poll_unpin(cx) {
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Gives the writer what it takes; true if it took anything.
+fn feed(
+    writer: &mut mpsc::Sender<FromBehaviour>,
+    queue: &mut VecDeque<FromBehaviour>,
+    queued_control: &mut usize,
+    cx: &mut Context<'_>,
+) -> bool {
+    let mut fed = false;
+    while !queue.is_empty() {
+        match writer.poll_ready(cx) {
+            Poll::Ready(Ok(())) => {}
+            // The writer's end is reported by its task.
+            Poll::Ready(Err(_)) | Poll::Pending => break,
+        }
+        let Some(frame) = queue.pop_front() else { break };
+        if let FromBehaviour::Control(bytes) = &frame {
+            *queued_control -= bytes.len();
+        }
+        fed |= writer.start_send(frame).is_ok();
+    }
+    fed
+}
+
+async fn write_lane(
+    mut stream: Stream,
+    mut frames: mpsc::Receiver<FromBehaviour>,
+    mut events: mpsc::Sender<ToBehaviour>,
+) -> LaneError {
+    let mut write = async || -> Result<(), LaneError> {
+        while let Some(frame) = frames.next().await {
+            match frame {
+                FromBehaviour::Control(bytes) => stream.write_all(&bytes).await?,
+                FromBehaviour::Content { request, frame } => {
+                    let (header, encoded) = frame.split_at(CONTENT_HEADER);
+                    stream.write_all(header).await?;
+                    let mut left = encoded.len();
+                    for part in encoded.chunks(REPORT_EVERY) {
+                        stream.write_all(part).await?;
+                        left -= part.len();
+                        let (bytes, finished) = (part.len(), left == 0);
+                        let _gone = events.send(ToBehaviour::Sent { request, bytes, finished }).await;
+                    }
+                }
+            }
+        }
+        Ok(())
+    };
+    write().await.err().unwrap_or(LaneError::Closed)
+}
+
+async fn read_control_lane(stream: Stream, mut events: mpsc::Sender<ToBehaviour>) -> LaneError {
+    let mut stream = BufReader::with_capacity(CONTROL_READ_AHEAD, stream);
+    loop {
+        let event = match frame::read_control(&mut stream).await {
+            Ok(message) => ToBehaviour::Control(Box::new(message)),
+            Err(error) => return error,
+        };
+        if events.send(event).await.is_err() {
+            return LaneError::Closed;
+        }
+    }
+}
+
+async fn read_data_lane(
+    mut stream: Stream,
+    mut events: mpsc::Sender<ToBehaviour>,
+    buffers: Arc<Buffers>,
+    arriving: Arriving,
+) -> LaneError {
+    loop {
+        let event = match frame::read_content(&mut stream, &buffers, &arriving).await {
+            Ok(response) => ToBehaviour::Content(response),
+            Err(error) => return error,
+        };
+        if events.send(event).await.is_err() {
+            return LaneError::Closed;
+        }
+    }
+}
+
+impl ConnectionHandler for Handler {
+    type FromBehaviour = FromBehaviour;
+    type ToBehaviour = ToBehaviour;
+    type InboundProtocol = AnyLane;
+    type OutboundProtocol = ReadyUpgrade<StreamProtocol>;
+    type InboundOpenInfo = ();
+    type OutboundOpenInfo = Lane;
+
+    fn listen_protocol(&self) -> SubstreamProtocol<AnyLane, ()> {
+        SubstreamProtocol::new(AnyLane, ())
+    }
+
+    /// The connection manager decides when a connection ends, not idleness.
+    fn connection_keep_alive(&self) -> bool {
+        !self.failed
+    }
+
+    fn on_behaviour_event(&mut self, event: FromBehaviour) {
+        let lane = match &event {
+            FromBehaviour::Control(bytes) => {
+                self.queued_control += bytes.len();
+                Lane::Control
+            }
+            FromBehaviour::Content { .. } => Lane::Data,
+        };
+        self.outbound[lane as usize].queue.push_back(event);
+        if self.queued_control > MAX_QUEUED {
+            self.fail(LaneError::NotReading(self.queued_control));
+        }
+    }
+
+    fn on_connection_event(
+        &mut self,
+        event: ConnectionEvent<'_, AnyLane, ReadyUpgrade<StreamProtocol>, (), Lane>,
+    ) {
+        match event {
+            ConnectionEvent::FullyNegotiatedInbound(FullyNegotiatedInbound { protocol, .. }) => {
+                self.inbound_opened(protocol.0, protocol.1);
+            }
+            ConnectionEvent::FullyNegotiatedOutbound(FullyNegotiatedOutbound { protocol, info }) => {
+                self.outbound_opened(info, protocol);
+            }
+            ConnectionEvent::DialUpgradeError(DialUpgradeError { error, .. }) => {
+                self.fail(LaneError::Open(error.to_string()));
+            }
+            _ => {}
+        }
+    }
+
+    fn poll(
+        &mut self,
+        cx: &mut Context<'_>,
+    ) -> Poll<ConnectionHandlerEvent<ReadyUpgrade<StreamProtocol>, Lane, ToBehaviour>> {
+        for lane in LANES {
+            let outbound = &mut self.outbound[lane as usize];
+            if !std::mem::replace(&mut outbound.opening, true) {
+                let upgrade = ReadyUpgrade::new(PROTOCOLS[lane as usize].clone());
+                let protocol = SubstreamProtocol::new(upgrade, lane);
+                return Poll::Ready(ConnectionHandlerEvent::OutboundSubstreamRequest { protocol });
+            }
+        }
+        if !self.failed
+            && let Err(error) = self.poll_lanes(cx)
+        {
+            self.fail(error);
+        }
+        // What was read before a fault still counts.
+        if let Poll::Ready(Some(event)) = self.events_out.poll_next_unpin(cx) {
+            return Poll::Ready(ConnectionHandlerEvent::NotifyBehaviour(event));
+        }
+        if let Some(error) = self.fault.take() {
+            let event = ToBehaviour::Fault(error);
+            return Poll::Ready(ConnectionHandlerEvent::NotifyBehaviour(event));
+        }
+        Poll::Pending
+    }
+}
+
+/// Accepts either lane, and says which it is.
+#[derive(Clone, Copy, Debug)]
+pub struct AnyLane;
+
+impl UpgradeInfo for AnyLane {
+    type Info = StreamProtocol;
+    type InfoIter = std::array::IntoIter<StreamProtocol, 2>;
+
+    fn protocol_info(&self) -> Self::InfoIter {
+        PROTOCOLS.into_iter()
+    }
+}
+
+impl<S> InboundUpgrade<S> for AnyLane {
+    type Output = (Lane, S);
+    type Error = Infallible;
+    type Future = Ready<Result<Self::Output, Infallible>>;
+
+    fn upgrade_inbound(self, stream: S, protocol: StreamProtocol) -> Self::Future {
+        let lane = if protocol == PROTOCOLS[Lane::Data as usize] { Lane::Data } else { Lane::Control };
+        ready(Ok((lane, stream)))
+    }
+}

@@ -1,0 +1,13 @@
+//! The one protocol between members: behaviour (peers), handler (one connection), frame (bytes).
+
+mod behaviour;
+mod buffers;
+mod frame;
+mod handler;
+
+pub use behaviour::{Behaviour, Connected, Event};
+pub use buffers::{Buffer, Buffers};
+pub use frame::{
+    Arriving, CONTENT_HEADER, LaneError, MAX_CONTENT_FRAME, Response, control_frame, fill_content_header,
+    reserve_content_header,
+};

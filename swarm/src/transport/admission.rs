@@ -1,0 +1,277 @@
+//! Who is let in: the exchange of credentials inside the security upgrade, before anything is multiplexed.
+//!
+//! After TLS the dialler sends a greeting: its credential and the newest revocation record it knows. The listener checks
+//! it and sends a verdict and, if that is welcome, a greeting of its own, which the dialler answers with its verdict.
+//! Each is a big-endian `u32` of length and a message of `capsule_proto::wire`. So a stranger who dials learns nothing and never
+//! reaches a protocol, and a member that is refused is told why.
+
+use std::collections::HashSet;
+use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use capsule_proto::credential::{Credential, CredentialError, FleetId, MachineId, Member};
+use capsule_proto::wire::{Greeting, MAX_GREETING_LEN, PROTOCOL, Verdict, WireError};
+use futures::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use libp2p::PeerId;
+use libp2p::identity::{PublicKey, ed25519};
+use thiserror::Error;
+
+use crate::api::{RecordId, RecordStore};
+
+/// Time for TLS and the exchange together: a slow link carries it in 5 s; a stranger who stays silent is gone soon.
+pub const TIMEOUT: Duration = Duration::from_secs(10);
+/// Most members admitted whose connections the behaviour has not yet taken over: more than dials and accepts at once.
+const MAX_ADMITTED: usize = 256;
+/// What a greeting says of the program.
+const AGENT: &str = concat!("capsule/", env!("CARGO_PKG_VERSION"));
+
+/// Why we do not let a peer in; the text is told to it.
+#[derive(Debug, Error)]
+pub enum Refusal {
+    /// It speaks another version of the protocol.
+    #[error("this node speaks protocol version {PROTOCOL}, not {0}: upgrade the older one")]
+    Version(u32),
+    /// Its credential does not count.
+    #[error(transparent)]
+    Credential(#[from] CredentialError),
+    /// The credential is not of the machine that TLS proved.
+    #[error("the credential is of another machine than the connection")]
+    OtherMachine,
+    /// It sent wrong content before.
+    #[error("the machine was banned for sending wrong content")]
+    Banned,
+    /// It is this very node.
+    #[error("the address is this node's own")]
+    Myself,
+}
+
+/// Why a connection did not come about.
+#[derive(Debug, Error)]
+pub enum AdmissionError {
+    /// TLS failed: no capsule node, or another version.
+    #[error("no secure connection: {0}")]
+    Tls(io::Error),
+    /// The other side's identity is not a key.
+    #[error("the peer did not prove an identity")]
+    Identity,
+    /// The connection broke during the exchange.
+    #[error("the connection broke while credentials were exchanged: {0}")]
+    Io(#[from] io::Error),
+    /// The other side sent something else than a greeting and a verdict.
+    #[error("the peer broke the exchange of credentials: {0}")]
+    Malformed(#[from] WireError),
+    /// It took too long.
+    #[error("the peer did not finish the exchange of credentials in {} s", TIMEOUT.as_secs())]
+    Timeout,
+    /// They did not let us in.
+    #[error("the peer refused us: {0}")]
+    RefusedByPeer(String),
+    /// We did not let them in.
+    #[error("we refused peer {peer}: {refusal}")]
+    Refused {
+        /// Who.
+        peer: PeerId,
+        /// Why.
+        refusal: Refusal,
+    },
+}
+
+/// Checks who may come in, and remembers who did until the behaviour asks.
+pub struct Gatekeeper {
+    fleet: FleetId,
+    local: PeerId,
+    credential: Vec<u8>,
+    records: Arc<dyn RecordStore>,
+    unix_time: Arc<dyn Fn() -> u64 + Send + Sync>,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    banned: HashSet<PeerId>,
+    /// In order of admission.
+    admitted: Vec<(PeerId, Member)>,
+    /// The revocation record seen last: mostly every peer brings the same.
+    last_revocation: Option<RecordId>,
+}
+
+impl Gatekeeper {
+    pub fn new(
+        local: PeerId,
+        credential: &Credential,
+        records: Arc<dyn RecordStore>,
+        unix_time: Arc<dyn Fn() -> u64 + Send + Sync>,
+        banned: impl IntoIterator<Item = PeerId>,
+    ) -> Self {
+        let state = State { banned: banned.into_iter().collect(), ..State::default() };
+        Self {
+            fleet: credential.fleet(),
+            local,
+            credential: credential.encode(),
+            records,
+            unix_time,
+            state: Mutex::new(state),
+        }
+    }
+
+    /// Refuses a peer from now on.
+    pub fn ban(&self, peer: PeerId) {
+        self.lock().banned.insert(peer);
+    }
+
+    /// Whether the peer is refused for what it sent before.
+    pub fn is_banned(&self, peer: &PeerId) -> bool {
+        self.lock().banned.contains(peer)
+    }
+
+    /// What the credential of an admitted peer said. Leaves it in place: two connections may race.
+    pub fn member(&self, peer: &PeerId) -> Option<Member> {
+        self.lock().admitted.iter().rev().find(|(id, _)| id == peer).map(|(_, member)| member.clone())
+    }
+
+    /// Runs the exchange on a connection whose other end proved to be `peer`.
+    pub async fn admit<S>(
+        self: &Arc<Self>,
+        peer: PeerId,
+        stream: &mut S,
+        is_listener: bool,
+    ) -> Result<(), AdmissionError>
+    where
+        S: AsyncRead + AsyncWrite + Unpin,
+    {
+        let member = if is_listener {
+            let member = self.judge(peer, stream).await?;
+            self.introduce_ourselves(stream).await?;
+            read_verdict(stream).await?;
+            member
+        } else {
+            self.introduce_ourselves(stream).await?;
+            read_verdict(stream).await?;
+            self.judge(peer, stream).await?
+        };
+        self.remember(peer, member);
+        Ok(())
+    }
+
+    async fn introduce_ourselves(
+        self: &Arc<Self>,
+        stream: &mut (impl AsyncWrite + Unpin),
+    ) -> Result<(), AdmissionError> {
+        let keeper = self.clone();
+        let greeting = blocking(move || keeper.greeting()).await;
+        Ok(write_message(stream, &greeting.encode()).await?)
+    }
+
+    /// Reads the peer's greeting and tells it our verdict.
+    async fn judge(
+        self: &Arc<Self>,
+        peer: PeerId,
+        stream: &mut (impl AsyncRead + AsyncWrite + Unpin),
+    ) -> Result<Member, AdmissionError> {
+        let greeting = Greeting::decode(&read_message(stream).await?)?;
+        let keeper = self.clone();
+        let checked = blocking(move || keeper.check(peer, &greeting)).await;
+        let verdict = Verdict(checked.as_ref().map(|_| ()).map_err(Refusal::to_string));
+        write_message(stream, &verdict.encode()).await?;
+        if checked.is_err() {
+            // In good order, so that the verdict arrives.
+            let _best_effort = stream.close().await;
+        }
+        checked.map_err(|refusal| AdmissionError::Refused { peer, refusal })
+    }
+
+    fn greeting(&self) -> Greeting {
+        Greeting {
+            protocol: PROTOCOL,
+            credential: self.credential.clone(),
+            revocation: self.records.revocation_head(),
+            newest_time: (self.unix_time)(),
+            agent: AGENT.to_owned(),
+        }
+    }
+
+    fn check(&self, peer: PeerId, greeting: &Greeting) -> Result<Member, Refusal> {
+        if greeting.protocol != PROTOCOL {
+            return Err(Refusal::Version(greeting.protocol));
+        }
+        if peer == self.local {
+            return Err(Refusal::Myself);
+        }
+        if self.is_banned(&peer) {
+            return Err(Refusal::Banned);
+        }
+        let credential = Credential::decode(&greeting.credential).map_err(CredentialError::from)?;
+        if peer_id_of(&credential.machine()) != Some(peer) {
+            return Err(Refusal::OtherMachine);
+        }
+        if credential.fleet() != self.fleet {
+            return Err(CredentialError::OtherFleet(credential.fleet()).into());
+        }
+        self.learn_revocation(greeting.revocation.as_deref());
+        Ok(credential.verify(&self.fleet, (self.unix_time)(), &self.records.revoked())?)
+    }
+
+    /// Offers the peer's revocation record to our store; a bad one is the store's to reject, and changes nothing.
+    fn learn_revocation(&self, record: Option<&[u8]>) {
+        let Some(record) = record else { return };
+        let id = RecordId(capsule_proto::RootHash::of(record));
+        if self.lock().last_revocation != Some(id) {
+            let offer = self.records.offer(record);
+            tracing::debug!(?offer, "revocation record with a hello");
+            self.lock().last_revocation = Some(id);
+        }
+    }
+
+    fn remember(&self, peer: PeerId, member: Member) {
+        let admitted = &mut self.lock().admitted;
+        admitted.retain(|(id, _)| *id != peer);
+        if admitted.len() >= MAX_ADMITTED {
+            admitted.remove(0);
+        }
+        admitted.push((peer, member));
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The network identity of a machine; `None` if its bytes are no key.
+pub fn peer_id_of(machine: &MachineId) -> Option<PeerId> {
+    let key = ed25519::PublicKey::try_from_bytes(&machine.0).ok()?;
+    Some(PublicKey::from(key).to_peer_id())
+}
+
+/// Signatures and the record store take their time: not on a thread that moves everybody's bytes.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(done) => done,
+        Err(error) => std::panic::resume_unwind(error.into_panic()),
+    }
+}
+
+async fn read_verdict(stream: &mut (impl AsyncRead + Unpin)) -> Result<(), AdmissionError> {
+    let Verdict(verdict) = Verdict::decode(&read_message(stream).await?)?;
+    verdict.map_err(|reason| {
+        AdmissionError::RefusedByPeer(reason.chars().filter(|c| !c.is_control()).collect())
+    })
+}
+
+async fn write_message(stream: &mut (impl AsyncWrite + Unpin), message: &[u8]) -> io::Result<()> {
+    stream.write_all(&(message.len() as u32).to_be_bytes()).await?;
+    stream.write_all(message).await?;
+    stream.flush().await
+}
+
+async fn read_message(stream: &mut (impl AsyncRead + Unpin)) -> Result<Vec<u8>, AdmissionError> {
+    let mut len = [0; 4];
+    stream.read_exact(&mut len).await?;
+    let (value, bound) = (u32::from_be_bytes(len) as usize, MAX_GREETING_LEN);
+    if value > bound {
+        return Err(WireError::TooLong { what: "greeting", value, bound }.into());
+    }
+    let mut message = vec![0; value];
+    stream.read_exact(&mut message).await?;
+    Ok(message)
+}

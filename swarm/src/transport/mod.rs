@@ -1,0 +1,90 @@
+//! Connections: TCP, TLS, admission, yamux. What comes out is a multiplexed connection to a member of the fleet.
+//!
+//! There is no libp2p protocol negotiation here: TLS's ALPN names the version of all of it, which saves two
+//! round trips.
+
+mod admission;
+mod io;
+mod tls;
+
+use std::sync::Arc;
+
+use futures::{AsyncRead, AsyncWrite};
+use libp2p::core::muxing::StreamMuxerBox;
+use libp2p::core::transport::Boxed;
+use libp2p::core::upgrade::{InboundConnectionUpgrade, OutboundConnectionUpgrade};
+use libp2p::core::{ConnectedPoint, Endpoint};
+use libp2p::identity::Keypair;
+use libp2p::{PeerId, Transport, tcp, yamux};
+
+pub use admission::{AdmissionError, Gatekeeper, peer_id_of};
+use tls::Tls;
+
+/// Substreams a connection may have: our four, gossip's two, and some that are being closed.
+const MAX_STREAMS: usize = 32;
+
+/// The transport of a node: everything up to the multiplexer.
+pub fn build(
+    identity: &Keypair,
+    gatekeeper: Arc<Gatekeeper>,
+) -> Result<Boxed<(PeerId, StreamMuxerBox)>, String> {
+    let tls = Tls::new(identity)?;
+    let tcp = tcp::tokio::Transport::new(tcp::Config::default().nodelay(true));
+    let upgraded = tcp.and_then(move |socket, endpoint| async move {
+        let upgrade = upgrade(socket, endpoint, tls, gatekeeper);
+        tokio::time::timeout(admission::TIMEOUT, upgrade).await.unwrap_or(Err(AdmissionError::Timeout))
+    });
+    Ok(upgraded.boxed())
+}
+
+async fn upgrade<S>(
+    socket: S,
+    endpoint: ConnectedPoint,
+    tls: Tls,
+    gatekeeper: Arc<Gatekeeper>,
+) -> Result<(PeerId, StreamMuxerBox), AdmissionError>
+where
+    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+{
+    let socket = io::below_tls(socket);
+    // In a hole punch both sides dial; libp2p then says which one acts as the server.
+    let is_server = match endpoint {
+        ConnectedPoint::Listener { .. } => true,
+        ConnectedPoint::Dialer { role_override, .. } => role_override == Endpoint::Listener,
+    };
+    let mut secured: futures_rustls::TlsStream<_> = if is_server {
+        tls.acceptor.accept(socket).await.map_err(AdmissionError::Tls)?.into()
+    } else {
+        let connect = tls.connector.connect(tls::no_server_name(), socket);
+        connect.await.map_err(AdmissionError::Tls)?.into()
+    };
+    let peer = tls::peer_id(secured.get_ref().1).map_err(|_| AdmissionError::Identity)?;
+    gatekeeper.admit(peer, &mut secured, is_server).await?;
+    let mut config = yamux::Config::default();
+    config.set_max_num_streams(MAX_STREAMS);
+    let stream = io::Coalesce::new(secured);
+    let muxer = if is_server {
+        config.upgrade_inbound(stream, "").await
+    } else {
+        config.upgrade_outbound(stream, "").await
+    };
+    Ok((peer, StreamMuxerBox::new(muxer?)))
+}
+
+/// The reason in an error of the transport, however deeply libp2p has wrapped it.
+pub fn admission_error<'a>(
+    error: &'a (dyn std::error::Error + 'static),
+) -> Option<&'a AdmissionError> {
+    let mut next = Some(error);
+    while let Some(error) = next {
+        if let Some(found) = error.downcast_ref::<AdmissionError>() {
+            return Some(found);
+        }
+        // An `io::Error` hides the error that it carries behind that error's own source.
+        next = match error.downcast_ref::<std::io::Error>().and_then(|io| io.get_ref()) {
+            Some(inner) => Some(inner),
+            None => error.source(),
+        };
+    }
+    None
+}
