@@ -63,7 +63,11 @@ pub enum ReadError {
 impl ReadError {
     /// An error of the operating system about a file.
     pub fn io(path: impl Into<PathBuf>, offset: u64, source: io::Error) -> Self {
-        Self::Io { path: path.into(), offset, source }
+        Self::Io {
+            path: path.into(),
+            offset,
+            source,
+        }
     }
 }
 
@@ -121,7 +125,10 @@ pub trait Source: Content {
 pub fn check_range(size: u64, offset: u64, len: usize) -> Result<(), ReadError> {
     match offset.checked_add(len as u64) {
         Some(end) if end <= size => Ok(()),
-        end => Err(ReadError::OutOfRange { range: offset..end.unwrap_or(u64::MAX), size }),
+        end => Err(ReadError::OutOfRange {
+            range: offset..end.unwrap_or(u64::MAX),
+            size,
+        }),
     }
 }
 
@@ -144,7 +151,10 @@ impl<B: AsRef<[u8]> + Send + Sync> Content for BytesSource<B> {
 
 impl<B: AsRef<[u8]> + Send + Sync> Source for BytesSource<B> {
     fn extents(&self) -> Extents<'_> {
-        let all = Extent { range: 0..self.len(), zero: false };
+        let all = Extent {
+            range: 0..self.len(),
+            zero: false,
+        };
         Box::new((!self.is_empty()).then_some(Ok(all)).into_iter())
     }
 
@@ -160,7 +170,9 @@ pub struct AsReadAt<C>(pub C);
 impl<C: std::ops::Deref<Target: Content>> ReadAt for AsReadAt<C> {
     fn read_at(&self, pos: u64, buf: &mut [u8]) -> io::Result<usize> {
         let len = self.0.len().saturating_sub(pos).min(buf.len() as u64) as usize;
-        self.0.read_at(pos, &mut buf[..len]).map_err(io::Error::other)?;
+        self.0
+            .read_at(pos, &mut buf[..len])
+            .map_err(io::Error::other)?;
         Ok(len)
     }
 }
@@ -196,17 +208,34 @@ mod tests {
         assert_eq!(&buf, b"ule");
         source.read_at(7, &mut []).unwrap();
         for offset in [5, 8, u64::MAX] {
-            assert!(matches!(source.read_at(offset, &mut buf), Err(ReadError::OutOfRange { size: 7, .. })));
+            assert!(matches!(
+                source.read_at(offset, &mut buf),
+                Err(ReadError::OutOfRange { size: 7, .. })
+            ));
         }
         let mut long = [0; 9];
-        assert_eq!(ReadAt::read_at(&AsReadAt(&source), 5, &mut long).unwrap(), 2);
+        assert_eq!(
+            ReadAt::read_at(&AsReadAt(&source), 5, &mut long).unwrap(),
+            2
+        );
         assert_eq!(&long[..2], b"le");
     }
 
     #[test]
     fn extents_cover_the_content() {
-        let extents = |bytes: &[u8]| BytesSource(bytes.to_vec()).extents().map(Result::unwrap).collect::<Vec<_>>();
-        assert_eq!(extents(b"ab"), [Extent { range: 0..2, zero: false }]);
+        let extents = |bytes: &[u8]| {
+            BytesSource(bytes.to_vec())
+                .extents()
+                .map(Result::unwrap)
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(
+            extents(b"ab"),
+            [Extent {
+                range: 0..2,
+                zero: false
+            }]
+        );
         assert_eq!(extents(b""), []);
     }
 }

@@ -5,13 +5,18 @@
 //! by which layers a component is reached, is the node's business. See `chunker/docs/layer.md`.
 
 mod assemble;
+mod cache;
 pub mod codec;
+mod coordinate;
 mod cut;
 pub mod encode;
+mod pages;
+pub mod read;
 pub mod restore;
 mod slab;
 mod stats;
 mod work;
 
 pub use cut::Cuts;
+pub use pages::{IndexFault, Storage};
 pub use stats::EncodeStats;

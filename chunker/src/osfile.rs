@@ -29,7 +29,8 @@ pub(crate) struct Fingerprint {
 impl Fingerprint {
     /// Takes the fingerprint from what `stat` says.
     pub fn of(stat: &Stat) -> Self {
-        let nanos = |seconds: i64, nanos: i64| seconds.wrapping_mul(1_000_000_000).wrapping_add(nanos);
+        let nanos =
+            |seconds: i64, nanos: i64| seconds.wrapping_mul(1_000_000_000).wrapping_add(nanos);
         Self {
             inode: stat.st_ino,
             size: stat.st_size as u64,
@@ -53,7 +54,10 @@ impl Fingerprint {
         if self.inode != now.inode {
             Some("it was replaced by another file".to_owned())
         } else if self.size != now.size {
-            Some(format!("its length went from {} to {} bytes", self.size, now.size))
+            Some(format!(
+                "its length went from {} to {} bytes",
+                self.size, now.size
+            ))
         } else if self.modified != now.modified {
             Some("it was written to".to_owned())
         } else if self.changed != now.changed {
@@ -68,17 +72,26 @@ impl Fingerprint {
         let stat = rustix::fs::fstat(file).map_err(|e| ReadError::io(path, 0, e.into()))?;
         match self.difference(&Self::of(&stat)) {
             None => Ok(()),
-            Some(why) => Err(ReadError::Changed { path: path.into(), why }),
+            Some(why) => Err(ReadError::Changed {
+                path: path.into(),
+                why,
+            }),
         }
     }
 }
 
 /// Fills a buffer from a file that is known to be long enough.
-pub(crate) fn read_exact(path: &Path, file: &File, offset: u64, buf: &mut [u8]) -> Result<(), ReadError> {
+pub(crate) fn read_exact(
+    path: &Path,
+    file: &File,
+    offset: u64,
+    buf: &mut [u8],
+) -> Result<(), ReadError> {
     file.read_exact_at(buf, offset).map_err(|e| match e.kind() {
-        io::ErrorKind::UnexpectedEof => {
-            ReadError::Changed { path: path.into(), why: "it became shorter".to_owned() }
-        }
+        io::ErrorKind::UnexpectedEof => ReadError::Changed {
+            path: path.into(),
+            why: "it became shorter".to_owned(),
+        },
         _ => ReadError::io(path, offset, e),
     })
 }
@@ -99,14 +112,20 @@ pub(crate) fn extent_at(file: &File, offset: u64, end: u64) -> io::Result<Extent
         Err(e) => return Err(e),
     };
     if data > offset {
-        return Ok(Extent { range: offset..data, zero: true });
+        return Ok(Extent {
+            range: offset..data,
+            zero: true,
+        });
     }
     let hole = match seek(SeekFrom::Hole(offset)) {
         // A file that shrank: reading it will say so.
         Ok(found) => found.filter(|&hole| hole > offset).unwrap_or(end),
         Err(_) => end,
     };
-    Ok(Extent { range: offset..hole, zero: false })
+    Ok(Extent {
+        range: offset..hole,
+        zero: false,
+    })
 }
 
 #[cfg(test)]
@@ -124,7 +143,11 @@ mod tests {
             assert_eq!(extent.range.start, at);
             assert!(!extent.range.is_empty());
             assert!(!(extent.zero && extent.range.contains(&(1 << 20))));
-            zero += if extent.zero { extent.range.end - at } else { 0 };
+            zero += if extent.zero {
+                extent.range.end - at
+            } else {
+                0
+            };
             at = extent.range.end;
         }
         assert_eq!(at, 3 << 20);
@@ -139,9 +162,20 @@ mod tests {
         let before = stamp(&file);
         assert_eq!(before.difference(&stamp(&file)), None);
         file.write_all_at(b"x", 0).unwrap();
-        assert!(before.difference(&stamp(&file)).unwrap().contains("from 0 to 1 bytes"));
-        assert!(matches!(before.check(Path::new("f"), &file), Err(ReadError::Changed { .. })));
+        assert!(
+            before
+                .difference(&stamp(&file))
+                .unwrap()
+                .contains("from 0 to 1 bytes")
+        );
+        assert!(matches!(
+            before.check(Path::new("f"), &file),
+            Err(ReadError::Changed { .. })
+        ));
         let mut buf = [0; 2];
-        assert!(matches!(read_exact(Path::new("f"), &file, 0, &mut buf), Err(ReadError::Changed { .. })));
+        assert!(matches!(
+            read_exact(Path::new("f"), &file, 0, &mut buf),
+            Err(ReadError::Changed { .. })
+        ));
     }
 }

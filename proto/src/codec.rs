@@ -150,9 +150,20 @@ impl<'a> Reader<'a> {
     }
 
     /// Checks a format's magic and version, refuses inputs longer than the format's bound, and reads what follows.
-    pub fn with_header(bytes: &'a [u8], magic: &[u8; 4], version: u8, what: &'static str, max_len: usize) -> Result<Self> {
+    pub fn with_header(
+        bytes: &'a [u8],
+        magic: &[u8; 4],
+        version: u8,
+        what: &'static str,
+        max_len: usize,
+    ) -> Result<Self> {
         if bytes.len() > max_len {
-            return Err(DecodeError::OutOfBounds { what, at: 0, value: bytes.len() as u64, bound: max_len as u64 });
+            return Err(DecodeError::OutOfBounds {
+                what,
+                at: 0,
+                value: bytes.len() as u64,
+                bound: max_len as u64,
+            });
         }
         let mut reader = Self::new(bytes);
         if reader.raw(4, what)? != magic || reader.u8(what)? != version {
@@ -211,20 +222,31 @@ impl<'a> Reader<'a> {
         let start = self.at;
         let mut value = 0u64;
         for shift in (0..).step_by(7) {
-            let byte = self.u8(what).map_err(|_| DecodeError::Truncated { what, at: start })?;
+            let byte = self
+                .u8(what)
+                .map_err(|_| DecodeError::Truncated { what, at: start })?;
             if shift == 63 && byte > 1 {
                 return Err(self.invalid(what, start, "the number does not fit in 64 bits"));
             }
             value |= u64::from(byte & 0x7f) << shift;
             if byte & 0x80 == 0 {
                 if byte == 0 && shift > 0 {
-                    return Err(self.invalid(what, start, "the number is not in its shortest form"));
+                    return Err(self.invalid(
+                        what,
+                        start,
+                        "the number is not in its shortest form",
+                    ));
                 }
                 break;
             }
         }
         if value > bound {
-            return Err(DecodeError::OutOfBounds { what, at: start, value, bound });
+            return Err(DecodeError::OutOfBounds {
+                what,
+                at: start,
+                value,
+                bound,
+            });
         }
         Ok(value)
     }
@@ -263,7 +285,11 @@ impl<'a> Reader<'a> {
     }
 
     /// Takes a presence byte and, where it is 1, the value.
-    pub fn option<T>(&mut self, what: &'static str, read: impl FnOnce(&mut Self) -> Result<T>) -> Result<Option<T>> {
+    pub fn option<T>(
+        &mut self,
+        what: &'static str,
+        read: impl FnOnce(&mut Self) -> Result<T>,
+    ) -> Result<Option<T>> {
         let start = self.at;
         match self.u8(what)? {
             0 => Ok(None),
@@ -325,15 +351,27 @@ mod tests {
         let mut writer = Writer::default();
         writer.varint(u64::MAX >> 1);
         let bytes = writer.finish();
-        assert!(matches!(Reader::new(&bytes).bytes("b", 100), Err(DecodeError::OutOfBounds { bound: 100, .. })));
-        assert!(matches!(Reader::new(&bytes).bytes("b", usize::MAX), Err(DecodeError::Truncated { .. })));
+        assert!(matches!(
+            Reader::new(&bytes).bytes("b", 100),
+            Err(DecodeError::OutOfBounds { bound: 100, .. })
+        ));
+        assert!(matches!(
+            Reader::new(&bytes).bytes("b", usize::MAX),
+            Err(DecodeError::Truncated { .. })
+        ));
         assert!(matches!(
             Reader::new(&bytes).list("l", usize::MAX, 32, |r| r.u8("item")),
             Err(DecodeError::Truncated { .. })
         ));
         let overlong = [0x80, 0x00];
-        assert!(matches!(Reader::new(&overlong).varint("n", 9), Err(DecodeError::Invalid { .. })));
+        assert!(matches!(
+            Reader::new(&overlong).varint("n", 9),
+            Err(DecodeError::Invalid { .. })
+        ));
         let huge = [0xff; 10];
-        assert!(matches!(Reader::new(&huge).varint("n", u64::MAX), Err(DecodeError::Invalid { .. })));
+        assert!(matches!(
+            Reader::new(&huge).varint("n", u64::MAX),
+            Err(DecodeError::Invalid { .. })
+        ));
     }
 }

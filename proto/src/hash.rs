@@ -99,8 +99,12 @@ impl FromStr for RootHash {
     type Err = ParseHashError;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let error = || ParseHashError { text: text.chars().take(80).collect() };
-        let bytes = data_encoding::HEXLOWER_PERMISSIVE.decode(text.as_bytes()).map_err(|_| error())?;
+        let error = || ParseHashError {
+            text: text.chars().take(80).collect(),
+        };
+        let bytes = data_encoding::HEXLOWER_PERMISSIVE
+            .decode(text.as_bytes())
+            .map_err(|_| error())?;
         Ok(Self(bytes.try_into().map_err(|_| error())?))
     }
 }
@@ -121,7 +125,9 @@ impl Serialize for RootHash {
 
 impl<'de> Deserialize<'de> for RootHash {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+        String::deserialize(deserializer)?
+            .parse()
+            .map_err(serde::de::Error::custom)
     }
 }
 
@@ -134,7 +140,13 @@ mod tests {
         let hash = RootHash::of(b"capsule");
         assert_eq!(hash.to_string().parse(), Ok(hash));
         assert_eq!(hash.to_string().to_uppercase().parse(), Ok(hash));
-        for bad in ["", "ab", &hash.to_string()[1..], &format!("{hash}0"), &"g".repeat(64)] {
+        for bad in [
+            "",
+            "ab",
+            &hash.to_string()[1..],
+            &format!("{hash}0"),
+            &"g".repeat(64),
+        ] {
             assert!(bad.parse::<RootHash>().is_err(), "{bad}");
         }
     }

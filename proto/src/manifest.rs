@@ -5,6 +5,7 @@
 
 use crate::codec::{DecodeError, Reader, Writer};
 use crate::hash::{CapsuleId, RootHash};
+use crate::listing::MAX_LISTING_LEN;
 use crate::ranges::MAX_CONTENT_LEN;
 
 const MAGIC: &[u8; 4] = b"CAPM";
@@ -123,7 +124,10 @@ impl Manifest {
     /// The manifest of components without machine state; sorts them.
     pub fn new(mut components: Vec<Component>) -> Result<Self, DecodeError> {
         components.sort_by(|a, b| a.name.cmp(&b.name));
-        let manifest = Self { components, machine: None };
+        let manifest = Self {
+            components,
+            machine: None,
+        };
         // The rules live in one place, the decoder.
         Self::decode(&manifest.encode())
     }
@@ -135,12 +139,17 @@ impl Manifest {
 
     /// The component of the given name.
     pub fn component(&self, name: &str) -> Option<&Component> {
-        self.components.iter().find(|component| component.name == name)
+        self.components
+            .iter()
+            .find(|component| component.name == name)
     }
 
     /// Bytes of content of all components.
     pub fn content_size(&self) -> u64 {
-        self.components.iter().map(|component| component.content_size).sum()
+        self.components
+            .iter()
+            .map(|component| component.content_size)
+            .sum()
     }
 
     /// The canonical encoding.
@@ -153,36 +162,71 @@ impl Manifest {
 
     /// Parses and checks a manifest; accepts only the canonical form.
     pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
-        let mut r = Reader::with_header(bytes, MAGIC, VERSION, "capsule manifest", MAX_MANIFEST_LEN)?;
+        let mut r =
+            Reader::with_header(bytes, MAGIC, VERSION, "capsule manifest", MAX_MANIFEST_LEN)?;
         let start = r.at();
         let components = r.list("components", MAX_COMPONENTS, 36, Component::decode)?;
         if components.is_empty() || !components.is_sorted_by(|a, b| a.name < b.name) {
-            return Err(r.invalid("components", start, "there is at least one, sorted by name, without repetition"));
+            return Err(r.invalid(
+                "components",
+                start,
+                "there is at least one, sorted by name, without repetition",
+            ));
         }
         let mut total = 0u64;
         for component in &components {
             total = total.saturating_add(component.content_size);
         }
         if total > MAX_CONTENT_LEN {
-            return Err(r.invalid("components", start, "together they exceed the largest content"));
+            return Err(r.invalid(
+                "components",
+                start,
+                "together they exceed the largest content",
+            ));
         }
         let at = r.at();
         let machine = r.option("machine", Machine::decode)?;
-        let manifest = Self { components, machine };
-        if manifest.machine.as_ref().is_some_and(|machine| !manifest.holds_all_of(machine)) {
-            return Err(r.invalid("machine", at, "it names a component that the capsule lacks or that is of another kind"));
+        let manifest = Self {
+            components,
+            machine,
+        };
+        if manifest
+            .machine
+            .as_ref()
+            .is_some_and(|machine| !manifest.holds_all_of(machine))
+        {
+            return Err(r.invalid(
+                "machine",
+                at,
+                "it names a component that the capsule lacks or that is of another kind",
+            ));
         }
         r.finish()?;
         Ok(manifest)
     }
 
     fn holds_all_of(&self, machine: &Machine) -> bool {
-        let is = |name: &String, kinds: &[ComponentKind]| self.component(name).is_some_and(|c| kinds.contains(&c.kind));
+        let is = |name: &String, kinds: &[ComponentKind]| {
+            self.component(name)
+                .is_some_and(|c| kinds.contains(&c.kind))
+        };
         let stream = [ComponentKind::Disk, ComponentKind::File];
-        machine.ram.as_ref().is_none_or(|ram| is(ram, &[ComponentKind::Ram]))
-            && machine.state.as_ref().is_none_or(|state| is(state, &[ComponentKind::DeviceState]))
-            && machine.devices.iter().filter_map(|device| device.component.as_ref()).all(|disk| is(disk, &stream))
-            && machine.boot.iter().all(|boot| is(&boot.kernel, &stream) && boot.initrd.iter().all(|initrd| is(initrd, &stream)))
+        machine
+            .ram
+            .as_ref()
+            .is_none_or(|ram| is(ram, &[ComponentKind::Ram]))
+            && machine
+                .state
+                .as_ref()
+                .is_none_or(|state| is(state, &[ComponentKind::DeviceState]))
+            && machine
+                .devices
+                .iter()
+                .filter_map(|device| device.component.as_ref())
+                .all(|disk| is(disk, &stream))
+            && machine.boot.iter().all(|boot| {
+                is(&boot.kernel, &stream) && boot.initrd.iter().all(|initrd| is(initrd, &stream))
+            })
     }
 }
 
@@ -206,13 +250,32 @@ impl Component {
             2 => ComponentKind::DeviceState,
             3 => ComponentKind::File,
             4 => ComponentKind::Tree,
-            _ => return Err(r.invalid("component kind", at, "kinds are 0 to 4: upgrade capsule to read newer ones")),
+            _ => {
+                return Err(r.invalid(
+                    "component kind",
+                    at,
+                    "kinds are 0 to 4: upgrade capsule to read newer ones",
+                ));
+            }
         };
         let root = r.hash("component root")?;
-        let size = r.varint("component size", MAX_CONTENT_LEN)?;
-        let content_size =
-            if kind == ComponentKind::Tree { r.varint("content size", MAX_CONTENT_LEN)? } else { size };
-        Ok(Self { name, kind, root, size, content_size })
+        // A tree's root names its listing, a stream's the content itself.
+        let (size, content_size) = if kind == ComponentKind::Tree {
+            (
+                r.varint("listing size", MAX_LISTING_LEN as u64)?,
+                r.varint("content size", MAX_CONTENT_LEN)?,
+            )
+        } else {
+            let size = r.varint("component size", MAX_CONTENT_LEN)?;
+            (size, size)
+        };
+        Ok(Self {
+            name,
+            kind,
+            root,
+            size,
+            content_size,
+        })
     }
 }
 
@@ -221,7 +284,11 @@ fn component_name(r: &mut Reader<'_>) -> Result<String, DecodeError> {
     let name = r.text("component name", MAX_COMPONENT_NAME)?;
     let allowed = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b"._-".contains(&b);
     if name.is_empty() || name.starts_with('.') || !name.bytes().all(allowed) {
-        return Err(r.invalid("component name", at, "a name is of a-z 0-9 . _ - and does not begin with a dot"));
+        return Err(r.invalid(
+            "component name",
+            at,
+            "a name is of a-z 0-9 . _ - and does not begin with a dot",
+        ));
     }
     Ok(name)
 }
@@ -242,7 +309,12 @@ impl ComponentKind {
 impl Machine {
     fn encode(&self, w: &mut Writer) {
         let text = |w: &mut Writer, text: &String| w.bytes(text.as_bytes());
-        for field in [&self.machine_type, &self.cpu_model, &self.accelerator, &self.emulator] {
+        for field in [
+            &self.machine_type,
+            &self.cpu_model,
+            &self.accelerator,
+            &self.emulator,
+        ] {
             text(w, field);
         }
         w.varint(self.cpus.into());
@@ -278,7 +350,9 @@ impl Machine {
             ram: r.option("ram", component_name)?,
             state: r.option("state", component_name)?,
             devices: r.list("devices", MAX_DEVICES, 5, Device::decode)?,
-            firmware: r.list("firmware", MAX_DEVICES, 2, |r| Ok((text(r)?, r.varint("firmware size", MAX_CONTENT_LEN)?)))?,
+            firmware: r.list("firmware", MAX_DEVICES, 2, |r| {
+                Ok((text(r)?, r.varint("firmware size", MAX_CONTENT_LEN)?))
+            })?,
             boot: r.option("boot", |r| {
                 Ok(DirectBoot {
                     kernel: component_name(r)?,
@@ -289,8 +363,15 @@ impl Machine {
             guest_tools: r.list("guest tools", MAX_PROPERTIES, 1, text)?,
             captured_at: r.varint("capture time", u64::MAX)?,
         };
-        if machine.cpus == 0 || machine.machine_type.is_empty() || machine.ram.is_some() != machine.state.is_some() {
-            return Err(r.invalid("machine", start, "it has a type, CPUs, and both memory and state or neither"));
+        if machine.cpus == 0
+            || machine.machine_type.is_empty()
+            || machine.ram.is_some() != machine.state.is_some()
+        {
+            return Err(r.invalid(
+                "machine",
+                start,
+                "it has a type, CPUs, and both memory and state or neither",
+            ));
         }
         Ok(machine)
     }
@@ -301,7 +382,9 @@ impl Device {
         for field in [&self.driver, &self.id, &self.address] {
             w.bytes(field.as_bytes());
         }
-        w.option(self.component.as_ref(), |w, component| w.bytes(component.as_bytes()));
+        w.option(self.component.as_ref(), |w, component| {
+            w.bytes(component.as_bytes())
+        });
         w.list(&self.properties, |w, (name, value)| {
             w.bytes(name.as_bytes());
             w.bytes(value.as_bytes());
@@ -313,11 +396,23 @@ impl Device {
         let (driver, id, address) = (text(r)?, text(r)?, text(r)?);
         let component = r.option("device component", component_name)?;
         let start = r.at();
-        let properties = r.list("device properties", MAX_PROPERTIES, 2, |r| Ok((text(r)?, text(r)?)))?;
+        let properties = r.list("device properties", MAX_PROPERTIES, 2, |r| {
+            Ok((text(r)?, text(r)?))
+        })?;
         if !properties.is_sorted_by(|(a, _), (b, _)| a < b) {
-            return Err(r.invalid("device properties", start, "they are sorted by name, without repetition"));
+            return Err(r.invalid(
+                "device properties",
+                start,
+                "they are sorted by name, without repetition",
+            ));
         }
-        Ok(Self { driver, id, address, component, properties })
+        Ok(Self {
+            driver,
+            id,
+            address,
+            component,
+            properties,
+        })
     }
 }
 
@@ -326,14 +421,26 @@ mod tests {
     use super::*;
 
     fn component(name: &str, kind: ComponentKind) -> Component {
-        Component { name: name.into(), kind, root: RootHash::of(name.as_bytes()), size: 5, content_size: 5 }
+        Component {
+            name: name.into(),
+            kind,
+            root: RootHash::of(name.as_bytes()),
+            size: 5,
+            content_size: 5,
+        }
     }
 
     #[test]
     fn order_of_components_does_not_change_the_id() {
-        let (a, b) = (component("disk0", ComponentKind::Disk), component("disk1", ComponentKind::Disk));
+        let (a, b) = (
+            component("disk0", ComponentKind::Disk),
+            component("disk1", ComponentKind::Disk),
+        );
         let manifest = Manifest::new(vec![b.clone(), a.clone()]).unwrap();
-        assert_eq!(manifest.id(), Manifest::new(vec![a.clone(), b]).unwrap().id());
+        assert_eq!(
+            manifest.id(),
+            Manifest::new(vec![a.clone(), b]).unwrap().id()
+        );
         assert_eq!(Manifest::decode(&manifest.encode()), Ok(manifest));
         assert!(Manifest::new(vec![a.clone(), a]).is_err());
         assert!(Manifest::new(vec![]).is_err());
@@ -350,11 +457,32 @@ mod tests {
             ..Machine::default()
         };
         let with = |components: &[(&str, ComponentKind)]| {
-            let components = components.iter().map(|(name, kind)| component(name, *kind)).collect();
-            Manifest::decode(&Manifest { components, machine: Some(machine.clone()) }.encode())
+            let components = components
+                .iter()
+                .map(|(name, kind)| component(name, *kind))
+                .collect();
+            Manifest::decode(
+                &Manifest {
+                    components,
+                    machine: Some(machine.clone()),
+                }
+                .encode(),
+            )
         };
-        assert!(with(&[("ram", ComponentKind::Ram), ("state", ComponentKind::DeviceState)]).is_ok());
+        assert!(
+            with(&[
+                ("ram", ComponentKind::Ram),
+                ("state", ComponentKind::DeviceState)
+            ])
+            .is_ok()
+        );
         assert!(with(&[("ram", ComponentKind::Ram)]).is_err());
-        assert!(with(&[("ram", ComponentKind::Disk), ("state", ComponentKind::DeviceState)]).is_err());
+        assert!(
+            with(&[
+                ("ram", ComponentKind::Disk),
+                ("state", ComponentKind::DeviceState)
+            ])
+            .is_err()
+        );
     }
 }

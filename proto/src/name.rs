@@ -1,10 +1,15 @@
 //! Names that people give: channels, versions, and `CHANNEL:VERSION`.
+//!
+//! A name is one spelling of ASCII, so that no two look alike; it can stand in a path, where it stays below the directory it
+//! is joined to; and it is never mistaken for a hash.
 
 use std::fmt;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
+
+use crate::hash::RootHash;
 
 /// Longest channel or version, in bytes.
 pub const MAX_NAME_LEN: usize = 64;
@@ -30,19 +35,31 @@ pub struct CapsuleName {
 
 /// Text that is no name.
 #[derive(Debug, Clone, Error, PartialEq, Eq)]
-#[error("{text:?} is not a {what}: use 1 to {MAX_NAME_LEN} of a-z A-Z 0-9 . _ + - / that do not begin with a mark")]
+#[error(
+    "{text:?} is not a {what}: use 1 to {MAX_NAME_LEN} of a-z A-Z 0-9 . _ + - / with a letter or digit first and after each /, not a hash"
+)]
 pub struct NameError {
     what: &'static str,
     text: String,
 }
 
 fn check(what: &'static str, text: &str) -> Result<String, NameError> {
-    let mark = |b: u8| b"._+-/".contains(&b);
-    let fine = !text.is_empty()
-        && text.len() <= MAX_NAME_LEN
-        && text.bytes().all(|b| b.is_ascii_alphanumeric() || mark(b))
-        && !mark(text.as_bytes()[0]);
-    if fine { Ok(text.to_owned()) } else { Err(NameError { what, text: text.chars().take(80).collect() }) }
+    let allowed = |b: &u8| b.is_ascii_alphanumeric() || b"._+-".contains(b);
+    // No part is empty, hidden, `..` or an option: names end up in paths and on command lines.
+    let part = |part: &[u8]| {
+        part.first().is_some_and(u8::is_ascii_alphanumeric) && part.iter().all(allowed)
+    };
+    let fine = text.len() <= MAX_NAME_LEN
+        && text.as_bytes().split(|&b| b == b'/').all(part)
+        && text.parse::<RootHash>().is_err();
+    if fine {
+        Ok(text.to_owned())
+    } else {
+        Err(NameError {
+            what,
+            text: text.chars().take(80).collect(),
+        })
+    }
 }
 
 macro_rules! name {
@@ -92,8 +109,14 @@ impl FromStr for CapsuleName {
 
     fn from_str(text: &str) -> Result<Self, NameError> {
         match text.split_once(':') {
-            Some((channel, version)) => Ok(Self { channel: channel.parse()?, version: Some(version.parse()?) }),
-            None => Ok(Self { channel: text.parse()?, version: None }),
+            Some((channel, version)) => Ok(Self {
+                channel: channel.parse()?,
+                version: Some(version.parse()?),
+            }),
+            None => Ok(Self {
+                channel: text.parse()?,
+                version: None,
+            }),
         }
     }
 }
@@ -116,7 +139,23 @@ mod tests {
         for good in ["lab", "lab:2026-11", "site/a:v1.2+3"] {
             assert_eq!(good.parse::<CapsuleName>().unwrap().to_string(), good);
         }
-        for bad in ["", ":", "lab:", ":1", "a:b:c", "-x", "lab 1", "läb", &"x".repeat(65)] {
+        for bad in [
+            "",
+            ":",
+            "lab:",
+            ":1",
+            "a:b:c",
+            "-x",
+            "lab 1",
+            "läb",
+            "lab/",
+            "/lab",
+            "a//b",
+            "a/../b",
+            "a/.b",
+            &"x".repeat(65),
+            &"ab".repeat(32),
+        ] {
             assert!(bad.parse::<CapsuleName>().is_err(), "{bad}");
         }
     }

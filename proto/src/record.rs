@@ -8,7 +8,8 @@ use thiserror::Error;
 
 use crate::codec::{DecodeError, Reader, Writer};
 use crate::credential::{
-    Credential, CredentialError, FleetId, MAX_CREDENTIAL_LEN, MachineId, MachineKey, Member, Revoked, TokenId,
+    Credential, CredentialError, FleetId, MAX_CREDENTIAL_LEN, MachineId, MachineKey, Member,
+    Revoked, TokenId,
 };
 use crate::hash::{CapsuleId, RootHash};
 use crate::index::{MAX_INDEX_LEN, Space};
@@ -97,7 +98,7 @@ pub struct Layer {
     pub target_size: u64,
     /// The index.
     pub index: BlobRef,
-    /// The pack; none where the layer has no frames.
+    /// The pack; none where the layer has no frames: an empty blob has no other name.
     pub pack: Option<BlobRef>,
 }
 
@@ -165,7 +166,9 @@ pub enum RecordError {
         now: u64,
     },
     /// It was signed in the future.
-    #[error("the record is dated {issued}, more than a day ahead of this machine's clock ({now}; seconds since 1970): set the clocks")]
+    #[error(
+        "the record is dated {issued}, more than a day ahead of this machine's clock ({now}; seconds since 1970): set the clocks"
+    )]
     FromTheFuture {
         /// Its date.
         issued: u64,
@@ -176,7 +179,11 @@ pub enum RecordError {
 
 impl SignedRecord {
     /// Signs a record. The encoding is checked by the decoder, where the rules live.
-    pub fn sign(record: Record, credential: &Credential, key: &MachineKey) -> Result<Self, DecodeError> {
+    pub fn sign(
+        record: Record,
+        credential: &Credential,
+        key: &MachineKey,
+    ) -> Result<Self, DecodeError> {
         let mut w = Writer::with_header(MAGIC, VERSION);
         w.bytes(&credential.encode());
         w.bytes(&record.encode());
@@ -193,7 +200,12 @@ impl SignedRecord {
         let record = Record::decode(r.bytes("statement", MAX_RECORD_LEN)?)?;
         let signature = r.array("signature")?;
         r.finish()?;
-        Ok(Self { record, credential, signature, bytes: bytes.to_vec() })
+        Ok(Self {
+            record,
+            credential,
+            signature,
+            bytes: bytes.to_vec(),
+        })
     }
 
     /// The bytes that travel.
@@ -217,15 +229,28 @@ impl SignedRecord {
     }
 
     /// Checks signer, signature, role and time. The signer must have been a member when it signed, and not be revoked now.
-    pub fn verify(&self, fleet: &FleetId, now: u64, revoked: &Revoked) -> Result<Member, RecordError> {
-        let Record { issued, expires, .. } = self.record;
+    pub fn verify(
+        &self,
+        fleet: &FleetId,
+        now: u64,
+        revoked: &Revoked,
+    ) -> Result<Member, RecordError> {
+        let Record {
+            issued, expires, ..
+        } = self.record;
         let member = self.credential.verify(fleet, issued, revoked)?;
         let signed = &self.bytes[..self.bytes.len() - self.signature.len()];
-        if !member.machine.verify(&[CONTEXT, signed].concat(), &self.signature) {
+        if !member
+            .machine
+            .verify(&[CONTEXT, signed].concat(), &self.signature)
+        {
             return Err(RecordError::Signature);
         }
         if let Some(what) = self.record.body.needs(&member) {
-            return Err(RecordError::NotAllowed { machine: member.machine, what });
+            return Err(RecordError::NotAllowed {
+                machine: member.machine,
+                what,
+            });
         }
         if let Some(expired) = expires.filter(|&expires| now >= expires) {
             return Err(RecordError::Expired { expired, now });
@@ -245,7 +270,9 @@ impl Body {
             Self::Name(Name { channel, .. }) | Self::Release(Release { channel, .. }) => {
                 (!grant.may_publish(channel)).then(|| format!("publish in channel {channel}"))
             }
-            Self::Layer(_) | Self::Prefetch(_) => (!grant.roles.publisher).then(|| "publish layers".to_owned()),
+            Self::Layer(_) | Self::Prefetch(_) => {
+                (!grant.roles.publisher).then(|| "publish layers".to_owned())
+            }
             Self::Revocation(_) => (!grant.roles.admin).then(|| "revoke".to_owned()),
         }
     }
@@ -288,8 +315,13 @@ impl Record {
                 w.option(release.deadline, Writer::varint);
             }
             Body::Revocation(revoked) => {
-                w.list(&revoked.tokens.iter().collect::<Vec<_>>(), |w, token| w.raw(&token.0));
-                w.list(&revoked.machines.iter().collect::<Vec<_>>(), |w, machine| w.raw(&machine.0));
+                w.list(&revoked.tokens.iter().collect::<Vec<_>>(), |w, token| {
+                    w.raw(&token.0)
+                });
+                w.list(
+                    &revoked.machines.iter().collect::<Vec<_>>(),
+                    |w, machine| w.raw(&machine.0),
+                );
             }
         }
         w.finish()
@@ -305,7 +337,12 @@ impl Record {
             0 => {
                 let (channel, version, capsule) = decode_version(&mut r)?;
                 let manifest_size = r.varint("manifest size", MAX_MANIFEST_LEN as u64)?;
-                Body::Name(Name { channel, version, capsule, manifest_size })
+                Body::Name(Name {
+                    channel,
+                    version,
+                    capsule,
+                    manifest_size,
+                })
             }
             1 => Body::Layer(Layer::decode(&mut r)?),
             2 => Body::Prefetch(Prefetch::decode(&mut r)?),
@@ -318,13 +355,31 @@ impl Record {
                 }
                 let not_before = r.varint("not before", u64::MAX)?;
                 let deadline = r.option("deadline", |r| r.varint("deadline", u64::MAX))?;
-                Body::Release(Release { channel, version, capsule, percent, not_before, deadline })
+                Body::Release(Release {
+                    channel,
+                    version,
+                    capsule,
+                    percent,
+                    not_before,
+                    deadline,
+                })
             }
             4 => Body::Revocation(decode_revoked(&mut r)?),
-            _ => return Err(r.invalid("statement kind", at, "kinds are 0 to 4: upgrade capsule to read newer ones")),
+            _ => {
+                return Err(r.invalid(
+                    "statement kind",
+                    at,
+                    "kinds are 0 to 4: upgrade capsule to read newer ones",
+                ));
+            }
         };
         r.finish()?;
-        Ok(Self { issued, expires, sequence, body })
+        Ok(Self {
+            issued,
+            expires,
+            sequence,
+            body,
+        })
     }
 }
 
@@ -344,7 +399,19 @@ impl Layer {
 
     fn decode(r: &mut Reader<'_>) -> Result<Self, DecodeError> {
         let blob = |r: &mut Reader<'_>, bound| {
-            Ok::<_, DecodeError>(BlobRef { root: r.hash("blob")?, size: r.varint("blob size", bound)? })
+            let at = r.at();
+            let blob = BlobRef {
+                root: r.hash("blob")?,
+                size: r.varint("blob size", bound)?,
+            };
+            if blob.size == 0 {
+                return Err(r.invalid(
+                    "blob",
+                    at,
+                    "an index is not empty, and an empty pack is left out",
+                ));
+            }
+            Ok(blob)
         };
         let at = r.at();
         let space = match r.u8("space")? {
@@ -352,12 +419,17 @@ impl Layer {
             1 => Space::Contents,
             _ => return Err(r.invalid("space", at, "spaces are 0 and 1")),
         };
+        let parent = r.option("parent", |r| r.hash("parent"))?;
+        let target = r.hash("target")?;
+        if parent == Some(target) {
+            return Err(r.invalid("layer", at, "it leads from a component to itself"));
+        }
         Ok(Self {
             space,
-            parent: r.option("parent", |r| r.hash("parent"))?,
-            target: r.hash("target")?,
+            parent,
+            target,
             target_size: r.varint("target size", MAX_CONTENT_LEN)?,
-            index: blob(r, MAX_INDEX_LEN as u64)?,
+            index: blob(r, MAX_INDEX_LEN)?,
             pack: r.option("pack", |r| blob(r, MAX_CONTENT_LEN))?,
         })
     }
@@ -368,9 +440,16 @@ impl Prefetch {
         let component = r.hash("component")?;
         let ranges = r.list("prefetch ranges", MAX_PREFETCH_RANGES, 2, |r| {
             let at = r.at();
-            let range = (r.varint("range", MAX_CONTENT_LEN)?, r.varint("range length", MAX_CONTENT_LEN)?);
+            let range = (
+                r.varint("range", MAX_CONTENT_LEN)?,
+                r.varint("range length", MAX_CONTENT_LEN)?,
+            );
             if range.1 == 0 || range.0 + range.1 > MAX_CONTENT_LEN {
-                return Err(r.invalid("range", at, "a range is not empty, within the largest content"));
+                return Err(r.invalid(
+                    "range",
+                    at,
+                    "a range is not empty, within the largest content",
+                ));
             }
             Ok(range)
         })?;
@@ -396,10 +475,17 @@ fn decode_version(r: &mut Reader<'_>) -> Result<(Channel, Version, CapsuleId), D
 
 fn decode_revoked(r: &mut Reader<'_>) -> Result<Revoked, DecodeError> {
     let at = r.at();
-    let tokens = r.list("revoked tokens", MAX_REVOKED, 8, |r| r.array("token").map(TokenId))?;
-    let machines = r.list("revoked machines", MAX_REVOKED, 32, |r| r.array("machine").map(MachineId))?;
+    let tokens = r.list("revoked tokens", MAX_REVOKED, 8, |r| {
+        r.array("token").map(TokenId)
+    })?;
+    let machines = r.list("revoked machines", MAX_REVOKED, 32, |r| {
+        r.array("machine").map(MachineId)
+    })?;
     if !tokens.is_sorted_by(|a, b| a < b) || !machines.is_sorted_by(|a, b| a < b) {
         return Err(r.invalid("revocation", at, "entries are sorted, without repetition"));
     }
-    Ok(Revoked { tokens: tokens.into_iter().collect(), machines: machines.into_iter().collect() })
+    Ok(Revoked {
+        tokens: tokens.into_iter().collect(),
+        machines: machines.into_iter().collect(),
+    })
 }

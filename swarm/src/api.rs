@@ -11,14 +11,14 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-use capsule_proto::credential::{Credential, MachineKey, Member, Revoked};
+use capsule_proto::credential::{Credential, MachineId, MachineKey, Member, Revoked};
 pub use capsule_proto::record::RecordId;
 use capsule_proto::{CapsuleId, GroupRanges, RootHash};
 pub use libp2p::{Multiaddr, PeerId};
 use thiserror::Error;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 
-use crate::engine::Command;
+use crate::engine::{Command, FetchCommand};
 
 /// How a node takes part in its fleet's network.
 #[derive(Clone)]
@@ -238,6 +238,14 @@ pub enum FetchError {
         /// Size in the refused one.
         asked: u64,
     },
+    /// Larger than any blob may be.
+    #[error("{root}: {size} bytes are more than a blob may have")]
+    TooLarge {
+        /// The blob.
+        root: RootHash,
+        /// Its alleged size.
+        size: u64,
+    },
     /// More fetches at once than the network schedules.
     #[error("{0} fetches are under way: wait for some of them")]
     TooMany(usize),
@@ -317,8 +325,8 @@ pub enum Event {
     RecordReceived {
         /// The signed record.
         bytes: Vec<u8>,
-        /// Who sent it.
-        from: PeerId,
+        /// Who sent it; `None` if it has left since.
+        from: Option<PeerId>,
     },
     /// A member of the fleet is connected.
     PeerConnected(PeerId),
@@ -349,6 +357,10 @@ pub enum Event {
     Status {
         /// The node.
         peer: PeerId,
+        /// Its machine id.
+        machine: MachineId,
+        /// Its name, for people.
+        name: String,
         /// Capsules that it holds; whether each is complete.
         capsules: Vec<(CapsuleId, bool)>,
     },
@@ -456,7 +468,8 @@ impl NetworkHandle {
         let root = spec.root;
         let (done_sender, done) = oneshot::channel();
         let (progress_sender, progress) = watch::channel(FetchProgress::default());
-        let command = Command::Fetch { spec, progress: progress_sender, done: done_sender };
+        let command = FetchCommand { spec, progress: progress_sender, done: done_sender };
+        let command = Command::Fetch(command);
         send(&self.commands, command).await.map_err(|NetworkClosed| FetchError::Closed)?;
         let (demand, dropped) = (self.commands.clone(), self.dropped.clone());
         Ok(Fetch { root, progress, done, demand, dropped })

@@ -4,6 +4,7 @@
 //! Deliberately absent: which piece to ask of whom (`capsule-swarm-core`, without sockets or clock); what
 //! a blob means and where it lies (the node, behind [`BlobStore`] and [`RecordStore`]).
 
+mod address;
 mod api;
 mod discovery;
 mod engine;

@@ -1,1 +1,14 @@
-//! Placeholder.
+//! What the integration tests and benchmarks share: real `capsule` processes on loopback, and generated data.
+//!
+//! A [`Node`] is one home with its daemon; a [`Fleet`] is several that joined one another. Everything lies in a temporary
+//! directory; processes end, by their ids, when their `Node` goes away. No fault switches live in the shipped program: whoever
+//! misbehaves in tests is a program of this crate.
+
+pub mod binary;
+pub mod data;
+pub mod fleet;
+pub mod hostile;
+pub mod node;
+
+pub use fleet::Fleet;
+pub use node::Node;

@@ -1,36 +1,56 @@
-//! Disk images and single files as sources to publish.
+//! Disk images, devices and single files as sources to publish.
 //!
-//! Opens a path as what it holds: a raw or sparse file and a device (`raw`), a qcow2 image with its backing chain
-//! (`qcow2`), any other image format through QEMU's tools (`qemu`). What a format is, and whether content counts as
-//! a disk, is decided in `detect`, by content alone. Cutting content into frames belongs to `layer`; directories to
-//! `tree`. Nothing here writes to an image.
+//! A path is opened as what it holds: a raw or sparse file, a device (`raw`), a qcow2 image with its backing chain (`chain`,
+//! `qcow2`), any other image format through QEMU's tools (`qemu`, `nbd`). Nothing here writes to an image. Cutting content into
+//! frames belongs to `layer`, directories to `tree`.
+//!
+//! # Disk or file
+//! The kind is part of the manifest and so of the capsule's id; therefore it follows from content, never from a name. A disk is:
+//! a device; an image in a container format, published as its virtual disk; a raw file of whole 512-byte sectors that begins
+//! with a partition table, a boot sector or a known file system (`detect`). All else is a file. [`ReadAs`] overrides it. Devices
+//! are always read as they are, whatever format lies on them.
 
+mod chain;
+mod detect;
+mod nbd;
+mod qcow2;
+mod qemu;
+mod raw;
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
+pub use self::detect::Format;
+use self::detect::Probe;
+use self::qcow2::Qcow2Source;
+use self::qemu::QemuSource;
+use self::raw::RawSource;
 use crate::content::{ReadError, Source};
 
 /// How a path is to be read.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum ReadAs {
-    /// Disk images and devices as disks, everything else as a file; decided by content, never by name.
+    /// As its content tells.
     #[default]
     Auto,
-    /// As a disk, whatever it holds: images of a known format as their virtual disk.
+    /// As a disk: images in a container format as their virtual disk, all else as raw.
     Disk,
     /// As a file: the bytes as they lie.
     File,
 }
 
 /// How to open an image.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct ImageOptions {
     /// Whether the bytes or the virtual disk are wanted.
     pub read_as: ReadAs,
 }
 
-/// What a source is to a capsule; part of the manifest, and so of the capsule's id.
+/// What a source is to a capsule.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ImageKind {
     /// A disk: of a machine, or to be written to one.
@@ -39,49 +59,32 @@ pub enum ImageKind {
     File,
 }
 
-/// Container formats of disks, told apart by their magic numbers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Format {
-    /// The disk's bytes as they are: a file, sparse or not.
-    Raw,
-    /// A device of kind "block".
-    Device,
-    /// QEMU's qcow2, versions 2 and 3.
-    Qcow2,
-    /// QEMU's first qcow.
-    Qcow,
-    /// VMware.
-    Vmdk,
-    /// VirtualBox.
-    Vdi,
-    /// Hyper-V's VHDX.
-    Vhdx,
-    /// Virtual PC's VHD.
-    Vpc,
-    /// QEMU's QED.
-    Qed,
-    /// Parallels.
-    Parallels,
-}
-
-/// A source and what is known of it.
+/// A source, and what is known of it.
 pub struct OpenedImage {
     /// The content.
     pub source: Box<dyn Source>,
     /// Disk or file.
     pub kind: ImageKind,
-    /// What it is stored as; [`Format::Raw`] where the bytes are taken as they lie.
+    /// How the content is stored; [`Format::Raw`] where a file's bytes are taken as they lie.
     pub format: Format,
-    /// The device is mounted, or held by another program, and may change while it is read.
+    /// The device is mounted or held by another program, and may change unnoticed while it is read.
     pub in_use: bool,
 }
 
 /// Why an image could not be opened.
 #[derive(Debug, Error)]
 pub enum ImageError {
-    /// Reading or parsing failed.
+    /// A file of the image could not be read, or its headers not understood.
     #[error(transparent)]
     Read(#[from] ReadError),
+    /// Nothing there, or no right to read it.
+    #[error("cannot open {}: {source}", .path.display())]
+    Open {
+        /// The path.
+        path: PathBuf,
+        /// What the operating system said.
+        source: io::Error,
+    },
     /// Neither a file nor a device.
     #[error("{} is {what}: publish a file, a device, or a directory", .path.display())]
     NotAnImage {
@@ -90,9 +93,115 @@ pub enum ImageError {
         /// What it is.
         what: &'static str,
     },
+    /// QEMU's tools are needed and not there.
+    #[error("reading {} ({format}) takes qemu-img and qemu-nbd: install the Debian package qemu-utils, or publish the bytes as they are with --as file", .path.display())]
+    NeedsQemu {
+        /// The image.
+        path: PathBuf,
+        /// Its format.
+        format: Format,
+    },
+    /// QEMU's tools could not read the image.
+    #[error("{tool} cannot read {}: {why}", .path.display())]
+    Qemu {
+        /// The image.
+        path: PathBuf,
+        /// Which tool.
+        tool: &'static str,
+        /// What it said.
+        why: String,
+    },
+}
+
+impl ImageError {
+    fn open(path: &Path, source: io::Error) -> Self {
+        Self::Open {
+            path: path.into(),
+            source,
+        }
+    }
 }
 
 /// Opens a file, device or disk image for publishing.
-pub fn open(_path: &Path, _options: &ImageOptions) -> Result<OpenedImage, ImageError> {
-    todo!()
+///
+/// Files that an image refers to (backing files, external data, extents) are opened wherever they lie on this machine, but nowhere else.
+pub fn open(path: &Path, options: &ImageOptions) -> Result<OpenedImage, ImageError> {
+    let metadata = std::fs::metadata(path).map_err(|e| ImageError::open(path, e))?;
+    let not_an_image = |what| {
+        Err(ImageError::NotAnImage {
+            path: path.into(),
+            what,
+        })
+    };
+    match metadata.file_type() {
+        kind if kind.is_file() => open_file(path, options),
+        kind if kind.is_block_device() => open_device(path, options),
+        kind if kind.is_dir() => not_an_image("a directory"),
+        kind if kind.is_char_device() => not_an_image("a character device"),
+        kind if kind.is_fifo() => not_an_image("a named pipe"),
+        _ => not_an_image("a socket"),
+    }
+}
+
+fn open_device(path: &Path, options: &ImageOptions) -> Result<OpenedImage, ImageError> {
+    let (file, in_use) = RawSource::open_device(path)?;
+    let kind = if options.read_as == ReadAs::File {
+        ImageKind::File
+    } else {
+        ImageKind::Disk
+    };
+    Ok(OpenedImage {
+        source: Box::new(RawSource::device(path, file)?),
+        kind,
+        format: Format::Device,
+        in_use,
+    })
+}
+
+fn open_file(path: &Path, options: &ImageOptions) -> Result<OpenedImage, ImageError> {
+    let file = File::open(path).map_err(|e| ImageError::open(path, e))?;
+    let opened = |source: Box<dyn Source>, kind, format| OpenedImage {
+        source,
+        kind,
+        format,
+        in_use: false,
+    };
+    if options.read_as == ReadAs::File {
+        return Ok(opened(
+            Box::new(RawSource::file(path, file)?),
+            ImageKind::File,
+            Format::Raw,
+        ));
+    }
+    let len = file
+        .metadata()
+        .map_err(|e| ImageError::open(path, e))?
+        .len();
+    let probe = Probe::read(&file, len).map_err(|e| ReadError::io(path, 0, e))?;
+    let format = probe.format();
+    let source: Box<dyn Source> = match format {
+        Format::Raw | Format::Device => {
+            let disk = options.read_as == ReadAs::Disk || probe.looks_like_disk();
+            let kind = if disk {
+                ImageKind::Disk
+            } else {
+                ImageKind::File
+            };
+            return Ok(opened(
+                Box::new(RawSource::file(path, file)?),
+                kind,
+                Format::Raw,
+            ));
+        }
+        Format::Qcow2 => {
+            let chain = chain::open(path, file)?;
+            if chain.needs_qemu {
+                Box::new(QemuSource::open(path, format)?)
+            } else {
+                Box::new(Qcow2Source::new(chain)?)
+            }
+        }
+        _ => Box::new(QemuSource::open(path, format)?),
+    };
+    Ok(opened(source, ImageKind::Disk, format))
 }

@@ -59,7 +59,12 @@ impl Assembler {
     }
 
     /// Takes the next slab with the hashes of its spans; adds the runs to the index.
-    pub fn push(&mut self, slab: &Arc<Slab>, hashes: &[FrameHash], index: &mut IndexBuilder) -> Result<(), BuildError> {
+    pub fn push(
+        &mut self,
+        slab: &Arc<Slab>,
+        hashes: &[FrameHash],
+        index: &mut IndexBuilder,
+    ) -> Result<(), BuildError> {
         let mut hashes = hashes.iter();
         for piece in &slab.pieces {
             let (len, from) = match *piece {
@@ -72,7 +77,11 @@ impl Assembler {
                     (len as u64, self.place(slab, at, len, strong, hash)?)
                 }
             };
-            index.push_run(Run { start: self.position, len, from })?;
+            index.push_run(Run {
+                start: self.position,
+                len,
+                from,
+            })?;
             self.position += len;
         }
         // A frame that goes on in the next slab must not hold this one: its buffer is needed to read on.
@@ -88,12 +97,23 @@ impl Assembler {
     }
 
     /// Says which bytes of which frame make a span.
-    fn place(&mut self, slab: &Arc<Slab>, at: usize, len: usize, strong: bool, hash: FrameHash) -> Result<RunFrom, BuildError> {
+    fn place(
+        &mut self,
+        slab: &Arc<Slab>,
+        at: usize,
+        len: usize,
+        strong: bool,
+        hash: FrameHash,
+    ) -> Result<RunFrom, BuildError> {
         if let Some(&(id, offset)) = self.seen.get(&hash) {
             self.repeated += len as u64;
             return Ok(RunFrom::Frame { id, offset });
         }
-        if self.open.as_ref().is_some_and(|open| open.len + len > self.frame_max || open.spans.len() == MAX_SPANS) {
+        if self
+            .open
+            .as_ref()
+            .is_some_and(|open| open.len + len > self.frame_max || open.spans.len() == MAX_SPANS)
+        {
             self.close();
         }
         let id = self.next_id;
@@ -112,7 +132,11 @@ impl Assembler {
 
     fn close(&mut self) {
         if let Some(OpenFrame { bytes, spans, .. }) = self.open.take() {
-            self.closed.push_back(ClosedFrame { id: self.next_id, bytes, spans });
+            self.closed.push_back(ClosedFrame {
+                id: self.next_id,
+                bytes,
+                spans,
+            });
             // Wraps only where the index refuses the frame.
             self.next_id = self.next_id.wrapping_add(1);
         }
@@ -121,10 +145,24 @@ impl Assembler {
 
 impl OpenFrame {
     fn new(slab: &Arc<Slab>, at: usize) -> Self {
-        Self { bytes: FrameBytes::InSlab { slab: slab.clone(), range: at..at }, len: 0, spans: Vec::new() }
+        Self {
+            bytes: FrameBytes::InSlab {
+                slab: slab.clone(),
+                range: at..at,
+            },
+            len: 0,
+            spans: Vec::new(),
+        }
     }
 
-    fn append(&mut self, slab: &Arc<Slab>, at: usize, len: usize, hash: FrameHash, frame_max: usize) {
+    fn append(
+        &mut self,
+        slab: &Arc<Slab>,
+        at: usize,
+        len: usize,
+        hash: FrameHash,
+        frame_max: usize,
+    ) {
         let adjoins = matches!(&self.bytes, FrameBytes::InSlab { range, .. } if range.end == at);
         if !adjoins {
             self.own(frame_max);
@@ -134,7 +172,10 @@ impl OpenFrame {
             FrameBytes::Owned(bytes) => bytes.extend_from_slice(slab.bytes(at, len)),
         }
         self.len += len;
-        self.spans.push(Span { len: len as u32, hash });
+        self.spans.push(Span {
+            len: len as u32,
+            hash,
+        });
     }
 
     fn own(&mut self, frame_max: usize) {

@@ -51,7 +51,9 @@ pub enum FrameFault {
         references: usize,
     },
     /// Another content than the index says.
-    #[error("its content has hash {found:?}, not {expected:?}: the pack, or what the frame refers to, is not what was published")]
+    #[error(
+        "its content has hash {found:?}, not {expected:?}: the pack, or what the frame refers to, is not what was published"
+    )]
     Hash {
         /// By the index.
         expected: FrameHash,
@@ -70,24 +72,43 @@ pub struct Compressor {
 impl Compressor {
     /// Compresses at a zstd level.
     pub fn new(level: i32) -> Self {
-        Self { context: CCtx::create(), buffer: Vec::new(), level }
+        Self {
+            context: CCtx::create(),
+            buffer: Vec::new(),
+            level,
+        }
     }
 
     /// Compresses content on its own.
     pub fn compress(&mut self, content: &[u8]) -> Result<Packed, FrameFault> {
         self.buffer.clear();
-        self.buffer.reserve(zstd_safe::compress_bound(content.len()));
+        self.buffer
+            .reserve(zstd_safe::compress_bound(content.len()));
         let level = CParameter::CompressionLevel(self.level);
-        self.context.set_parameter(level).and_then(|_| self.context.compress2(&mut self.buffer, content)).map_err(fault)?;
+        self.context
+            .set_parameter(level)
+            .and_then(|_| self.context.compress2(&mut self.buffer, content))
+            .map_err(fault)?;
         let enough = self.buffer.len() < content.len() - content.len() / LEAST_SAVING;
-        Ok(if enough { Packed::Zstd(self.buffer.clone()) } else { Packed::Stored })
+        Ok(if enough {
+            Packed::Zstd(self.buffer.clone())
+        } else {
+            Packed::Stored
+        })
     }
 
     /// Compresses content against references: a zstd frame in any case.
-    pub fn compress_against(&mut self, content: &[u8], references: &[u8]) -> Result<Vec<u8>, FrameFault> {
+    pub fn compress_against(
+        &mut self,
+        content: &[u8],
+        references: &[u8],
+    ) -> Result<Vec<u8>, FrameFault> {
         // A context must not outlive its prefix, so each such frame has its own.
         let mut context = CCtx::create();
-        let window = (content.len() + references.len()).max(1 << 10).next_power_of_two().ilog2();
+        let window = (content.len() + references.len())
+            .max(1 << 10)
+            .next_power_of_two()
+            .ilog2();
         let mut packed = Vec::with_capacity(zstd_safe::compress_bound(content.len()));
         context
             .set_parameter(CParameter::CompressionLevel(self.level))
@@ -99,57 +120,97 @@ impl Compressor {
     }
 }
 
-/// Decodes frames; keeps zstd's tables from frame to frame.
+/// Decodes frames; keeps zstd's tables and its input buffer from frame to frame.
 pub struct Decoder {
     context: DCtx<'static>,
+    packed: Vec<u8>,
 }
 
 impl Default for Decoder {
     fn default() -> Self {
-        Self { context: DCtx::create() }
+        Self {
+            context: DCtx::create(),
+            packed: Vec::new(),
+        }
     }
 }
 
 impl Decoder {
-    /// Decodes a frame from its bytes in the pack and the content of its references, and checks its hash.
+    /// Decodes a frame and checks its hash: `read_packed` fills a buffer with its bytes in the pack, `references` is the
+    /// content that it refers to.
     ///
     /// Never makes more than the frame's length, whatever the pack says: the buffer has that size, and zstd writes
     /// nowhere else.
-    pub fn decode(&mut self, frame: &Frame, packed: Vec<u8>, references: &[u8]) -> Result<Vec<u8>, FrameFault> {
+    pub fn decode<E: From<FrameFault>>(
+        &mut self,
+        frame: &Frame,
+        read_packed: impl FnOnce(&mut [u8]) -> Result<(), E>,
+        references: &[u8],
+    ) -> Result<Vec<u8>, E> {
+        let content = if frame.codec == Codec::Stored {
+            let mut content = vec![0; frame.pack_len as usize];
+            read_packed(&mut content)?;
+            content
+        } else {
+            self.packed.resize(frame.pack_len as usize, 0);
+            read_packed(&mut self.packed)?;
+            self.unpack(frame, references)?
+        };
+        check(frame, &content)?;
+        Ok(content)
+    }
+
+    fn unpack(&mut self, frame: &Frame, references: &[u8]) -> Result<Vec<u8>, FrameFault> {
         let len = frame.len as usize;
-        let content = match frame.codec {
-            Codec::Stored => packed,
-            Codec::Zstd => decompress(&mut self.context, &packed, len)?,
+        match frame.codec {
             // A context must not outlive its prefix, so each such frame has its own.
             Codec::ZstdReferences => {
                 let mut context = DCtx::create();
                 context.ref_prefix(references).map_err(fault)?;
-                decompress(&mut context, &packed, len)?
+                decompress(&mut context, &self.packed, len)
             }
             Codec::Difference => {
-                let mut content = decompress(&mut self.context, &packed, len)?;
                 if references.len() < len {
-                    return Err(FrameFault::Difference { len, references: references.len() });
+                    return Err(FrameFault::Difference {
+                        len,
+                        references: references.len(),
+                    });
                 }
-                content.iter_mut().zip(references).for_each(|(byte, old)| *byte = byte.wrapping_add(*old));
+                let mut content = decompress(&mut self.context, &self.packed, len)?;
                 content
+                    .iter_mut()
+                    .zip(references)
+                    .for_each(|(byte, old)| *byte = byte.wrapping_add(*old));
+                Ok(content)
             }
-        };
-        if content.len() != len {
-            return Err(FrameFault::Length { expected: len, found: content.len() });
+            Codec::Stored | Codec::Zstd => decompress(&mut self.context, &self.packed, len),
         }
-        let found = FrameHash::of(&content);
-        if found != frame.hash {
-            return Err(FrameFault::Hash { expected: frame.hash, found });
-        }
-        Ok(content)
+    }
+}
+
+fn check(frame: &Frame, content: &[u8]) -> Result<(), FrameFault> {
+    if content.len() != frame.len as usize {
+        return Err(FrameFault::Length {
+            expected: frame.len as usize,
+            found: content.len(),
+        });
+    }
+    match FrameHash::of(content) {
+        found if found == frame.hash => Ok(()),
+        found => Err(FrameFault::Hash {
+            expected: frame.hash,
+            found,
+        }),
     }
 }
 
 fn decompress(context: &mut DCtx<'_>, packed: &[u8], len: usize) -> Result<Vec<u8>, FrameFault> {
     let used = zstd_safe::find_frame_compressed_size(packed).map_err(fault)?;
     if used != packed.len() {
-        return Err(FrameFault::Trailing { packed: packed.len(), used });
+        return Err(FrameFault::Trailing {
+            packed: packed.len(),
+            used,
+        });
     }
     let mut content = Vec::with_capacity(len);
     context.decompress(&mut content, packed).map_err(fault)?;

@@ -50,12 +50,19 @@ pub(super) struct Cut {
 impl Cutter {
     /// Cuts for content of `size` bytes, in frames of at most `frame_max`.
     pub fn new(cuts: Cuts, size: u64, frame_max: usize) -> Self {
-        let wanted = (size / SPAN_COUNT * 2).next_power_of_two().min(MAX_SPAN_LEN as u64) as usize;
+        let wanted = (size / SPAN_COUNT * 2)
+            .next_power_of_two()
+            .min(MAX_SPAN_LEN as u64) as usize;
         let max = wanted.max(SPAN_LEN).min(frame_max);
         // Half of the longest on average: the shortest, a quarter, and a geometric distribution above it.
         let min = max / 4;
         let step = if cuts == Cuts::Pages { PAGE_LEN } else { 1 };
-        Self { cuts, min, max, bits: (max / 4 / step).max(2).ilog2() }
+        Self {
+            cuts,
+            min,
+            max,
+            bits: (max / 4 / step).max(2).ilog2(),
+        }
     }
 
     /// Longest span.
@@ -76,15 +83,32 @@ impl Cutter {
 
     /// A gear hash (as in FastCDC, Xia et al., ATC 2016): each step shifts the oldest byte out.
     fn cut_at_byte(&self, data: &[u8]) -> Cut {
-        let warm = self.min.saturating_sub(WINDOW_LEN).min(data.len());
-        let mut hash = 0u64;
-        for (i, &byte) in data.iter().enumerate().skip(warm) {
-            hash = (hash << 1).wrapping_add(GEAR[usize::from(byte)]);
-            if hash >> (64 - self.bits) == 0 && i + 1 >= self.min {
-                return Cut { len: i + 1, strong: self.is_strong(hash) };
-            }
+        let step = |hash: u64, byte: &u8| (hash << 1).wrapping_add(GEAR[usize::from(*byte)]);
+        let Some(first) = (self.min - 1)
+            .checked_sub(WINDOW_LEN)
+            .filter(|_| data.len() > self.min)
+        else {
+            return Cut {
+                len: data.len(),
+                strong: false,
+            };
+        };
+        let mut hash = data[first..self.min - 1].iter().fold(0, step);
+        let limit = 1 << (64 - self.bits);
+        let found = data[self.min - 1..].iter().position(|byte| {
+            hash = step(hash, byte);
+            hash < limit
+        });
+        match found {
+            Some(at) => Cut {
+                len: self.min + at,
+                strong: self.is_strong(hash),
+            },
+            None => Cut {
+                len: data.len(),
+                strong: false,
+            },
         }
-        Cut { len: data.len(), strong: false }
     }
 
     /// The last page before the cut decides: 64 words of it, one a cache line.
@@ -95,14 +119,21 @@ impl Cutter {
             if end >= self.min.max(PAGE_LEN) {
                 let hash = page_hash(&data[end - PAGE_LEN..end]);
                 if hash >> (64 - self.bits) == 0 {
-                    return Cut { len: end, strong: self.is_strong(hash) };
+                    return Cut {
+                        len: end,
+                        strong: self.is_strong(hash),
+                    };
                 }
             }
             end += PAGE_LEN;
         }
         // Only the end of a run of data, or the longest span, cuts within a page.
         let last = end.saturating_sub(PAGE_LEN);
-        let len = if data.len() == self.max && last > 0 { last } else { data.len() };
+        let len = if data.len() == self.max && last > 0 {
+            last
+        } else {
+            data.len()
+        };
         Cut { len, strong: false }
     }
 
@@ -113,7 +144,9 @@ impl Cutter {
 
 fn page_hash(page: &[u8]) -> u64 {
     page.chunks_exact(64).fold(0, |hash: u64, line| {
-        let word = u64::from_le_bytes([line[0], line[1], line[2], line[3], line[4], line[5], line[6], line[7]]);
+        let word = u64::from_le_bytes([
+            line[0], line[1], line[2], line[3], line[4], line[5], line[6], line[7],
+        ]);
         (hash.rotate_left(23) ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15)
     })
 }
@@ -157,8 +190,8 @@ pub(super) fn zero_runs(data: &[u8], at: u64) -> Vec<Range<usize>> {
 }
 
 fn is_zero(page: &[u8]) -> bool {
-    // Most pages differ in the first line; folding a line at a time lets the compiler use wide registers.
-    page.chunks_exact(64).all(|line| line.iter().fold(0, |any, byte| any | byte) == 0)
+    // Most pages differ in the first line; comparing a line at a time uses wide registers.
+    page.chunks_exact(64).all(|line| line == [0; 64])
 }
 
 #[cfg(test)]
@@ -191,7 +224,10 @@ mod tests {
             let lens: Vec<_> = ends.windows(2).map(|w| w[1] - w[0]).collect();
             let (last, all) = lens.split_last().unwrap();
             assert!(*last <= cutter.max);
-            assert!(all.iter().all(|len| (cutter.min..=cutter.max).contains(len)));
+            assert!(
+                all.iter()
+                    .all(|len| (cutter.min..=cutter.max).contains(len))
+            );
             let mean = (16 << 20) / lens.len();
             assert!((48 << 10..80 << 10).contains(&mean), "{cuts:?}: {mean}");
         }
@@ -206,16 +242,29 @@ mod tests {
             let moved = [random(3, inserted), plain.clone()].concat();
             let before = spans(&cutter, &plain);
             let after = spans(&cutter, &moved);
-            let common = before.iter().filter(|end| after.contains(&(**end + inserted))).count();
-            assert!(common * 10 > before.len() * 8, "{cuts:?}: {common} of {}", before.len());
+            let common = before
+                .iter()
+                .filter(|end| after.contains(&(**end + inserted)))
+                .count();
+            assert!(
+                common * 10 > before.len() * 8,
+                "{cuts:?}: {common} of {}",
+                before.len()
+            );
         }
     }
 
     #[test]
     fn spans_grow_only_with_huge_content() {
         assert_eq!(Cutter::new(Cuts::Bytes, 128 << 30, 1 << 20).max(), SPAN_LEN);
-        assert_eq!(Cutter::new(Cuts::Bytes, 256 << 30, 1 << 20).max(), 2 * SPAN_LEN);
-        assert_eq!(Cutter::new(Cuts::Bytes, 1 << 50, 16 << 20).max(), MAX_SPAN_LEN);
+        assert_eq!(
+            Cutter::new(Cuts::Bytes, 256 << 30, 1 << 20).max(),
+            2 * SPAN_LEN
+        );
+        assert_eq!(
+            Cutter::new(Cuts::Bytes, 1 << 50, 16 << 20).max(),
+            MAX_SPAN_LEN
+        );
         assert_eq!(Cutter::new(Cuts::Bytes, 128 << 30, 4096).max(), 4096);
     }
 
@@ -248,7 +297,7 @@ mod tests {
             let data = random(at, len);
             let cut = cutter.cut(&data, at).len;
             prop_assert!((1..=cutter.max().min(len)).contains(&cut));
-            prop_assert!(cut == len || (at + cut as u64) % PAGE_LEN as u64 == 0);
+            prop_assert!(cut == len || (at + cut as u64).is_multiple_of(PAGE_LEN as u64));
         }
     }
 }

@@ -4,7 +4,7 @@
 //! neither memory nor time; and it ends between spans, so that every span lies in one piece in one slab.
 //! Hashing and compressing slabs is the business of `work`.
 
-use std::iter::Peekable;
+use std::iter::{self, Peekable};
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::SyncSender;
@@ -82,7 +82,9 @@ impl Slab {
 
     /// The content of a range where the slab has it in one piece.
     pub fn whole(&self, range: &Range<u64>) -> Option<&[u8]> {
-        let i = self.regions.partition_point(|region| region.start + region.len <= range.start);
+        let i = self
+            .regions
+            .partition_point(|region| region.start + region.len <= range.start);
         let region = self.regions.get(i)?;
         let fits = region.start <= range.start && range.end <= region.start + region.len;
         let at = region.at.filter(|_| fits)? + (range.start - region.start) as usize;
@@ -123,7 +125,13 @@ pub(super) struct SlabReader<'a> {
 }
 
 impl<'a> SlabReader<'a> {
-    pub fn new(source: &'a dyn Source, cutter: Cutter, frame_max: usize, progress: &'a dyn Progress, stop: &'a AtomicBool) -> Self {
+    pub fn new(
+        source: &'a dyn Source,
+        cutter: Cutter,
+        frame_max: usize,
+        progress: &'a dyn Progress,
+        stop: &'a AtomicBool,
+    ) -> Self {
         Self {
             source,
             progress,
@@ -134,7 +142,10 @@ impl<'a> SlabReader<'a> {
             extent: None,
             parts: source.parts().map(Iterator::peekable),
             open_parts: Vec::new(),
-            next_part: Part { index: 0, range: 0..0 },
+            next_part: Part {
+                index: 0,
+                range: 0..0,
+            },
             position: 0,
             ended: false,
             carry: Vec::new(),
@@ -143,7 +154,11 @@ impl<'a> SlabReader<'a> {
     }
 
     /// Reads the next slab into a buffer of [`SLAB_LEN`] bytes; none at the end of the source.
-    pub fn next(&mut self, mut bytes: Vec<u8>, home: &SyncSender<Vec<u8>>) -> Result<Option<Slab>, EncodeError> {
+    pub fn next(
+        &mut self,
+        mut bytes: Vec<u8>,
+        home: &SyncSender<Vec<u8>>,
+    ) -> Result<Option<Slab>, EncodeError> {
         let started = Instant::now();
         let start = self.position - self.carry.len() as u64;
         let (mut regions, ended) = self.fill(&mut bytes)?;
@@ -159,7 +174,14 @@ impl<'a> SlabReader<'a> {
         self.carry_over(&bytes, &mut regions, end);
         let parts = self.parts_before(end, ended);
         self.times.1 += started.elapsed();
-        Ok(Some(Slab { bytes, range: start..end, regions, pieces, parts, home: home.clone() }))
+        Ok(Some(Slab {
+            bytes,
+            range: start..end,
+            regions,
+            pieces,
+            parts,
+            home: home.clone(),
+        }))
     }
 
     /// Fills the buffer; says what lies in it, and whether that is the last of the source.
@@ -168,24 +190,39 @@ impl<'a> SlabReader<'a> {
         bytes[..filled].copy_from_slice(&self.carry);
         let mut regions = Vec::new();
         if filled > 0 {
-            regions.push(Region { start: self.position - filled as u64, len: filled as u64, at: Some(0) });
+            regions.push(Region {
+                start: self.position - filled as u64,
+                len: filled as u64,
+                at: Some(0),
+            });
             self.carry.clear();
         }
         while filled < bytes.len() && regions.len() < MAX_REGIONS {
             if self.progress.cancelled() || self.stop.load(Ordering::Relaxed) {
                 return Err(EncodeError::Cancelled);
             }
-            let Some((range, zero)) = self.next_extent()? else { return Ok((regions, true)) };
-            let room = if zero { u64::MAX } else { READ_LEN.min((bytes.len() - filled) as u64) };
+            let Some((range, zero)) = self.next_extent()? else {
+                return Ok((regions, true));
+            };
+            let room = if zero {
+                u64::MAX
+            } else {
+                READ_LEN.min((bytes.len() - filled) as u64)
+            };
             let len = room.min(range.end - range.start);
             let at = (!zero).then_some(filled);
             if !zero {
-                self.source.read_at(range.start, &mut bytes[filled..filled + len as usize])?;
+                self.source
+                    .read_at(range.start, &mut bytes[filled..filled + len as usize])?;
                 filled += len as usize;
             }
             match regions.last_mut() {
                 Some(last) if last.at.is_some() == at.is_some() => last.len += len,
-                _ => regions.push(Region { start: range.start, len, at }),
+                _ => regions.push(Region {
+                    start: range.start,
+                    len,
+                    at,
+                }),
             }
             self.progress.read(len);
             self.position = range.start + len;
@@ -198,12 +235,26 @@ impl<'a> SlabReader<'a> {
         if let Some(extent) = self.extent.take() {
             return Ok(Some(extent));
         }
-        let next = self.extents.next().transpose()?.map(|extent| (extent.range, extent.zero));
+        let next = self
+            .extents
+            .next()
+            .transpose()?
+            .map(|extent| (extent.range, extent.zero));
         let fits = match &next {
-            Some((range, _)) => range.start == self.position && range.start < range.end && range.end <= self.source.len(),
+            Some((range, _)) => {
+                range.start == self.position
+                    && range.start < range.end
+                    && range.end <= self.source.len()
+            }
             None => self.position == self.source.len(),
         };
-        if fits { Ok(next) } else { Err(EncodeError::Extents { offset: self.position }) }
+        if fits {
+            Ok(next)
+        } else {
+            Err(EncodeError::Extents {
+                offset: self.position,
+            })
+        }
     }
 
     /// Takes the parts that begin at or before a byte, so that each cut there knows what lies on both sides.
@@ -213,17 +264,27 @@ impl<'a> SlabReader<'a> {
             && let Some(len) = parts.next()
         {
             let start = self.next_part.range.start;
-            self.open_parts.push(Part { index: self.next_part.index, range: start..start + len });
-            self.next_part = Part { index: self.next_part.index + 1, range: start + len..start + len };
+            self.open_parts.push(Part {
+                index: self.next_part.index,
+                range: start..start + len,
+            });
+            self.next_part = Part {
+                index: self.next_part.index + 1,
+                range: start + len..start + len,
+            };
         }
     }
 
     fn check_parts(&mut self) -> Result<(), EncodeError> {
-        let Some(parts) = &mut self.parts else { return Ok(()) };
+        let Some(parts) = &mut self.parts else {
+            return Ok(());
+        };
         if parts.peek().is_none() && self.next_part.range.start == self.source.len() {
             return Ok(());
         }
-        Err(EncodeError::Parts { len: self.source.len() })
+        Err(EncodeError::Parts {
+            len: self.source.len(),
+        })
     }
 
     /// Cuts what was read; the end says how far, as the last span may go on in the next slab.
@@ -240,7 +301,10 @@ impl<'a> SlabReader<'a> {
             let data = &bytes[at..at + region.len as usize];
             let goes_on = i + 1 == regions.len() && !ended;
             let mut done = 0;
-            for zeros in cut::zero_runs(data, region.start).into_iter().chain([data.len()..data.len()]) {
+            for zeros in cut::zero_runs(data, region.start)
+                .into_iter()
+                .chain(iter::once(data.len()..data.len()))
+            {
                 // The last span may go on beyond what was read, and so may zeros at the end of it.
                 let open = goes_on && zeros.is_empty();
                 while done < zeros.start {
@@ -249,11 +313,17 @@ impl<'a> SlabReader<'a> {
                         return (pieces, region.start + done as u64);
                     }
                     let (len, strong) = self.next_cut(left, region.start + done as u64, &mut ends);
-                    pieces.push(Piece::Span { at: at + done, len, strong });
+                    pieces.push(Piece::Span {
+                        at: at + done,
+                        len,
+                        strong,
+                    });
                     done += len;
                 }
                 if !zeros.is_empty() {
-                    pieces.push(Piece::Zero { len: zeros.len() as u64 });
+                    pieces.push(Piece::Zero {
+                        len: zeros.len() as u64,
+                    });
                     done = zeros.end;
                 }
             }
@@ -265,10 +335,19 @@ impl<'a> SlabReader<'a> {
     fn part_ends(&self) -> impl Iterator<Item = (u64, u64, u64)> {
         let len = |part: &Part| part.range.end - part.range.start;
         let next = self.open_parts.iter().skip(1).map(len).chain([0]);
-        self.open_parts.iter().zip(next).filter(|(part, _)| !part.range.is_empty()).map(move |(part, next)| (part.range.end, len(part), next))
+        self.open_parts
+            .iter()
+            .zip(next)
+            .filter(|(part, _)| !part.range.is_empty())
+            .map(move |(part, next)| (part.range.end, len(part), next))
     }
 
-    fn next_cut(&self, data: &[u8], at: u64, ends: &mut Peekable<impl Iterator<Item = (u64, u64, u64)>>) -> (usize, bool) {
+    fn next_cut(
+        &self,
+        data: &[u8],
+        at: u64,
+        ends: &mut Peekable<impl Iterator<Item = (u64, u64, u64)>>,
+    ) -> (usize, bool) {
         while ends.next_if(|(end, ..)| *end <= at).is_some() {}
         while let Some(&(end, len, next)) = ends.peek() {
             if end > at + self.cutter.max().min(data.len()) as u64 {
@@ -276,7 +355,14 @@ impl<'a> SlabReader<'a> {
             }
             if len >= SMALL_PART_LEN || next >= SMALL_PART_LEN || end - at >= SMALL_PART_LEN {
                 let cut = self.cutter.cut(&data[..(end - at) as usize], at);
-                return (cut.len, if at + cut.len as u64 == end { next >= self.long_part } else { cut.strong });
+                return (
+                    cut.len,
+                    if at + cut.len as u64 == end {
+                        next >= self.long_part
+                    } else {
+                        cut.strong
+                    },
+                );
             }
             ends.next();
         }
@@ -286,10 +372,13 @@ impl<'a> SlabReader<'a> {
 
     /// Leaves to the next slab what lies beyond the end of this one.
     fn carry_over(&mut self, bytes: &[u8], regions: &mut Vec<Region>, end: u64) {
-        let Some(last) = regions.last_mut() else { return };
+        let Some(last) = regions.last_mut() else {
+            return;
+        };
         let kept = end - last.start;
         if let Some(at) = last.at {
-            self.carry.extend_from_slice(&bytes[at + kept as usize..at + last.len as usize]);
+            self.carry
+                .extend_from_slice(&bytes[at + kept as usize..at + last.len as usize]);
         }
         last.len = kept;
         if kept == 0 {
@@ -301,8 +390,14 @@ impl<'a> SlabReader<'a> {
     fn parts_before(&mut self, end: u64, ended: bool) -> Vec<Part> {
         let last = ended && end == self.source.len();
         let touching = |part: &&Part| part.range.start < end || last;
-        let parts = self.open_parts.iter().take_while(touching).cloned().collect();
-        self.open_parts.retain(|part| part.range.end > end || (!last && part.range.start >= end));
+        let parts = self
+            .open_parts
+            .iter()
+            .take_while(touching)
+            .cloned()
+            .collect();
+        self.open_parts
+            .retain(|part| part.range.end > end || (!last && part.range.start >= end));
         parts
     }
 }

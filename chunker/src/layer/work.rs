@@ -53,16 +53,23 @@ pub(super) enum Event {
         took: Duration,
     },
     /// The source is read to the end, in so many slabs.
-    End { slabs: u64, read: Duration, cut: Duration },
+    End {
+        slabs: u64,
+        read: Duration,
+        cut: Duration,
+    },
     /// A stage failed, and everything stops.
     Failed(EncodeError),
-    /// A stage panicked; the panic goes on when its thread is joined.
-    Panicked,
+    /// A stage ended early: joining its thread tells why, or passes its panic on.
+    Stopped,
 }
 
 /// A frame's content: where it lies in one piece in a slab, it is not copied.
 pub(super) enum FrameBytes {
-    InSlab { slab: Arc<Slab>, range: Range<usize> },
+    InSlab {
+        slab: Arc<Slab>,
+        range: Range<usize>,
+    },
     Owned(Vec<u8>),
 }
 
@@ -81,7 +88,7 @@ pub(super) struct PanicGuard(pub SyncSender<Event>);
 impl Drop for PanicGuard {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            let _ = self.0.send(Event::Panicked);
+            let _ = self.0.send(Event::Stopped);
         }
     }
 }
@@ -98,12 +105,24 @@ pub(super) fn run_worker(jobs: &Mutex<Receiver<Job>>, events: SyncSender<Event>,
         let event = match job {
             Job::Hash { sequence, slab } => {
                 let (spans, parts) = hash_slab(&slab);
-                Event::Hashed { sequence, slab, spans, parts, took: started.elapsed() }
+                Event::Hashed {
+                    sequence,
+                    slab,
+                    spans,
+                    parts,
+                    took: started.elapsed(),
+                }
             }
             Job::Compress { id, bytes, hash } => {
                 let hash = hash.unwrap_or_else(|| FrameHash::of(bytes.as_slice()));
                 match compressor.compress(bytes.as_slice()) {
-                    Ok(packed) => Event::Compressed { id, packed, bytes, hash, took: started.elapsed() },
+                    Ok(packed) => Event::Compressed {
+                        id,
+                        packed,
+                        bytes,
+                        hash,
+                        took: started.elapsed(),
+                    },
                     Err(why) => Event::Failed(EncodeError::Compress { frame: id, why }),
                 }
             }
@@ -130,18 +149,32 @@ fn hash_slab(slab: &Slab) -> (Vec<FrameHash>, Vec<(usize, RootHash)>) {
         }
     }
     let part_hash = |part: &Part| {
-        let bytes = if part.range.is_empty() { &[] } else { slab.whole(&part.range)? };
+        let bytes = if part.range.is_empty() {
+            &[]
+        } else {
+            slab.whole(&part.range)?
+        };
         // A part that is one span was hashed already.
-        let span = spans.binary_search_by_key(&part.range.start, |(range, _)| range.start).ok();
-        let known = span.map(|i| &spans[i]).filter(|(range, _)| *range == part.range);
-        Some((part.index, known.map_or_else(|| RootHash::of(bytes), |(_, hash)| *hash)))
+        let span = spans
+            .binary_search_by_key(&part.range.start, |(range, _)| range.start)
+            .ok();
+        let known = span
+            .map(|i| &spans[i])
+            .filter(|(range, _)| *range == part.range);
+        Some((
+            part.index,
+            known.map_or_else(|| RootHash::of(bytes), |(_, hash)| *hash),
+        ))
     };
     let parts = slab.parts.iter().filter_map(part_hash).collect();
     (hashes, parts)
 }
 
 /// Hashes the content in order: a stream's tree.
-pub(super) fn hash_stream<S: ReadAt + WriteAt>(slabs: &Receiver<Arc<Slab>>, storage: S) -> Result<(Tree, S), HashError> {
+pub(super) fn hash_stream<S: ReadAt + WriteAt>(
+    slabs: &Receiver<Arc<Slab>>,
+    storage: S,
+) -> Result<(Tree, S), HashError> {
     let mut hasher = TreeHasher::with_storage(storage);
     for slab in slabs {
         for region in &slab.regions {
@@ -159,7 +192,11 @@ pub(super) fn hash_parts(slabs: &Receiver<Arc<Slab>>) -> Vec<(usize, RootHash)> 
     let mut hashes = Vec::new();
     let mut hasher = blake3::Hasher::new();
     for slab in slabs {
-        for part in slab.parts.iter().filter(|part| !part.range.is_empty() && slab.whole(&part.range).is_none()) {
+        for part in slab
+            .parts
+            .iter()
+            .filter(|part| !part.range.is_empty() && slab.whole(&part.range).is_none())
+        {
             for region in &slab.regions {
                 let start = region.start.max(part.range.start);
                 let end = (region.start + region.len).min(part.range.end);
@@ -168,13 +205,21 @@ pub(super) fn hash_parts(slabs: &Receiver<Arc<Slab>>) -> Vec<(usize, RootHash)> 
                 }
                 match region.at {
                     Some(at) => {
-                        hasher.update(slab.bytes(at + (start - region.start) as usize, (end - start) as usize));
+                        hasher.update(
+                            slab.bytes(
+                                at + (start - region.start) as usize,
+                                (end - start) as usize,
+                            ),
+                        );
                     }
                     None => update_zeros(&mut hasher, end - start),
                 }
             }
             if part.range.end <= slab.range.end {
-                hashes.push((part.index, RootHash::from_bytes(*hasher.finalize().as_bytes())));
+                hashes.push((
+                    part.index,
+                    RootHash::from_bytes(*hasher.finalize().as_bytes()),
+                ));
                 hasher.reset();
             }
         }

@@ -26,7 +26,11 @@ pub struct Difference {
 
 impl std::fmt::Display for Difference {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let path = if self.path.is_root() { ".".to_owned() } else { self.path.to_string() };
+        let path = if self.path.is_root() {
+            ".".to_owned()
+        } else {
+            self.path.to_string()
+        };
         write!(f, "{path}: {}", self.what)
     }
 }
@@ -34,14 +38,28 @@ impl std::fmt::Display for Difference {
 /// Compares a directory with a listing: metadata of everything, contents of files of the right length.
 pub fn verify_tree(listing: &Listing, dir: &Path) -> Result<Vec<Difference>, ScanError> {
     let found = scan(dir, &ScanOptions::default())?;
-    let mut compare = Compare { listing, found: &found, differences: Vec::new(), to_hash: Vec::new() };
+    let mut compare = Compare {
+        listing,
+        found: &found,
+        differences: Vec::new(),
+        to_hash: Vec::new(),
+    };
     compare.entries();
-    let Compare { mut differences, to_hash, .. } = compare;
+    let Compare {
+        mut differences,
+        to_hash,
+        ..
+    } = compare;
     let hashed: Vec<Option<Difference>> = to_hash
         .par_iter()
         .map(|&(file, entry)| {
-            let EntryKind::File { root, .. } = entry.kind else { return Ok(None) };
-            let differs = || Difference { path: entry.path.clone(), what: "its content differs".to_owned() };
+            let EntryKind::File { root, .. } = entry.kind else {
+                return Ok(None);
+            };
+            let differs = || Difference {
+                path: entry.path.clone(),
+                what: "its content differs".to_owned(),
+            };
             Ok::<_, ReadError>((hash(&found, file)? != root).then(differs))
         })
         .collect::<Result<_, _>>()?;
@@ -75,7 +93,10 @@ struct Compare<'a> {
 impl<'a> Compare<'a> {
     /// Goes through both lists side by side.
     fn entries(&mut self) {
-        let (mut wanted, mut found) = (self.listing.entries().iter().peekable(), self.found.entries().iter().peekable());
+        let (mut wanted, mut found) = (
+            self.listing.entries().iter().peekable(),
+            self.found.entries().iter().peekable(),
+        );
         let mut file = 0;
         loop {
             let order = match (wanted.peek(), found.peek()) {
@@ -92,30 +113,52 @@ impl<'a> Compare<'a> {
                 (None, Some(found)) => self.differs(found, "it is not in the listing"),
                 (None, None) => return,
             }
-            file += usize::from(found.is_some_and(|found| matches!(found.kind, EntryKind::File { .. })));
+            file += usize::from(
+                found.is_some_and(|found| matches!(found.kind, EntryKind::File { .. })),
+            );
         }
     }
 
     fn differs(&mut self, entry: &Entry, what: impl Into<String>) {
-        self.differences.push(Difference { path: entry.path.clone(), what: what.into() });
+        self.differences.push(Difference {
+            path: entry.path.clone(),
+            what: what.into(),
+        });
     }
 
     fn entry(&mut self, wanted: &'a Entry, found: &Entry, file: usize) {
         match (&wanted.kind, &found.kind) {
-            (EntryKind::File { size, .. }, EntryKind::File { size: found_size, .. }) => {
+            (
+                EntryKind::File { size, .. },
+                EntryKind::File {
+                    size: found_size, ..
+                },
+            ) => {
                 if size == found_size {
                     self.to_hash.push((file, wanted));
                 } else {
-                    self.differs(wanted, format!("it has {found_size} bytes instead of {size}"));
+                    self.differs(
+                        wanted,
+                        format!("it has {found_size} bytes instead of {size}"),
+                    );
                 }
             }
             (EntryKind::HardLink { to }, EntryKind::HardLink { to: found_to }) => {
-                let (to, found_to) = (&self.listing.entries()[*to as usize].path, &self.found.entries()[*found_to as usize].path);
+                let (to, found_to) = (
+                    &self.listing.entries()[*to as usize].path,
+                    &self.found.entries()[*found_to as usize].path,
+                );
                 if to != found_to {
-                    self.differs(wanted, format!("it is a hard link to {found_to} instead of {to}"));
+                    self.differs(
+                        wanted,
+                        format!("it is a hard link to {found_to} instead of {to}"),
+                    );
                 }
             }
-            (a, b) if a != b => self.differs(wanted, format!("it is {} instead of {}", describe(b), describe(a))),
+            (a, b) if a != b => self.differs(
+                wanted,
+                format!("it is {} instead of {}", describe(b), describe(a)),
+            ),
             _ => {}
         }
         self.metadata(wanted, found);
@@ -125,14 +168,29 @@ impl<'a> Compare<'a> {
         let (a, b) = (&wanted.meta, &found.meta);
         // A symbolic link has no mode of its own.
         if a.mode != b.mode && !matches!(wanted.kind, EntryKind::Symlink { .. }) {
-            self.differs(wanted, format!("its mode is {:04o} instead of {:04o}", b.mode, a.mode));
+            self.differs(
+                wanted,
+                format!("its mode is {:04o} instead of {:04o}", b.mode, a.mode),
+            );
         }
         if (a.uid, a.gid) != (b.uid, b.gid) {
-            self.differs(wanted, format!("its owner is {}:{} instead of {}:{}", b.uid, b.gid, a.uid, a.gid));
+            self.differs(
+                wanted,
+                format!(
+                    "its owner is {}:{} instead of {}:{}",
+                    b.uid, b.gid, a.uid, a.gid
+                ),
+            );
         }
         if a.mtime != b.mtime {
             let (a, b) = (a.mtime, b.mtime);
-            self.differs(wanted, format!("its time is {}.{:09} instead of {}.{:09}", b.0, b.1, a.0, a.1));
+            self.differs(
+                wanted,
+                format!(
+                    "its time is {}.{:09} instead of {}.{:09}",
+                    b.0, b.1, a.0, a.1
+                ),
+            );
         }
         if a.xattrs != b.xattrs {
             self.differs(wanted, "its extended attributes differ");
@@ -147,7 +205,9 @@ fn describe(kind: &EntryKind) -> String {
         EntryKind::Symlink { target } => format!("a symbolic link to {}", target.escape_ascii()),
         EntryKind::HardLink { .. } => "a hard link".to_owned(),
         EntryKind::CharDevice { major, minor } => format!("the character device {major}:{minor}"),
-        EntryKind::BlockDevice { major, minor } => format!("the device of kind block {major}:{minor}"),
+        EntryKind::BlockDevice { major, minor } => {
+            format!("the device of kind block {major}:{minor}")
+        }
         EntryKind::Fifo => "a named pipe".to_owned(),
         EntryKind::Socket => "a socket".to_owned(),
     }

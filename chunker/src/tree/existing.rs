@@ -29,7 +29,9 @@ pub(super) fn make_directories(target: &Target) -> Result<(), RestoreError> {
     let mut parents = Parents::new(&target.root);
     for entry in &target.listing.entries()[1..] {
         if entry.kind == EntryKind::Directory {
-            let dir = parents.of(&entry.path).map_err(target.failed(entry, "making"))?;
+            let dir = parents
+                .of(&entry.path)
+                .map_err(target.failed(entry, "making"))?;
             make_directory(target, &dir, entry)?;
         }
     }
@@ -50,11 +52,19 @@ fn make_directory(target: &Target, dir: &OwnedFd, entry: &Entry) -> Result<(), R
         return make().map_err(failed);
     }
     // Root needs no permission.
-    if target.privileged { Ok(()) } else { meta::make_accessible(dir.as_fd(), name).map_err(failed) }
+    if target.privileged {
+        Ok(())
+    } else {
+        meta::make_accessible(dir.as_fd(), name).map_err(failed)
+    }
 }
 
 /// Marks the files that are already right, and gives them their metadata.
-pub(super) fn find_kept(target: &Target, files: &mut [FileAt], progress: &dyn Progress) -> Result<(), RestoreError> {
+pub(super) fn find_kept(
+    target: &Target,
+    files: &mut [FileAt],
+    progress: &dyn Progress,
+) -> Result<(), RestoreError> {
     let mut links: HashMap<u32, Vec<u32>> = HashMap::new();
     for (at, entry) in target.listing.entries().iter().enumerate() {
         if let EntryKind::HardLink { to } = entry.kind {
@@ -69,7 +79,9 @@ pub(super) fn find_kept(target: &Target, files: &mut [FileAt], progress: &dyn Pr
             }
             let entry = &target.listing.entries()[file.entry as usize];
             let others = links.get(&file.entry).map_or(&[][..], Vec::as_slice);
-            let Some(open) = candidate(target, entry, others) else { return Ok(()) };
+            let Some(open) = candidate(target, entry, others) else {
+                return Ok(());
+            };
             if !has_content(&open, entry, buf, progress) {
                 return Ok(());
             }
@@ -85,7 +97,9 @@ pub(super) fn find_kept(target: &Target, files: &mut [FileAt], progress: &dyn Pr
 ///
 /// Whatever goes wrong here only means that the file is written anew.
 fn candidate(target: &Target, entry: &Entry, others: &[u32]) -> Option<File> {
-    let EntryKind::File { size, .. } = entry.kind else { return None };
+    let EntryKind::File { size, .. } = entry.kind else {
+        return None;
+    };
     let stat = stat(target, entry)?;
     let fits = |stat: &Stat| {
         FileType::from_raw_mode(stat.st_mode).is_file()
@@ -113,7 +127,9 @@ fn stat(target: &Target, entry: &Entry) -> Option<Stat> {
 }
 
 fn has_content(file: &File, entry: &Entry, buf: &mut [u8], progress: &dyn Progress) -> bool {
-    let EntryKind::File { size, root } = entry.kind else { return false };
+    let EntryKind::File { size, root } = entry.kind else {
+        return false;
+    };
     let mut hasher = blake3::Hasher::new();
     let mut at = 0;
     while at < size {

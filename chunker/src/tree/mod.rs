@@ -16,6 +16,7 @@ mod restore;
 mod root;
 mod scan;
 mod source;
+mod workers;
 mod writer;
 
 pub use compare::{Difference, verify_tree};

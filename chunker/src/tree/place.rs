@@ -85,13 +85,15 @@ impl Target {
 
     /// The error of the operating system about an entry.
     pub fn failed(&self, entry: &Entry, doing: &'static str) -> impl FnOnce(Errno) -> RestoreError {
-        let path = self.root.display(&entry.path);
-        move |errno| RestoreError::io(path, doing, errno)
+        move |errno| RestoreError::io(self.root.display(&entry.path), doing, errno)
     }
 
     /// Remembers the first failure of any thread.
     pub fn fail(&self, error: RestoreError) {
-        self.failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+        self.failure
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get_or_insert(error);
     }
 
     /// Reports a failure of another thread: in full once, then as [`RestoreError::Failed`].
@@ -108,7 +110,10 @@ impl Target {
 
     /// Whether some thread has failed.
     pub fn has_failed(&self) -> bool {
-        self.failure.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+        self.failure
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .is_some()
     }
 
     /// Makes an entry under a temporary name, by a call that fails with EEXIST if the name is taken.
@@ -123,7 +128,16 @@ impl Target {
             match make(dir, &name) {
                 Err(Errno::EXIST) => {}
                 Err(e) => return Err(e),
-                Ok(made) => return Ok((Partial { dir: dir.clone(), name, placed: false }, made)),
+                Ok(made) => {
+                    return Ok((
+                        Partial {
+                            dir: dir.clone(),
+                            name,
+                            placed: false,
+                        },
+                        made,
+                    ));
+                }
             }
         }
         Err(Errno::EXIST)
@@ -131,27 +145,40 @@ impl Target {
 
     /// Makes an empty regular file under a temporary name.
     pub fn partial_file(&self, dir: &Arc<OwnedFd>) -> Result<(Partial, File), Errno> {
-        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        self.partial(dir, |dir, name| rustix::fs::openat(dir, name, flags, Mode::RUSR | Mode::WUSR).map(File::from))
+        let flags =
+            OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        self.partial(dir, |dir, name| {
+            rustix::fs::openat(dir, name, flags, Mode::RUSR | Mode::WUSR).map(File::from)
+        })
     }
 
     /// Gives an entry its metadata, and counts what had to be left out.
     pub fn apply(&self, entry: &Entry, handle: Handle<'_>) -> Result<(), RestoreError> {
-        let skipped = handle.apply(&entry.meta, self.privileged).map_err(self.failed(entry, "setting metadata of"))?;
+        let skipped = handle
+            .apply(&entry.meta, self.privileged)
+            .map_err(self.failed(entry, "setting metadata of"))?;
         if skipped.owner {
             count(&self.tally.owners);
         }
-        self.tally.xattrs.fetch_add(skipped.xattrs, Ordering::Relaxed);
+        self.tally
+            .xattrs
+            .fetch_add(skipped.xattrs, Ordering::Relaxed);
         Ok(())
     }
 
-    /// Gives a temporary entry its metadata and its name.
-    pub fn complete(&self, entry: &Entry, partial: Partial, open: Option<&File>) -> Result<(), RestoreError> {
-        let handle = match open {
-            Some(file) => Handle::Open(file.as_fd()),
-            None => Handle::Name(partial.dir.as_fd(), partial.name.as_bytes()),
-        };
-        self.apply(entry, handle)?;
+    /// Gives a temporary entry that is not open (a link, device, pipe or socket) its metadata and its name.
+    pub fn complete_node(&self, entry: &Entry, partial: Partial) -> Result<(), RestoreError> {
+        let failed = |errno| self.failed(entry, "setting metadata of")(errno);
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let node = rustix::fs::openat(&*partial.dir, &partial.name, flags, Mode::empty())
+            .map_err(failed)?;
+        // Whoever may write here may have put a name of another file in place of what we made: it would have two.
+        let stat = rustix::fs::fstat(&node).map_err(failed)?;
+        let kind = FileType::from_raw_mode(stat.st_mode);
+        if stat.st_nlink != 1 || kind.is_file() || kind.is_dir() {
+            return Err(failed(Errno::BUSY));
+        }
+        self.apply(entry, Handle::Node(node.as_fd()))?;
         self.place(entry, partial)
     }
 
@@ -166,13 +193,25 @@ impl Target {
         }
         result.map_err(self.failed(entry, "putting in place"))?;
         // Renaming one name of a file to another of the same file leaves both: then the temporary one goes.
-        partial.placed = !matches!(entry.kind, capsule_proto::listing::EntryKind::HardLink { .. });
+        partial.placed = !matches!(
+            entry.kind,
+            capsule_proto::listing::EntryKind::HardLink { .. }
+        );
         Ok(())
     }
 
     /// Removes an entry and all below it, without following links or leaving the file system; `depth` bounds the recursion.
-    pub fn remove(&self, dir: &OwnedFd, name: &[u8], path: PathBuf, depth: usize) -> Result<(), RestoreError> {
-        let refused = |why| RestoreError::NotRemoved { path: path.clone(), why };
+    pub fn remove(
+        &self,
+        dir: &OwnedFd,
+        name: &[u8],
+        path: PathBuf,
+        depth: usize,
+    ) -> Result<(), RestoreError> {
+        let refused = |why| RestoreError::NotRemoved {
+            path: path.clone(),
+            why,
+        };
         let failed = |errno: Errno| RestoreError::io(path.clone(), "removing", errno);
         let stat = rustix::fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW).map_err(failed)?;
         let is_dir = FileType::from_raw_mode(stat.st_mode).is_dir();
@@ -193,7 +232,11 @@ impl Target {
                 self.remove(&below, inner.to_bytes(), inner_path, depth - 1)?;
             }
         }
-        let flags = if is_dir { AtFlags::REMOVEDIR } else { AtFlags::empty() };
+        let flags = if is_dir {
+            AtFlags::REMOVEDIR
+        } else {
+            AtFlags::empty()
+        };
         rustix::fs::unlinkat(dir, name, flags).map_err(failed)?;
         count(&self.tally.removed);
         Ok(())
@@ -230,7 +273,9 @@ pub(super) fn names(dir: &OwnedFd) -> Result<Vec<CString>, Errno> {
 pub(super) fn write_sparse(file: &File, offset: u64, data: &[u8]) -> io::Result<bool> {
     let (mut written, mut at) = (0, 0);
     while at < data.len() {
-        let end = data.len().min(at + HOLE_LEN - ((offset + at as u64) % HOLE_LEN as u64) as usize);
+        let end = data
+            .len()
+            .min(at + HOLE_LEN - ((offset + at as u64) % HOLE_LEN as u64) as usize);
         if end - at == HOLE_LEN && is_zero(&data[at..end]) {
             file.write_all_at(&data[written..at], offset + written as u64)?;
             written = end;

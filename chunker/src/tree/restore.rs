@@ -50,9 +50,18 @@ impl Restored {
                 warnings.push(format!("{count} {what}"));
             }
         };
-        warn(self.owners_skipped, "entries kept the owner who exports, and no set-id bits: export as root to set owners");
-        warn(self.xattrs_skipped, "extended attributes were not allowed, or are not supported there");
-        warn(self.devices_skipped, "device nodes were not made: export as root to make them");
+        warn(
+            self.owners_skipped,
+            "entries kept the owner who exports, and no set-id bits: export as root to set owners",
+        );
+        warn(
+            self.xattrs_skipped,
+            "extended attributes were not allowed, or are not supported there",
+        );
+        warn(
+            self.devices_skipped,
+            "device nodes were not made: export as root to make them",
+        );
         warnings
     }
 }
@@ -119,8 +128,16 @@ pub enum RestoreError {
 }
 
 impl RestoreError {
-    pub(super) fn io(path: impl Into<PathBuf>, doing: &'static str, source: impl Into<std::io::Error>) -> Self {
-        Self::Io { path: path.into(), doing, source: source.into() }
+    pub(super) fn io(
+        path: impl Into<PathBuf>,
+        doing: &'static str,
+        source: impl Into<std::io::Error>,
+    ) -> Self {
+        Self::Io {
+            path: path.into(),
+            doing,
+            source: source.into(),
+        }
     }
 }
 
@@ -128,7 +145,9 @@ impl RestoreError {
 fn hint(error: &std::io::Error) -> &'static str {
     match error.raw_os_error().map(Errno::from_raw_os_error) {
         Some(Errno::NOSPC | Errno::DQUOT) => "; make room, and export again with --force to go on",
-        Some(Errno::ACCESS | Errno::PERM | Errno::ROFS) => "; choose another directory, or export as root",
+        Some(Errno::ACCESS | Errno::PERM | Errno::ROFS) => {
+            "; choose another directory, or export as root"
+        }
         _ => "",
     }
 }

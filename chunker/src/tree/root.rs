@@ -19,7 +19,10 @@ use rustix::io::Errno;
 /// How to open a directory in order to read it and to work in it.
 pub(super) const DIRECTORY: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY);
 /// Always added: never a symbolic link, never a terminal, never waiting for a pipe's other end.
-const ALWAYS: OFlags = OFlags::NOFOLLOW.union(OFlags::CLOEXEC).union(OFlags::NOCTTY).union(OFlags::NONBLOCK);
+const ALWAYS: OFlags = OFlags::NOFOLLOW
+    .union(OFlags::CLOEXEC)
+    .union(OFlags::NOCTTY)
+    .union(OFlags::NONBLOCK);
 /// `openat2` asks for another try when a rename races with it; after so many the slow way is taken.
 const TRIES: usize = 16;
 
@@ -36,7 +39,11 @@ impl Root {
     /// Opens a directory; links in `path` itself are followed, as it is the user's word.
     pub fn open(path: &Path) -> Result<Self, Errno> {
         let fd = rustix::fs::open(path, DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
-        Ok(Self { fd, path: path.into(), openat2: AtomicBool::new(true) })
+        Ok(Self {
+            fd,
+            path: path.into(),
+            openat2: AtomicBool::new(true),
+        })
     }
 
     /// The open directory itself.
@@ -46,13 +53,22 @@ impl Root {
 
     /// Where an entry lies, for messages.
     pub fn display(&self, path: &EntryPath) -> PathBuf {
-        if path.is_root() { self.path.clone() } else { self.path.join(OsStr::from_bytes(path.as_bytes())) }
+        if path.is_root() {
+            self.path.clone()
+        } else {
+            self.path.join(OsStr::from_bytes(path.as_bytes()))
+        }
     }
 
     /// Opens an entry; a symbolic link anywhere in the path is an error.
     pub fn open_at(&self, path: &EntryPath, flags: OFlags) -> Result<OwnedFd, Errno> {
-        let name = if path.is_root() { b"." } else { path.as_bytes() };
-        let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+        let name = if path.is_root() {
+            b"."
+        } else {
+            path.as_bytes()
+        };
+        let resolve =
+            ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
         let mut tries = 0;
         while self.openat2.load(Ordering::Relaxed) && tries < TRIES {
             match rustix::fs::openat2(&self.fd, name, flags | ALWAYS, Mode::empty(), resolve) {
@@ -80,7 +96,11 @@ impl Root {
         let mut at = rustix::fs::openat(&self.fd, ".", DIRECTORY | ALWAYS, Mode::empty())?;
         let mut names = path.names().peekable();
         while let Some(name) = names.next() {
-            let flags = if names.peek().is_some() { OFlags::PATH | OFlags::DIRECTORY } else { flags };
+            let flags = if names.peek().is_some() {
+                OFlags::PATH | OFlags::DIRECTORY
+            } else {
+                flags
+            };
             at = rustix::fs::openat(&at, name, flags | ALWAYS, Mode::empty())?;
         }
         Ok(at)

@@ -119,14 +119,25 @@ pub fn scan(dir: &Path, options: &ScanOptions) -> Result<TreeSource, ScanError> 
 }
 
 /// The error for an entry that could not be examined.
-pub(super) fn failed(path: PathBuf, errno: Errno) -> ScanError {
+fn failed(path: PathBuf, errno: Errno) -> ScanError {
     match errno {
-        Errno::ACCESS | Errno::PERM => ScanError::Unreadable { path, source: errno.into() },
-        // It was there a moment ago.
-        Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::NODATA if path.symlink_metadata().is_ok() => {
-            ReadError::Changed { path, why: "it was replaced".to_owned() }.into()
-        }
+        Errno::ACCESS | Errno::PERM => ScanError::Unreadable {
+            path,
+            source: errno.into(),
+        },
         _ => ReadError::io(path, 0, errno.into()).into(),
+    }
+}
+
+/// The error for an entry that was there a moment ago.
+fn failed_below(path: PathBuf, errno: Errno) -> ScanError {
+    match errno {
+        Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::NODATA => ReadError::Changed {
+            path,
+            why: "it was removed or replaced".to_owned(),
+        }
+        .into(),
+        errno => failed(path, errno),
     }
 }
 
@@ -153,8 +164,18 @@ fn walk(root: &Root, options: &ScanOptions) -> Result<Vec<Found>, ScanError> {
         count: AtomicUsize::new(1),
         may_read_all: rustix::process::geteuid().is_root(),
     };
-    let entry = Entry { path: top, meta: meta::metadata(&stat, xattrs), kind: EntryKind::Directory };
-    let mut found = vec![Found { entry, stamp: Fingerprint::of(&stat), link: None, sparse: false, descend: true }];
+    let entry = Entry {
+        path: top,
+        meta: meta::metadata(&stat, xattrs),
+        kind: EntryKind::Directory,
+    };
+    let mut found = vec![Found {
+        entry,
+        stamp: Fingerprint::of(&stat),
+        link: None,
+        sparse: false,
+        descend: true,
+    }];
     let mut level = 0..1;
     while !level.is_empty() {
         let below: Vec<Vec<Found>> = found[level.clone()]
@@ -170,7 +191,7 @@ fn walk(root: &Root, options: &ScanOptions) -> Result<Vec<Found>, ScanError> {
 
 impl Walk<'_> {
     fn directory(&self, path: &EntryPath) -> Result<Vec<Found>, ScanError> {
-        let failed_here = |e| failed(self.root.display(path), e);
+        let failed_here = |e| failed_below(self.root.display(path), e);
         let fd = self.root.directory(path).map_err(failed_here)?;
         let mut names = Dir::read_from(&fd).map_err(failed_here)?;
         let mut found = Vec::new();
@@ -181,23 +202,28 @@ impl Walk<'_> {
                 continue;
             }
             if self.count.fetch_add(1, Ordering::Relaxed) >= MAX_ENTRIES {
-                return Err(ScanError::TooManyEntries { path: self.root.display(&EntryPath::root()) });
+                return Err(ScanError::TooManyEntries {
+                    path: self.root.display(&EntryPath::root()),
+                });
             }
-            let path = join(path, name.to_bytes())
-                .map_err(|why| ScanError::Path { path: self.root.display(path), why })?;
+            let path = join(path, name.to_bytes()).map_err(|why| ScanError::Path {
+                path: self.root.display(path),
+                why,
+            })?;
             found.push(self.entry(&fd, name, path)?);
         }
         Ok(found)
     }
 
     fn entry(&self, dir: &OwnedFd, name: &CStr, path: EntryPath) -> Result<Found, ScanError> {
-        let failed_here = |e| failed(self.root.display(&path), e);
+        let failed_here = |e| failed_below(self.root.display(&path), e);
         let stat = rustix::fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW).map_err(failed_here)?;
         let kind = kind(dir, name, &stat).map_err(failed_here)?;
         if matches!(kind, EntryKind::File { .. }) && !self.may_read_all {
-            rustix::fs::accessat(dir, name, Access::READ_OK, AtFlags::empty()).map_err(failed_here)?;
+            rustix::fs::accessat(dir, name, Access::READ_OK, AtFlags::empty())
+                .map_err(failed_here)?;
         }
-        let xattrs = Handle::Name(dir.as_fd(), name.to_bytes()).xattrs().map_err(failed_here)?;
+        let xattrs = meta::xattrs_of(dir.as_fd(), name.to_bytes()).map_err(failed_here)?;
         let directory = kind == EntryKind::Directory;
         let size = stat.st_size as u64;
         Ok(Found {
@@ -205,7 +231,11 @@ impl Walk<'_> {
             link: (!directory && stat.st_nlink > 1).then_some((stat.st_dev, stat.st_ino)),
             sparse: matches!(kind, EntryKind::File { .. }) && (stat.st_blocks as u64) * 512 < size,
             descend: directory && (!self.options.one_file_system || stat.st_dev == self.device),
-            entry: Entry { path, meta: meta::metadata(&stat, xattrs), kind },
+            entry: Entry {
+                path,
+                meta: meta::metadata(&stat, xattrs),
+                kind,
+            },
         })
     }
 }
@@ -219,13 +249,21 @@ pub(super) fn join(dir: &EntryPath, name: &[u8]) -> Result<EntryPath, &'static s
 }
 
 fn kind(dir: &OwnedFd, name: &CStr, stat: &Stat) -> Result<EntryKind, Errno> {
-    let (major, minor) = (rustix::fs::major(stat.st_rdev), rustix::fs::minor(stat.st_rdev));
+    let (major, minor) = (
+        rustix::fs::major(stat.st_rdev),
+        rustix::fs::minor(stat.st_rdev),
+    );
     Ok(match FileType::from_raw_mode(stat.st_mode) {
         FileType::Directory => EntryKind::Directory,
-        FileType::RegularFile => EntryKind::File { size: stat.st_size as u64, root: NO_ROOT },
+        FileType::RegularFile => EntryKind::File {
+            size: stat.st_size as u64,
+            root: NO_ROOT,
+        },
         FileType::Symlink => {
             let target = rustix::fs::readlinkat(dir, name, Vec::new())?;
-            EntryKind::Symlink { target: std::ffi::OsString::from_vec(target.into_bytes()).into_vec() }
+            EntryKind::Symlink {
+                target: std::ffi::OsString::from_vec(target.into_bytes()).into_vec(),
+            }
         }
         FileType::CharacterDevice => EntryKind::CharDevice { major, minor },
         FileType::BlockDevice => EntryKind::BlockDevice { major, minor },
@@ -239,7 +277,9 @@ fn kind(dir: &OwnedFd, name: &CStr, stat: &Stat) -> Result<EntryKind, Errno> {
 fn link(found: &mut [Found]) {
     let mut first: HashMap<(u64, u64), u32> = HashMap::new();
     for at in 0..found.len() {
-        let Some(inode) = found[at].link else { continue };
+        let Some(inode) = found[at].link else {
+            continue;
+        };
         match first.get(&inode) {
             None => {
                 first.insert(inode, at as u32);

@@ -49,18 +49,32 @@ struct FileAt {
 impl TreeSource {
     /// Lays out the contents of what was found; sorted, the root first.
     pub(super) fn new(root: Root, found: Vec<Found>) -> Self {
-        let (mut entries, mut stamps) = (Vec::with_capacity(found.len()), Vec::with_capacity(found.len()));
+        let (mut entries, mut stamps) = (
+            Vec::with_capacity(found.len()),
+            Vec::with_capacity(found.len()),
+        );
         let (mut files, mut len) = (Vec::new(), 0);
         for found in found {
             if let EntryKind::File { size, .. } = found.entry.kind {
                 let sparse = found.sparse && size >= MIN_SPARSE;
-                files.push(FileAt { start: len, entry: entries.len() as u32, sparse });
+                files.push(FileAt {
+                    start: len,
+                    entry: entries.len() as u32,
+                    sparse,
+                });
                 len += size;
             }
             entries.push(found.entry);
             stamps.push(found.stamp);
         }
-        Self { root, entries, stamps, files, len, open: Mutex::default() }
+        Self {
+            root,
+            entries,
+            stamps,
+            files,
+            len,
+            open: Mutex::default(),
+        }
     }
 
     /// The entries in canonical order, the root directory first; files' hashes are not known yet.
@@ -86,7 +100,10 @@ impl TreeSource {
     /// The listing, given the files' hashes in order.
     pub fn into_listing(mut self, file_roots: &[RootHash]) -> Result<Listing, ScanError> {
         if file_roots.len() != self.files.len() {
-            return Err(ScanError::HashCount { files: self.files.len(), hashes: file_roots.len() });
+            return Err(ScanError::HashCount {
+                files: self.files.len(),
+                hashes: file_roots.len(),
+            });
         }
         for (file, hash) in self.files.iter().zip(file_roots) {
             if let EntryKind::File { root, .. } = &mut self.entries[file.entry as usize].kind {
@@ -108,20 +125,27 @@ impl TreeSource {
     }
 
     fn open(&self, file: usize) -> Result<File, ReadError> {
-        self.root.file(self.entry_path(file)).map_err(|e| self.gone(self.files[file].entry as usize, e))
+        self.root
+            .file(self.entry_path(file))
+            .map_err(|e| self.gone(self.files[file].entry as usize, e))
     }
 
     /// Reads part of one file.
     fn read_file(&self, file: usize, offset: u64, buf: &mut [u8]) -> Result<(), ReadError> {
         let whole = buf.len() as u64 == self.stamp(file).size();
-        let handle = if whole { Arc::new(self.open(file)?) } else { self.cached(file)? };
+        let handle = if whole {
+            Arc::new(self.open(file)?)
+        } else {
+            self.cached(file)?
+        };
         let path = || self.file_path(file);
         if let Err(error) = osfile::read_exact(std::path::Path::new(""), &handle, offset, buf) {
             return Err(self.named(error, path()));
         }
         // Comparing after the read with what was before it covers the read itself. Reads of parts are checked at the last one.
         if offset + buf.len() as u64 == self.stamp(file).size() {
-            let now = rustix::fs::fstat(&*handle).map_err(|e| ReadError::io(path(), offset, e.into()))?;
+            let now =
+                rustix::fs::fstat(&*handle).map_err(|e| ReadError::io(path(), offset, e.into()))?;
             if let Some(why) = self.stamp(file).difference(&Fingerprint::of(&now)) {
                 return Err(ReadError::Changed { path: path(), why });
             }
@@ -132,7 +156,11 @@ impl TreeSource {
     /// Paths are put together for errors only.
     fn named(&self, error: ReadError, name: PathBuf) -> ReadError {
         match error {
-            ReadError::Io { offset, source, .. } => ReadError::Io { path: name, offset, source },
+            ReadError::Io { offset, source, .. } => ReadError::Io {
+                path: name,
+                offset,
+                source,
+            },
             ReadError::Changed { why, .. } => ReadError::Changed { path: name, why },
             error => error,
         }
@@ -158,23 +186,35 @@ impl TreeSource {
     fn gone(&self, entry: usize, errno: Errno) -> ReadError {
         let path = self.root.display(&self.entries[entry].path);
         match errno {
-            Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::NXIO => {
-                ReadError::Changed { path, why: "it was removed or replaced".to_owned() }
-            }
+            Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::NXIO => ReadError::Changed {
+                path,
+                why: "it was removed or replaced".to_owned(),
+            },
             errno => ReadError::io(path, 0, errno.into()),
         }
     }
 
     fn check_entry(&self, at: usize) -> Result<(), ReadError> {
         let (entry, stamp) = (&self.entries[at], &self.stamps[at]);
-        let name = if entry.path.is_root() { b"." } else { entry.path.as_bytes() };
+        let name = if entry.path.is_root() {
+            b"."
+        } else {
+            entry.path.as_bytes()
+        };
         // Directories above may have been replaced by links since, but then the inode differs.
-        let now = rustix::fs::statat(self.root.fd(), name, AtFlags::SYMLINK_NOFOLLOW).map_err(|e| self.gone(at, e))?;
+        let now = rustix::fs::statat(self.root.fd(), name, AtFlags::SYMLINK_NOFOLLOW)
+            .map_err(|e| self.gone(at, e))?;
         // Writing to a device or pipe touches its times, but nothing that is published.
-        let special = matches!(entry.kind, EntryKind::CharDevice { .. } | EntryKind::BlockDevice { .. } | EntryKind::Fifo);
+        let special = matches!(
+            entry.kind,
+            EntryKind::CharDevice { .. } | EntryKind::BlockDevice { .. } | EntryKind::Fifo
+        );
         match stamp.difference(&Fingerprint::of(&now)) {
             Some(why) if !special || !stamp.same_inode(&Fingerprint::of(&now)) => {
-                Err(ReadError::Changed { path: self.root.display(&entry.path), why })
+                Err(ReadError::Changed {
+                    path: self.root.display(&entry.path),
+                    why,
+                })
             }
             _ => Ok(()),
         }
@@ -190,7 +230,10 @@ impl Content for TreeSource {
         check_range(self.len, offset, buf.len())?;
         let (mut at, mut rest) = (offset, buf);
         // Of files that begin here all but the last are empty.
-        let mut file = self.files.partition_point(|f| f.start <= at).saturating_sub(1);
+        let mut file = self
+            .files
+            .partition_point(|f| f.start <= at)
+            .saturating_sub(1);
         while !rest.is_empty() {
             let range = self.file_range(file);
             let len = (range.end - at).min(rest.len() as u64) as usize;
@@ -206,7 +249,12 @@ impl Content for TreeSource {
 
 impl Source for TreeSource {
     fn extents(&self) -> Extents<'_> {
-        Box::new(ExtentWalk { tree: self, file: 0, at: 0, open: None })
+        Box::new(ExtentWalk {
+            tree: self,
+            file: 0,
+            at: 0,
+            open: None,
+        })
     }
 
     fn parts(&self) -> Option<Parts<'_>> {
@@ -218,7 +266,9 @@ impl Source for TreeSource {
 
     /// Examines every entry once more, in parallel: also directories, so that a name that came or went is noticed.
     fn check_unchanged(&self) -> Result<(), ReadError> {
-        (0..self.entries.len()).into_par_iter().try_for_each(|at| self.check_entry(at))
+        (0..self.entries.len())
+            .into_par_iter()
+            .try_for_each(|at| self.check_entry(at))
     }
 }
 
@@ -239,7 +289,10 @@ impl ExtentWalk<'_> {
         };
         let found = osfile::extent_at(&open, self.at - range.start, range.end - range.start)
             .map_err(|e| ReadError::io(self.tree.file_path(self.file), self.at - range.start, e))?;
-        let extent = Extent { range: self.at..range.start + found.range.end, ..found };
+        let extent = Extent {
+            range: self.at..range.start + found.range.end,
+            ..found
+        };
         if extent.range.end == range.end {
             self.file += 1;
         } else {
@@ -260,7 +313,10 @@ impl Iterator for ExtentWalk<'_> {
             self.file += 1;
         }
         if self.at > start {
-            return Some(Ok(Extent { range: start..self.at, zero: false }));
+            return Some(Ok(Extent {
+                range: start..self.at,
+                zero: false,
+            }));
         }
         if self.file == files.len() {
             return None;

@@ -7,22 +7,20 @@
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::fd::AsFd;
 use std::path::Path;
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::JoinHandle;
+use std::sync::Arc;
 
 use capsule_proto::RootHash;
-use capsule_proto::listing::{Entry, EntryKind, Listing};
+use capsule_proto::listing::{Entry, Listing};
 use rustix::io::Errno;
 
+use super::existing;
 use super::finish;
-use super::meta::{self, Handle};
-use super::place::{self, Partial, Target, count};
+use super::meta;
+use super::place::{self, Partial, Target};
 use super::restore::{RestoreError, RestoreOptions, Restored};
 use super::root::{Parents, Root};
-use super::existing;
+use super::workers::{Batch, Workers, finish_file};
 use crate::content::Progress;
 use crate::layer::restore::Sink;
 
@@ -32,8 +30,6 @@ const SMALL_LEN: u64 = 256 << 10;
 const BATCH_LEN: usize = 1 << 20;
 /// Or so many files, as empty ones have no bytes.
 const BATCH_FILES: usize = 256;
-/// More threads only wait for the file system's locks.
-const MAX_THREADS: usize = 8;
 /// From this length on, hashing in parallel pays.
 const PARALLEL_HASH_LEN: usize = 128 << 10;
 
@@ -65,13 +61,6 @@ pub(super) struct FileAt {
     pub entry: u32,
     /// Already right in the directory: its contents are passed over.
     pub keep: bool,
-}
-
-/// Small files, complete, on the way to a thread.
-#[derive(Default)]
-struct Batch {
-    bytes: Vec<u8>,
-    files: Vec<(u32, Range<usize>)>,
 }
 
 /// A large file, in the making.
@@ -123,7 +112,11 @@ impl TreeWriter {
         existing::make_directories(&target)?;
         let (mut files, mut len) = (Vec::new(), 0);
         for (entry, size, _) in target.listing.files() {
-            files.push(FileAt { start: len, entry: entry as u32, keep: false });
+            files.push(FileAt {
+                start: len,
+                entry: entry as u32,
+                keep: false,
+            });
             len += size;
         }
         if options.force {
@@ -187,7 +180,8 @@ impl TreeWriter {
     /// Takes a piece; after a failure nothing more.
     fn take(&mut self, offset: u64, piece: Piece<'_>) -> Result<(), RestoreError> {
         self.target.check()?;
-        self.distribute(offset, piece).inspect_err(|_| self.target.fail(RestoreError::Failed))
+        self.distribute(offset, piece)
+            .inspect_err(|_| self.target.fail(RestoreError::Failed))
     }
 
     /// Gives each file its part of a piece.
@@ -197,7 +191,10 @@ impl TreeWriter {
         while rest.len() > 0 {
             self.pass_empty()?;
             if self.next == self.files.len() {
-                return Err(RestoreError::OutOfOrder { expected: self.len, found: offset + piece.len() });
+                return Err(RestoreError::OutOfOrder {
+                    expected: self.len,
+                    found: offset + piece.len(),
+                });
             }
             let range = self.range(self.next);
             let (part, after) = rest.split_at(rest.len().min(range.end - self.position));
@@ -215,17 +212,20 @@ impl TreeWriter {
     fn pass_to(&mut self, offset: u64) -> Result<(), RestoreError> {
         while self.position < offset {
             self.pass_empty()?;
-            let range = self.range(self.next);
-            if !self.files[self.next].keep {
+            if self.files.get(self.next).is_none_or(|file| !file.keep) {
                 break;
             }
+            let range = self.range(self.next);
             self.position = range.end.min(offset);
             self.next += usize::from(self.position == range.end);
         }
         if self.position == offset {
             return Ok(());
         }
-        Err(RestoreError::OutOfOrder { expected: self.position, found: offset })
+        Err(RestoreError::OutOfOrder {
+            expected: self.position,
+            found: offset,
+        })
     }
 
     /// Gathers the empty files that lie here.
@@ -247,7 +247,10 @@ impl TreeWriter {
         }
         match piece {
             Piece::Data(data) => self.batch.bytes.extend_from_slice(data),
-            Piece::Zeros(len) => self.batch.bytes.resize(self.batch.bytes.len() + len as usize, 0),
+            Piece::Zeros(len) => self
+                .batch
+                .bytes
+                .resize(self.batch.bytes.len() + len as usize, 0),
         }
         if ends { self.gathered() } else { Ok(()) }
     }
@@ -255,9 +258,15 @@ impl TreeWriter {
     /// The file at hand is complete in the batch.
     fn gathered(&mut self) -> Result<(), RestoreError> {
         let end = self.batch.bytes.len();
-        self.batch.files.push((self.files[self.next].entry, self.gathering..end));
+        self.batch
+            .files
+            .push((self.files[self.next].entry, self.gathering..end));
         self.gathering = end;
-        if end >= BATCH_LEN || self.batch.files.len() >= BATCH_FILES { self.send() } else { Ok(()) }
+        if end >= BATCH_LEN || self.batch.files.len() >= BATCH_FILES {
+            self.send()
+        } else {
+            Ok(())
+        }
     }
 
     fn send(&mut self) -> Result<(), RestoreError> {
@@ -271,16 +280,21 @@ impl TreeWriter {
         Err(RestoreError::Failed)
     }
 
-    fn part_of_large(&mut self, range: Range<u64>, piece: Piece<'_>, ends: bool) -> Result<(), RestoreError> {
+    fn part_of_large(
+        &mut self,
+        range: Range<u64>,
+        piece: Piece<'_>,
+        ends: bool,
+    ) -> Result<(), RestoreError> {
         let target = self.target.clone();
         let entry = &target.listing.entries()[self.files[self.next].entry as usize];
         let mut large = match self.large.take() {
             Some(large) => large,
             None => Large::begin(&target, entry).map_err(target.failed(entry, "making"))?,
         };
-        large.take(self.position - range.start, piece).map_err(|e| {
-            RestoreError::io(target.root.display(&entry.path), "writing", e)
-        })?;
+        large
+            .take(self.position - range.start, piece)
+            .map_err(|e| RestoreError::io(target.root.display(&entry.path), "writing", e))?;
         if ends {
             return large.complete(&target, entry, range.end - range.start);
         }
@@ -303,7 +317,12 @@ impl Large {
     fn begin(target: &Target, entry: &Entry) -> Result<Self, Errno> {
         let dir = Parents::new(&target.root).of(&entry.path)?;
         let (partial, file) = target.partial_file(&dir)?;
-        Ok(Self { partial, file, hasher: blake3::Hasher::new(), ends_written: true })
+        Ok(Self {
+            partial,
+            file,
+            hasher: blake3::Hasher::new(),
+            ends_written: true,
+        })
     }
 
     fn take(&mut self, offset: u64, piece: Piece<'_>) -> io::Result<()> {
@@ -314,8 +333,10 @@ impl Large {
             }
             Piece::Data(data) => {
                 let Self { hasher, file, .. } = self;
-                let (_, written) =
-                    rayon::join(|| hasher.update_rayon(data), || place::write_sparse(file, offset, data));
+                let (_, written) = rayon::join(
+                    || hasher.update_rayon(data),
+                    || place::write_sparse(file, offset, data),
+                );
                 self.ends_written = written?;
             }
             Piece::Zeros(mut len) => {
@@ -332,28 +353,15 @@ impl Large {
 
     fn complete(self, target: &Target, entry: &Entry, size: u64) -> Result<(), RestoreError> {
         let hash = RootHash::from_bytes(*self.hasher.finalize().as_bytes());
-        finish_file(target, entry, self.partial, &self.file, hash, (!self.ends_written).then_some(size))
+        finish_file(
+            target,
+            entry,
+            self.partial,
+            &self.file,
+            hash,
+            (!self.ends_written).then_some(size),
+        )
     }
-}
-
-/// Checks a written file, and gives it its length, metadata and name.
-fn finish_file(
-    target: &Target,
-    entry: &Entry,
-    partial: Partial,
-    file: &File,
-    hash: RootHash,
-    set_len: Option<u64>,
-) -> Result<(), RestoreError> {
-    if !matches!(entry.kind, EntryKind::File { root, .. } if root == hash) {
-        return Err(RestoreError::Damaged { path: target.root.display(&entry.path) });
-    }
-    if let Some(len) = set_len {
-        file.set_len(len).map_err(|e| RestoreError::io(target.root.display(&entry.path), "writing", e))?;
-    }
-    target.complete(entry, partial, Some(file))?;
-    count(&target.tally.written);
-    Ok(())
 }
 
 /// Opens the directory to write, made if it is missing.
@@ -369,74 +377,12 @@ fn open_dest(dest: &Path, force: bool) -> Result<Root, RestoreError> {
         Errno::NOTDIR => RestoreError::NotADirectory { path: dest.into() },
         e => RestoreError::io(dest, "opening", e),
     })?;
-    if !force && !place::names(root.fd()).map_err(|e| RestoreError::io(dest, "reading", e))?.is_empty() {
+    if !force
+        && !place::names(root.fd())
+            .map_err(|e| RestoreError::io(dest, "reading", e))?
+            .is_empty()
+    {
         return Err(RestoreError::NotEmpty { path: dest.into() });
     }
     Ok(root)
-}
-
-/// The threads that write small files.
-struct Workers {
-    sender: Option<SyncSender<Batch>>,
-    threads: Vec<JoinHandle<()>>,
-}
-
-impl Workers {
-    fn start(target: &Arc<Target>) -> Self {
-        let count = std::thread::available_parallelism().map_or(1, |n| n.get()).min(MAX_THREADS);
-        // One waiting batch a thread: enough that none runs dry.
-        let (sender, receiver) = sync_channel(count);
-        let receiver = Arc::new(Mutex::new(receiver));
-        let threads = (0..count)
-            .map(|_| {
-                let (target, receiver) = (target.clone(), receiver.clone());
-                std::thread::spawn(move || work(&target, &receiver))
-            })
-            .collect();
-        Self { sender: Some(sender), threads }
-    }
-
-    /// Waits for room; false if nobody works any more.
-    fn send(&self, batch: Batch) -> bool {
-        self.sender.as_ref().is_some_and(|sender| sender.send(batch).is_ok())
-    }
-
-    /// Waits until everything sent is written; false if a thread panicked, which it has printed.
-    fn join(&mut self) -> bool {
-        self.sender = None;
-        self.threads.drain(..).fold(true, |fine, thread| thread.join().is_ok() && fine)
-    }
-}
-
-impl Drop for Workers {
-    fn drop(&mut self) {
-        self.join();
-    }
-}
-
-fn work(target: &Target, receiver: &Mutex<Receiver<Batch>>) {
-    let mut parents = Parents::new(&target.root);
-    loop {
-        // The lock is held while waiting: the others wait for it instead of for the channel.
-        let received = receiver.lock().unwrap_or_else(PoisonError::into_inner).recv();
-        let Ok(batch) = received else { return };
-        for (entry, range) in batch.files {
-            if target.has_failed() {
-                break;
-            }
-            let entry = &target.listing.entries()[entry as usize];
-            if let Err(error) = write_small(target, &mut parents, entry, &batch.bytes[range]) {
-                target.fail(error);
-            }
-        }
-    }
-}
-
-fn write_small(target: &Target, parents: &mut Parents<'_>, entry: &Entry, data: &[u8]) -> Result<(), RestoreError> {
-    let hash = RootHash::of(data);
-    let begin = parents.of(&entry.path).and_then(|dir| target.partial_file(&dir));
-    let (partial, file) = begin.map_err(target.failed(entry, "making"))?;
-    let written = place::write_sparse(&file, 0, data)
-        .map_err(|e| RestoreError::io(target.root.display(&entry.path), "writing", e))?;
-    finish_file(target, entry, partial, &file, hash, (!written).then_some(data.len() as u64))
 }

@@ -10,6 +10,10 @@ pub struct Style {
 }
 
 impl Style {
+    /// Without colours, for tests.
+    #[cfg(test)]
+    pub const PLAIN: Self = Self { colours: false };
+
     /// For standard output.
     pub fn stdout() -> Self {
         Self { colours: io::stdout().is_terminal() && colours_wanted() }

@@ -92,14 +92,12 @@ pub fn fields(style: Style, rows: &[(&str, String)]) -> String {
 mod tests {
     use super::*;
 
-    const PLAIN: fn() -> Style = Style::stderr; // tests run with stderr captured: no terminal
-
     #[test]
     fn columns_align_and_empty_ones_vanish() {
         let mut table = Table::new(&["NAME", ">SIZE", "NOTE", "STATE"]);
         table.row(["lab:1".into(), "3 B".into(), String::new(), "complete".into()]);
         table.row(["laboratory:2".into(), "100 MiB".into(), String::new(), String::new()]);
-        let text = table.render(PLAIN());
+        let text = table.render(Style::PLAIN);
         let lines: Vec<&str> = text.lines().collect();
         assert!(lines[0].ends_with("STATE"), "{text}");
         assert!(!text.contains("NOTE"));
@@ -111,7 +109,7 @@ mod tests {
 
     #[test]
     fn fields_align() {
-        let text = fields(PLAIN(), &[("id", "1".into()), ("gone", String::new()), ("longer", "2".into())]);
+        let text = fields(Style::PLAIN, &[("id", "1".into()), ("gone", String::new()), ("longer", "2".into())]);
         assert!(text.ends_with("longer  2\n"), "{text}");
         assert!(!text.contains("gone"));
     }

@@ -156,6 +156,9 @@ impl Inner {
 
     /// Rows first, then files: what a crash leaves between is removed at the next open.
     pub(super) fn drop_components(&self, roots: &[RootHash]) -> Result<(), DatabaseError> {
+        if roots.is_empty() {
+            return Ok(());
+        }
         let _turn = lock(&self.component_turn);
         self.meta.write(|tx| {
             let mut table = tx.open_table(COMPONENTS)?;
@@ -219,22 +222,32 @@ impl Inner {
     }
 
     fn condemn_component(&self, root: &RootHash, entry: &ComponentEntry, suspects: &GroupRanges) -> Result<ReadError, ReadError> {
+        let (groups, committed) = self.condemn_component_in_turn(root, entry, suspects)?;
+        let damage = Damage { root: *root, size: entry.component.size, groups };
+        self.report(&damage);
+        committed?;
+        Ok(ReadError::Damaged { root: *root, groups: damage.groups })
+    }
+
+    fn condemn_component_in_turn(
+        &self,
+        root: &RootHash,
+        entry: &ComponentEntry,
+        suspects: &GroupRanges,
+    ) -> Result<(GroupRanges, Result<(), DatabaseError>), ReadError> {
         let _turn = lock(&self.component_turn);
         let held = lock(&entry.ranges).intersection(suspects);
-        let groups = self.bad_component_groups(root, entry, &held)?;
-        let size = entry.component.size;
+        let bad = self.bad_component_groups(root, entry, &held)?;
         let ranges = {
             let mut ranges = lock(&entry.ranges);
-            *ranges = ranges.difference(&groups);
+            *ranges = ranges.difference(&bad);
             ranges.clone()
         };
-        let damage = Damage { root: *root, size, groups };
-        self.report(&damage);
+        // Unless it was registered anew, or removed, meanwhile.
         let registered = self.component_entry(root).is_some_and(|now| std::ptr::eq(&*now, entry));
-        if registered {
-            self.commit_component(root, &ComponentRow { component: entry.component.clone(), ranges })?;
-        }
-        Ok(ReadError::Damaged { root: *root, groups: damage.groups })
+        let row = ComponentRow { component: entry.component.clone(), ranges };
+        let committed = if registered { self.commit_component(root, &row) } else { Ok(()) };
+        Ok((bad, committed))
     }
 
     pub(super) fn verify_component(&self, root: &RootHash) -> Result<GroupRanges, ReadError> {

@@ -9,7 +9,7 @@ use capsule_proto::{GroupRanges, RootHash};
 
 use super::blob::{Blob, Part, path_of};
 use super::disk::OpenMode;
-use super::error::{IoFault, ReadError};
+use super::error::{DatabaseError, IoFault, ReadError};
 use super::{Inner, Store};
 
 /// Groups that were held and no longer verify.
@@ -23,8 +23,7 @@ pub struct Damage {
     pub groups: GroupRanges,
 }
 
-/// What is told of damage; called on the thread that found it, which holds the blob's lock: hand the
-/// report on, and do not call the store.
+/// What is told of damage; called on the thread that found it.
 pub type DamageHandler = Arc<dyn Fn(&Damage) + Send + Sync>;
 
 impl Store {
@@ -52,6 +51,9 @@ impl Store {
     }
 }
 
+/// Damage, and whether it could be committed.
+type Condemned = (Damage, Result<(), DatabaseError>);
+
 impl Inner {
     /// Which of the groups do not verify.
     fn bad_groups(&self, blob: &Blob, groups: &GroupRanges) -> Result<GroupRanges, ReadError> {
@@ -61,7 +63,7 @@ impl Inner {
         if blob.is_small() {
             return Ok(match self.small_bytes(blob) {
                 Ok(bytes) if RootHash::of(&bytes) == blob.root => GroupRanges::new(),
-                Ok(_) | Err(ReadError::Database(super::DatabaseError::Row { .. })) => groups.clone(),
+                Ok(_) | Err(ReadError::Database(DatabaseError::Row { .. })) => groups.clone(),
                 Err(other) => return Err(other),
             });
         }
@@ -80,21 +82,34 @@ impl Inner {
     /// Takes those of the suspected groups that indeed do not verify out of presence, commits that,
     /// and reports it. The error for the reader comes back as a value.
     pub(super) fn condemn(&self, blob: &Arc<Blob>, suspects: &GroupRanges) -> Result<ReadError, ReadError> {
+        let Some((damage, committed)) = self.condemn_in_turn(blob, suspects)? else {
+            // Punched, removed or repaired since they were read.
+            let first = suspects.runs().first().cloned().unwrap_or(0..0);
+            return Ok(ReadError::Absent { root: blob.root, groups: first });
+        };
+        self.report(&damage);
+        committed?;
+        Ok(ReadError::Damaged { root: damage.root, groups: damage.groups })
+    }
+
+    /// The part of it that nothing else may come between; the outcome of the commit apart, as the damage
+    /// is to be reported in any case.
+    fn condemn_in_turn(
+        &self,
+        blob: &Blob,
+        suspects: &GroupRanges,
+    ) -> Result<Option<Condemned>, ReadError> {
         let _turn = blob.turn();
         let _alone = blob.gate_exclusive();
-        // They may have been punched, removed or repaired since they were read.
         let present = blob.state().present.intersection(suspects);
         let bad = self.bad_groups(blob, &present)?;
         if bad.is_empty() {
-            let first = suspects.runs().first().cloned().unwrap_or(0..0);
-            return Ok(ReadError::Absent { root: blob.root, groups: first });
+            return Ok(None);
         }
         let durable = {
             let mut state = blob.state();
-            bad.runs().iter().cloned().for_each(|run| {
-                state.present.remove(run.clone());
-                state.durable.remove(run);
-            });
+            state.present = state.present.difference(&bad);
+            state.durable = state.durable.difference(&bad);
             state.small = None;
             state.files = None;
             state.row.then(|| state.durable.clone())
@@ -102,12 +117,11 @@ impl Inner {
         self.space.release(blob.cost(&bad));
         // The hash pairs above may be what is damaged: they are to be written again.
         self.handles.forget(&blob.root);
-        let damage = Damage { root: blob.root, size: blob.size, groups: bad };
-        self.report(&damage);
-        if let Some(durable) = durable {
-            self.commit_presence(blob, &durable, None)?;
-        }
-        Ok(ReadError::Damaged { root: damage.root, groups: damage.groups })
+        let committed = durable.map_or(Ok(()), |durable| {
+            // Where this fails the next flush commits it; until then a restart would find the damage anew.
+            self.commit_presence(blob, &durable, None).inspect_err(|_| self.note_dirty(blob, &mut blob.state(), 1))
+        });
+        Ok(Some((Damage { root: blob.root, size: blob.size, groups: bad }, committed)))
     }
 
     pub(super) fn report(&self, damage: &Damage) {

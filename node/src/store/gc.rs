@@ -4,7 +4,7 @@
 //! leaves between is bytes that nobody counts, which the next open removes. What is live is the caller's
 //! knowledge; what is in use right now is known here, by [`ActiveGuard`]s.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::fmt;
 use std::sync::Arc;
 
@@ -69,8 +69,9 @@ impl Store {
             return Err(RemoveError::Busy(*root));
         }
         let components = self.inner.components_through(|through| through == root);
-        self.inner.drop_components(&components)?;
-        self.inner.remove_claimed(&[blob])
+        let dead = [blob];
+        self.inner.drop_components(&components).inspect_err(|_| self.inner.disclaim(&dead))?;
+        self.inner.remove_claimed(&dead)
     }
 
     /// Removes all blobs and components that `live` does not name and no guard holds.
@@ -94,8 +95,8 @@ impl Store {
                 report.in_use.push(blob.root);
             }
         }
-        let dying = |root: &RootHash| dead.iter().any(|blob| blob.root == *root);
-        let through = self.inner.components_through(dying);
+        let dying: BTreeSet<_> = dead.iter().map(|blob| blob.root).collect();
+        let through = self.inner.components_through(|root| dying.contains(root));
         for (root, entry) in self.inner.components().iter() {
             if !live(root) || through.contains(root) {
                 report.components.push(*root);
@@ -103,11 +104,7 @@ impl Store {
             }
         }
         if mode == GcMode::Collect {
-            let dropped = self.inner.drop_components(&report.components);
-            if let Err(error) = dropped {
-                self.inner.disclaim(&dead);
-                return Err(error.into());
-            }
+            self.inner.drop_components(&report.components).inspect_err(|_| self.inner.disclaim(&dead))?;
             self.inner.remove_claimed(&dead)?;
         }
         Ok(report)
@@ -162,14 +159,22 @@ impl Inner {
         free
     }
 
+    /// Takes claims back after a commit failed. Whether it took effect is not known: the blobs are durable
+    /// again when the next flush says so.
     fn disclaim(&self, blobs: &[Arc<Blob>]) {
         for blob in blobs {
+            // The bytes of a small blob may have gone with its row.
+            let small = if blob.is_small() { self.small_bytes(blob).ok() } else { None };
             let mut state = blob.state();
-            state.gone = false;
-            // Whether the commit that failed took effect is not known: it is durable when the next flush says so.
+            if blob.is_small() && small.is_none() {
+                self.space.release(blob.cost(&state.present));
+                state.present = GroupRanges::new();
+            }
+            state.small = small;
             state.durable = GroupRanges::new();
             state.row = false;
-            state.dirty = state.dirty.max(1);
+            state.gone = false;
+            self.note_dirty(blob, &mut state, 1);
         }
     }
 
@@ -185,7 +190,7 @@ impl Inner {
         if blobs.is_empty() {
             return Ok(0);
         }
-        // Waits for flushes under way; whoever makes the blob anew waits for this.
+        // Waits for flushes under way.
         let _turns: Vec<_> = blobs.iter().map(|blob| blob.turn()).collect();
         // What lives in the database only needs the row's removal: one commit for all.
         self.commit_removal(blobs).inspect_err(|_| self.disclaim(blobs))?;
@@ -240,7 +245,7 @@ impl Inner {
             (state.durable.clone(), state.row)
         };
         if row {
-            self.commit_presence(blob, &durable, None)?;
+            self.commit_presence(blob, &durable, None).inspect_err(|_| self.note_dirty(blob, &mut blob.state(), 1))?;
         }
         if blob.is_small() {
             blob.state().small = None;

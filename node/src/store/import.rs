@@ -179,7 +179,7 @@ impl Inner {
 
     fn put_small(&self, root: &RootHash, bytes: Vec<u8>, kind: BlobKind) -> Result<(), WriteError> {
         let blob = self.entry(root, bytes.len() as u64, kind)?;
-        let stored = self.keep_small(&blob, bytes).and_then(|_| self.flush(&blob));
+        let stored = self.keep_small(&blob, bytes).and_then(|()| self.flush(&blob));
         stored.inspect_err(|_| self.forget_if_empty(&blob))
     }
 

@@ -40,6 +40,7 @@ mod tables;
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
 use std::fs;
+use std::io;
 use std::path::Path;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak};
@@ -128,7 +129,7 @@ struct Inner {
 impl Store {
     /// Opens the store in a directory, which is made if it is missing, and brings it to order.
     pub fn open(dir: &Path, options: StoreOptions) -> Result<Self, OpenError> {
-        fs::create_dir_all(dir).map_err(|e| IoFault::new("create", dir, e))?;
+        make_durably(dir)?;
         let lock = HomeLock::take(dir)?;
         Self::open_locked(Arc::new(RealDisk::new(dir)), options, Some(lock))
     }
@@ -191,6 +192,21 @@ impl Store {
     pub fn set_quota(&self, quota: Option<u64>) {
         self.inner.space.set_quota(quota);
     }
+}
+
+/// Makes the store's directory, and its name durable: a commit in it is worth no more than that.
+fn make_durably(dir: &Path) -> Result<(), IoFault> {
+    if dir.is_dir() {
+        return Ok(());
+    }
+    // Outermost first; the last of the ancestors of a relative path is the empty one: the current directory.
+    let parent = dir.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    make_durably(parent)?;
+    match fs::create_dir(dir) {
+        Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(IoFault::new("create", dir, e)),
+        _ => {}
+    }
+    fs::File::open(parent).and_then(|parent| parent.sync_all()).map_err(|e| IoFault::new("sync", parent, e))
 }
 
 impl Inner {

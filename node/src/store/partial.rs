@@ -10,7 +10,7 @@ use capsule_chunker::bao::{DecodeError, decode_range};
 use capsule_proto::ranges::group_count;
 use capsule_proto::{GROUP_LEN, GroupRanges, RootHash};
 
-use super::blob::{Blob, BlobFiles, Part, dir_of, lock, path_of};
+use super::blob::{Blob, BlobFiles, BlobState, Part, dir_of, lock, path_of};
 use super::disk::OpenMode;
 use super::error::{IoFault, WriteError};
 use super::meta::{BLOBS, SMALL};
@@ -38,12 +38,13 @@ impl Store {
     pub fn write_encoded(&self, root: &RootHash, groups: Range<u64>, encoded: &[u8]) -> Result<(), WriteError> {
         let blob = self.inner.blob(root).ok_or(WriteError::Unknown(*root))?;
         let (pairs, leaves) = verified(&blob, &groups, encoded)?;
-        let wrote = if blob.is_small() {
-            self.inner.keep_small(&blob, leaves.concat())?
+        if blob.is_small() {
+            self.inner.keep_small(&blob, leaves.concat())?;
         } else {
-            self.inner.write_groups(&blob, groups, &pairs, &leaves)?
-        };
-        if wrote { self.inner.flush_if_due(&blob) } else { Ok(()) }
+            self.inner.write_groups(&blob, groups, &pairs, &leaves)?;
+        }
+        // Also where nothing was missing: an earlier flush may have failed.
+        self.inner.flush_if_due(&blob)
     }
 
     /// Makes all that was written of a blob durable. Does nothing where all is.
@@ -85,22 +86,22 @@ impl Inner {
             if !blob.state().gone {
                 return Ok(blob);
             }
-            // Who removes it holds its turn until its entry is gone.
-            drop(blob.turn());
+            // Until the removal that claimed it has ended.
+            drop(lock(&self.gc_turn));
         }
     }
 
-    /// Writes verified groups; whether any of them was missing.
+    /// Writes verified groups, unless none of them is missing.
     fn write_groups(
         &self,
         blob: &Arc<Blob>,
         groups: Range<u64>,
         pairs: &[(u64, &[u8; 64])],
         leaves: &[&[u8]],
-    ) -> Result<bool, WriteError> {
+    ) -> Result<(), WriteError> {
         let missing = blob.missing(&groups);
         if missing.is_empty() {
-            return Ok(false);
+            return Ok(());
         }
         let reserved = blob.cost(&missing);
         self.space.reserve(reserved)?;
@@ -108,7 +109,7 @@ impl Inner {
         // Another writer may have brought some of the same groups meanwhile, and paid for them.
         let used = result.as_ref().map_or(0, |added| blob.cost(added));
         self.space.release(reserved - used.min(reserved));
-        result.map(|added| !added.is_empty())
+        result.map(drop)
     }
 
     fn write_within_gate(
@@ -147,23 +148,24 @@ impl Inner {
         self.handles.get(&*self.disk, &blob.root, OpenMode::Create).map_err(WriteError::io)
     }
 
-    /// Keeps a small blob's verified bytes until the flush; whether it was missing.
-    pub(super) fn keep_small(&self, blob: &Arc<Blob>, bytes: Vec<u8>) -> Result<bool, WriteError> {
+    /// Keeps a small blob's verified bytes until the flush, unless they are here.
+    pub(super) fn keep_small(&self, blob: &Arc<Blob>, bytes: Vec<u8>) -> Result<(), WriteError> {
         let cost = blob.cost(&blob.all());
         self.space.reserve(cost)?;
         let mut state = blob.state();
         if state.gone || !state.present.is_empty() {
             self.space.release(cost);
-            return if state.gone { Err(WriteError::Unknown(blob.root)) } else { Ok(false) };
+            return if state.gone { Err(WriteError::Unknown(blob.root)) } else { Ok(()) };
         }
         state.present = blob.all();
         // Empty blobs are to be flushed too.
         state.dirty += (bytes.len() as u64).max(1);
         state.small = Some(Arc::new(bytes));
-        Ok(true)
+        Ok(())
     }
 
-    fn note_dirty(&self, blob: &Blob, state: &mut super::blob::BlobState, bytes: u64) {
+    /// Notes bytes that the next flush is to make durable, or one byte where only the row is out of date.
+    pub(super) fn note_dirty(&self, blob: &Blob, state: &mut BlobState, bytes: u64) {
         if state.dirty == 0 {
             lock(&self.dirty).push_back(blob.root);
         }
@@ -173,7 +175,7 @@ impl Inner {
     fn flush_if_due(&self, blob: &Arc<Blob>) -> Result<(), WriteError> {
         let due = {
             let state = blob.state();
-            state.dirty >= self.flush_bytes || blob.completes(&state.present)
+            state.dirty >= self.flush_bytes || (state.dirty > 0 && blob.completes(&state.present))
         };
         if due {
             self.flush(blob)?;
@@ -202,7 +204,7 @@ impl Inner {
             (bounded(state.present.clone()), state.files.clone(), state.small.clone(), state.row)
         };
         lock(&self.dirty).retain(|root| *root != blob.root);
-        if small.is_none()
+        if !blob.is_small()
             && let Err(fault) = self.sync_files(blob, files, named)
         {
             self.abandon(blob);
@@ -210,8 +212,7 @@ impl Inner {
         }
         self.commit_presence(blob, &written, small.as_deref().map(Vec::as_slice)).inspect_err(|_| {
             // The data is safe; only the commit is to be repeated, by the next flush.
-            let mut state = blob.state();
-            self.note_dirty(blob, &mut state, 1);
+            self.note_dirty(blob, &mut blob.state(), 1);
         })?;
         let mut state = blob.state();
         state.row = true;

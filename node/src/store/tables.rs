@@ -172,7 +172,10 @@ impl Store {
     /// Notes that a capsule is held, or being fetched.
     pub fn put_capsule(&self, id: &CapsuleId, held: &HeldCapsule) -> Result<()> {
         let bytes = held.encode();
-        self.inner.meta.write(|tx| Ok(drop(tx.open_table(CAPSULES)?.insert(id.0.as_bytes(), &bytes[..])?)))
+        self.inner.meta.write(|tx| {
+            tx.open_table(CAPSULES)?.insert(id.0.as_bytes(), &bytes[..])?;
+            Ok(())
+        })
     }
 
     /// A capsule that is held.
@@ -234,7 +237,10 @@ impl Store {
     /// Follows a channel, or changes how.
     pub fn follow(&self, channel: &Channel, follow: &Follow) -> Result<()> {
         let bytes = follow.encode();
-        self.inner.meta.write(|tx| Ok(drop(tx.open_table(FOLLOWS)?.insert(channel.as_str(), &bytes[..])?)))
+        self.inner.meta.write(|tx| {
+            tx.open_table(FOLLOWS)?.insert(channel.as_str(), &bytes[..])?;
+            Ok(())
+        })
     }
 
     /// Follows a channel no longer; whether it did.
@@ -301,7 +307,10 @@ impl Store {
     /// Sets a single value of the daemon's.
     pub fn set_value(&self, key: &str, value: &[u8]) -> Result<()> {
         bounded("values", value.len(), MAX_VALUE_LEN)?;
-        self.inner.meta.write(|tx| Ok(drop(tx.open_table(VALUES)?.insert(key, value)?)))
+        self.inner.meta.write(|tx| {
+            tx.open_table(VALUES)?.insert(key, value)?;
+            Ok(())
+        })
     }
 
     /// A single value of the daemon's.

@@ -2,8 +2,10 @@
 
 use thiserror::Error;
 
+use super::directory::MAX_PAGES;
 use super::page::{self, MAX_DETAILS_PER_PAGE, MAX_FRAMES_PER_PAGE, MAX_RUNS_PER_PAGE};
-use super::{Frame, IndexHeader, MAX_FRAMES, Run, directory};
+use super::{Frame, IndexHeader, Run, directory};
+use crate::ranges::MAX_CONTENT_LEN;
 
 /// Gathers runs and frames in order; full pages are compressed at once, so memory follows the index, not the content.
 #[derive(Debug, Default)]
@@ -22,14 +24,26 @@ pub struct IndexBuilder {
 /// A run or frame that does not fit what came before it.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum BuildError {
-    /// A run that begins before the end of the previous one, or is empty.
-    #[error("the run at byte {0} is empty or overlaps the one before it")]
+    /// A run that begins before the end of the previous one, is empty, or ends beyond the largest content.
+    #[error(
+        "the run at byte {0} is empty, overlaps the one before it, or ends beyond the largest content"
+    )]
     RunOutOfOrder(u64),
     /// A frame that does not begin where the previous one ended.
     #[error("frame {0} does not follow the one before it in the pack")]
     FrameOutOfOrder(u64),
-    /// More frames than ids.
-    #[error("a layer has at most 2^32 frames: use a larger frame size")]
+    /// A frame that every reader would refuse.
+    #[error("frame {id} breaks a rule of the format: {why}")]
+    Frame {
+        /// The id that it would have had.
+        id: u64,
+        /// The rule.
+        why: &'static str,
+    },
+    /// More pages of runs or of frames than a directory lists.
+    #[error(
+        "a layer has at most 2^30 frames and 2^32 runs, fewer with many spans: use a larger frame size"
+    )]
     TooManyFrames,
 }
 
@@ -52,15 +66,27 @@ impl IndexBuilder {
     /// Adds a run; one that continues the previous run is joined to it.
     pub fn push_run(&mut self, run: Run) -> Result<(), BuildError> {
         use super::RunFrom::{Copy, Frame, Zero};
-        if run.len == 0 || run.start < self.next_run {
+        let end = run
+            .start
+            .checked_add(run.len)
+            .filter(|&end| end <= MAX_CONTENT_LEN);
+        let Some(end) = end.filter(|_| run.len > 0 && run.start >= self.next_run) else {
             return Err(BuildError::RunOutOfOrder(run.start));
-        }
-        self.next_run = run.end();
+        };
+        self.next_run = end;
         if let Some(last) = self.runs.last_mut().filter(|last| last.end() == run.start) {
             let joined = match (last.from, run.from) {
                 (Zero, Zero) => true,
-                (Copy { source, offset }, Copy { source: s, offset: o }) => source == s && offset + last.len == o,
-                (Frame { id, offset }, Frame { id: i, offset: o }) => id == i && u64::from(offset) + last.len == o.into(),
+                (
+                    Copy { source, offset },
+                    Copy {
+                        source: s,
+                        offset: o,
+                    },
+                ) => source == s && offset + last.len == o,
+                (Frame { id, offset }, Frame { id: i, offset: o }) => {
+                    id == i && u64::from(offset) + last.len == o.into()
+                }
                 _ => false,
             };
             if joined {
@@ -71,6 +97,9 @@ impl IndexBuilder {
         if self.runs.len() == MAX_RUNS_PER_PAGE as usize {
             self.end_run_page();
         }
+        if self.run_pages.len() == MAX_PAGES {
+            return Err(BuildError::TooManyFrames);
+        }
         self.runs.push(run);
         Ok(())
     }
@@ -80,14 +109,20 @@ impl IndexBuilder {
         if frame.pack_offset != self.pack_len {
             return Err(BuildError::FrameOutOfOrder(self.frame_count));
         }
-        if self.frame_count == MAX_FRAMES {
-            return Err(BuildError::TooManyFrames);
-        }
+        // Below 2^30, as the pages are.
+        let id = self.frame_count as u32;
+        frame
+            .check(id)
+            .map_err(|why| BuildError::Frame { id: id.into(), why })?;
         let details = frame.references.len() + frame.spans.len();
-        if self.frames.len() == MAX_FRAMES_PER_PAGE as usize || self.details + details > MAX_DETAILS_PER_PAGE {
+        if self.frames.len() == MAX_FRAMES_PER_PAGE as usize
+            || self.details + details > MAX_DETAILS_PER_PAGE
+        {
             self.end_frame_page();
         }
-        let id = self.frame_count as u32;
+        if self.frame_pages.len() == MAX_PAGES {
+            return Err(BuildError::TooManyFrames);
+        }
         self.details += details;
         self.frame_count += 1;
         self.pack_len += u64::from(frame.pack_len);
@@ -104,7 +139,11 @@ impl IndexBuilder {
 
     fn end_run_page(&mut self) {
         if let Some(first) = self.runs.first() {
-            self.run_pages.push((first.start, self.runs.len() as u32, page::encode_runs(&self.runs)));
+            self.run_pages.push((
+                first.start,
+                self.runs.len() as u32,
+                page::encode_runs(&self.runs),
+            ));
             self.runs.clear();
         }
     }
@@ -113,9 +152,17 @@ impl IndexBuilder {
         if self.frames.is_empty() {
             return;
         }
-        let pack_len = self.frames.iter().map(|frame| u64::from(frame.pack_len)).sum();
+        let pack_len = self
+            .frames
+            .iter()
+            .map(|frame| u64::from(frame.pack_len))
+            .sum();
         let first = (self.frame_count - self.frames.len() as u64) as u32;
-        self.frame_pages.push((self.frames.len() as u32, pack_len, page::encode_frames(first, &self.frames)));
+        self.frame_pages.push((
+            self.frames.len() as u32,
+            pack_len,
+            page::encode_frames(first, &self.frames),
+        ));
         self.frames.clear();
         self.details = 0;
     }

@@ -1,7 +1,10 @@
 //! The directory at the head of an index: what the layer is, and where its pages lie.
 
-use super::page::{self, MAX_FRAMES_PER_PAGE, MAX_PAGE_LEN, MAX_RUNS_PER_PAGE};
-use super::{Frame, IndexHeader, MAX_FRAME_PACK_LEN, MAX_FRAMES, MAX_INDEX_LEN, MAX_SOURCES, Run, Source, SourceKind, Space};
+use super::page::{self, MAX_FRAMES_PER_PAGE, MAX_PAGE_LEN, MAX_RUNS_PER_PAGE, UNMENTIONED};
+use super::{
+    Frame, IndexHeader, MAX_FRAME_PACK_LEN, MAX_FRAMES, MAX_INDEX_LEN, MAX_SOURCES, Run, Source,
+    SourceKind, Space,
+};
 use crate::codec::{DecodeError, Reader, Writer};
 use crate::ranges::MAX_CONTENT_LEN;
 
@@ -11,7 +14,8 @@ const VERSION: u8 = 1;
 const MAX_HEAD_LEN: usize = 4 + 1 + 4;
 /// Longest directory: that of a million pages.
 const MAX_DIRECTORY_LEN: u64 = 24 << 20;
-const MAX_PAGES: usize = 1 << 20;
+/// Most pages of runs, and most of frames.
+pub(super) const MAX_PAGES: usize = 1 << 20;
 
 /// What a layer is, and where in the index its pages lie.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -87,18 +91,29 @@ impl Directory {
 
     /// Position of the page whose runs may reach the byte of the target: the last that begins at or before it.
     pub fn run_page_at(&self, offset: u64) -> Option<usize> {
-        self.run_pages.partition_point(|page| page.start <= offset).checked_sub(1)
+        self.run_pages
+            .partition_point(|page| page.start <= offset)
+            .checked_sub(1)
     }
 
     /// Position of the page that holds the frame.
     pub fn frame_page_of(&self, id: u32) -> Option<usize> {
-        let page = self.frame_pages.partition_point(|page| page.first <= id).checked_sub(1)?;
+        let page = self
+            .frame_pages
+            .partition_point(|page| page.first <= id)
+            .checked_sub(1)?;
         (u64::from(id) < self.frame_count).then_some(page)
     }
 
     /// How many bytes from the start of the index hold the directory; told by its first 9 bytes, or all of a shorter one.
     pub fn needed(start: &[u8]) -> Result<usize, DecodeError> {
-        let mut reader = Reader::with_header(&start[..start.len().min(MAX_HEAD_LEN)], MAGIC, VERSION, "layer index", MAX_HEAD_LEN)?;
+        let mut reader = Reader::with_header(
+            &start[..start.len().min(MAX_HEAD_LEN)],
+            MAGIC,
+            VERSION,
+            "layer index",
+            MAX_HEAD_LEN,
+        )?;
         let len = reader.varint("directory length", MAX_DIRECTORY_LEN)? as usize;
         Ok(reader.at() + len)
     }
@@ -106,12 +121,24 @@ impl Directory {
     /// Parses and checks the directory from the start of an index; later bytes are not looked at.
     pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
         let needed = Self::needed(bytes)?;
-        let bytes = bytes.get(..needed).ok_or(DecodeError::Truncated { what: "directory", at: bytes.len() })?;
+        let bytes = bytes.get(..needed).ok_or(DecodeError::Truncated {
+            what: "directory",
+            at: bytes.len(),
+        })?;
         let mut reader = Reader::with_header(bytes, MAGIC, VERSION, "layer index", needed)?;
         reader.varint("directory length", MAX_DIRECTORY_LEN)?;
         let header = decode_header(&mut reader)?;
         let mut at = needed as u64;
+        let before_pages = reader.at();
         let run_pages = decode_run_pages(&mut reader, &header, &mut at)?;
+        // The gaps behind are the pages' to check.
+        if run_pages
+            .first()
+            .map_or(header.target_size, |page| page.start)
+            > header.inherited_len()
+        {
+            return Err(reader.invalid("run pages", before_pages, UNMENTIONED));
+        }
         let (mut frame_count, mut pack_len) = (0, 0);
         let frame_pages = reader.list("frame pages", MAX_PAGES, 3, |r| {
             let start = r.at();
@@ -119,7 +146,10 @@ impl Directory {
                 first: frame_count as u32,
                 count: count(r, "frames in a page", MAX_FRAMES_PER_PAGE)?,
                 pack_offset: pack_len,
-                pack_len: r.varint("pack bytes of a page", u64::from(MAX_FRAMES_PER_PAGE) * MAX_FRAME_PACK_LEN)?,
+                pack_len: r.varint(
+                    "pack bytes of a page",
+                    u64::from(MAX_FRAMES_PER_PAGE) * MAX_FRAME_PACK_LEN,
+                )?,
                 at,
                 len: page_len(r)?,
             };
@@ -132,37 +162,73 @@ impl Directory {
             Ok(entry)
         })?;
         reader.finish()?;
-        if at > MAX_INDEX_LEN as u64 {
-            return Err(DecodeError::OutOfBounds { what: "index", at: 0, value: at, bound: MAX_INDEX_LEN as u64 });
+        if at > MAX_INDEX_LEN {
+            return Err(DecodeError::OutOfBounds {
+                what: "index",
+                at: 0,
+                value: at,
+                bound: MAX_INDEX_LEN,
+            });
         }
-        Ok(Self { header, run_pages, frame_pages, frame_count, pack_len, index_len: at })
+        Ok(Self {
+            header,
+            run_pages,
+            frame_pages,
+            frame_count,
+            pack_len,
+            index_len: at,
+        })
     }
 
-    /// Decodes a page of runs from its bytes and checks each against the header.
+    /// Decodes a page of runs from its bytes and checks each against the header. Whether a run fits its frame is told by the
+    /// frame's own entry.
+    ///
+    /// # Panics
+    /// Where there is no such page.
     pub fn decode_runs(&self, page: usize, bytes: &[u8]) -> Result<Vec<Run>, DecodeError> {
         let entry = self.run_pages[page];
-        let end = self.run_pages.get(page + 1).map_or(self.header.target_size, |next| next.start);
+        let end = self
+            .run_pages
+            .get(page + 1)
+            .map_or(self.header.target_size, |next| next.start);
         page::decode_runs(bytes, &entry, end, &self.header, self.frame_count)
     }
 
-    /// Decodes a page of frames from its bytes and checks each against the header.
+    /// Decodes a page of frames from its bytes and checks each against the header. Whether a reference fits an earlier frame,
+    /// and is less deep, is told by that frame's own entry.
+    ///
+    /// # Panics
+    /// Where there is no such page.
     pub fn decode_frames(&self, page: usize, bytes: &[u8]) -> Result<Vec<Frame>, DecodeError> {
         page::decode_frames(bytes, &self.frame_pages[page], &self.header)
     }
 }
 
-fn decode_run_pages(r: &mut Reader<'_>, header: &IndexHeader, at: &mut u64) -> Result<Vec<RunPageEntry>, DecodeError> {
+fn decode_run_pages(
+    r: &mut Reader<'_>,
+    header: &IndexHeader,
+    at: &mut u64,
+) -> Result<Vec<RunPageEntry>, DecodeError> {
     let mut start = 0;
     let mut first = true;
     r.list("run pages", MAX_PAGES, 3, |r| {
         let from = r.at();
         let step = r.varint("start of a page", header.target_size)?;
         if (step == 0 && !first) || start + step >= header.target_size {
-            return Err(r.invalid("start of a page", from, "pages are sorted, without repetition, within the target"));
+            return Err(r.invalid(
+                "start of a page",
+                from,
+                "pages are sorted, without repetition, within the target",
+            ));
         }
         start += step;
         first = false;
-        let entry = RunPageEntry { start, count: count(r, "runs in a page", MAX_RUNS_PER_PAGE)?, at: *at, len: page_len(r)? };
+        let entry = RunPageEntry {
+            start,
+            count: count(r, "runs in a page", MAX_RUNS_PER_PAGE)?,
+            at: *at,
+            len: page_len(r)?,
+        };
         *at += u64::from(entry.len);
         Ok(entry)
     })
@@ -181,7 +247,11 @@ fn page_len(r: &mut Reader<'_>) -> Result<u32, DecodeError> {
 }
 
 /// Puts directory and pages together.
-pub(super) fn encode(header: &IndexHeader, run_pages: &[(u64, u32, Vec<u8>)], frame_pages: &[(u32, u64, Vec<u8>)]) -> Vec<u8> {
+pub(super) fn encode(
+    header: &IndexHeader,
+    run_pages: &[(u64, u32, Vec<u8>)],
+    frame_pages: &[(u32, u64, Vec<u8>)],
+) -> Vec<u8> {
     let mut body = Writer::default();
     encode_header(&mut body, header);
     let mut previous = 0;
@@ -235,18 +305,40 @@ fn decode_header(r: &mut Reader<'_>) -> Result<IndexHeader, DecodeError> {
             _ => return Err(r.invalid("source kind", at, "kinds are 0 to 2")),
         };
         let root = r.hash("source")?;
-        Ok(Source { kind, root, space: decode_space(r)?, size: r.varint("source size", MAX_CONTENT_LEN)? })
+        Ok(Source {
+            kind,
+            root,
+            space: decode_space(r)?,
+            size: r.varint("source size", MAX_CONTENT_LEN)?,
+        })
     })?;
     for (i, source) in sources.iter().enumerate() {
         let is_parent = source.kind == SourceKind::Parent;
         if is_parent && (i > 0 || Some(source.root) != parent || source.space != space) {
-            return Err(r.invalid("sources", start, "the parent comes first, once, in the layer's own space"));
+            return Err(r.invalid(
+                "sources",
+                start,
+                "the parent comes first, once, in the layer's own space",
+            ));
+        }
+        if source.root == target && source.space == space {
+            return Err(r.invalid("sources", start, "a layer does not read what it makes"));
         }
     }
-    if parent.is_some() && sources.first().is_none_or(|first| first.kind != SourceKind::Parent) {
+    if parent.is_some()
+        && sources
+            .first()
+            .is_none_or(|first| first.kind != SourceKind::Parent)
+    {
         return Err(r.invalid("sources", start, "the parent comes first"));
     }
-    Ok(IndexHeader { space, parent, target, target_size, sources })
+    Ok(IndexHeader {
+        space,
+        parent,
+        target,
+        target_size,
+        sources,
+    })
 }
 
 const fn space_tag(space: Space) -> u8 {

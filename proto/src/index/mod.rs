@@ -16,7 +16,10 @@ use crate::codec::DecodeError;
 use crate::hash::{FrameHash, RootHash};
 
 /// Longest index, in bytes: that of a target of 16 TiB in 64 KiB frames, thrice over.
-pub const MAX_INDEX_LEN: usize = 1 << 34;
+pub const MAX_INDEX_LEN: u64 = 1 << 34;
+/// Most memory that the runs and frames of [`Index::decode`] fill, in bytes: pages compress well, so a small index may hold any number of runs.
+/// What is larger is read page by page.
+pub const MAX_DECODED_LEN: u64 = 1 << 30;
 /// Longest decoded frame, in bytes: what a reader of one byte may have to decode, and hold.
 pub const MAX_FRAME_LEN: u64 = 16 << 20;
 /// Longest frame in a pack: zstd's worst case for incompressible content, rounded up.
@@ -31,8 +34,8 @@ pub const MAX_REFERENCE_DEPTH: u8 = 8;
 pub const MAX_SPANS: usize = 4096;
 /// Most sources of a layer.
 pub const MAX_SOURCES: usize = 64;
-/// Most frames of a layer: 2^32, so that an id fits in 32 bits.
-pub const MAX_FRAMES: u64 = 1 << 32;
+/// Most frames of a layer: those of the most pages, 2^30; an id fits in 32 bits.
+pub const MAX_FRAMES: u64 = (directory::MAX_PAGES as u64) * (page::MAX_FRAMES_PER_PAGE as u64);
 
 /// What a layer's offsets count.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -48,7 +51,7 @@ pub enum Space {
 pub struct IndexHeader {
     /// What offsets count, in the parent and the target.
     pub space: Space,
-    /// The component that unmentioned ranges are inherited from; none: every byte is mentioned.
+    /// The component that unmentioned ranges are inherited from, as far as it reaches; none: every byte is mentioned.
     pub parent: Option<RootHash>,
     /// The component that the layer makes.
     pub target: RootHash,
@@ -144,7 +147,8 @@ pub enum Codec {
     Zstd,
     /// One zstd frame whose prefix is the references' content, one after another.
     ZstdReferences,
-    /// One zstd frame of a bytewise difference against the references' content (`proto/docs/index.md`, "Difference").
+    /// One zstd frame of a bytewise difference against the references' content, which is at least as long as the frame's
+    /// (`proto/docs/index.md`, "Difference").
     Difference,
 }
 
@@ -188,6 +192,14 @@ pub struct Index {
     pub frames: Vec<Frame>,
 }
 
+impl IndexHeader {
+    /// How far the parent reaches: only bytes below can be inherited, so only they may be left unmentioned.
+    pub fn inherited_len(&self) -> u64 {
+        let parent = self.sources.first().filter(|_| self.parent.is_some());
+        parent.map_or(0, |parent| parent.size)
+    }
+}
+
 impl Run {
     /// First byte after the run.
     pub const fn end(&self) -> u64 {
@@ -196,8 +208,8 @@ impl Run {
 }
 
 impl Index {
-    /// Decodes all pages and checks what only the whole can tell: that runs fit their frames, that every byte is
-    /// mentioned where nothing can be inherited, and that references only go back.
+    /// Decodes all pages and checks what only the whole can tell: that runs and references fit their frames, and that
+    /// depths rise. Refuses what would take more than [`MAX_DECODED_LEN`] in memory.
     pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
         let directory = Directory::decode(bytes)?;
         if directory.index_len() != bytes.len() as u64 {
@@ -207,6 +219,17 @@ impl Index {
                 why: "the length is not that of the directory and its pages",
             });
         }
+        let counted = |pages: &mut dyn Iterator<Item = u32>, each: usize| {
+            pages.map(u64::from).sum::<u64>() * each as u64
+        };
+        let mut decoded = counted(
+            &mut directory.run_pages().iter().map(|page| page.count),
+            size_of::<Run>(),
+        ) + counted(
+            &mut directory.frame_pages().iter().map(|page| page.count),
+            size_of::<Frame>(),
+        );
+        check_decoded(decoded)?;
         let page = |at: u64, len: u32| &bytes[at as usize..at as usize + len as usize];
         let mut runs = Vec::new();
         for (i, entry) in directory.run_pages().iter().enumerate() {
@@ -214,9 +237,16 @@ impl Index {
         }
         let mut frames = Vec::new();
         for (i, entry) in directory.frame_pages().iter().enumerate() {
-            frames.extend(directory.decode_frames(i, page(entry.at, entry.len))?);
+            let page = directory.decode_frames(i, page(entry.at, entry.len))?;
+            decoded += page.iter().map(Frame::details_len).sum::<u64>();
+            check_decoded(decoded)?;
+            frames.extend(page);
         }
-        let index = Self { directory, runs, frames };
+        let index = Self {
+            directory,
+            runs,
+            frames,
+        };
         index.check()?;
         Ok(index)
     }
@@ -232,28 +262,118 @@ impl Index {
         }
         for (at, frame) in self.frames.iter().enumerate() {
             for reference in &frame.references {
-                let ReferenceTo::Frame(id) = reference.to else { continue };
+                let ReferenceTo::Frame(id) = reference.to else {
+                    continue;
+                };
                 let earlier = &self.frames[id as usize];
                 if earlier.depth >= frame.depth {
-                    return invalid("frame", at, "its depth is not above that of the frames it refers to");
+                    return invalid(
+                        "frame",
+                        at,
+                        "its depth is not above that of the frames it refers to",
+                    );
                 }
                 if reference.offset + u64::from(reference.len) > u64::from(earlier.len) {
                     return invalid("frame", at, "a reference reads beyond the end of its frame");
                 }
             }
         }
-        if self.directory.header().parent.is_none() {
-            let mut next = 0;
-            for (at, run) in self.runs.iter().enumerate() {
-                if run.start != next {
-                    return invalid("run", at, "bytes before it are not mentioned, and there is no parent to inherit from");
-                }
-                next = run.end();
-            }
-            if next != self.directory.header().target_size {
-                return invalid("run", self.runs.len(), "the last bytes are not mentioned, and there is no parent to inherit from");
-            }
-        }
         Ok(())
+    }
+}
+
+fn check_decoded(value: u64) -> Result<(), DecodeError> {
+    let (what, bound) = ("index, decoded whole,", MAX_DECODED_LEN);
+    if value > bound {
+        Err(DecodeError::OutOfBounds {
+            what,
+            at: 0,
+            value,
+            bound,
+        })
+    } else {
+        Ok(())
+    }
+}
+
+impl Frame {
+    /// Memory that references and spans take, in bytes.
+    fn details_len(&self) -> u64 {
+        (size_of_val(&self.references[..]) + size_of_val(&self.spans[..])) as u64
+    }
+
+    /// The rules within a frame with the given id; reader and builder keep the same.
+    fn check(&self, id: u32) -> Result<(), &'static str> {
+        let Self {
+            len,
+            pack_len,
+            codec,
+            depth,
+            references,
+            spans,
+            ..
+        } = self;
+        let referenced = references
+            .iter()
+            .map(|reference| u64::from(reference.len))
+            .sum::<u64>();
+        let refers_to_frames = references
+            .iter()
+            .any(|reference| matches!(reference.to, ReferenceTo::Frame(_)));
+        let goes_back = |reference: &Reference| !matches!(reference.to, ReferenceTo::Frame(earlier) if earlier >= id);
+        let spanned = spans.iter().map(|span| u64::from(span.len)).sum::<u64>();
+        let rules = [
+            (*len > 0 && *pack_len > 0, "a frame is not empty"),
+            (
+                u64::from(*len) <= MAX_FRAME_LEN,
+                "a frame decodes to at most 16 MiB",
+            ),
+            (
+                u64::from(*pack_len) <= MAX_FRAME_PACK_LEN,
+                "a frame is no longer in the pack than zstd ever makes it",
+            ),
+            (
+                *codec != Codec::Stored || pack_len == len,
+                "a stored frame is as long in the pack as its content",
+            ),
+            (
+                matches!(codec, Codec::Stored | Codec::Zstd) == references.is_empty(),
+                "the codecs with references, and only they, have them",
+            ),
+            (
+                references.len() <= MAX_REFERENCES,
+                "a frame has at most 64 references",
+            ),
+            (
+                referenced <= MAX_REFERENCE_BYTES,
+                "references have at most 16 MiB together",
+            ),
+            (
+                references.iter().all(|reference| reference.len > 0),
+                "a reference is not empty",
+            ),
+            (
+                references.iter().all(goes_back),
+                "references to frames go back",
+            ),
+            (
+                *codec != Codec::Difference || referenced >= u64::from(*len),
+                "a difference has references at least as long as its content",
+            ),
+            (
+                *depth <= MAX_REFERENCE_DEPTH && (*depth > 0) == refers_to_frames,
+                "the depth is 1 to 8 with references to frames, 0 without",
+            ),
+            (spans.len() <= MAX_SPANS, "a frame has at most 4,096 spans"),
+            (spans.iter().all(|span| span.len > 0), "a span is not empty"),
+            (
+                spans.is_empty() || spanned == u64::from(*len),
+                "spans end with the frame",
+            ),
+        ];
+        rules
+            .into_iter()
+            .find(|(holds, _)| !holds)
+            .map_or(Ok(()), |(_, why)| Err(why))
     }
 }

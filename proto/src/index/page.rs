@@ -3,11 +3,14 @@
 //! A column holds one field of all runs or frames of the page; like beside like is what compresses.
 
 use super::{
-    Codec, Frame, FramePageEntry, IndexHeader, MAX_FRAME_LEN, MAX_FRAME_PACK_LEN, MAX_REFERENCE_BYTES, MAX_REFERENCE_DEPTH,
-    MAX_REFERENCES, MAX_SPANS, Reference, ReferenceTo, Run, RunFrom, RunPageEntry, Span,
+    Codec, Frame, FramePageEntry, IndexHeader, MAX_FRAME_LEN, MAX_FRAME_PACK_LEN,
+    MAX_REFERENCE_BYTES, MAX_REFERENCES, MAX_SPANS, Reference, ReferenceTo, Run, RunFrom,
+    RunPageEntry, Span,
 };
+
 use crate::codec::{DecodeError, Reader, Writer};
 use crate::ranges::MAX_CONTENT_LEN;
+use zstd::zstd_safe;
 
 /// Most runs in a page: about 16 KiB compressed.
 pub(super) const MAX_RUNS_PER_PAGE: u32 = 4096;
@@ -18,20 +21,35 @@ pub(super) const MAX_PAGE_LEN: usize = 1 << 20;
 /// Most references and spans in a page, so that a full page stays below [`MAX_PAGE_LEN`].
 pub(super) const MAX_DETAILS_PER_PAGE: usize = 16_384;
 const LEVEL: i32 = 9;
+/// The rule that a gap breaks.
+pub(super) const UNMENTIONED: &str =
+    "bytes are not mentioned, and the parent, if any, does not reach so far";
 
 type Result<T> = std::result::Result<T, DecodeError>;
 
 pub(super) fn compress(columns: &[Writer]) -> Vec<u8> {
     // Kept apart by the decoder's knowledge of the counts: no lengths between columns.
     let mut plain = Vec::new();
-    columns.iter().for_each(|column| plain.extend_from_slice(column.as_bytes()));
+    columns
+        .iter()
+        .for_each(|column| plain.extend_from_slice(column.as_bytes()));
     zstd::bulk::compress(&plain, LEVEL).expect("compressing in memory does not fail")
 }
 
 fn decompress(bytes: &[u8], what: &'static str) -> Result<Vec<u8>> {
+    if zstd_safe::find_frame_compressed_size(bytes) != Ok(bytes.len()) {
+        return Err(DecodeError::Invalid {
+            what,
+            at: 0,
+            why: "the page is not one zstd frame",
+        });
+    }
     // The decompressor stops at the bound, whatever the page claims.
-    zstd::bulk::decompress(bytes, MAX_PAGE_LEN)
-        .map_err(|_| DecodeError::Invalid { what, at: 0, why: "the page does not decompress within its bound" })
+    zstd::bulk::decompress(bytes, MAX_PAGE_LEN).map_err(|_| DecodeError::Invalid {
+        what,
+        at: 0,
+        why: "the page does not decompress within its bound",
+    })
 }
 
 pub(super) fn encode_runs(runs: &[Run]) -> Vec<u8> {
@@ -68,12 +86,22 @@ struct Last {
     next_frame: i64,
 }
 
-pub(super) fn decode_runs(bytes: &[u8], entry: &RunPageEntry, end: u64, header: &IndexHeader, frame_count: u64) -> Result<Vec<Run>> {
+pub(super) fn decode_runs(
+    bytes: &[u8],
+    entry: &RunPageEntry,
+    end: u64,
+    header: &IndexHeader,
+    frame_count: u64,
+) -> Result<Vec<Run>> {
     let plain = decompress(bytes, "run page")?;
     let mut r = Reader::new(&plain);
     let count = entry.count as usize;
     let kinds = r.raw(count, "run kinds")?.to_vec();
-    let column = |r: &mut Reader<'_>, what| (0..count).map(|_| r.varint(what, MAX_CONTENT_LEN)).collect::<Result<Vec<_>>>();
+    let column = |r: &mut Reader<'_>, what| {
+        (0..count)
+            .map(|_| r.varint(what, MAX_CONTENT_LEN))
+            .collect::<Result<Vec<_>>>()
+    };
     let gaps = column(&mut r, "run gaps")?;
     let lens = column(&mut r, "run lengths")?;
     let mut next = entry.start;
@@ -84,15 +112,36 @@ pub(super) fn decode_runs(bytes: &[u8], entry: &RunPageEntry, end: u64, header: 
         let start = next + gap;
         next = start + len;
         if len == 0 || next > end || (runs.is_empty() && gap != 0) {
-            return Err(r.invalid("run", at, "runs are not empty, sorted, and within their page's part of the target"));
+            return Err(r.invalid(
+                "run",
+                at,
+                "runs are not empty, sorted, and within their page's part of the target",
+            ));
         }
-        runs.push(Run { start, len, from: decode_from(&mut r, kind, len, header, frame_count, &mut last)? });
+        if gap > 0 && start > header.inherited_len() {
+            return Err(r.invalid("run", at, UNMENTIONED));
+        }
+        runs.push(Run {
+            start,
+            len,
+            from: decode_from(&mut r, kind, len, header, frame_count, &mut last)?,
+        });
+    }
+    if next < end && end > header.inherited_len() {
+        return Err(r.invalid("run page", r.at(), UNMENTIONED));
     }
     r.finish()?;
     Ok(runs)
 }
 
-fn decode_from(r: &mut Reader<'_>, kind: u8, len: u64, header: &IndexHeader, frame_count: u64, last: &mut Last) -> Result<RunFrom> {
+fn decode_from(
+    r: &mut Reader<'_>,
+    kind: u8,
+    len: u64,
+    header: &IndexHeader,
+    frame_count: u64,
+    last: &mut Last,
+) -> Result<RunFrom> {
     let at = r.at();
     match kind {
         0 => Ok(RunFrom::Zero),
@@ -100,7 +149,9 @@ fn decode_from(r: &mut Reader<'_>, kind: u8, len: u64, header: &IndexHeader, fra
             let source = r.varint("source", u16::MAX.into())? as u16;
             let offset = last.copy_end.checked_add_signed(r.signed("copy offset")?);
             match (header.sources.get(usize::from(source)), offset) {
-                (Some(of), Some(offset)) if offset.checked_add(len).is_some_and(|end| end <= of.size) => {
+                (Some(of), Some(offset))
+                    if offset.checked_add(len).is_some_and(|end| end <= of.size) =>
+                {
                     last.copy_end = offset + len;
                     Ok(RunFrom::Copy { source, offset })
                 }
@@ -108,12 +159,18 @@ fn decode_from(r: &mut Reader<'_>, kind: u8, len: u64, header: &IndexHeader, fra
             }
         }
         2 => {
-            let id = last.next_frame.checked_add(r.signed("frame id")?).and_then(|id| u64::try_from(id).ok());
+            let id = last
+                .next_frame
+                .checked_add(r.signed("frame id")?)
+                .and_then(|id| u64::try_from(id).ok());
             let offset = r.varint("offset in a frame", MAX_FRAME_LEN)?;
             match id {
                 Some(id) if id < frame_count && offset + len <= MAX_FRAME_LEN => {
                     last.next_frame = id as i64 + 1;
-                    Ok(RunFrom::Frame { id: id as u32, offset: offset as u32 })
+                    Ok(RunFrom::Frame {
+                        id: id as u32,
+                        offset: offset as u32,
+                    })
                 }
                 _ => Err(r.invalid("frame run", at, "it reads outside of the layer's frames")),
             }
@@ -123,7 +180,16 @@ fn decode_from(r: &mut Reader<'_>, kind: u8, len: u64, header: &IndexHeader, fra
 }
 
 pub(super) fn encode_frames(first: u32, frames: &[Frame]) -> Vec<u8> {
-    let [mut codecs, mut depths, mut lens, mut pack_lens, mut counts, mut references, mut spans, mut hashes] = <[Writer; 8]>::default();
+    let [
+        mut codecs,
+        mut depths,
+        mut lens,
+        mut pack_lens,
+        mut counts,
+        mut references,
+        mut spans,
+        mut hashes,
+    ] = <[Writer; 8]>::default();
     let mut last_end = 0;
     for (id, frame) in (first..).zip(frames) {
         codecs.u8(codec_tag(frame.codec));
@@ -147,7 +213,9 @@ pub(super) fn encode_frames(first: u32, frames: &[Frame]) -> Vec<u8> {
             hashes.raw(&span.hash.0);
         }
     }
-    compress(&[codecs, depths, lens, pack_lens, counts, references, spans, hashes])
+    compress(&[
+        codecs, depths, lens, pack_lens, counts, references, spans, hashes,
+    ])
 }
 
 /// The columns of a frame page whose length follows from the number of frames.
@@ -159,7 +227,11 @@ struct FrameColumns {
     counts: Vec<(usize, usize)>,
 }
 
-pub(super) fn decode_frames(bytes: &[u8], entry: &FramePageEntry, header: &IndexHeader) -> Result<Vec<Frame>> {
+pub(super) fn decode_frames(
+    bytes: &[u8],
+    entry: &FramePageEntry,
+    header: &IndexHeader,
+) -> Result<Vec<Frame>> {
     let plain = decompress(bytes, "frame page")?;
     let mut r = Reader::new(&plain);
     let columns = FrameColumns::decode(&mut r, entry.count as usize)?;
@@ -171,7 +243,11 @@ pub(super) fn decode_frames(bytes: &[u8], entry: &FramePageEntry, header: &Index
     let span_lens = columns
         .counts
         .iter()
-        .map(|&(_, count)| (0..count).map(|_| r.varint("span length", MAX_FRAME_LEN)).collect())
+        .map(|&(_, count)| {
+            (0..count)
+                .map(|_| r.varint("span length", MAX_FRAME_LEN))
+                .collect()
+        })
         .collect::<Result<Vec<Vec<_>>>>()?;
     let mut pack_offset = entry.pack_offset;
     let mut frames = Vec::with_capacity(columns.codecs.len());
@@ -179,7 +255,12 @@ pub(super) fn decode_frames(bytes: &[u8], entry: &FramePageEntry, header: &Index
         let hash = r.frame_hash("frame hash")?;
         let spans = span_lens
             .into_iter()
-            .map(|len| Ok(Span { len: len as u32, hash: r.frame_hash("span hash")? }))
+            .map(|len| {
+                Ok(Span {
+                    len: len as u32,
+                    hash: r.frame_hash("span hash")?,
+                })
+            })
             .collect::<Result<Vec<_>>>()?;
         let frame = Frame {
             pack_offset,
@@ -191,12 +272,18 @@ pub(super) fn decode_frames(bytes: &[u8], entry: &FramePageEntry, header: &Index
             references,
             spans,
         };
-        check_frame(&r, &frame)?;
+        frame
+            .check(entry.first + i as u32)
+            .map_err(|why| r.invalid("frame", r.at(), why))?;
         pack_offset += u64::from(frame.pack_len);
         frames.push(frame);
     }
     if pack_offset != entry.pack_offset + entry.pack_len {
-        return Err(r.invalid("frame page", 0, "the frames' lengths do not add up to the directory's"));
+        return Err(r.invalid(
+            "frame page",
+            0,
+            "the frames' lengths do not add up to the directory's",
+        ));
     }
     r.finish()?;
     Ok(frames)
@@ -206,7 +293,11 @@ impl FrameColumns {
     fn decode(r: &mut Reader<'_>, count: usize) -> Result<Self> {
         let codecs = r.raw(count, "frame codecs")?.to_vec();
         let depths = r.raw(count, "frame depths")?.to_vec();
-        let column = |r: &mut Reader<'_>, what, bound| (0..count).map(|_| r.varint(what, bound)).collect::<Result<Vec<_>>>();
+        let column = |r: &mut Reader<'_>, what, bound| {
+            (0..count)
+                .map(|_| r.varint(what, bound))
+                .collect::<Result<Vec<_>>>()
+        };
         let lens = column(r, "frame lengths", MAX_FRAME_LEN)?;
         let pack_lens = column(r, "frame pack lengths", MAX_FRAME_PACK_LEN)?;
         let mut details = 0;
@@ -217,16 +308,32 @@ impl FrameColumns {
                 let spans = r.varint("spans of a frame", MAX_SPANS as u64)? as usize;
                 details += references + spans;
                 if details > MAX_DETAILS_PER_PAGE {
-                    return Err(r.invalid("frame page", at, "it has more references and spans than a page may"));
+                    return Err(r.invalid(
+                        "frame page",
+                        at,
+                        "it has more references and spans than a page may",
+                    ));
                 }
                 Ok((references, spans))
             })
             .collect::<Result<Vec<_>>>()?;
-        Ok(Self { codecs, depths, lens, pack_lens, counts })
+        Ok(Self {
+            codecs,
+            depths,
+            lens,
+            pack_lens,
+            counts,
+        })
     }
 }
 
-fn decode_references(r: &mut Reader<'_>, id: u32, count: usize, header: &IndexHeader, last_end: &mut u64) -> Result<Vec<Reference>> {
+fn decode_references(
+    r: &mut Reader<'_>,
+    id: u32,
+    count: usize,
+    header: &IndexHeader,
+    last_end: &mut u64,
+) -> Result<Vec<Reference>> {
     let mut total = 0;
     (0..count)
         .map(|_| {
@@ -236,43 +343,38 @@ fn decode_references(r: &mut Reader<'_>, id: u32, count: usize, header: &IndexHe
             let len = r.varint("reference length", MAX_REFERENCE_BYTES)?;
             let (to, bound) = if tag & 1 == 0 {
                 let source = header.sources.get((tag >> 1) as usize);
-                (ReferenceTo::Source((tag >> 1) as u16), source.map(|source| source.size))
+                (
+                    ReferenceTo::Source((tag >> 1) as u16),
+                    source.map(|source| source.size),
+                )
             } else {
                 let earlier = u64::from(id).checked_sub(tag >> 1).filter(|_| tag > 1);
-                (ReferenceTo::Frame(earlier.unwrap_or_default() as u32), earlier.map(|_| MAX_FRAME_LEN))
+                (
+                    ReferenceTo::Frame(earlier.unwrap_or_default() as u32),
+                    earlier.map(|_| MAX_FRAME_LEN),
+                )
             };
             total += len;
             let end = offset.and_then(|offset| offset.checked_add(len));
             match (offset, end, bound) {
-                (Some(offset), Some(end), Some(bound)) if len > 0 && end <= bound && total <= MAX_REFERENCE_BYTES => {
+                (Some(offset), Some(end), Some(bound))
+                    if len > 0 && end <= bound && total <= MAX_REFERENCE_BYTES =>
+                {
                     *last_end = end;
-                    Ok(Reference { to, offset, len: len as u32 })
+                    Ok(Reference {
+                        to,
+                        offset,
+                        len: len as u32,
+                    })
                 }
-                _ => Err(r.invalid("reference", at, "it reads outside of what comes before the frame, or too much")),
+                _ => Err(r.invalid(
+                    "reference",
+                    at,
+                    "it reads outside of what comes before the frame, or too much",
+                )),
             }
         })
         .collect()
-}
-
-/// The rules within one frame; the encoder keeps them too.
-fn check_frame(r: &Reader<'_>, frame: &Frame) -> Result<()> {
-    let refers_to_frames = frame.references.iter().any(|reference| matches!(reference.to, ReferenceTo::Frame(_)));
-    let why = if frame.len == 0 || frame.pack_len == 0 {
-        "a frame is not empty"
-    } else if frame.codec == Codec::Stored && frame.pack_len != frame.len {
-        "a stored frame is as long in the pack as its content"
-    } else if matches!(frame.codec, Codec::Stored | Codec::Zstd) != frame.references.is_empty() {
-        "the codecs with references, and only they, have them"
-    } else if frame.depth > MAX_REFERENCE_DEPTH || (frame.depth > 0) != refers_to_frames {
-        "the depth is 1 to 8 with references to frames, 0 without"
-    } else if frame.spans.iter().any(|span| span.len == 0)
-        || (!frame.spans.is_empty() && frame.spans.iter().map(|span| u64::from(span.len)).sum::<u64>() != frame.len.into())
-    {
-        "spans are not empty and end with the frame"
-    } else {
-        return Ok(());
-    };
-    Err(r.invalid("frame", r.at(), why))
 }
 
 const fn codec_tag(codec: Codec) -> u8 {
@@ -290,6 +392,10 @@ fn decode_codec(r: &Reader<'_>, tag: u8) -> Result<Codec> {
         1 => Ok(Codec::Zstd),
         2 => Ok(Codec::ZstdReferences),
         3 => Ok(Codec::Difference),
-        _ => Err(r.invalid("frame codec", r.at(), "codecs are 0 to 3: upgrade capsule to read newer ones")),
+        _ => Err(r.invalid(
+            "frame codec",
+            r.at(),
+            "codecs are 0 to 3: upgrade capsule to read newer ones",
+        )),
     }
 }

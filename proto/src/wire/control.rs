@@ -4,10 +4,10 @@ use std::ops::Range;
 
 use prost::Message;
 
-use super::frame::MAX_CONTROL_LEN;
+use super::frame::{MAX_CONTROL_LEN, MAX_DATA_GROUPS};
 use super::generated as pb;
 use super::gossip::PeerAddress;
-use super::{MAX_GREETING_LEN, WireError, bounded, decode_message, hash};
+use super::{MAX_GREETING_LEN, WireError, bounded, cut, decode_message, hash, text};
 use crate::RootHash;
 use crate::credential::MAX_CREDENTIAL_LEN;
 use crate::ranges::{GROUP_LEN, GroupRanges, MAX_CONTENT_LEN, group_count};
@@ -58,7 +58,7 @@ pub enum Control {
     Drop {
         /// The blob.
         root: RootHash,
-        /// The groups; none: all.
+        /// The groups; none: all of the blob, however many those are. An empty set takes nothing back.
         groups: Option<GroupRanges>,
     },
     /// The sender asks for groups.
@@ -122,7 +122,7 @@ pub struct Request {
     pub root: RootHash,
     /// Its length in bytes.
     pub size: u64,
-    /// The groups, at least one, all within the blob.
+    /// The groups: 1 to [`MAX_DATA_GROUPS`], all within the blob. One data frame answers them.
     pub groups: Range<u64>,
     /// Somebody waits for it: before everything else.
     pub demand: bool,
@@ -160,7 +160,7 @@ impl Greeting {
             credential: self.credential.clone(),
             revocation: self.revocation.clone().unwrap_or_default(),
             newest_time: self.newest_time,
-            agent: self.agent.clone(),
+            agent: cut(&self.agent, MAX_TEXT),
         }
         .encode_to_vec()
     }
@@ -170,13 +170,12 @@ impl Greeting {
         let message: pb::Greeting = decode_message("greeting", bytes, MAX_GREETING_LEN)?;
         bounded("credential", message.credential.len(), MAX_CREDENTIAL_LEN)?;
         bounded("revocation", message.revocation.len(), MAX_RECORD_LEN)?;
-        bounded("agent", message.agent.len(), MAX_TEXT)?;
         Ok(Self {
             protocol: message.protocol,
             credential: message.credential,
             revocation: Some(message.revocation).filter(|record| !record.is_empty()),
             newest_time: message.newest_time,
-            agent: message.agent,
+            agent: text("agent", message.agent, MAX_TEXT)?,
         })
     }
 }
@@ -184,31 +183,49 @@ impl Greeting {
 impl Verdict {
     /// The message's bytes.
     pub fn encode(&self) -> Vec<u8> {
-        let mut reason = self.0.clone().err().unwrap_or_default();
-        while reason.len() > MAX_TEXT {
-            reason.pop();
+        let reason = self
+            .0
+            .as_ref()
+            .err()
+            .map(|reason| cut(reason, MAX_TEXT))
+            .unwrap_or_default();
+        pb::Verdict {
+            accepted: self.0.is_ok(),
+            reason,
         }
-        pb::Verdict { accepted: self.0.is_ok(), reason }.encode_to_vec()
+        .encode_to_vec()
     }
 
     /// Parses and bounds the message.
     pub fn decode(bytes: &[u8]) -> Result<Self, WireError> {
         let message: pb::Verdict = decode_message("verdict", bytes, MAX_GREETING_LEN)?;
-        bounded("reason", message.reason.len(), MAX_TEXT)?;
-        Ok(Self(if message.accepted { Ok(()) } else { Err(message.reason) }))
+        let reason = text("reason", message.reason, MAX_TEXT)?;
+        Ok(Self(if message.accepted {
+            Ok(())
+        } else {
+            Err(reason)
+        }))
     }
 }
 
 impl Control {
-    /// The message's bytes. A set of more than [`MAX_RUNS_PER_HAVE`] runs is the caller's to split.
+    /// The message's bytes. Sets of more than [`MAX_RUNS_PER_HAVE`] runs and lists beyond [`MAX_RECORD_IDS`],
+    /// [`MAX_RECORDS`] or [`MAX_CONTROL_LEN`] bytes of records are the caller's to split. Peers without an address that may
+    /// travel are left out, as are those beyond [`MAX_PEERS`].
     pub fn encode(&self) -> Vec<u8> {
-        pb::Control { kind: Some(self.to_wire()) }.encode_to_vec()
+        pb::Control {
+            kind: Some(self.to_wire()),
+        }
+        .encode_to_vec()
     }
 
     /// Parses and bounds a message.
     pub fn decode(bytes: &[u8]) -> Result<Self, WireError> {
         let message: pb::Control = decode_message("control message", bytes, MAX_CONTROL_LEN)?;
-        let none = WireError::Invalid { what: "control message", why: "it is of no known kind: upgrade capsule" };
+        let none = WireError::Invalid {
+            what: "control message",
+            why: "it is of no known kind: upgrade capsule",
+        };
         message.kind.ok_or(none)?.try_into()
     }
 
@@ -216,12 +233,15 @@ impl Control {
         use pb::control::Kind;
         let ids = |ids: &[RecordId]| ids.iter().map(|id| id.0.as_bytes().to_vec()).collect();
         match self {
-            Self::Have { root, size, groups } => {
-                Kind::Have(pb::Have { root: root.as_bytes().to_vec(), size: *size, runs: runs_to_wire(groups) })
-            }
+            Self::Have { root, size, groups } => Kind::Have(pb::Have {
+                root: root.as_bytes().to_vec(),
+                size: *size,
+                runs: runs_to_wire(groups),
+            }),
             Self::Drop { root, groups } => Kind::Drop(pb::Drop {
                 root: root.as_bytes().to_vec(),
                 runs: groups.as_ref().map(runs_to_wire).unwrap_or_default(),
+                all: groups.is_none(),
             }),
             Self::Request(request) => Kind::Request(pb::Request {
                 id: request.id,
@@ -233,17 +253,36 @@ impl Control {
                 compress: request.compress,
             }),
             Self::Cancel { id } => Kind::Cancel(pb::Cancel { id: *id }),
-            Self::Reject(reject) => Kind::Reject(pb::Reject { id: reject.id, reason: reject.reason as u32 }),
-            Self::RecordSummary { count, digest } => {
-                Kind::RecordSummary(pb::RecordSummary { count: *count, digest: digest.as_bytes().to_vec() })
-            }
-            Self::RecordIds { ids: list, last } => Kind::RecordIds(pb::RecordIds { ids: ids(list), last: *last }),
+            Self::Reject(reject) => Kind::Reject(pb::Reject {
+                id: reject.id,
+                reason: reject.reason as u32,
+            }),
+            Self::RecordSummary { count, digest } => Kind::RecordSummary(pb::RecordSummary {
+                count: *count,
+                digest: digest.as_bytes().to_vec(),
+            }),
+            Self::RecordIds { ids: list, last } => Kind::RecordIds(pb::RecordIds {
+                ids: ids(list),
+                last: *last,
+            }),
             Self::RecordWant { ids: list } => Kind::RecordWant(pb::RecordWant { ids: ids(list) }),
-            Self::Records { records } => Kind::Records(pb::Records { records: records.clone() }),
-            Self::Peers(peers) => Kind::Peers(pb::Peers { peers: peers.iter().map(Into::into).collect() }),
+            Self::Records { records } => Kind::Records(pb::Records {
+                records: records.clone(),
+            }),
+            Self::Peers(peers) => {
+                let peers = peers
+                    .iter()
+                    .map(pb::PeerAddress::from)
+                    .filter(|peer| !peer.addresses.is_empty());
+                Kind::Peers(pb::Peers {
+                    peers: peers.take(MAX_PEERS).collect(),
+                })
+            }
             Self::Ping { nonce } => Kind::Ping(pb::Ping { nonce: *nonce }),
             Self::Pong { nonce } => Kind::Pong(pb::Ping { nonce: *nonce }),
-            Self::SizeQuery { root } => Kind::SizeQuery(pb::SizeQuery { root: root.as_bytes().to_vec() }),
+            Self::SizeQuery { root } => Kind::SizeQuery(pb::SizeQuery {
+                root: root.as_bytes().to_vec(),
+            }),
         }
     }
 }
@@ -256,15 +295,34 @@ impl TryFrom<pb::control::Kind> for Control {
         Ok(match kind {
             Kind::Have(have) => {
                 let groups = runs_from_wire(&have.runs)?;
-                let within = groups.runs().last().is_none_or(|last| last.end <= group_count(have.size));
+                let within = groups
+                    .runs()
+                    .last()
+                    .is_none_or(|last| last.end <= group_count(have.size));
                 if have.size > MAX_CONTENT_LEN || groups.is_empty() || !within {
-                    return Err(WireError::Invalid { what: "have", why: "its groups lie within the blob, at least one" });
+                    return Err(WireError::Invalid {
+                        what: "have",
+                        why: "its groups lie within the blob, at least one",
+                    });
                 }
-                Self::Have { root: hash("have", &have.root)?, size: have.size, groups }
+                Self::Have {
+                    root: hash("have", &have.root)?,
+                    size: have.size,
+                    groups,
+                }
             }
             Kind::Drop(drop) => {
                 let groups = runs_from_wire(&drop.runs)?;
-                Self::Drop { root: hash("drop", &drop.root)?, groups: Some(groups).filter(|groups| !groups.is_empty()) }
+                if drop.all && !groups.is_empty() {
+                    return Err(WireError::Invalid {
+                        what: "drop",
+                        why: "it names all groups or some, not both",
+                    });
+                }
+                Self::Drop {
+                    root: hash("drop", &drop.root)?,
+                    groups: Some(groups).filter(|_| !drop.all),
+                }
             }
             Kind::Request(request) => Self::Request(request.try_into()?),
             Kind::Cancel(cancel) => Self::Cancel { id: cancel.id },
@@ -274,27 +332,54 @@ impl TryFrom<pb::control::Kind> for Control {
                     1 => RejectReason::Busy,
                     2 => RejectReason::Damaged,
                     3 => RejectReason::Cancelled,
-                    _ => return Err(WireError::Invalid { what: "reject", why: "reasons are 0 to 3" }),
+                    _ => {
+                        return Err(WireError::Invalid {
+                            what: "reject",
+                            why: "reasons are 0 to 3",
+                        });
+                    }
                 };
-                Self::Reject(Reject { id: reject.id, reason })
+                Self::Reject(Reject {
+                    id: reject.id,
+                    reason,
+                })
             }
-            Kind::RecordSummary(summary) => {
-                Self::RecordSummary { count: summary.count, digest: hash("record summary", &summary.digest)? }
-            }
-            Kind::RecordIds(message) => Self::RecordIds { ids: ids_from_wire(message.ids)?, last: message.last },
-            Kind::RecordWant(message) => Self::RecordWant { ids: ids_from_wire(message.ids)? },
+            Kind::RecordSummary(summary) => Self::RecordSummary {
+                count: summary.count,
+                digest: hash("record summary", &summary.digest)?,
+            },
+            Kind::RecordIds(message) => Self::RecordIds {
+                ids: ids_from_wire(message.ids)?,
+                last: message.last,
+            },
+            Kind::RecordWant(message) => Self::RecordWant {
+                ids: ids_from_wire(message.ids)?,
+            },
             Kind::Records(message) => {
                 bounded("records", message.records.len(), MAX_RECORDS)?;
-                message.records.iter().try_for_each(|record| bounded("record", record.len(), MAX_RECORD_LEN))?;
-                Self::Records { records: message.records }
+                message
+                    .records
+                    .iter()
+                    .try_for_each(|record| bounded("record", record.len(), MAX_RECORD_LEN))?;
+                Self::Records {
+                    records: message.records,
+                }
             }
             Kind::Peers(message) => {
                 bounded("peers", message.peers.len(), MAX_PEERS)?;
-                Self::Peers(message.peers.into_iter().map(TryInto::try_into).collect::<Result<_, _>>()?)
+                Self::Peers(
+                    message
+                        .peers
+                        .into_iter()
+                        .map(TryInto::try_into)
+                        .collect::<Result<_, _>>()?,
+                )
             }
             Kind::Ping(ping) => Self::Ping { nonce: ping.nonce },
             Kind::Pong(pong) => Self::Pong { nonce: pong.nonce },
-            Kind::SizeQuery(query) => Self::SizeQuery { root: hash("size query", &query.root)? },
+            Kind::SizeQuery(query) => Self::SizeQuery {
+                root: hash("size query", &query.root)?,
+            },
         })
     }
 }
@@ -304,17 +389,34 @@ impl TryFrom<pb::Request> for Request {
 
     fn try_from(request: pb::Request) -> Result<Self, WireError> {
         let groups = request.first..request.first.saturating_add(request.count);
-        if request.size > MAX_CONTENT_LEN || groups.is_empty() || groups.end > group_count(request.size) {
-            return Err(WireError::Invalid { what: "request", why: "its groups lie within the blob, at least one" });
+        let long = request.count > MAX_DATA_GROUPS;
+        if long
+            || request.size > MAX_CONTENT_LEN
+            || groups.is_empty()
+            || groups.end > group_count(request.size)
+        {
+            return Err(WireError::Invalid {
+                what: "request",
+                why: "its groups lie within the blob, 1 to 64 of them",
+            });
         }
         let root = hash("request", &request.root)?;
-        Ok(Self { id: request.id, root, size: request.size, groups, demand: request.demand, compress: request.compress })
+        Ok(Self {
+            id: request.id,
+            root,
+            size: request.size,
+            groups,
+            demand: request.demand,
+            compress: request.compress,
+        })
     }
 }
 
 fn ids_from_wire(ids: Vec<Vec<u8>>) -> Result<Vec<RecordId>, WireError> {
     bounded("record ids", ids.len(), MAX_RECORD_IDS)?;
-    ids.iter().map(|id| hash("record id", id).map(RecordId)).collect()
+    ids.iter()
+        .map(|id| hash("record id", id).map(RecordId))
+        .collect()
 }
 
 fn runs_to_wire(groups: &GroupRanges) -> Vec<u64> {
@@ -330,7 +432,7 @@ fn runs_to_wire(groups: &GroupRanges) -> Vec<u64> {
 fn runs_from_wire(numbers: &[u64]) -> Result<GroupRanges, WireError> {
     bounded("runs", numbers.len(), MAX_RUNS_PER_HAVE * 2)?;
     let invalid = |why| WireError::Invalid { what: "runs", why };
-    if numbers.len() % 2 != 0 {
+    if !numbers.len().is_multiple_of(2) {
         return Err(invalid("they are pairs of numbers"));
     }
     let bound = group_count(MAX_CONTENT_LEN);
@@ -344,8 +446,10 @@ fn runs_from_wire(numbers: &[u64]) -> Result<GroupRanges, WireError> {
         next = start + pair[1];
         runs.push(start..next);
     }
-    GroupRanges::from_runs(runs).map_err(|_| invalid("they are sorted, not empty, and do not touch"))
+    GroupRanges::from_runs(runs)
+        .map_err(|_| invalid("they are sorted, not empty, and do not touch"))
 }
 
 const _: () = assert!(MAX_RUNS_PER_HAVE * 2 * 10 < MAX_CONTROL_LEN && GROUP_LEN == 16_384);
-const _: () = assert!(MAX_RECORD_IDS * 34 < MAX_CONTROL_LEN && MAX_RECORD_LEN * 4 < MAX_CONTROL_LEN);
+const _: () =
+    assert!(MAX_RECORD_IDS * 34 < MAX_CONTROL_LEN && MAX_RECORD_LEN * 4 < MAX_CONTROL_LEN);

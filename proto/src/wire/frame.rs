@@ -12,7 +12,8 @@ pub const DATA_HEADER_LEN: usize = 13;
 /// Most chunk groups that one data frame answers: 1 MiB, what a link of 10 Mbit/s carries in a second.
 pub const MAX_DATA_GROUPS: u64 = 64;
 /// Longest data frame, in bytes: 64 groups, at most 63 pairs inside and 40 above them on each side, and the header.
-pub const MAX_DATA_LEN: usize = DATA_HEADER_LEN + (MAX_DATA_GROUPS * GROUP_LEN) as usize + 64 * (63 + 2 * 40);
+pub const MAX_DATA_LEN: usize =
+    DATA_HEADER_LEN + (MAX_DATA_GROUPS * GROUP_LEN) as usize + 64 * (63 + 2 * 40);
 
 /// What a frame's payload is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,9 +38,9 @@ pub struct FrameHeader {
 pub struct DataHeader {
     /// The request that it answers.
     pub request: u64,
-    /// How many chunk groups it carries, from the first unanswered group of the request on.
+    /// How many chunk groups it carries: as many as the request asked for.
     pub groups: u32,
-    /// Whether the encoded range is one zstd frame.
+    /// Whether the encoded range is one zstd frame; only where the request allowed it.
     pub compressed: bool,
 }
 
@@ -61,11 +62,19 @@ impl FrameHeader {
         let (kind, bound) = match bytes[4] {
             0 => (FrameKind::Control, MAX_CONTROL_LEN),
             1 => (FrameKind::Data, MAX_DATA_LEN),
-            _ => return Err(WireError::Invalid { what: "frame", why: "kinds are 0 and 1" }),
+            _ => {
+                return Err(WireError::Invalid {
+                    what: "frame",
+                    why: "kinds are 0 and 1",
+                });
+            }
         };
         bounded("frame", len, bound)?;
         if kind == FrameKind::Data && len < DATA_HEADER_LEN {
-            return Err(WireError::Invalid { what: "frame", why: "a data frame has a header" });
+            return Err(WireError::Invalid {
+                what: "frame",
+                why: "a data frame has a header",
+            });
         }
         Ok(Self { kind, len })
     }
@@ -86,11 +95,21 @@ impl DataHeader {
         let request = u64::from_be_bytes(bytes[..8].try_into().expect("eight bytes"));
         let groups = u32::from_be_bytes(bytes[8..12].try_into().expect("four bytes"));
         if groups == 0 || u64::from(groups) > MAX_DATA_GROUPS {
-            return Err(WireError::Invalid { what: "data frame", why: "it carries 1 to 64 groups" });
+            return Err(WireError::Invalid {
+                what: "data frame",
+                why: "it carries 1 to 64 groups",
+            });
         }
         match bytes[12] {
-            0 | 1 => Ok(Self { request, groups, compressed: bytes[12] == 1 }),
-            _ => Err(WireError::Invalid { what: "data frame", why: "flags are bit 0" }),
+            0 | 1 => Ok(Self {
+                request,
+                groups,
+                compressed: bytes[12] == 1,
+            }),
+            _ => Err(WireError::Invalid {
+                what: "data frame",
+                why: "flags are bit 0",
+            }),
         }
     }
 }

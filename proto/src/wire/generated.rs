@@ -80,9 +80,12 @@ pub struct Have {
 pub struct Drop {
     #[prost(bytes = "vec", tag = "1")]
     pub root: ::prost::alloc::vec::Vec<u8>,
-    /// none: all of the blob
+    /// as in Have
     #[prost(uint64, repeated, tag = "2")]
     pub runs: ::prost::alloc::vec::Vec<u64>,
+    /// the whole blob, without runs
+    #[prost(bool, tag = "3")]
+    pub all: bool,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Request {
@@ -96,6 +99,7 @@ pub struct Request {
     /// chunk groups
     #[prost(uint64, tag = "4")]
     pub first: u64,
+    /// 1 to 64
     #[prost(uint64, tag = "5")]
     pub count: u64,
     /// somebody waits for it: before everything else

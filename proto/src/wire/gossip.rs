@@ -3,7 +3,7 @@
 use prost::Message;
 
 use super::generated as pb;
-use super::{WireError, bounded, decode_message, hash, texts};
+use super::{WireError, addresses, bounded, cut, decode_message, hash, text, texts};
 use crate::credential::{MAX_ADDRESS_LEN, MAX_ADDRESSES, MAX_MACHINE_NAME_LEN, MachineId};
 use crate::hash::CapsuleId;
 
@@ -48,16 +48,24 @@ pub struct PeerAddress {
 }
 
 impl Status {
-    /// The message's bytes; capsules beyond [`MAX_CAPSULES`] and addresses beyond their bound are left out.
+    /// The message's bytes; capsules beyond [`MAX_CAPSULES`] and addresses beyond their bounds are left out, texts are cut.
     pub fn encode(&self) -> Vec<u8> {
-        let capsule = |held: &HeldCapsule| pb::HeldCapsule { id: held.id.0.as_bytes().to_vec(), complete: held.complete };
+        let capsule = |held: &HeldCapsule| pb::HeldCapsule {
+            id: held.id.0.as_bytes().to_vec(),
+            complete: held.complete,
+        };
         pb::Status {
             machine: self.machine.0.to_vec(),
             sequence: self.sequence,
-            capsules: self.capsules.iter().take(MAX_CAPSULES).map(capsule).collect(),
-            addresses: self.addresses.iter().take(MAX_ADDRESSES).cloned().collect(),
-            name: self.name.clone(),
-            site: self.site.clone(),
+            capsules: self
+                .capsules
+                .iter()
+                .take(MAX_CAPSULES)
+                .map(capsule)
+                .collect(),
+            addresses: addresses(&self.addresses),
+            name: cut(&self.name, MAX_MACHINE_NAME_LEN),
+            site: cut(&self.site, MAX_MACHINE_NAME_LEN),
         }
         .encode_to_vec()
     }
@@ -66,25 +74,38 @@ impl Status {
     pub fn decode(bytes: &[u8]) -> Result<Self, WireError> {
         let message: pb::Status = decode_message("status", bytes, MAX_STATUS_LEN)?;
         bounded("capsules", message.capsules.len(), MAX_CAPSULES)?;
-        bounded("name", message.name.len(), MAX_MACHINE_NAME_LEN)?;
-        bounded("site", message.site.len(), MAX_MACHINE_NAME_LEN)?;
         let capsule = |held: pb::HeldCapsule| {
-            Ok(HeldCapsule { id: CapsuleId(hash("held capsule", &held.id)?), complete: held.complete })
+            Ok(HeldCapsule {
+                id: CapsuleId(hash("held capsule", &held.id)?),
+                complete: held.complete,
+            })
         };
         Ok(Self {
             machine: machine(&message.machine)?,
             sequence: message.sequence,
-            capsules: message.capsules.into_iter().map(capsule).collect::<Result<_, _>>()?,
-            addresses: texts("addresses", message.addresses, MAX_ADDRESSES, MAX_ADDRESS_LEN)?,
-            name: message.name,
-            site: message.site,
+            capsules: message
+                .capsules
+                .into_iter()
+                .map(capsule)
+                .collect::<Result<_, _>>()?,
+            addresses: texts(
+                "addresses",
+                message.addresses,
+                MAX_ADDRESSES,
+                MAX_ADDRESS_LEN,
+            )?,
+            name: text("name", message.name, MAX_MACHINE_NAME_LEN)?,
+            site: text("site", message.site, MAX_MACHINE_NAME_LEN)?,
         })
     }
 }
 
 impl From<&PeerAddress> for pb::PeerAddress {
     fn from(peer: &PeerAddress) -> Self {
-        Self { machine: peer.machine.0.to_vec(), addresses: peer.addresses.iter().take(MAX_ADDRESSES).cloned().collect() }
+        Self {
+            machine: peer.machine.0.to_vec(),
+            addresses: addresses(&peer.addresses),
+        }
     }
 }
 
@@ -94,13 +115,22 @@ impl TryFrom<pb::PeerAddress> for PeerAddress {
     fn try_from(peer: pb::PeerAddress) -> Result<Self, WireError> {
         let addresses = texts("addresses", peer.addresses, MAX_ADDRESSES, MAX_ADDRESS_LEN)?;
         if addresses.is_empty() {
-            return Err(WireError::Invalid { what: "peer", why: "it has an address" });
+            return Err(WireError::Invalid {
+                what: "peer",
+                why: "it has an address",
+            });
         }
-        Ok(Self { machine: machine(&peer.machine)?, addresses })
+        Ok(Self {
+            machine: machine(&peer.machine)?,
+            addresses,
+        })
     }
 }
 
 fn machine(bytes: &[u8]) -> Result<MachineId, WireError> {
-    let bytes = bytes.try_into().map_err(|_| WireError::Invalid { what: "machine", why: "a machine's id is 32 bytes long" })?;
+    let bytes = bytes.try_into().map_err(|_| WireError::Invalid {
+        what: "machine",
+        why: "a machine's id is 32 bytes long",
+    })?;
     Ok(MachineId(bytes))
 }

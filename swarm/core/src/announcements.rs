@@ -10,7 +10,7 @@ use std::time::Duration;
 use capsule_proto::hash::RootHash;
 use capsule_proto::ranges::{GroupRanges, group_count};
 
-use crate::{PeerKey, Time};
+use crate::{PeerKey, Time, spans};
 
 /// Bytes that an announcement costs a peer: root hash, size, framing, TLS record.
 const COST: f64 = 80.0;
@@ -71,7 +71,8 @@ pub struct Announce {
 ///
 /// A new peer is told all that is held. Then every peer is told of what comes, in batches: 20 ms apart while the
 /// cost stays within 0.5 % of the bytes received, else 500 ms apart; except of blobs in which it has no interest
-/// ([`set_interested`](Self::set_interested), for peers that hold all of it), of which it is told on completion only. What goes is told
+/// ([`set_interested`](Self::set_interested), for peers that hold all of it), of which it is told on completion only. What came from a publisher
+/// ([`hurry`](Self::hurry)) does not wait for its batch. What goes is told
 /// at once, so that nobody asks in vain.
 ///
 /// # Order of calls
@@ -126,11 +127,11 @@ impl Announcements {
     pub fn handle_held(&mut self, now: Time, root: RootHash, size: u64, ranges: &GroupRanges) {
         let holding = self.holdings.entry(root).or_default();
         holding.size = size;
-        let fresh = if holding.held.is_empty() {
-            ranges.clone()
-        } else {
-            ranges.difference(&holding.held)
-        };
+        let fresh: GroupRanges = ranges
+            .runs()
+            .iter()
+            .flat_map(|run| spans::gaps(&holding.held, run.clone()))
+            .collect();
         if fresh.is_empty() {
             return;
         }
@@ -154,6 +155,19 @@ impl Announcements {
                 self.due.remove(&(other, root));
             }
             self.due.insert((due, root));
+        }
+    }
+
+    /// What is held of a blob and not told yet is to be told at once: others wait for it. For what came from a
+    /// publisher, that is; what has spread already can wait for its batch.
+    pub fn hurry(&mut self, now: Time, root: &RootHash) {
+        let Some(holding) = self.holdings.get_mut(root) else {
+            return;
+        };
+        if let Some(due) = &mut holding.due {
+            self.due.remove(&(*due, *root));
+            *due = now;
+            self.due.insert((now, *root));
         }
     }
 
@@ -186,7 +200,7 @@ impl Announcements {
 
     /// Takes in a new peer: it will be told all that is held.
     pub fn peer_connected(&mut self, _now: Time, peer: PeerKey) {
-        if self.peers.insert(peer, BTreeSet::new()).is_none() {
+        if self.peers.insert(peer, BTreeSet::new()).is_none() && !self.holdings.is_empty() {
             self.greetings.push_back((peer, None));
         }
     }
@@ -346,9 +360,24 @@ mod tests {
     }
 
     #[test]
+    fn what_others_wait_for_is_told_at_once() {
+        let mut announcements = Announcements::new(AnnounceConfig::default());
+        announcements.peer_connected(at(0), PeerKey(1));
+        announcements.handle_held(at(0), root(1), SIZE, &(0..1).into());
+        assert_eq!(all(&mut announcements, 0).len(), 1);
+        announcements.hurry(at(1), &root(1));
+        assert_eq!(announcements.poll_timeout(), None);
+        announcements.handle_held(at(2), root(1), SIZE, &(7..8).into());
+        announcements.hurry(at(2), &root(1));
+        assert_eq!(all(&mut announcements, 2), [(vec![1], vec![7])]);
+    }
+
+    #[test]
     fn who_has_no_interest_is_told_of_completion_only() {
         let mut announcements = Announcements::new(AnnounceConfig::default());
-        [1, 2].map(|peer| announcements.peer_connected(at(0), PeerKey(peer)));
+        [1, 2]
+            .into_iter()
+            .for_each(|peer| announcements.peer_connected(at(0), PeerKey(peer)));
         announcements.set_interested(at(0), PeerKey(2), root(1), false);
         announcements.handle_held(at(0), root(1), SIZE, &(0..1).into());
         assert_eq!(all(&mut announcements, 0), [(vec![1], vec![0])]);

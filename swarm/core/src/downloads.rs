@@ -1,7 +1,7 @@
 //! What this node fetches: the public face of the requester's side, and its inputs.
 //!
-//! Choosing what to ask of whom is in `picker`, what to do about lateness in `late`, figures in
-//! `stats`. The tables are in `blob` (with `pieces` and `view`) and `peer`.
+//! Choosing what to ask of whom is in `picker`, how requests end in `requests`, what to do about lateness
+//! in `late`, figures in `stats`. The tables are in `blob` (with `pieces` and `view`) and `peer`.
 
 mod api;
 mod blob;
@@ -9,6 +9,7 @@ mod late;
 mod peer;
 mod picker;
 mod pieces;
+mod requests;
 mod stats;
 mod view;
 
@@ -23,11 +24,9 @@ use rand::rngs::SmallRng;
 pub use api::*;
 use blob::Blob;
 use peer::Peer;
+use requests::Flight;
 
 use crate::{PeerKey, RequestId, Time, spans};
-
-/// Requests given up whose answer may still come: remembered so that it is not wasted, up to this number.
-const MAX_ABANDONED: usize = 4096;
 
 /// The requester's side: decides what is asked of whom, for many blobs at once.
 ///
@@ -64,25 +63,6 @@ pub struct Downloads {
     outputs: VecDeque<Output>,
     /// When lateness is looked at again.
     review_at: Option<Time>,
-}
-
-/// A request that was output and has not ended.
-#[derive(Clone, Debug)]
-struct Flight {
-    slot: usize,
-    blob: usize,
-    groups: Range<u64>,
-    bytes: u64,
-    issued: Time,
-    /// Bytes of it that came, verified or not.
-    arrived: u64,
-    /// Groups of it that came verified.
-    got: u64,
-    demand: bool,
-    /// Whether it still is expected to be answered, and its groups count as in flight.
-    live: bool,
-    /// Who gets the groups if the provider takes the request back.
-    heir: Option<usize>,
 }
 
 impl Downloads {
@@ -242,11 +222,12 @@ impl Downloads {
         let Some(slot) = self.slots.remove(&peer) else {
             return;
         };
-        self.drop_flights_of(now, slot);
         for blob in self.blobs.iter_mut().flatten() {
             blob.take_view(slot);
             blob.received_of_gone += blob.received.remove(&peer).unwrap_or_default();
         }
+        self.drop_flights_of(now, slot);
+        (0..self.blobs.len()).for_each(|at| self.wake_providers(at));
         self.peers[slot] = None;
         self.ready.retain(|&other| other != slot);
     }
@@ -263,7 +244,8 @@ impl Downloads {
                 }
                 self.rehome(now, at, slot, ranges);
                 self.wake(slot);
-                self.arm_review(now, std::time::Duration::ZERO, at);
+                self.serve_demands(now, at);
+                self.arm_review(now, at);
             }
             None => {
                 if let Some(peer) = &mut self.peers[slot] {
@@ -289,6 +271,8 @@ impl Downloads {
                 if let Some(blob) = &mut self.blobs[at] {
                     blob.remove_have(slot, ranges);
                 }
+                // Others may be asked for it now.
+                self.wake_providers(at);
             }
             None => {
                 let Some(peer) = &mut self.peers[slot] else {
@@ -316,29 +300,33 @@ impl Downloads {
     }
 
     /// Takes in that groups of a response are verified and stored. They need not be the whole request.
+    ///
+    /// True if no connected peer but seeders is known to hold them: others wait for them to be passed on, so
+    /// they are to be announced at once ([`Announcements::hurry`](crate::Announcements::hurry)).
     pub fn handle_received(
         &mut self,
         now: Time,
         peer: PeerKey,
         id: RequestId,
         groups: &Range<u64>,
-    ) {
+    ) -> bool {
         let Some(slot) = self.slot_of_flight(peer, id) else {
-            return;
+            return false;
         };
         let Some(flight) = self.flights.get_mut(&id) else {
-            return;
+            return false;
         };
         let groups = groups.start.max(flight.groups.start)..groups.end.min(flight.groups.end);
         if groups.is_empty() {
-            return;
+            return false;
         }
         let at = flight.blob;
         flight.got += spans::len(&groups);
         let ended = flight.got >= spans::len(&flight.groups);
         let Some(blob) = &mut self.blobs[at] else {
-            return;
+            return false;
         };
+        let rare = blob.map.partial(blob.map.geometry().piece_of(groups.start)) == 0;
         let known = blob
             .map
             .geometry()
@@ -355,6 +343,7 @@ impl Downloads {
         self.cancel_superseded(now, at, &groups);
         self.report_completion(now, at);
         self.wake(slot);
+        rare
     }
 
     /// Takes in that a request ended without (the rest of) its response.
@@ -430,103 +419,6 @@ impl Downloads {
             .then_some(slot)
     }
 
-    /// The slot of the peer, if the request was asked of it and has not ended.
-    fn slot_of_flight(&self, peer: PeerKey, id: RequestId) -> Option<usize> {
-        let slot = *self.slots.get(&peer)?;
-        self.flights
-            .get(&id)
-            .is_some_and(|flight| flight.slot == slot)
-            .then_some(slot)
-    }
-
-    /// Counts bytes of a response that came.
-    fn count_arrival(&mut self, now: Time, id: RequestId, bytes: u64) {
-        let Some(flight) = self.flights.get_mut(&id) else {
-            return;
-        };
-        let Some(peer) = &mut self.peers[flight.slot] else {
-            return;
-        };
-        let bytes = bytes.min(flight.bytes - flight.arrived);
-        if flight.arrived == 0 && bytes > 0 {
-            peer.started(now - flight.issued);
-        }
-        flight.arrived += bytes;
-        peer.arrived(now, bytes, flight.live);
-    }
-
-    /// A request ended: its groups that are lacking are open again, unless in another request.
-    fn end(&mut self, now: Time, id: RequestId) {
-        self.stop_expecting(now, id);
-        self.forget(id);
-    }
-
-    /// Takes a request back and does not wait for it any more; its answer still counts if it comes.
-    fn abandon(&mut self, now: Time, id: RequestId) {
-        let Some(flight) = self.flights.get(&id) else {
-            return;
-        };
-        if flight.live {
-            self.cancel(now, id);
-        }
-        self.stop_expecting(now, id);
-        self.abandoned.insert(id);
-        if self.abandoned.len() > MAX_ABANDONED
-            && let Some(&oldest) = self.abandoned.first()
-        {
-            self.forget(oldest);
-        }
-    }
-
-    fn stop_expecting(&mut self, now: Time, id: RequestId) {
-        self.cancelling.remove(&id);
-        let Some(flight) = self.flights.get_mut(&id) else {
-            return;
-        };
-        if !std::mem::take(&mut flight.live) {
-            return;
-        }
-        if let Some(peer) = &mut self.peers[flight.slot] {
-            peer.ended(now, id, flight.bytes - flight.arrived);
-        }
-        if let Some(blob) = &mut self.blobs[flight.blob] {
-            blob.release(id, &flight.groups);
-        }
-    }
-
-    fn forget(&mut self, id: RequestId) {
-        self.flights.remove(&id);
-        self.abandoned.remove(&id);
-        self.cancelling.remove(&id);
-    }
-
-    /// Asks the provider to take a request back, once.
-    fn cancel(&mut self, now: Time, id: RequestId) {
-        let Some(flight) = self.flights.get(&id) else {
-            return;
-        };
-        let Some(peer) = &self.peers[flight.slot] else {
-            return;
-        };
-        if !self.cancelling.contains_key(&id) {
-            self.cancelling.insert(id, now);
-            self.outputs
-                .push_back(Output::Cancel { peer: peer.key, id });
-        }
-    }
-
-    /// Cancels other requests for what has come.
-    fn cancel_superseded(&mut self, now: Time, at: usize, groups: &Range<u64>) {
-        let Some(blob) = &self.blobs[at] else { return };
-        let superseded: Vec<_> = blob
-            .flights
-            .touching(groups)
-            .filter(|(_, run)| !blob.map.lacking().intersects(run))
-            .map(|(id, _)| id)
-            .collect();
-        superseded.into_iter().for_each(|id| self.cancel(now, id));
-    }
-
     fn report_completion(&mut self, now: Time, at: usize) {
         let Some(blob) = &mut self.blobs[at] else {
             return;
@@ -543,7 +435,7 @@ impl Downloads {
         self.report_completion(now, at);
         self.serve_demands(now, at);
         self.wake_providers(at);
-        self.arm_review(now, late::REVIEW, at);
+        self.arm_review(now, at);
     }
 
     fn wake_providers(&mut self, at: usize) {
@@ -571,32 +463,12 @@ impl Downloads {
         };
         peer.banned = true;
         peer.haves = BTreeMap::new();
-        self.outputs.push_back(Output::Ban {
-            peer: peer.key,
-            reason,
-        });
+        let key = peer.key;
         for blob in self.blobs.iter_mut().flatten() {
             blob.take_view(slot);
         }
         self.drop_flights_of(now, slot);
-    }
-
-    /// Forgets all requests to a peer that will not answer any more.
-    fn drop_flights_of(&mut self, now: Time, slot: usize) {
-        let ids: Vec<_> = self
-            .flights
-            .iter()
-            .filter(|(_, flight)| flight.slot == slot)
-            .map(|(&id, _)| id)
-            .collect();
-        let mut touched = BTreeSet::new();
-        for id in ids {
-            touched.extend(self.flights.get(&id).map(|flight| flight.blob));
-            self.end(now, id);
-        }
-        touched
-            .into_iter()
-            .for_each(|at| self.blob_changed(now, at));
+        self.outputs.push_back(Output::Ban { peer: key, reason });
     }
 }
 

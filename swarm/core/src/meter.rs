@@ -8,15 +8,15 @@ use crate::Time;
 
 /// Length of a sample: long against the jitter of a LAN, short against a transfer.
 const SAMPLE: Duration = Duration::from_millis(100);
-/// Weight of a sample above the average: links that were underestimated fill up within a few samples.
-const WEIGHT_UP: f64 = 0.5;
-/// Weight of a sample below the average: one bad sample does not shrink a window by much.
-const WEIGHT_DOWN: f64 = 0.2;
+/// Memory of the average: some responses of a busy provider long, which come in bursts.
+const MEMORY: f64 = 1.0;
 
 /// Exponentially weighted rate over the time in which something was expected.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct RateMeter {
     rate: Option<f64>,
+    /// Seconds measured before, up to [`MEMORY`].
+    known: f64,
     bytes: u64,
     elapsed: Duration,
     busy_since: Option<Time>,
@@ -42,12 +42,15 @@ impl RateMeter {
         if elapsed < SAMPLE {
             return;
         }
-        let sample = self.bytes as f64 / elapsed.as_secs_f64();
-        self.rate = Some(match self.rate {
-            None => sample,
-            Some(rate) if sample > rate => rate + WEIGHT_UP * (sample - rate),
-            Some(rate) => rate + WEIGHT_DOWN * (sample - rate),
-        });
+        let seconds = elapsed.as_secs_f64();
+        let sample = self.bytes as f64 / seconds;
+        // By the time that it covers: a burst counts no more than the silence before it.
+        let weight = seconds / (self.known + seconds);
+        self.rate = Some(
+            self.rate
+                .map_or(sample, |rate| rate + weight * (sample - rate)),
+        );
+        self.known = (self.known + seconds).min(MEMORY);
         (self.bytes, self.elapsed) = (0, Duration::ZERO);
         if self.busy_since.is_some() {
             self.busy_since = Some(now);
@@ -92,6 +95,20 @@ mod tests {
         }
         let rate = meter.rate().expect("500 ms of samples");
         assert!((900_000.0..1_100_000.0).contains(&rate), "{rate}");
+    }
+
+    #[test]
+    fn bursts_are_averaged_with_the_silence_between_them() {
+        let mut meter = RateMeter::default();
+        meter.start(at(0));
+        for second in 0..30 {
+            (0..10).for_each(|i| meter.add(at(second * 1000 + i * 20), 10_000));
+            let rate = meter.rate().unwrap_or(100_000.0);
+            assert!(
+                second < 3 || (50_000.0..200_000.0).contains(&rate),
+                "{rate}"
+            );
+        }
     }
 
     #[test]

@@ -3,6 +3,7 @@
 //! Whether the content is held is checked by the caller, before and after. Rate caps are its business
 //! too: it does not poll while a cap is exhausted.
 
+mod api;
 mod sent;
 
 use std::collections::BTreeMap;
@@ -10,11 +11,11 @@ use std::ops::Range;
 use std::time::Duration;
 
 use capsule_proto::hash::RootHash;
-use thiserror::Error;
 
 use crate::meter::RateMeter;
 use crate::time::earliest;
 use crate::{MAX_REQUEST_GROUPS, PeerKey, PieceGeometry, RequestId, Time};
+pub use api::*;
 use sent::SentLog;
 
 /// Bytes handed to the transport are bounded by this much of the measured rate: enough that its buffers never run
@@ -26,98 +27,12 @@ const MIN_IN_FLIGHT: u64 = 128 << 10;
 const MAX_IN_FLIGHT: u64 = 16 << 20;
 /// Bytes in flight to one peer while others wait; one response is always allowed.
 const PEER_IN_FLIGHT: u64 = 64 << 10;
-/// A response that takes longer than four times what our own rate explains, and this, is held up by the receiver:
-/// it no longer keeps others from being served.
+/// A response that takes longer than twice what our own rate explains, and this, is held up by the receiver: until
+/// one is not, what is in flight to that receiver does not keep others from being served.
 const HELD_UP: Duration = Duration::from_millis(200);
 /// How far a peer may be ahead of the one that was served least, before what others wait for comes first, sent
 /// often or not: 8 longest requests.
 const SLACK: u64 = 8 << 20;
-
-/// Tunables of [`Uploads`].
-#[derive(Clone, Debug)]
-pub struct UploadConfig {
-    /// Most requests queued for one peer: twice what a requester of ours asks at once.
-    pub max_queue: usize,
-    /// Most peers.
-    pub max_peers: usize,
-    /// How long a node that holds all of a blob keeps back a second copy of a piece, when it has nothing better to
-    /// send: the first receiver is about to announce it, and to pass it on itself. Zero turns it off.
-    pub echo: Duration,
-}
-
-impl Default for UploadConfig {
-    fn default() -> Self {
-        Self {
-            max_queue: 128,
-            max_peers: 256,
-            echo: Duration::from_millis(150),
-        }
-    }
-}
-
-/// A request as it came from a peer, already checked against what this node holds.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct IncomingRequest {
-    /// The requester's number for it.
-    pub id: RequestId,
-    /// The blob.
-    pub root: RootHash,
-    /// Its size in bytes.
-    pub size: u64,
-    /// The run of groups asked for: at least one, at most [`MAX_REQUEST_GROUPS`].
-    pub groups: Range<u64>,
-    /// Whether somebody waits for it: served before all that is not.
-    pub demand: bool,
-    /// Whether this node holds all of the blob.
-    pub whole: bool,
-}
-
-/// Why a request was not queued. The caller answers the peer with it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
-pub enum Refusal {
-    /// The peer has too many requests queued: it should wait for some of them.
-    #[error("the peer already has the most requests queued that one peer may")]
-    Busy,
-    /// The run is empty, longer than a request may be, or beyond the blob's end: the peer breaks the protocol.
-    #[error("the run of groups is empty, too long or beyond the end")]
-    Malformed,
-    /// The peer used the number of a request that is still queued or being served: it breaks the protocol.
-    #[error("a request of that number is still open")]
-    Duplicate,
-    /// The peer is not connected here (or more are than may be).
-    #[error("the peer is not known")]
-    UnknownPeer,
-}
-
-/// An instruction: read these groups and send them as the response to the peer's request.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Serve {
-    /// Who asked.
-    pub peer: PeerKey,
-    /// The requester's number.
-    pub id: RequestId,
-    /// The blob.
-    pub root: RootHash,
-    /// Its size in bytes, as the request gave it.
-    pub size: u64,
-    /// The run of groups: the whole request.
-    pub groups: Range<u64>,
-    /// Whether somebody waits for it.
-    pub demand: bool,
-}
-
-/// Figures of what was served.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct UploadStats {
-    /// Content bytes of responses finished, over all peers and blobs.
-    pub bytes_sent: u64,
-    /// Requests waiting.
-    pub queued: usize,
-    /// Content bytes handed to the transport and not yet sent.
-    pub in_flight: u64,
-    /// Measured rate of sending, bytes a second.
-    pub rate: f64,
-}
 
 /// The provider's side: decides which request is served next.
 ///
@@ -156,6 +71,8 @@ struct Queue {
     sending: Vec<Sending>,
     /// Bytes served to it, never less than the virtual time when it began to wait.
     served: u64,
+    /// Whether it held up its last response: it takes less than we could send.
+    slow: bool,
 }
 
 #[derive(Debug)]
@@ -295,6 +212,7 @@ impl Uploads {
     /// Takes in that a response is finished: sent in full, or (`sent == false`) given up, e.g. as the local data
     /// could not be read.
     pub fn handle_finished(&mut self, now: Time, peer: PeerKey, id: RequestId, sent: bool) {
+        let held_up = self.held_up();
         let Some(queue) = self.peers.get_mut(&peer) else {
             return;
         };
@@ -303,6 +221,7 @@ impl Uploads {
         };
         let sending = queue.sending.swap_remove(at);
         if sent {
+            queue.slow = now - sending.since > held_up;
             self.meter.add(now, sending.bytes - sending.sent);
             self.bytes_sent += sending.bytes;
             self.sent
@@ -391,20 +310,25 @@ impl Uploads {
         ((rate * IN_FLIGHT_SECONDS) as u64).clamp(MIN_IN_FLIGHT, MAX_IN_FLIGHT)
     }
 
+    /// How long a response may take before the receiver counts as slow.
+    fn held_up(&self) -> Duration {
+        let rate = self.meter.rate().unwrap_or(f64::INFINITY).max(1.0);
+        let total: u64 = self.peers.values().map(Queue::in_flight).sum();
+        HELD_UP + Duration::from_secs_f64((2.0 * total as f64 / rate).min(60.0))
+    }
+
     /// Bytes in flight, without those that receivers hold up.
     fn counted_in_flight(&mut self, now: Time) -> u64 {
-        let total: u64 = self.peers.values().map(Queue::in_flight).sum();
-        let ours = self
-            .meter
-            .rate()
-            .map_or(0.0, |rate| 4.0 * total as f64 / rate.max(1.0));
-        let held_up = HELD_UP + Duration::from_secs_f64(ours.min(60.0));
+        let held_up = self.held_up();
         let mut counted = 0;
-        for sending in self.peers.values().flat_map(|queue| &queue.sending) {
-            let end = sending.since + held_up;
-            if now < end {
-                counted += sending.bytes - sending.sent;
-                self.wake_at = earliest(self.wake_at, Some(end));
+        for queue in self.peers.values_mut() {
+            let Some(oldest) = queue.sending.iter().map(|sending| sending.since).min() else {
+                continue;
+            };
+            queue.slow |= now - oldest >= held_up;
+            if !queue.slow {
+                counted += queue.in_flight();
+                self.wake_at = earliest(self.wake_at, Some(oldest + held_up));
             }
         }
         counted
@@ -459,203 +383,5 @@ impl Uploads {
         if self.peers.values().all(|queue| queue.sending.is_empty()) {
             self.meter.stop(now);
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    const SIZE: u64 = 4 << 20;
-
-    fn at(ms: u64) -> Time {
-        Time::from_start(Duration::from_millis(ms))
-    }
-
-    fn request(id: u64, group: u64) -> IncomingRequest {
-        let root = RootHash::of(b"blob");
-        let groups = group..group + 1;
-        IncomingRequest {
-            id: RequestId(id),
-            root,
-            size: SIZE,
-            groups,
-            demand: false,
-            whole: true,
-        }
-    }
-
-    fn uploads(peers: u64) -> Uploads {
-        let mut uploads = Uploads::new(UploadConfig::default());
-        (0..peers).for_each(|peer| uploads.peer_connected(at(0), PeerKey(peer)));
-        uploads
-    }
-
-    /// Serves all that may be served, each response taking a millisecond; returns (peer, group) in order.
-    fn drain(uploads: &mut Uploads, from: u64) -> Vec<(u64, u64)> {
-        let mut served = Vec::new();
-        let mut ms = from;
-        while let Some(serve) = uploads.poll_serve(at(ms)) {
-            served.push((serve.peer.0, serve.groups.start));
-            ms += 1;
-            uploads.handle_finished(at(ms), serve.peer, serve.id, true);
-        }
-        served
-    }
-
-    #[test]
-    fn distinct_pieces_go_to_different_peers_and_second_copies_wait() {
-        let mut uploads = uploads(2);
-        for peer in 0..2 {
-            for group in 0..4 {
-                let group = if peer == 0 { group } else { group + 2 };
-                uploads
-                    .handle_request(at(0), PeerKey(peer), request(group, group))
-                    .expect("room");
-            }
-        }
-        let mut first = drain(&mut uploads, 0);
-        first.sort_unstable_by_key(|&(_, group)| group);
-        assert_eq!(
-            first.iter().map(|&(_, group)| group).collect::<Vec<_>>(),
-            [0, 1, 2, 3, 4, 5]
-        );
-        let wake = uploads.poll_timeout().expect("second copies are kept back");
-        assert!(wake <= at(160), "{wake:?}");
-        assert_eq!(drain(&mut uploads, 200).len(), 2);
-    }
-
-    #[test]
-    fn demand_comes_first_and_is_never_kept_back() {
-        let mut uploads = uploads(2);
-        uploads
-            .handle_request(at(0), PeerKey(0), request(1, 0))
-            .expect("room");
-        assert_eq!(drain(&mut uploads, 0), [(0, 0)]);
-        uploads
-            .handle_request(at(1), PeerKey(1), request(1, 7))
-            .expect("room");
-        let demand = IncomingRequest {
-            demand: true,
-            ..request(2, 0)
-        };
-        uploads
-            .handle_request(at(1), PeerKey(1), demand)
-            .expect("room");
-        assert_eq!(drain(&mut uploads, 2), [(1, 0), (1, 7)]);
-    }
-
-    #[test]
-    fn shares_are_fair_between_peers_with_equally_rare_wishes() {
-        let mut uploads = uploads(2);
-        for id in 0..100 {
-            uploads
-                .handle_request(at(0), PeerKey(0), request(id, id))
-                .expect("room");
-        }
-        for id in 0..10 {
-            uploads
-                .handle_request(at(0), PeerKey(1), request(id, 100 + id))
-                .expect("room");
-        }
-        let served = drain(&mut uploads, 0);
-        assert_eq!(
-            served[..20].iter().filter(|(peer, _)| *peer == 1).count(),
-            10
-        );
-    }
-
-    #[test]
-    fn requests_that_break_the_protocol_or_the_bounds_are_refused() {
-        let mut uploads = uploads(1);
-        let (now, peer) = (at(0), PeerKey(0));
-        let of = |groups| IncomingRequest {
-            groups,
-            size: 8 << 20,
-            ..request(1, 0)
-        };
-        assert_eq!(
-            uploads.handle_request(now, peer, of(3..3)),
-            Err(Refusal::Malformed)
-        );
-        assert_eq!(
-            uploads.handle_request(now, peer, of(0..65)),
-            Err(Refusal::Malformed)
-        );
-        assert_eq!(
-            uploads.handle_request(now, peer, of(511..513)),
-            Err(Refusal::Malformed)
-        );
-        assert_eq!(
-            uploads.handle_request(now, PeerKey(9), of(0..1)),
-            Err(Refusal::UnknownPeer)
-        );
-        for id in 0..128 {
-            assert_eq!(uploads.handle_request(now, peer, request(id, id)), Ok(()));
-        }
-        assert_eq!(
-            uploads.handle_request(now, peer, request(5, 0)),
-            Err(Refusal::Duplicate)
-        );
-        assert_eq!(
-            uploads.handle_request(now, peer, request(128, 0)),
-            Err(Refusal::Busy)
-        );
-    }
-
-    #[test]
-    fn only_what_waits_can_be_cancelled() {
-        let mut uploads = uploads(1);
-        (0..2).for_each(|id| {
-            uploads
-                .handle_request(at(0), PeerKey(0), request(id, id))
-                .expect("room")
-        });
-        let served = uploads.poll_serve(at(0)).expect("one").id;
-        assert!(!uploads.handle_cancel(at(0), PeerKey(0), served));
-        assert!(uploads.handle_cancel(at(0), PeerKey(0), RequestId(1 - served.0)));
-        assert_eq!(uploads.poll_serve(at(0)), None);
-    }
-
-    #[test]
-    fn a_receiver_that_takes_nothing_does_not_hold_up_the_others() {
-        let mut uploads = uploads(3);
-        for peer in 0..3 {
-            for id in 0..20 {
-                let wide = IncomingRequest {
-                    groups: id * 8..id * 8 + 8,
-                    ..request(id, 0)
-                };
-                uploads
-                    .handle_request(at(0), PeerKey(peer), wide)
-                    .expect("room");
-            }
-        }
-        // Peers 0 and 1 take nothing; peer 2 takes a response every 10 ms.
-        let mut to_last = 0;
-        for ms in 0..2000 {
-            while let Some(serve) = uploads.poll_serve(at(ms)) {
-                to_last += u32::from(serve.peer == PeerKey(2));
-                if serve.peer == PeerKey(2) {
-                    uploads.handle_finished(at(ms), serve.peer, serve.id, true);
-                }
-            }
-        }
-        assert_eq!(to_last, 20);
-    }
-
-    #[test]
-    fn bytes_in_flight_are_bounded() {
-        let mut uploads = uploads(1);
-        for id in 0..100 {
-            uploads
-                .handle_request(at(0), PeerKey(0), request(id, id))
-                .expect("room");
-        }
-        let served = std::iter::from_fn(|| uploads.poll_serve(at(0))).count();
-        assert_eq!(served, 8);
-        assert_eq!(uploads.stats().in_flight, MIN_IN_FLIGHT);
-        uploads.handle_sent(at(1), PeerKey(0), RequestId(0), 1 << 30);
-        assert_eq!(std::iter::from_fn(|| uploads.poll_serve(at(1))).count(), 1);
     }
 }

@@ -97,7 +97,9 @@ pub fn decode(packet: &[u8], tag: &FleetTag) -> Option<Packet> {
     let mut at = HEADER_LEN;
     for _ in 0..questions {
         let (name, next) = read_name(packet, at)?;
-        if !is_answer && name == wanted && word(next)? == TYPE_PTR {
+        let kind = word(next)?;
+        let _class = word(next + 2)?;
+        if !is_answer && name == wanted && kind == TYPE_PTR {
             return Some(Packet::Query { nonce: word(0)? });
         }
         at = next + 4;

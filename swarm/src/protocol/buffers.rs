@@ -25,7 +25,7 @@ pub struct Buffers {
 pub struct Buffer {
     bytes: Vec<u8>,
     home: Arc<Buffers>,
-    _permit: OwnedSemaphorePermit,
+    permit: OwnedSemaphorePermit,
 }
 
 impl Buffers {
@@ -53,7 +53,15 @@ impl Buffers {
 
     fn take(self: &Arc<Self>, permit: OwnedSemaphorePermit) -> Buffer {
         let bytes = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        Buffer { bytes: bytes.unwrap_or_default(), home: self.clone(), _permit: permit }
+        Buffer { bytes: bytes.unwrap_or_default(), home: self.clone(), permit }
+    }
+}
+
+impl Buffer {
+    /// Gives back what is claimed beyond `len` bytes.
+    pub fn claim_only(&mut self, len: usize) {
+        let excess = self.permit.num_permits().saturating_sub(len.div_ceil(UNIT));
+        drop(self.permit.split(excess));
     }
 }
 
@@ -95,8 +103,10 @@ mod tests {
         assert!(buffers.try_empty(2 * UNIT).is_none());
         let address = first.as_ptr();
         drop(first);
-        let second = buffers.try_empty(2 * UNIT).unwrap();
+        let mut second = buffers.try_empty(2 * UNIT).unwrap();
         assert_eq!(second.as_ptr(), address);
         assert!(second.is_empty());
+        second.claim_only(UNIT);
+        assert!(buffers.try_empty(2 * UNIT).is_some());
     }
 }

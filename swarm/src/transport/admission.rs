@@ -49,6 +49,9 @@ pub enum Refusal {
 /// Why a connection did not come about.
 #[derive(Debug, Error)]
 pub enum AdmissionError {
+    /// There is no connection.
+    #[error("{0}")]
+    Socket(io::Error),
     /// TLS failed: no capsule node, or another version.
     #[error("no secure connection: {0}")]
     Tls(io::Error),
@@ -115,9 +118,9 @@ impl Gatekeeper {
         }
     }
 
-    /// Refuses a peer from now on.
-    pub fn ban(&self, peer: PeerId) {
-        self.lock().banned.insert(peer);
+    /// Refuses a peer from now on; false if it was refused already.
+    pub fn ban(&self, peer: PeerId) -> bool {
+        self.lock().banned.insert(peer)
     }
 
     /// Whether the peer is refused for what it sent before.

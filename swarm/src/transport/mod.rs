@@ -34,7 +34,8 @@ pub fn build(
         let upgrade = upgrade(socket, endpoint, tls, gatekeeper);
         tokio::time::timeout(admission::TIMEOUT, upgrade).await.unwrap_or(Err(AdmissionError::Timeout))
     });
-    Ok(upgraded.boxed())
+    // One type for all, so that `admission_error` finds it again.
+    Ok(upgraded.map_err(|error| error.either(AdmissionError::Socket, |error| error)).boxed())
 }
 
 async fn upgrade<S>(

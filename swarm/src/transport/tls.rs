@@ -18,6 +18,7 @@ use rustls::crypto::ring::cipher_suite::{
 };
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
+use rustls::sign::{CertifiedKey, SingleCertAndKey};
 use rustls::{
     CertificateError, CommonState, DigitallySignedStruct, DistinguishedName, Error,
     SignatureScheme, SupportedCipherSuite,
@@ -41,20 +42,20 @@ impl Tls {
             cipher_suites: cipher_suites(),
             ..rustls::crypto::ring::default_provider()
         });
-        let chain = vec![certificate];
+        // Set up as a resolver: the direct way would refuse the libp2p extension, which is marked critical.
+        let key = provider.key_provider.load_private_key(key).map_err(|e| e.to_string())?;
+        let certified = Arc::new(SingleCertAndKey::from(CertifiedKey::new(vec![certificate], key)));
         let mut server = rustls::ServerConfig::builder_with_provider(provider.clone())
             .with_protocol_versions(&[&rustls::version::TLS13])
             .map_err(|e| e.to_string())?
             .with_client_cert_verifier(Arc::new(IdentityVerifier))
-            .with_single_cert(chain.clone(), key.clone_key())
-            .map_err(|e| e.to_string())?;
+            .with_cert_resolver(certified.clone());
         let mut client = rustls::ClientConfig::builder_with_provider(provider)
             .with_protocol_versions(&[&rustls::version::TLS13])
             .map_err(|e| e.to_string())?
             .dangerous()
             .with_custom_certificate_verifier(Arc::new(IdentityVerifier))
-            .with_client_auth_cert(chain, key)
-            .map_err(|e| e.to_string())?;
+            .with_client_cert_resolver(certified);
         server.alpn_protocols = vec![ALPN.to_vec()];
         client.alpn_protocols = vec![ALPN.to_vec()];
         // Connections live long, so tickets would only cost memory and a flight of messages.

@@ -8,12 +8,13 @@ use std::time::Duration;
 
 use capsule_proto::ranges::GroupRanges;
 
+use super::peer::Peer;
 use super::{Downloads, Flight};
 use crate::time::earliest;
 use crate::{RequestId, Time, spans};
 
 /// How often lateness is looked at.
-pub(super) const REVIEW: Duration = Duration::from_millis(100);
+const REVIEW: Duration = Duration::from_millis(100);
 /// How often while something is demanded, or all that is lacking is in requests (the endgame).
 const EAGER_REVIEW: Duration = Duration::from_millis(20);
 /// How many of a blob's oldest requests are looked at for one to steal.
@@ -21,9 +22,15 @@ const STEAL_LOOK: usize = 32;
 /// A request is stolen if it is expected to take twice as long where it is, and this much longer at least.
 const STEAL_MARGIN: Duration = Duration::from_millis(20);
 /// The same for one that is on its way already, whose rest will be received twice in part.
-const COPY_MARGIN: Duration = Duration::from_millis(100);
+const COPY_MARGIN: Duration = Duration::from_millis(200);
+/// How long a response is watched before its own pace is taken for what the rest of it will take.
+const COPY_WATCH: Duration = Duration::from_millis(250);
 /// Least time that a provider has to answer a cancel.
 const CANCEL_PATIENCE: Duration = Duration::from_millis(250);
+/// Longest time for which it may be that the answer is the response itself, and still in the provider's buffers.
+const MAX_CANCEL_PATIENCE: Duration = Duration::from_millis(1500);
+/// A provider that was silent for so long does not have the response on its way.
+const SILENCE: Duration = Duration::from_secs(2);
 /// Least time that a demanded group is waited for before it is asked of another provider too.
 const HEDGE_AFTER: Duration = Duration::from_millis(50);
 /// Most requests open at once for one demanded group.
@@ -32,18 +39,17 @@ const MAX_COPIES: usize = 3;
 const DEMAND_GROUPS: u64 = 8;
 
 impl Downloads {
-    /// Sees to it that lateness is looked at within `wait`, if there is or may be any.
-    pub(super) fn arm_review(&mut self, now: Time, wait: Duration, at: usize) {
-        let Some(blob) = self.blobs[at].as_ref().filter(|blob| blob.is_active()) else {
+    /// Sees to it that lateness is looked at, if there may be any: not while nothing is asked for, as what is missing
+    /// then comes with the next have, or the end of a backoff.
+    pub(super) fn arm_review(&mut self, now: Time, at: usize) {
+        let Some(blob) = self.blobs[at]
+            .as_ref()
+            .filter(|blob| blob.is_active() && !blob.flights.is_empty())
+        else {
             return;
         };
         let eager = !blob.demanded.is_empty() || blob.map.open().is_empty();
-        if blob.flights.is_empty() && !eager {
-            return;
-        }
-        let wait = wait
-            .max(EAGER_REVIEW)
-            .min(if eager { EAGER_REVIEW } else { REVIEW });
+        let wait = if eager { EAGER_REVIEW } else { REVIEW };
         self.review_at = earliest(self.review_at, Some(now + wait));
     }
 
@@ -55,7 +61,7 @@ impl Downloads {
         for i in 0..self.order.len() {
             let at = self.order[i];
             self.serve_demands(now, at);
-            self.arm_review(now, REVIEW, at);
+            self.arm_review(now, at);
         }
         for slot in 0..self.peers.len() {
             self.wake(slot);
@@ -87,8 +93,7 @@ impl Downloads {
     fn review_cancelled(&mut self, now: Time) {
         let overdue = |(id, since): (&RequestId, &Time)| {
             let flight = self.flights.get(id)?;
-            let peer = self.peers[flight.slot].as_ref()?;
-            let patience = CANCEL_PATIENCE.max(4 * peer.delay().unwrap_or_default());
+            let patience = cancel_patience(now, self.peers[flight.slot].as_ref()?);
             // On its way is as good as an answer; if it is slow, another is asked for a copy.
             (flight.arrived == 0 && now - *since > patience).then_some(*id)
         };
@@ -132,11 +137,13 @@ impl Downloads {
         let (Some(blob), Some(peer)) = (&self.blobs[at], &self.peers[slot]) else {
             return;
         };
-        if blob.flights.is_empty() || blob.view(slot).is_none_or(|view| view.is_seeder()) {
+        let Some(view) = blob
+            .view(slot)
+            .filter(|view| !view.is_seeder() && !blob.flights.is_empty())
+        else {
             return;
-        }
-        let room = peer.has_room();
-        if !room && !blob.map.has_unspread() {
+        };
+        if !peer.has_room() && !blob.map.has_unspread() {
             return;
         }
         let mut moves = Vec::new();
@@ -147,9 +154,8 @@ impl Downloads {
                 };
                 let waits =
                     flight.arrived == 0 && !flight.demand && !self.cancelling.contains_key(&id);
-                let covered = run.start <= groups.start && groups.end <= run.end;
                 let seeder = blob.view(flight.slot).is_some_and(|view| view.is_seeder());
-                if waits && covered && seeder {
+                if waits && seeder && view.have().contains(groups.start) {
                     moves.push(id);
                 }
             }
@@ -222,7 +228,7 @@ impl Downloads {
                     Theft::Move(id),
                 )
             } else {
-                (owner.eta(now, 0, left), COPY_MARGIN, Theft::Copy(run))
+                (flight.rest(now), COPY_MARGIN, Theft::Copy(run))
             };
             if there > 2 * here + margin
                 && best.as_ref().is_none_or(|(gain, _)| there - here > *gain)
@@ -307,6 +313,27 @@ impl Downloads {
         let groups = spans::first_in_both(blob.map.lacking(), view.have(), run)?;
         self.issue(now, slot, at, groups.clone(), true);
         Some(groups)
+    }
+}
+
+/// How long the answer to a cancel is waited for: it may be the response itself, behind others.
+fn cancel_patience(now: Time, peer: &Peer) -> Duration {
+    let answer = CANCEL_PATIENCE.max(4 * peer.delay().unwrap_or_default());
+    if peer.silent_for(now) > SILENCE {
+        return answer;
+    }
+    answer.max((2 * peer.eta(now, 0, peer.outstanding())).min(MAX_CANCEL_PATIENCE))
+}
+
+impl Flight {
+    /// How long the rest of the response will take at the pace of what came of it.
+    fn rest(&self, now: Time) -> Duration {
+        let pace = now - self.began.unwrap_or(now);
+        if pace < COPY_WATCH || self.arrived == 0 {
+            return Duration::ZERO;
+        }
+        let left = (self.bytes - self.arrived) as f64 / self.arrived as f64;
+        Duration::from_secs_f64((pace.as_secs_f64() * left).min(1e6))
     }
 }
 

@@ -14,6 +14,8 @@ use crate::{MAX_REQUEST_GROUPS, PeerKey, RequestId, Time};
 
 /// Window of a peer whose rate is not known: fills 20 Mbit/s at 50 ms, and is forgiven if it never comes.
 const FIRST_WINDOW: u64 = 128 << 10;
+/// First bytes that come this much later than twice the delay mean that requests queue: the window is large enough.
+const RAMP_QUEUE: Duration = Duration::from_millis(50);
 /// Requests wait this long at the provider, beyond the delay of the path: lets it choose the least-sent,
 /// rides out the jitter of its other peers, and keeps its link busy while haves are on their way.
 const QUEUE: f64 = 0.25;
@@ -29,7 +31,7 @@ const REQUEST_SECONDS: f64 = 0.5;
 /// would be too large a part of it otherwise.
 const SHORT_REQUEST: f64 = (64 << 10) as f64;
 /// Longest time that a short request may take.
-const SLOW_REQUEST_SECONDS: f64 = 2.0;
+const SLOW_REQUEST_SECONDS: f64 = 4.0;
 /// Least time without a byte after which a peer counts as stalled. A provider of 100 peers at 20 Mbit/s sends
 /// one of them 64 KiB every 2.6 s.
 const MIN_PATIENCE: Duration = Duration::from_secs(5);
@@ -59,6 +61,8 @@ pub(crate) struct Peer {
     pub(crate) banned: bool,
     outstanding: u64,
     meter: RateMeter,
+    /// The window while it is found out how much the peer and the path can carry.
+    ramp: Option<u64>,
     delay: Option<Duration>,
     /// When something was last heard from it while something was expected.
     heard: Time,
@@ -80,6 +84,7 @@ impl Peer {
             banned: false,
             outstanding: 0,
             meter: RateMeter::default(),
+            ramp: Some(FIRST_WINDOW),
             delay: None,
             heard: Time::ZERO,
             strikes: 0,
@@ -122,7 +127,11 @@ impl Peer {
 
     /// First bytes of a response came.
     pub(crate) fn started(&mut self, after: Duration) {
-        self.delay = Some(self.delay.map_or(after, |delay| delay.min(after)));
+        let least = self.delay.map_or(after, |delay| delay.min(after));
+        self.delay = Some(least);
+        if after > 2 * least + RAMP_QUEUE {
+            self.ramp = None;
+        }
     }
 
     /// Bytes came, of a request that is live or no more.
@@ -130,6 +139,9 @@ impl Peer {
         self.heard = now;
         self.meter.add(now, bytes);
         if live {
+            self.ramp = self
+                .ramp
+                .map(|window| (window + bytes).min(MAX_WINDOW as u64));
             self.outstanding -= bytes.min(self.outstanding);
         }
     }
@@ -167,13 +179,13 @@ impl Peer {
         may
     }
 
-    /// Bytes that may be asked of it at once: rate x (delay + queue).
+    /// Bytes that may be asked of it at once: rate x (delay + queue). At first it doubles with every round trip, until
+    /// requests are seen to queue.
     pub(crate) fn window(&self) -> u64 {
-        let Some(rate) = self.meter.rate() else {
-            return FIRST_WINDOW;
-        };
+        let rate = self.meter.rate().unwrap_or_default();
         let delay = self.delay.unwrap_or_default().as_secs_f64();
-        (rate * (delay + QUEUE)).min(MAX_WINDOW) as u64
+        let steady = (rate * (delay + QUEUE)).min(MAX_WINDOW) as u64;
+        steady.max(self.ramp.unwrap_or_default())
     }
 
     /// Whether it may be asked for more.
@@ -211,9 +223,18 @@ impl Peer {
         self.delay.unwrap_or_default() + Duration::from_secs_f64(seconds)
     }
 
+    /// How long nothing came from it although something is expected.
+    pub(crate) fn silent_for(&self, now: Time) -> Duration {
+        if self.live.is_empty() {
+            Duration::ZERO
+        } else {
+            now - self.heard
+        }
+    }
+
     /// Whether it has been silent for too long while something was expected.
     pub(crate) fn is_stalled(&self, now: Time) -> bool {
-        !self.live.is_empty() && now - self.heard > self.patience()
+        self.silent_for(now) > self.patience()
     }
 
     fn patience(&self) -> Duration {
@@ -270,8 +291,12 @@ mod tests {
         peer.started(Duration::from_millis(50));
         peer.arrived(at(100), 1_000_000, true);
         assert_eq!(peer.window(), 3_000_000);
+        peer.arrived(at(110), 10_000_000, true);
+        assert_eq!(peer.window(), FIRST_WINDOW + 11_000_000);
+        peer.started(Duration::from_millis(151));
+        assert_eq!(peer.window(), 3_000_000);
         assert_eq!(peer.request_groups(), MAX_REQUEST_GROUPS);
-        peer.ended(at(100), RequestId(1), (1 << 20) - 1_000_000);
+        peer.ended(at(110), RequestId(1), 0);
         assert_eq!(peer.outstanding(), 0);
     }
 

@@ -9,6 +9,7 @@ use rand::rngs::SmallRng;
 
 use super::blob::Blob;
 use super::peer::Peer;
+use super::view::View;
 use super::{Downloads, Flight, Output};
 use crate::{RequestId, Time, spans};
 
@@ -74,6 +75,7 @@ impl Downloads {
             groups,
             bytes,
             issued: now,
+            began: None,
             arrived: 0,
             got: 0,
             demand,
@@ -84,7 +86,7 @@ impl Downloads {
         if full {
             self.wake_seeders(at);
         }
-        self.arm_review(now, super::late::REVIEW, at);
+        self.arm_review(now, at);
     }
 
     /// A partial provider is full: seeders may now be asked for what it holds too.
@@ -111,13 +113,13 @@ fn pick(
     if let Some(run) = continued(blob, slot, most) {
         return Some(run);
     }
-    let piece = if view.is_seeder() {
+    let start = if view.is_seeder() {
         rarest_for_seeder(blob, peers, rng)?
     } else {
         let (view, map) = blob.view_and_map(slot)?;
-        view.rarest_candidate(map, rng)?
+        let piece = view.rarest_candidate(map, rng)?;
+        view.first_open(map, piece)?.start
     };
-    let start = blob.view(slot)?.first_open(&blob.map, piece)?.start;
     stretch(blob, slot, start, most)
 }
 
@@ -136,10 +138,11 @@ fn continued(blob: &Blob, slot: usize, most: u64) -> Option<Range<u64>> {
     stretch(blob, slot, start, most)
 }
 
-/// The rarest open piece, ties broken at random, that a seeder should be asked for: one that no partial provider
-/// holds; or else one that all who hold it have no room for. So a publisher sends each piece about once.
-fn rarest_for_seeder(blob: &Blob, peers: &[Option<Peer>], rng: &mut SmallRng) -> Option<u32> {
+/// An open group of the rarest open piece, ties broken at random, that a seeder should be asked for: of one that no
+/// partial provider holds; or else one that none with room holds. So a publisher sends each piece about once.
+fn rarest_for_seeder(blob: &Blob, peers: &[Option<Peer>], rng: &mut SmallRng) -> Option<u64> {
     let has_room = |slot: usize| peers[slot].as_ref().is_some_and(Peer::has_room);
+    let with_room = |(slot, view): &(usize, &View)| !view.is_seeder() && has_room(*slot);
     for (rarity, bucket) in blob
         .map
         .buckets()
@@ -149,31 +152,42 @@ fn rarest_for_seeder(blob: &Blob, peers: &[Option<Peer>], rng: &mut SmallRng) ->
     {
         for _ in 0..SEEDER_TRIES {
             let piece = bucket[rng.random_range(0..bucket.len())];
-            let elsewhere = || {
-                blob.providers().any(|(slot, view)| {
-                    !view.is_seeder() && view.holds_some(piece) && has_room(slot)
-                })
-            };
-            if rarity == 0 || !elsewhere() {
-                return Some(piece);
+            let start = spans::overlaps(blob.map.open(), blob.map.geometry().groups_of(piece))
+                .next()?
+                .start;
+            if rarity == 0
+                || !blob
+                    .providers()
+                    .filter(with_room)
+                    .any(|(_, view)| view.have().contains(start))
+            {
+                return Some(start);
             }
         }
     }
     None
 }
 
-/// The run from an open group that the peer holds: to the end of the piece, and on through pieces that are no less rare.
+/// The run from an open group that the peer holds: to the end of the piece, and on through whole pieces that are no
+/// less rare.
 fn stretch(blob: &Blob, slot: usize, start: u64, most: u64) -> Option<Range<u64>> {
     let (view, geometry) = (blob.view(slot)?, blob.map.geometry());
     let piece = geometry.piece_of(start);
     let most = most.min((geometry.groups() / STRETCH).max(geometry.piece_groups()));
     let mut run = spans::first_in_both(blob.map.open(), view.have(), start..start + most)?;
-    let rarity = blob.map.partial(piece);
-    for other in geometry.pieces_touching(&run).skip(1) {
-        if blob.map.partial(other) > rarity {
-            run.end = geometry.groups_of(other).start;
-            break;
-        }
+    let first = geometry.groups_of(piece);
+    if run.end <= first.end {
+        return Some(run);
     }
+    let rarity = blob.map.partial(piece);
+    let whole = geometry
+        .pieces_touching(&(first.end..run.end))
+        .take_while(|&other| {
+            blob.map.partial(other) <= rarity && geometry.groups_of(other).end <= run.end
+        });
+    // Half a piece would be of as little use to the next peer as to us.
+    run.end = whole
+        .last()
+        .map_or(first.end, |last| geometry.groups_of(last).end);
     Some(run)
 }

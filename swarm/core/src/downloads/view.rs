@@ -77,11 +77,6 @@ impl View {
         self.seeder
     }
 
-    /// Whether the peer holds something of the piece.
-    pub(crate) fn holds_some(&self, piece: u32) -> bool {
-        self.seeder || self.pieces.get(piece)
-    }
-
     /// The peer holds more.
     pub(crate) fn add(&mut self, map: &mut PieceMap, ranges: &GroupRanges) {
         let all = 0..map.geometry().groups();

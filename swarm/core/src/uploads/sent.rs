@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 
 use capsule_proto::hash::RootHash;
+use capsule_proto::ranges::GroupRanges;
 
 use crate::{MAX_REQUEST_GROUPS, PeerKey, PieceGeometry, Time};
 
@@ -31,6 +32,8 @@ struct Log {
     /// Groups in the blob, for the length of the last part.
     total: u64,
     parts: Vec<Part>,
+    /// Groups that were sent at all: parts alone would not tell half a part sent twice from all of it sent once.
+    once: GroupRanges,
     bytes: u64,
     /// Requests that wait or are being served: it is not forgotten before they end.
     users: usize,
@@ -54,6 +57,7 @@ impl Log {
             shift,
             total: geometry.groups(),
             parts,
+            once: GroupRanges::new(),
             bytes: 0,
             users: 0,
             used: 0,
@@ -134,6 +138,7 @@ impl SentLog {
         let Some(log) = &mut self.logs[at] else {
             return;
         };
+        log.once.insert(run.clone());
         for part in log.parts(run) {
             let start = (part as u64) << log.shift;
             let groups = run.end.min(start + (1 << log.shift)) - run.start.max(start);
@@ -165,6 +170,7 @@ impl SentLog {
         let Some(log) = &mut self.logs[at] else {
             return;
         };
+        log.once.remove(run.clone());
         for part in log.parts(run) {
             let start = (part as u64) << log.shift;
             let groups = run.end.min(start + (1 << log.shift)) - run.start.max(start);
@@ -176,10 +182,14 @@ impl SentLog {
     /// How often the least-sent part of a run was sent, in whole copies.
     pub(super) fn copies(&self, at: usize, run: &Range<u64>) -> u64 {
         let Some(log) = &self.logs[at] else { return 0 };
+        if !log.once.contains_run(run) {
+            return 0;
+        }
         log.parts(run)
             .map(|part| log.parts[part].groups / log.len(part))
             .min()
             .unwrap_or(0)
+            .max(1)
     }
 
     /// When, and that it was to another than `peer`, the whole run was last sent; `None` if some of it was not sent
@@ -191,11 +201,14 @@ impl SentLog {
         peer: PeerKey,
     ) -> Option<Time> {
         let log = self.logs[at].as_ref()?;
+        if !log.once.contains_run(run) {
+            return None;
+        }
         let mut oldest: Option<Time> = None;
         for part in log.parts(run) {
             let entry = &log.parts[part];
             let (last, time) = entry.last?;
-            if last == peer || entry.groups < log.len(part) {
+            if last == peer {
                 return None;
             }
             oldest = Some(oldest.map_or(time, |other| other.min(time)));

@@ -5,7 +5,9 @@
 //! listing order; a layer addresses them as one long content. Reading and writing directories belongs to the chunker.
 //! Byte-level description: `proto/docs/listing.md`.
 
-use std::fmt;
+mod path;
+
+pub use path::{EntryPath, MAX_DEPTH, MAX_NAME_LEN, MAX_PATH_LEN};
 
 use crate::codec::{DecodeError, Reader, Writer};
 use crate::hash::RootHash;
@@ -16,16 +18,13 @@ const VERSION: u8 = 1;
 
 /// Longest listing, in bytes: about ten million entries.
 pub const MAX_LISTING_LEN: usize = 1 << 30;
-/// Longest path, in bytes: Linux's PATH_MAX.
-pub const MAX_PATH_LEN: usize = 4096;
-/// Longest name in a path, in bytes: Linux's NAME_MAX.
-pub const MAX_NAME_LEN: usize = 255;
-/// Deepest directory, so that restoring needs a bounded number of open directories.
-pub const MAX_DEPTH: usize = 1024;
 /// Most extended attributes of an entry.
 pub const MAX_XATTRS: usize = 256;
 /// Longest extended attribute value, in bytes: Linux's XATTR_SIZE_MAX.
 pub const MAX_XATTR_LEN: usize = 64 << 10;
+/// Largest sum of the entries' weights ([`Entry::weight`]), about the bytes of memory that they take: paths share their
+/// beginnings, so a listing within [`MAX_LISTING_LEN`] could otherwise unfold to hundreds of times its length.
+pub const MAX_LISTING_WEIGHT: u64 = 4 << 30;
 
 /// A directory tree's entries, in canonical order; the first is the root directory itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -43,12 +42,6 @@ pub struct Entry {
     /// What it is.
     pub kind: EntryKind,
 }
-
-/// A path below the root of a tree: names joined by `/`, never empty, `.` or `..`; the root's own path is empty.
-///
-/// Paths sort by their names, so a directory's content follows it without a gap.
-#[derive(Clone, PartialEq, Eq, Hash)]
-pub struct EntryPath(Vec<u8>);
 
 /// What `stat` tells of an entry, apart from its kind.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -107,98 +100,18 @@ pub enum EntryKind {
     Socket,
 }
 
-impl EntryPath {
-    /// The root's own path.
-    pub const fn root() -> Self {
-        Self(Vec::new())
-    }
-
-    /// Checks a path; the error is the rule that it breaks.
-    pub fn new(path: impl Into<Vec<u8>>) -> Result<Self, &'static str> {
-        let path = path.into();
-        if path.len() > MAX_PATH_LEN {
-            return Err("a path is at most 4,096 bytes long");
-        }
-        if path.contains(&0) {
-            return Err("a path has no NUL byte");
-        }
-        if path.is_empty() {
-            return Ok(Self(path));
-        }
-        let mut depth = 0;
-        for name in path.split(|&b| b == b'/') {
-            depth += 1;
-            match name {
-                b"" => return Err("a path is relative and has no empty names"),
-                b"." | b".." => return Err("a path has no name '.' or '..'"),
-                name if name.len() > MAX_NAME_LEN => return Err("a name is at most 255 bytes long"),
-                _ => {}
-            }
-        }
-        if depth > MAX_DEPTH {
-            return Err("a path is at most 1,024 names deep");
-        }
-        Ok(Self(path))
-    }
-
-    /// The path's bytes.
-    pub fn as_bytes(&self) -> &[u8] {
-        &self.0
-    }
-
-    /// Whether this is the root's own path.
-    pub fn is_root(&self) -> bool {
-        self.0.is_empty()
-    }
-
-    /// The names from the top down.
-    pub fn names(&self) -> impl Iterator<Item = &[u8]> {
-        self.0.split(|&b| b == b'/').filter(|name| !name.is_empty())
-    }
-
-    /// The directory that holds this entry; none for the root.
-    pub fn parent(&self) -> Option<EntryPath> {
-        if self.is_root() {
-            return None;
-        }
-        let cut = self.0.iter().rposition(|&b| b == b'/').unwrap_or(0);
-        Some(Self(self.0[..cut].to_vec()))
-    }
-
-    /// The last name; empty for the root.
-    pub fn name(&self) -> &[u8] {
-        self.0.rsplit(|&b| b == b'/').next().unwrap_or_default()
-    }
-}
-
-impl Ord for EntryPath {
-    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
-        // '/' sorts before every byte that a name may hold.
-        let key = |&b: &u8| if b == b'/' { 0 } else { b };
-        self.0.iter().map(key).cmp(other.0.iter().map(key))
-    }
-}
-
-impl PartialOrd for EntryPath {
-    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
-        Some(self.cmp(other))
-    }
-}
-
-impl fmt::Display for EntryPath {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.0.escape_ascii())
-    }
-}
-
-impl fmt::Debug for EntryPath {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "\"{self}\"")
+impl Entry {
+    /// What the entry counts against [`MAX_LISTING_WEIGHT`]: 128, its path's length, and for each extended attribute 64 and
+    /// the lengths of name and value.
+    pub fn weight(&self) -> u64 {
+        let xattr = |(name, value): &(Vec<u8>, Vec<u8>)| 64 + name.len() + value.len();
+        (128 + self.path.as_bytes().len() + self.meta.xattrs.iter().map(xattr).sum::<usize>())
+            as u64
     }
 }
 
 impl Listing {
-    /// Sorts and checks entries that were read from a directory. Hard links must already point at positions in canonical order.
+    /// Checks entries that were read from a directory; they must be in canonical order already, as hard links name positions in it.
     pub fn new(entries: Vec<Entry>) -> Result<Self, DecodeError> {
         let listing = Self { entries };
         // The rules live in one place, the decoder.
@@ -222,10 +135,13 @@ impl Listing {
 
     /// The regular files in order: position of the entry, length and hash.
     pub fn files(&self) -> impl Iterator<Item = (usize, u64, RootHash)> + '_ {
-        self.entries.iter().enumerate().filter_map(|(i, entry)| match entry.kind {
-            EntryKind::File { size, root } => Some((i, size, root)),
-            _ => None,
-        })
+        self.entries
+            .iter()
+            .enumerate()
+            .filter_map(|(i, entry)| match entry.kind {
+                EntryKind::File { size, root } => Some((i, size, root)),
+                _ => None,
+            })
     }
 
     /// The canonical encoding.
@@ -235,7 +151,11 @@ impl Listing {
         writer.list(&self.entries, |w, entry| {
             // Names share long beginnings with the entry before.
             let path = entry.path.as_bytes();
-            let shared = path.iter().zip(previous).take_while(|(a, b)| a == b).count();
+            let shared = path
+                .iter()
+                .zip(previous)
+                .take_while(|(a, b)| a == b)
+                .count();
             w.varint(shared as u64);
             w.bytes(&path[shared..]);
             previous = path;
@@ -247,79 +167,117 @@ impl Listing {
 
     /// Parses and checks a listing; accepts only the canonical form.
     pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
-        let mut reader = Reader::with_header(bytes, MAGIC, VERSION, "tree listing", MAX_LISTING_LEN)?;
+        let mut reader =
+            Reader::with_header(bytes, MAGIC, VERSION, "tree listing", MAX_LISTING_LEN)?;
         let mut checker = Checker::default();
-        // The shortest entry is 8 bytes: two path numbers, five metadata numbers, a kind.
-        let entries = reader.list("entries", u32::MAX as usize, 8, |r| checker.entry(r))?;
-        if entries.is_empty() {
+        // The shortest entry is 9 bytes: two path numbers, six metadata numbers, a kind.
+        reader.list("entries", u32::MAX as usize, 9, |r| checker.entry(r))?;
+        if checker.entries.is_empty() {
             return Err(reader.invalid("entries", 0, "a listing begins with its root directory"));
         }
         reader.finish()?;
-        Ok(Self { entries })
+        Ok(Self {
+            entries: checker.entries,
+        })
     }
 }
 
-/// The rules between entries, checked as they are read.
+/// The entries so far, and the rules between them, checked as they are read.
 #[derive(Default)]
 struct Checker {
-    previous: Option<EntryPath>,
+    entries: Vec<Entry>,
     /// The directories that the previous entry lies in, or is.
     open: Vec<EntryPath>,
-    linkable: Vec<bool>,
     content: u64,
+    weight: u64,
 }
 
 impl Checker {
-    fn entry(&mut self, r: &mut Reader<'_>) -> Result<Entry, DecodeError> {
+    fn entry(&mut self, r: &mut Reader<'_>) -> Result<(), DecodeError> {
         let start = r.at();
         let path = self.path(r)?;
         let meta = Metadata::decode(r)?;
         let kind = EntryKind::decode(r)?;
-        let invalid = |why| Err(DecodeError::Invalid { what: "entry", at: start, why });
-        if path.is_root() && kind != EntryKind::Directory {
-            return invalid("the root of a tree is a directory");
+        let entry = Entry { path, meta, kind };
+        self.rules(&entry).map_err(|why| DecodeError::Invalid {
+            what: "entry",
+            at: start,
+            why,
+        })?;
+        if entry.kind == EntryKind::Directory {
+            self.open.push(entry.path.clone());
         }
-        match &kind {
-            EntryKind::HardLink { to } if !self.linkable.get(*to as usize).copied().unwrap_or(false) => {
-                return invalid("a hard link names an earlier entry that is no directory and no hard link");
-            }
+        self.entries.push(entry);
+        Ok(())
+    }
+
+    fn rules(&mut self, entry: &Entry) -> Result<(), &'static str> {
+        self.weight += entry.weight();
+        if self.weight > MAX_LISTING_WEIGHT {
+            return Err("the listing is too large to hold: split the tree into several");
+        }
+        match entry.kind {
+            EntryKind::Directory => Ok(()),
+            _ if entry.path.is_root() => Err("the root of a tree is a directory"),
             EntryKind::File { size, .. } => {
                 self.content += size;
                 if self.content > MAX_CONTENT_LEN {
-                    return invalid("the contents exceed the largest content");
+                    Err("the contents exceed the largest content")
+                } else {
+                    Ok(())
                 }
             }
-            EntryKind::Directory => self.open.push(path.clone()),
-            _ => {}
+            EntryKind::HardLink { to } => match self.entries.get(to as usize) {
+                Some(linked)
+                    if matches!(
+                        linked.kind,
+                        EntryKind::Directory | EntryKind::HardLink { .. }
+                    ) =>
+                {
+                    Err("a hard link names no directory and no hard link")
+                }
+                Some(linked) if linked.meta == entry.meta => Ok(()),
+                Some(_) => Err("a hard link repeats the metadata of the entry that it names"),
+                None => Err("a hard link names an earlier entry"),
+            },
+            _ => Ok(()),
         }
-        self.linkable.push(!matches!(kind, EntryKind::Directory | EntryKind::HardLink { .. }));
-        self.previous = Some(path.clone());
-        Ok(Entry { path, meta, kind })
     }
 
     fn path(&mut self, r: &mut Reader<'_>) -> Result<EntryPath, DecodeError> {
         let start = r.at();
-        let invalid = |why| DecodeError::Invalid { what: "path", at: start, why };
-        let before = self.previous.as_ref().map_or(&[][..], |p| p.as_bytes());
+        let invalid = |why| DecodeError::Invalid {
+            what: "path",
+            at: start,
+            why,
+        };
+        let previous = self.entries.last().map(|entry| &entry.path);
+        let before = previous.map_or(&[][..], |path| path.as_bytes());
         let shared = r.varint("path", before.len() as u64)? as usize;
         let rest = r.bytes("path", MAX_PATH_LEN)?;
         if rest.first().is_some_and(|b| before.get(shared) == Some(b)) {
             return Err(invalid("the shared beginning is not the longest"));
         }
         let path = EntryPath::new([&before[..shared], rest].concat()).map_err(invalid)?;
-        match &self.previous {
+        match previous {
             None if path.is_root() => return Ok(path),
             None => return Err(invalid("a listing begins with its root directory")),
-            Some(previous) if *previous >= path => return Err(invalid("paths are sorted, without repetition")),
+            Some(previous) if *previous >= path => {
+                return Err(invalid("paths are sorted, without repetition"));
+            }
             Some(_) => {}
         }
-        let parent = path.parent().expect("a path after the first is not the root");
+        let parent = path
+            .parent()
+            .expect("a path after the first is not the root");
         // In canonical order a directory that was left never comes back.
         while self.open.last().is_some_and(|dir| *dir != parent) {
             self.open.pop();
         }
         if self.open.is_empty() {
-            return Err(invalid("an entry lies in a directory that is listed before it"));
+            return Err(invalid(
+                "an entry lies in a directory that is listed before it",
+            ));
         }
         Ok(path)
     }
@@ -342,15 +300,35 @@ impl Metadata {
         let mode = r.varint("mode", 0o7777)? as u16;
         let uid = r.varint("uid", u32::MAX.into())? as u32;
         let gid = r.varint("gid", u32::MAX.into())? as u32;
-        let mtime = (r.signed("mtime")?, r.varint("mtime nanoseconds", 999_999_999)? as u32);
+        let mtime = (
+            r.signed("mtime")?,
+            r.varint("mtime nanoseconds", 999_999_999)? as u32,
+        );
         let start = r.at();
         let xattrs = r.list("xattrs", MAX_XATTRS, 2, |r| {
-            Ok((r.bytes("xattr name", MAX_NAME_LEN)?.to_vec(), r.bytes("xattr value", MAX_XATTR_LEN)?.to_vec()))
+            Ok((
+                r.bytes("xattr name", MAX_NAME_LEN)?.to_vec(),
+                r.bytes("xattr value", MAX_XATTR_LEN)?.to_vec(),
+            ))
         })?;
-        if !xattrs.is_sorted_by(|(a, _), (b, _)| a < b) || xattrs.iter().any(|(name, _)| name.is_empty() || name.contains(&0)) {
-            return Err(r.invalid("xattrs", start, "names are not empty, without NUL, sorted, without repetition"));
+        if !xattrs.is_sorted_by(|(a, _), (b, _)| a < b)
+            || xattrs
+                .iter()
+                .any(|(name, _)| name.is_empty() || name.contains(&0))
+        {
+            return Err(r.invalid(
+                "xattrs",
+                start,
+                "names are not empty, without NUL, sorted, without repetition",
+            ));
         }
-        Ok(Self { mode, uid, gid, mtime, xattrs })
+        Ok(Self {
+            mode,
+            uid,
+            gid,
+            mtime,
+            xattrs,
+        })
     }
 }
 
@@ -385,20 +363,37 @@ impl EntryKind {
 
     fn decode(r: &mut Reader<'_>) -> Result<Self, DecodeError> {
         let start = r.at();
-        let number = |r: &mut Reader<'_>| Ok::<_, DecodeError>(r.varint("device number", u32::MAX.into())? as u32);
+        let number = |r: &mut Reader<'_>| {
+            Ok::<_, DecodeError>(r.varint("device number", u32::MAX.into())? as u32)
+        };
         Ok(match r.u8("entry kind")? {
             0 => Self::Directory,
-            1 => Self::File { size: r.varint("file size", MAX_CONTENT_LEN)?, root: r.hash("file hash")? },
+            1 => Self::File {
+                size: r.varint("file size", MAX_CONTENT_LEN)?,
+                root: r.hash("file hash")?,
+            },
             2 => {
                 let target = r.bytes("symlink target", MAX_PATH_LEN - 1)?.to_vec();
                 if target.is_empty() || target.contains(&0) {
-                    return Err(r.invalid("symlink target", start, "the target is not empty and has no NUL byte"));
+                    return Err(r.invalid(
+                        "symlink target",
+                        start,
+                        "the target is not empty and has no NUL byte",
+                    ));
                 }
                 Self::Symlink { target }
             }
-            3 => Self::HardLink { to: r.varint("hard link", u32::MAX.into())? as u32 },
-            4 => Self::CharDevice { major: number(r)?, minor: number(r)? },
-            5 => Self::BlockDevice { major: number(r)?, minor: number(r)? },
+            3 => Self::HardLink {
+                to: r.varint("hard link", u32::MAX.into())? as u32,
+            },
+            4 => Self::CharDevice {
+                major: number(r)?,
+                minor: number(r)?,
+            },
+            5 => Self::BlockDevice {
+                major: number(r)?,
+                minor: number(r)?,
+            },
             6 => Self::Fifo,
             7 => Self::Socket,
             _ => return Err(r.invalid("entry kind", start, "kinds are 0 to 7")),
@@ -411,28 +406,47 @@ mod tests {
     use super::*;
 
     fn dir(path: &str) -> Entry {
-        Entry { path: EntryPath::new(path).unwrap(), meta: Metadata::default(), kind: EntryKind::Directory }
+        Entry {
+            path: EntryPath::new(path).unwrap(),
+            meta: Metadata::default(),
+            kind: EntryKind::Directory,
+        }
     }
 
     fn file(path: &str) -> Entry {
-        Entry { kind: EntryKind::File { size: 3, root: RootHash::of(b"abc") }, ..dir(path) }
+        Entry {
+            kind: EntryKind::File {
+                size: 3,
+                root: RootHash::of(b"abc"),
+            },
+            ..dir(path)
+        }
     }
 
     #[test]
     fn a_directory_comes_right_before_its_content() {
-        let listing = Listing::new(vec![dir(""), dir("a"), file("a/x"), file("a-b"), file("ab")]).unwrap();
+        let listing = Listing::new(vec![
+            dir(""),
+            dir("a"),
+            file("a/x"),
+            file("a-b"),
+            file("ab"),
+        ])
+        .unwrap();
         assert_eq!(Listing::decode(&listing.encode()), Ok(listing.clone()));
         assert_eq!(listing.content_size(), 9);
         assert!(Listing::new(vec![dir(""), dir("a"), file("a-b"), file("a/x")]).is_err());
     }
 
     #[test]
-    fn a_path_cannot_leave_the_tree() {
-        for bad in ["..", "../x", "a/../b", "/etc", "a//b", "a/", "./a", "a\0b"] {
-            assert!(EntryPath::new(bad).is_err(), "{bad}");
-        }
-        // Not below a directory of the listing: below a file, a symlink, or nothing.
-        let link = Entry { kind: EntryKind::Symlink { target: b"/etc".into() }, ..dir("l") };
+    fn an_entry_lies_in_a_directory_of_the_listing() {
+        // Not below a file, a symlink, or nothing.
+        let link = Entry {
+            kind: EntryKind::Symlink {
+                target: b"/etc".into(),
+            },
+            ..dir("l")
+        };
         assert!(Listing::new(vec![dir(""), link, file("l/passwd")]).is_err());
         assert!(Listing::new(vec![dir(""), file("f"), file("f/x")]).is_err());
         assert!(Listing::new(vec![dir(""), file("missing/x")]).is_err());
@@ -442,10 +456,42 @@ mod tests {
 
     #[test]
     fn hard_links_point_back() {
-        let link = |to| Entry { kind: EntryKind::HardLink { to }, ..dir("z") };
+        let link = |to| Entry {
+            kind: EntryKind::HardLink { to },
+            ..dir("z")
+        };
         assert!(Listing::new(vec![dir(""), file("a"), link(1)]).is_ok());
         for to in [0, 2, 3] {
-            assert!(Listing::new(vec![dir(""), file("a"), link(to)]).is_err(), "{to}");
+            assert!(
+                Listing::new(vec![dir(""), file("a"), link(to)]).is_err(),
+                "{to}"
+            );
         }
+        // One file has one metadata, or the same tree would have several listings.
+        let other = Entry {
+            meta: Metadata {
+                mode: 0o600,
+                ..Metadata::default()
+            },
+            ..link(1)
+        };
+        assert!(Listing::new(vec![dir(""), file("a"), other]).is_err());
+        let again = Entry {
+            kind: EntryKind::HardLink { to: 2 },
+            ..dir("zz")
+        };
+        assert!(Listing::new(vec![dir(""), file("a"), link(1), again]).is_err());
+    }
+
+    // Long paths cost a few bytes each where they share their beginning: they must not unfold without bound.
+    #[test]
+    fn shared_beginnings_cannot_unfold_without_bound() {
+        // The rule counts; unfolding 4 GiB in a test would not tell more.
+        let mut checker = Checker {
+            weight: MAX_LISTING_WEIGHT - file("x").weight(),
+            ..Checker::default()
+        };
+        assert_eq!(checker.rules(&file("x")), Ok(()));
+        assert!(checker.rules(&file("x")).is_err());
     }
 }

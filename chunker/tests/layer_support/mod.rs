@@ -1,0 +1,295 @@
+//! What the tests of layers share: contents, sources that misbehave, and the way from content to a readable layer.
+#![allow(dead_code)] // Each test file uses its part.
+
+use std::io;
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use capsule_chunker::bao::TreeHasher;
+use capsule_chunker::content::{Content, Extent, Extents, Parts, ReadError, Source, check_range};
+use capsule_chunker::layer::Cuts;
+use capsule_chunker::layer::encode::{
+    ContentHashes, Effort, EncodeError, EncodeOptions, Encoded, Outputs, encode,
+};
+use capsule_chunker::layer::read::{LayerContent, LayerError, ReadOptions};
+use capsule_chunker::layer::restore::{RestoreError, Sink, restore};
+use capsule_proto::RootHash;
+use proptest::prelude::*;
+use rand::{Rng, RngExt, SeedableRng, rngs::SmallRng};
+
+/// A stretch of made-up content.
+#[derive(Clone, Debug)]
+pub enum Stretch {
+    Zeros {
+        len: usize,
+        hole: bool,
+    },
+    Random {
+        len: usize,
+        seed: u64,
+    },
+    Text {
+        len: usize,
+        seed: u64,
+    },
+    /// What an earlier stretch is.
+    Again(usize),
+}
+
+pub fn stretches(max: usize) -> impl Strategy<Value = Vec<Stretch>> {
+    let len = || prop_oneof![0..10usize, 4090..4100usize, 0..70_000usize, 0..400_000usize];
+    let pages = || (0..40usize).prop_map(|pages| pages * 4096);
+    let stretch = prop_oneof![
+        (prop_oneof![len(), pages()], any::<bool>())
+            .prop_map(|(len, hole)| Stretch::Zeros { len, hole }),
+        (len(), 0..4u64).prop_map(|(len, seed)| Stretch::Random { len, seed }),
+        (len(), 0..4u64).prop_map(|(len, seed)| Stretch::Text { len, seed }),
+        any::<prop::sample::Index>().prop_map(|i| Stretch::Again(i.index(1 << 16))),
+    ];
+    prop::collection::vec(stretch, 0..max)
+}
+
+pub fn random(seed: u64, len: usize) -> Vec<u8> {
+    let mut bytes = vec![0; len];
+    SmallRng::seed_from_u64(seed).fill_bytes(&mut bytes);
+    bytes
+}
+
+pub fn text(seed: u64, len: usize) -> Vec<u8> {
+    let mut rng = SmallRng::seed_from_u64(seed);
+    let words = [
+        "frame ", "capsule ", "pack\n", "of ", "the ", "index: ", "42, ",
+    ];
+    let mut bytes = Vec::with_capacity(len + 8);
+    while bytes.len() < len {
+        bytes.extend_from_slice(words[rng.random_range(0..words.len())].as_bytes());
+    }
+    bytes.truncate(len);
+    bytes
+}
+
+/// A source in memory, with holes and parts as told.
+#[derive(Default)]
+pub struct TestSource {
+    pub bytes: Vec<u8>,
+    pub extents: Vec<Extent>,
+    pub parts: Option<Vec<u64>>,
+    /// Reads from here on fail.
+    pub broken_at: Option<u64>,
+    /// Reads from here on panic.
+    pub panics_at: Option<u64>,
+    pub changed: bool,
+    pub bytes_read: AtomicU64,
+}
+
+impl TestSource {
+    pub fn new(bytes: Vec<u8>) -> Self {
+        let all = Extent {
+            range: 0..bytes.len() as u64,
+            zero: false,
+        };
+        let extents = if bytes.is_empty() { vec![] } else { vec![all] };
+        Self {
+            bytes,
+            extents,
+            ..Default::default()
+        }
+    }
+
+    pub fn made_of(stretches: &[Stretch]) -> Self {
+        let mut source = Self::default();
+        let mut places: Vec<std::ops::Range<usize>> = Vec::new();
+        for stretch in stretches {
+            let start = source.bytes.len();
+            let mut hole = false;
+            match stretch {
+                Stretch::Zeros { len, hole: is_hole } => {
+                    source.bytes.resize(start + len, 0);
+                    hole = *is_hole;
+                }
+                Stretch::Random { len, seed } => source.bytes.extend(random(*seed, *len)),
+                Stretch::Text { len, seed } => source.bytes.extend(text(*seed, *len)),
+                Stretch::Again(i) if !places.is_empty() => {
+                    source
+                        .bytes
+                        .extend_from_within(places[i % places.len()].clone());
+                }
+                Stretch::Again(_) => {}
+            }
+            let end = source.bytes.len();
+            places.push(start..end);
+            if start < end {
+                source.extents.push(Extent {
+                    range: start as u64..end as u64,
+                    zero: hole,
+                });
+            }
+        }
+        source
+    }
+
+    pub fn with_parts(mut self, cuts: &[usize]) -> Self {
+        let mut ends: Vec<_> = cuts
+            .iter()
+            .map(|cut| (cut % (self.bytes.len() + 1)) as u64)
+            .collect();
+        ends.push(self.bytes.len() as u64);
+        ends.sort_unstable();
+        let starts = [0].into_iter().chain(ends.iter().copied());
+        self.parts = Some(starts.zip(&ends).map(|(start, end)| end - start).collect());
+        self
+    }
+
+    pub fn part_roots(&self) -> Vec<RootHash> {
+        let mut rest = self.bytes.as_slice();
+        let lens = self.parts.as_ref().unwrap();
+        lens.iter()
+            .map(|len| {
+                let (part, later) = rest.split_at(*len as usize);
+                rest = later;
+                RootHash::of(part)
+            })
+            .collect()
+    }
+}
+
+impl Content for TestSource {
+    fn len(&self) -> u64 {
+        self.bytes.len() as u64
+    }
+
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), ReadError> {
+        check_range(self.len(), offset, buf.len())?;
+        assert!(self.panics_at.is_none_or(|at| offset < at), "told to panic");
+        if self.broken_at.is_some_and(|at| offset >= at) {
+            return Err(ReadError::io(
+                "/made/up",
+                offset,
+                io::Error::other("told to break"),
+            ));
+        }
+        self.bytes_read
+            .fetch_add(buf.len() as u64, Ordering::Relaxed);
+        buf.copy_from_slice(&self.bytes[offset as usize..offset as usize + buf.len()]);
+        Ok(())
+    }
+}
+
+impl Source for TestSource {
+    fn extents(&self) -> Extents<'_> {
+        Box::new(self.extents.iter().cloned().map(Ok))
+    }
+
+    fn parts(&self) -> Option<Parts<'_>> {
+        self.parts
+            .as_ref()
+            .map(|parts| Box::new(parts.iter().copied()) as Parts)
+    }
+
+    fn check_unchanged(&self) -> Result<(), ReadError> {
+        match self.changed {
+            true => Err(ReadError::Changed {
+                path: "/made/up".into(),
+                why: "it was told to".into(),
+            }),
+            false => Ok(()),
+        }
+    }
+}
+
+pub fn options(cuts: Cuts, frame_max: u32, threads: usize) -> EncodeOptions {
+    EncodeOptions {
+        effort: Effort::Fast,
+        frame_max,
+        cuts,
+        threads: NonZeroUsize::new(threads).unwrap(),
+    }
+}
+
+pub type TestEncoded = (Encoded<Vec<u8>, Vec<u8>>, Vec<u8>);
+
+pub fn encode_to_memory(
+    source: &TestSource,
+    options: &EncodeOptions,
+) -> Result<TestEncoded, EncodeError> {
+    let mut pack = Vec::new();
+    let outputs = Outputs {
+        pack: &mut pack,
+        pack_outboard: Vec::new(),
+        content_outboard: Vec::new(),
+    };
+    encode(source, options, outputs, &()).map(|encoded| (encoded, pack))
+}
+
+/// The root that the index is made for: the content's own, or one that stands for a listing's.
+pub fn target(encoded: &TestEncoded) -> RootHash {
+    match &encoded.0.content {
+        ContentHashes::Stream(tree, _) => tree.root,
+        ContentHashes::Parts(_) => RootHash::of(b"listing"),
+    }
+}
+
+pub fn open(
+    index: Vec<u8>,
+    pack: Vec<u8>,
+    sources: Vec<Arc<dyn Content>>,
+) -> Result<LayerContent, LayerError> {
+    LayerContent::open(
+        Arc::new(index),
+        Arc::new(pack),
+        sources,
+        &ReadOptions::default(),
+    )
+}
+
+/// Gathers what is restored, and checks that it comes in order.
+#[derive(Default)]
+pub struct Gather(pub Vec<u8>);
+
+impl Sink for Gather {
+    fn data(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        assert_eq!(offset, self.0.len() as u64);
+        self.0.extend_from_slice(bytes);
+        Ok(())
+    }
+
+    fn zeros(&mut self, offset: u64, len: u64) -> io::Result<()> {
+        assert_eq!(offset, self.0.len() as u64);
+        self.0.resize(self.0.len() + len as usize, 0);
+        Ok(())
+    }
+}
+
+/// All of a component, and its root.
+pub fn restore_all(
+    content: &LayerContent,
+    threads: usize,
+) -> Result<(Vec<u8>, RootHash), RestoreError> {
+    let mut sink = Gather::default();
+    let mut hasher = TreeHasher::new();
+    restore(
+        content,
+        NonZeroUsize::new(threads).unwrap(),
+        &mut sink,
+        Some(&mut hasher),
+        &(),
+    )?;
+    Ok((sink.0, hasher.finish().unwrap().0.root))
+}
+
+/// Reads ranges that begin and end anywhere, and compares.
+pub fn check_ranges(content: &LayerContent, plain: &[u8], seed: u64, count: usize) {
+    let mut rng = SmallRng::seed_from_u64(seed);
+    for _ in 0..count {
+        let start = rng.random_range(0..=plain.len());
+        let len = rng.random_range(0..=(plain.len() - start).min(200_000));
+        let mut buf = vec![1; len];
+        content.read_at(start as u64, &mut buf).unwrap();
+        assert!(
+            buf == plain[start..start + len],
+            "bytes {start}..{}",
+            start + len
+        );
+    }
+}

@@ -1,0 +1,94 @@
+//! What every command has: the home, the clock, and a way to ask its daemon.
+
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use capsule_node::control::{Client, Command};
+use clap::Args;
+use serde::Serialize;
+
+use super::exit::Exit;
+use super::interrupt::Interrupt;
+use super::output;
+use super::progress::Display;
+use super::style::Style;
+
+/// How a command's answer is printed.
+#[derive(Debug, Clone, Copy, Args)]
+pub struct Output {
+    /// Print one JSON object, with stable keys (documented in node/docs/cli.md)
+    #[arg(long)]
+    pub json: bool,
+}
+
+impl Output {
+    /// Prints an answer: as it is for programs, or as `render` writes it for people.
+    ///
+    /// # Errors
+    /// As [`output::print()`].
+    pub fn print<A: Serialize>(self, answer: &A, render: impl FnOnce(&A, Style) -> String) -> Result<(), Exit> {
+        if self.json { output::print_json(answer) } else { output::print(&render(answer, Style::stdout())) }
+    }
+}
+
+/// The home that the commands act on.
+#[derive(Debug, Clone)]
+pub struct Context {
+    home: PathBuf,
+}
+
+impl Context {
+    /// For a home.
+    pub const fn new(home: PathBuf) -> Self {
+        Self { home }
+    }
+
+    /// The home.
+    pub fn home(&self) -> &Path {
+        &self.home
+    }
+
+    /// Asks the daemon something that it answers at once.
+    ///
+    /// # Errors
+    /// No daemon, or what it says.
+    pub fn ask<C: Command>(&self, command: C) -> Result<C::Answer, Exit> {
+        Ok(Client::connect(&self.home)?.call(command)?)
+    }
+
+    /// Has the daemon do long work, and shows how far it has come. Ctrl-C closes the connection, which stops the work;
+    /// `stopped` then says what became of it.
+    ///
+    /// # Errors
+    /// No daemon, what it says, or that it was stopped.
+    pub fn work<C: Command>(&self, command: C, output: Output, stopped: &'static str) -> Result<C::Answer, Exit> {
+        let client = Client::connect(&self.home)?;
+        let canceller = client.canceller().map_err(|error| Exit::failed(format!("the node's socket: {error}")))?;
+        let interrupt = Interrupt::catch(true, move || canceller.cancel())?;
+        let display = std::cell::RefCell::new(Display::stderr(output.json));
+        let answer = client.run(
+            command,
+            |progress| display.borrow_mut().progress(&progress),
+            |notice| display.borrow_mut().notice(&notice),
+        );
+        display.into_inner().clear();
+        match (answer, interrupt.signal()) {
+            (Ok(answer), _) => Ok(answer),
+            (Err(_), Some(signal)) => Err(Exit::Interrupted { signal, message: stopped }),
+            (Err(error), None) => Err(error.into()),
+        }
+    }
+}
+
+/// The time, in seconds since 1970: for ages and dates.
+pub fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+/// A path from the command line as the daemon needs it, whose working directory is another.
+///
+/// # Errors
+/// The working directory is gone.
+pub fn absolute(path: &Path) -> Result<PathBuf, Exit> {
+    std::path::absolute(path).map_err(|error| Exit::failed(format!("{}: {error}", path.display())))
+}

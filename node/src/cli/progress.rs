@@ -1,0 +1,203 @@
+//! How far long work has come, on standard error: a bar on a terminal, else a line every few seconds.
+//!
+//! What the figures mean is [`Progress`]'s; this only draws them.
+
+use std::io::{self, IsTerminal};
+use std::time::{Duration, Instant};
+
+use capsule_node::control::{Phase, Progress};
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+use super::format::{duration, percent, plural, rate, size};
+use super::style::printable;
+
+/// Between lines where there is no terminal: logs stay short, and people see that it lives.
+const LINE_EVERY: Duration = Duration::from_secs(5);
+/// Between drawings of a bar: smooth, and cheap beside the work.
+const DRAW_HZ: u8 = 10;
+
+/// Where progress goes.
+#[derive(Debug)]
+pub enum Display {
+    /// A bar on a terminal.
+    Bar(Bar),
+    /// Lines in a log.
+    Lines {
+        /// When the last was written; the first comes after one pause.
+        last: Instant,
+    },
+    /// Nowhere.
+    Silent,
+}
+
+impl Display {
+    /// What suits standard error. Without a terminal a program that asked for JSON is told nothing.
+    pub fn stderr(json: bool) -> Self {
+        if io::stderr().is_terminal() {
+            Self::Bar(Bar::alone())
+        } else if json {
+            Self::Silent
+        } else {
+            Self::Lines { last: Instant::now() }
+        }
+    }
+
+    /// Shows how far the work has come.
+    pub fn progress(&mut self, progress: &Progress) {
+        match self {
+            Self::Bar(bar) => bar.update(progress),
+            Self::Lines { last } => {
+                if last.elapsed() >= LINE_EVERY {
+                    *last = Instant::now();
+                    eprintln!("{}", line(progress));
+                }
+            }
+            Self::Silent => {}
+        }
+    }
+
+    /// Shows something that a person should know; always, even beside JSON.
+    pub fn notice(&mut self, text: &str) {
+        let text = format!("note: {}", printable(text));
+        match self {
+            Self::Bar(bar) => bar.0.suspend(|| eprintln!("{text}")),
+            Self::Lines { .. } | Self::Silent => eprintln!("{text}"),
+        }
+    }
+
+    /// Takes the bar away: results follow.
+    pub fn clear(&mut self) {
+        if let Self::Bar(bar) = self {
+            bar.0.finish_and_clear();
+        }
+    }
+}
+
+/// One bar, alone or among others.
+#[derive(Debug, Clone)]
+pub struct Bar(ProgressBar);
+
+impl Bar {
+    fn alone() -> Self {
+        Self(ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr_with_hz(DRAW_HZ)))
+    }
+
+    /// A bar with a label among others.
+    pub fn among(bars: &MultiProgress, label: &str) -> Self {
+        let bar = bars.add(ProgressBar::no_length());
+        bar.set_prefix(format!("{label}  "));
+        Self(bar)
+    }
+
+    /// Shows how far the work has come.
+    pub fn update(&self, progress: &Progress) {
+        let bar = &self.0;
+        match progress.total {
+            // A bar of length 0 would show as complete.
+            Some(total) if total > 0 => {
+                bar.set_style(bar_style());
+                bar.set_length(total);
+                bar.set_position(progress.done.min(total));
+            }
+            _ => bar.set_style(waiting_style()),
+        }
+        bar.set_message(format!("{}  {}", phase(progress.phase), details(progress)));
+    }
+
+    /// Leaves the bar full, with a last word.
+    pub fn finish(&self, message: &str) {
+        self.0.set_style(bar_style());
+        self.0.set_length(1);
+        self.0.set_position(1);
+        self.0.finish_with_message(message.to_owned());
+    }
+}
+
+fn bar_style() -> ProgressStyle {
+    style("{prefix}[{bar:28}] {percent:>3} %  {msg}").progress_chars("=> ")
+}
+
+fn waiting_style() -> ProgressStyle {
+    style("{prefix}{spinner} {msg}")
+}
+
+fn style(template: &str) -> ProgressStyle {
+    // The templates are constants; the default is only for the type.
+    ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar())
+}
+
+/// A line for a log: `fetching  42 %  126 MiB of 300 MiB  93.0 MiB/s  5 peers  1.9 s left`.
+pub fn line(progress: &Progress) -> String {
+    let share = progress.total.filter(|&total| total > 0).map(|total| percent(progress.done, total) + "  ");
+    format!("{}  {}{}", phase(progress.phase), share.unwrap_or_default(), details(progress))
+}
+
+/// Amounts, rate, peers and time left, as far as they are known.
+fn details(progress: &Progress) -> String {
+    let mut parts = Vec::new();
+    match progress.total {
+        Some(total) if total > 0 => parts.push(format!("{} of {}", size(progress.done), size(total))),
+        _ if progress.done > 0 => parts.push(size(progress.done)),
+        _ => {}
+    }
+    if progress.written > 0 {
+        parts.push(format!("packed to {}", size(progress.written)));
+    }
+    if progress.rate > 0 {
+        parts.push(rate(progress.rate, Duration::from_secs(1)));
+    }
+    if progress.phase == Phase::Fetching {
+        parts.push(plural(progress.peers as u64, "peer"));
+    }
+    if let Some(left) = time_left(progress) {
+        parts.push(format!("{} left", duration(left)));
+    }
+    if let Some(what) = &progress.what {
+        parts.push(printable(what));
+    }
+    parts.join("  ")
+}
+
+/// At the present rate.
+fn time_left(progress: &Progress) -> Option<Duration> {
+    let left = progress.total?.checked_sub(progress.done).filter(|&left| left > 0)?;
+    let seconds = left as f64 / (progress.rate > 0).then_some(progress.rate)? as f64;
+    Duration::try_from_secs_f64(seconds).ok()
+}
+
+const fn phase(phase: Phase) -> &'static str {
+    match phase {
+        Phase::Waiting => "waiting",
+        Phase::Scanning => "scanning",
+        Phase::Publishing => "publishing",
+        Phase::Planning => "planning",
+        Phase::Fetching => "fetching",
+        Phase::Checking => "checking",
+        Phase::Exporting => "exporting",
+        Phase::Verifying => "verifying",
+        Phase::Repairing => "repairing",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_tells_what_is_known() {
+        let mut progress = Progress {
+            phase: Phase::Fetching,
+            done: 126 << 20,
+            total: Some(300 << 20),
+            rate: 93 << 20,
+            peers: 5,
+            written: 0,
+            what: None,
+        };
+        assert_eq!(line(&progress), "fetching  42 %  126 MiB of 300 MiB  93.0 MiB/s  5 peers  1.9 s left");
+        progress = Progress { phase: Phase::Waiting, done: 0, total: None, rate: 0, peers: 0, ..progress };
+        assert_eq!(line(&progress).trim_end(), "waiting");
+        progress = Progress { phase: Phase::Publishing, total: Some(0), written: 7 << 10, ..progress };
+        assert_eq!(line(&progress), "publishing  packed to 7.00 KiB");
+    }
+}

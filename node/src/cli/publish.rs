@@ -1,0 +1,174 @@
+//! `capsule publish`.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use capsule_chunker::layer::encode::Effort;
+use capsule_node::control::{Publish, PublishAs, Published};
+use capsule_node::home::parse_expiry;
+use capsule_proto::name::CapsuleName;
+use clap::{Args, ValueEnum};
+
+use super::context::{Context, Output, absolute, now};
+use super::exit::Exit;
+use super::format::{duration, parse_size, rate, size};
+use super::style::Style;
+use super::table::{Table, fields};
+
+const STOPPED: &str = "nothing was published";
+
+/// Publish a file, disk image, device or directory as a version of a channel
+///
+/// The content is read, compressed and hashed once; other machines then fetch it from this node and from each other.
+/// A qcow2 or other disk image is published as its virtual disk, a directory as a tree with owners, modes, times,
+/// links and extended attributes. Publishing the same content again under the same name changes nothing; other
+/// content under a name that is taken is refused.
+#[derive(Debug, Args)]
+pub struct PublishArgs {
+    /// What to publish
+    path: PathBuf,
+    /// The name it gets: CHANNEL:VERSION, such as lab:2026-11
+    #[arg(long, value_name = "CHANNEL:VERSION", value_parser = versioned_name)]
+    name: CapsuleName,
+    /// How to take the content; from what it is, when not given
+    #[arg(long = "as", value_name = "KIND")]
+    read_as: Option<Kind>,
+    /// How hard to compress: zstd level 1, 3 or 19
+    #[arg(long, value_enum, default_value_t = Strength::Default)]
+    effort: Strength,
+    /// Longest frame, such as 256K: smaller ones read faster at random places, larger ones compress better
+    #[arg(long, value_name = "SIZE", value_parser = frame_max)]
+    frame_max: Option<u32>,
+    /// For a directory: leave out what other file systems are mounted below it
+    #[arg(long)]
+    one_file_system: bool,
+    /// Until when the name holds: 90d, 1y, or a date such as 2027-01-31; without end, when not given
+    #[arg(long, value_name = "WHEN", value_parser = |text: &str| parse_expiry(text, now()))]
+    expires: Option<u64>,
+    #[command(flatten)]
+    output: Output,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Kind {
+    /// The bytes as they lie
+    File,
+    /// The virtual disk of an image, or the bytes of a raw image or device
+    Disk,
+    /// A directory with all that is below it
+    Tree,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Strength {
+    Fast,
+    Default,
+    Max,
+}
+
+fn versioned_name(text: &str) -> Result<CapsuleName, String> {
+    let name: CapsuleName = text.parse().map_err(|error| format!("{error}"))?;
+    match name.version {
+        Some(_) => Ok(name),
+        None => Err(format!("{text:?} has no version: write CHANNEL:VERSION, such as {text}:1")),
+    }
+}
+
+fn frame_max(text: &str) -> Result<u32, String> {
+    let bytes = parse_size(text)?;
+    u32::try_from(bytes).map_err(|_| format!("{text} is too long for a frame"))
+}
+
+/// Runs the command.
+pub fn run(args: PublishArgs, context: &Context) -> Result<(), Exit> {
+    let command = Publish {
+        path: absolute(&args.path)?,
+        name: args.name,
+        read_as: match args.read_as {
+            None => PublishAs::Auto,
+            Some(Kind::File) => PublishAs::File,
+            Some(Kind::Disk) => PublishAs::Disk,
+            Some(Kind::Tree) => PublishAs::Tree,
+        },
+        effort: match args.effort {
+            Strength::Fast => Effort::Fast,
+            Strength::Default => Effort::Default,
+            Strength::Max => Effort::Max,
+        },
+        frame_max: args.frame_max,
+        one_file_system: args.one_file_system,
+        expires: args.expires,
+    };
+    let published = context.work(command, args.output, STOPPED)?;
+    for warning in &published.warnings {
+        eprintln!("note: {}", super::style::printable(warning));
+    }
+    args.output.print(&published, render)
+}
+
+fn render(published: &Published, style: Style) -> String {
+    let id = published.capsule.to_string();
+    if published.unchanged {
+        return format!("{} already is {id}: nothing to do\n", style.bold(&published.name));
+    }
+    let mut components = Table::new(&["COMPONENT", "KIND", ">SIZE", "ROOT HASH"]);
+    for part in &published.components {
+        components.row([part.name.clone(), part.kind.clone(), size(part.content_size), part.root.to_string()]);
+    }
+    let took = Duration::try_from_secs_f64(published.seconds).unwrap_or_default();
+    let content = published.content_bytes;
+    let mut parts = vec![size(content)];
+    if published.zero_bytes > 0 {
+        parts.push(format!("{} of it zero", size(published.zero_bytes)));
+    }
+    if published.repeated_bytes > 0 {
+        parts.push(format!("{} repeated", size(published.repeated_bytes)));
+    }
+    let blobs = published.pack_bytes + published.index_bytes;
+    let share = if content == 0 { String::new() } else { format!(", {:.1} %", blobs as f64 * 100.0 / content as f64) };
+    let summary = fields(
+        style,
+        &[
+            ("published", published.name.clone()),
+            ("capsule", id),
+            ("content", parts.join(", ")),
+            ("to fetch", format!("{}{share}", size(blobs))),
+            ("took", format!("{}, {}", duration(took), rate(content, took))),
+        ],
+    );
+    summary + "\n" + &components.render(style)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_to_publish_needs_a_version() {
+        assert!(versioned_name("lab:1").is_ok());
+        assert!(versioned_name("lab").unwrap_err().contains("lab:1"));
+        assert!(versioned_name("lab:").is_err());
+    }
+
+    #[test]
+    fn a_summary_tells_what_others_will_fetch() {
+        let published = Published {
+            capsule: capsule_proto::CapsuleId(capsule_proto::RootHash::of(b"x")),
+            name: "lab:1".into(),
+            unchanged: false,
+            components: Vec::new(),
+            content_bytes: 4 << 20,
+            zero_bytes: 0,
+            repeated_bytes: 1 << 20,
+            pack_bytes: 1 << 20,
+            index_bytes: 0,
+            seconds: 2.0,
+            warnings: Vec::new(),
+        };
+        let text = render(&published, Style::PLAIN);
+        assert!(text.contains("to fetch   1.00 MiB, 25.0 %\n"), "{text}");
+        assert!(text.contains("content    4.00 MiB, 1.00 MiB repeated\n"), "{text}");
+        let again = render(&Published { unchanged: true, ..published }, Style::PLAIN);
+        assert!(again.ends_with("nothing to do\n"));
+    }
+}

@@ -1,0 +1,277 @@
+//! Requests: one type a command, each with the type of its answer.
+
+use std::path::PathBuf;
+
+use capsule_chunker::layer::encode::Effort;
+use capsule_proto::RootHash;
+use capsule_proto::name::{CapsuleName, Channel};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+use super::answer::*;
+
+/// A request type and what it is answered with.
+pub trait Command: Serialize {
+    /// What comes back on success.
+    type Answer: DeserializeOwned + Serialize;
+    /// The request as it travels.
+    fn into_request(self) -> Request;
+}
+
+/// A capsule as people write it: `CHANNEL`, `CHANNEL:VERSION`, or an id: 64 hex digits, or a beginning of 8 or more of them
+/// that only one known capsule has.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct CapsuleRef(pub String);
+
+/// How to take the content of the path that is published.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PublishAs {
+    /// A directory as a tree, disk images and devices as disks, everything else as a file.
+    #[default]
+    Auto,
+    /// As a disk: images of a known format as their virtual disk.
+    Disk,
+    /// As a file: the bytes as they lie.
+    File,
+    /// As a directory tree.
+    Tree,
+}
+
+/// Publishes a file, device, disk image or directory as a version of a channel.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Publish {
+    /// Absolute path.
+    #[serde(with = "super::path")]
+    pub path: PathBuf,
+    /// `CHANNEL:VERSION`; the version must be given.
+    #[serde(with = "text")]
+    pub name: CapsuleName,
+    /// How to take the content.
+    #[serde(default, rename = "as")]
+    pub read_as: PublishAs,
+    /// How hard to compress.
+    #[serde(default, with = "effort")]
+    pub effort: Effort,
+    /// Longest frame in bytes; what suits the content where absent.
+    #[serde(default)]
+    pub frame_max: Option<u32>,
+    /// For a tree: stays on the directory's file system.
+    #[serde(default)]
+    pub one_file_system: bool,
+    /// When the name ends, in seconds since 1970.
+    #[serde(default)]
+    pub expires: Option<u64>,
+}
+
+/// Lists capsules: what this node holds, and what it knows by name.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct Ls {
+    /// Only this channel.
+    #[serde(default)]
+    pub channel: Option<Channel>,
+    /// Only what is here, complete or not.
+    #[serde(default)]
+    pub held: bool,
+}
+
+/// Shows all about one capsule. Fetches nothing.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Show {
+    /// Which.
+    pub capsule: CapsuleRef,
+}
+
+/// Says exactly what a pull would fetch; fetches manifest and indexes only.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Plan {
+    /// Which.
+    pub capsule: CapsuleRef,
+    /// How long to wait for the name, and for somebody who has it, in seconds; a default where absent.
+    #[serde(default)]
+    pub wait: Option<u64>,
+}
+
+/// Fetches a capsule, checks it, and keeps it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Pull {
+    /// Which.
+    pub capsule: CapsuleRef,
+    /// How long to wait for the name, and for somebody who has what lacks while nothing arrives, in seconds; a default
+    /// where absent.
+    #[serde(default)]
+    pub wait: Option<u64>,
+}
+
+/// Follows a channel: pulls each new version by itself and keeps the newest two pinned.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Follow {
+    /// The channel.
+    pub channel: Channel,
+}
+
+/// Follows a channel no longer; what was pulled stays until `gc`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Unfollow {
+    /// The channel.
+    pub channel: Channel,
+}
+
+/// Writes a component of a held capsule to a file or directory.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Export {
+    /// Which.
+    pub capsule: CapsuleRef,
+    /// Absolute path of the file (stream) or directory (tree).
+    #[serde(with = "super::path")]
+    pub to: PathBuf,
+    /// Which component, where the capsule has several.
+    #[serde(default)]
+    pub component: Option<String>,
+    /// Replaces an existing file; makes a directory that is not empty exactly the tree.
+    #[serde(default)]
+    pub force: bool,
+}
+
+/// Reads everything held again and compares it with its hashes.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct Verify {
+    /// Only this capsule; everything in the store where absent.
+    #[serde(default)]
+    pub capsule: Option<CapsuleRef>,
+    /// Fetches again from peers what was damaged.
+    #[serde(default)]
+    pub repair: bool,
+}
+
+/// Asks how the node is.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct Status {}
+
+/// Lists connected peers.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct Peers {
+    /// Only those that announce this blob or component, and how much of it.
+    #[serde(default)]
+    pub have: Option<RootHash>,
+}
+
+/// Lists what this node holds and announces.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct Hashes {}
+
+/// Keeps a capsule from being collected.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Pin {
+    /// Which; it must be known, not necessarily held.
+    pub capsule: CapsuleRef,
+}
+
+/// Takes the user's pin, and that of having published it, away.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Unpin {
+    /// Which.
+    pub capsule: CapsuleRef,
+}
+
+/// Removes what no pinned capsule needs.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct Gc {
+    /// Only says what would be removed.
+    #[serde(default)]
+    pub dry_run: bool,
+}
+
+/// Removes a capsule from this node.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Rm {
+    /// Which.
+    pub capsule: CapsuleRef,
+    /// Even if it is pinned.
+    #[serde(default)]
+    pub force: bool,
+}
+
+/// Lists the layers known for a capsule's components.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Layers {
+    /// Which.
+    pub capsule: CapsuleRef,
+}
+
+macro_rules! commands {
+    ($($name:ident => $answer:ident),* $(,)?) => {
+        /// Any request, as it travels: an object with the command's name as its only key.
+        #[derive(Debug, Clone, Serialize, Deserialize)]
+        #[serde(rename_all = "kebab-case")]
+        pub enum Request {
+            $(#[doc = concat!("See [`", stringify!($name), "`].")] $name($name),)*
+        }
+
+        $(impl Command for $name {
+            type Answer = $answer;
+            fn into_request(self) -> Request {
+                Request::$name(self)
+            }
+        })*
+    };
+}
+
+commands! {
+    Publish => Published,
+    Ls => Listed,
+    Show => Shown,
+    Plan => Planned,
+    Pull => Pulled,
+    Follow => Followed,
+    Unfollow => Unfollowed,
+    Export => Exported,
+    Verify => Verified,
+    Status => NodeStatus,
+    Peers => PeerList,
+    Hashes => HashList,
+    Pin => Pinned,
+    Unpin => Pinned,
+    Gc => Collected,
+    Rm => Removed,
+    Layers => LayerList,
+}
+
+/// A value with one text form, as that text.
+mod text {
+    use std::fmt::Display;
+    use std::str::FromStr;
+
+    use super::{Deserialize, Deserializer, Serializer};
+
+    pub fn serialize<T: Display, S: Serializer>(value: &T, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(value)
+    }
+
+    pub fn deserialize<'de, T: FromStr<Err: Display>, D: Deserializer<'de>>(deserializer: D) -> Result<T, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+    }
+}
+
+/// The effort's word.
+mod effort {
+    use super::{Deserialize, Deserializer, Effort, Serializer};
+
+    pub fn serialize<S: Serializer>(effort: &Effort, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(match effort {
+            Effort::Fast => "fast",
+            Effort::Default => "default",
+            Effort::Max => "max",
+        })
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Effort, D::Error> {
+        match &*String::deserialize(deserializer)? {
+            "fast" => Ok(Effort::Fast),
+            "default" => Ok(Effort::Default),
+            "max" => Ok(Effort::Max),
+            other => Err(serde::de::Error::custom(format_args!("no such effort as {other:?}: use fast, default or max"))),
+        }
+    }
+}

@@ -1,0 +1,125 @@
+//! Exporting: a held component becomes a file or a directory.
+//!
+//! Nothing that exists is touched without `--force`, and a file takes its name only when all of it is on the disk. How a file is
+//! written lives in `file`; trees are the chunker's.
+
+mod file;
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+
+use capsule_chunker::layer::read::ReadOptions;
+use capsule_chunker::layer::restore::restore;
+use capsule_chunker::tree::{self, RestoreOptions, Restored, TreeWriter};
+use capsule_proto::manifest::{Component, Manifest};
+
+use crate::control::{Export, Exported, Failure, FailureCode, Phase, Reporter};
+use crate::held::{HeldWay, Holdings, TreeWay, component_info};
+use crate::layers::open;
+use crate::node::{Node, spelled};
+use crate::store::Store;
+use crate::transfer::check::threads;
+use crate::work::{Task, Work, blocking};
+use file::Target;
+
+/// Writes a component of a capsule to a path.
+pub async fn export(node: &Arc<Node>, request: Export, reporter: &Reporter) -> Result<Exported, Failure> {
+    let started = Instant::now();
+    if !request.to.is_absolute() {
+        return Err(Failure::new(FailureCode::Invalid, format!("{} is not an absolute path", request.to.display())));
+    }
+    let (asked, reference, wanted) = (node.clone(), request.capsule.clone(), request.component.clone());
+    let (capsule, component, way) = blocking(move || {
+        let resolution = asked.resolve(&reference)?;
+        let name = spelled(&resolution);
+        let manifest = asked.holdings.complete(&resolution.capsule, &name)?;
+        let component = pick(&manifest, wanted.as_deref(), &name)?.clone();
+        let way = asked.holdings.way_to(&component)?.ok_or_else(|| {
+            Failure::new(FailureCode::Damaged, format!("component {} of {name} is not all here any more", component.name))
+                .hint(format!("`capsule verify --repair {name}` or `capsule pull {name}` fetches what is missing"))
+        })?;
+        Ok((resolution.capsule, component, way))
+    })
+    .await?;
+    let blobs = way.blobs().into_iter().chain([component.root, capsule.0]);
+    let guard = node.store.guard(blobs);
+    let task = Task { phase: Phase::Exporting, total: Some(component.content_size), what: Some(component.name.clone()) };
+    let (store, exported, to, force) = (node.store.clone(), component.clone(), request.to.clone(), request.force);
+    let restored = node
+        .works
+        .run(task, reporter, move |work| {
+            let _guard = guard;
+            match &way {
+                HeldWay::Tree(way) => write_tree(&store, &exported, way, &to, force, work).map(Some),
+                stream => write_stream(&store, &exported, stream, &to, force, work).map(|()| None),
+            }
+        })
+        .await?;
+    Ok(Exported {
+        capsule,
+        bytes: component.content_size,
+        component: component_info(&component),
+        to: request.to,
+        files: restored.as_ref().map(|restored| restored.files_written + restored.files_kept),
+        seconds: started.elapsed().as_secs_f64(),
+        warnings: restored.map(|restored| restored.warnings()).unwrap_or_default(),
+    })
+}
+
+fn pick<'a>(manifest: &'a Manifest, wanted: Option<&str>, name: &str) -> Result<&'a Component, Failure> {
+    let names = || manifest.components.iter().map(|c| c.name.as_str()).collect::<Vec<_>>().join(", ");
+    match (wanted, &manifest.components[..]) {
+        (Some(wanted), _) => manifest.component(wanted).ok_or_else(|| {
+            Failure::new(FailureCode::NotFound, format!("{name} has no component {wanted}; it has: {}", names()))
+        }),
+        (None, [only]) => Ok(only),
+        (None, _) => {
+            let message = format!("{name} has several components: {}", names());
+            Err(Failure::new(FailureCode::Invalid, message).hint("say which with --component"))
+        }
+    }
+}
+
+fn write_tree(
+    store: &Store,
+    component: &Component,
+    way: &TreeWay,
+    to: &Path,
+    force: bool,
+    work: &Work,
+) -> Result<Restored, Failure> {
+    let listing = Arc::new(Holdings::new(store.clone()).listing(component)?);
+    let options = RestoreOptions { force };
+    if !force {
+        file::check_space(to.parent().unwrap_or(to), component.content_size)?;
+    }
+    if way.contents.is_empty() {
+        return Ok(TreeWriter::new(to, listing, &options, work)?.finish()?);
+    }
+    let contents = open(store, &way.contents, &ReadOptions::default())?;
+    if force {
+        // Only what differs is decoded.
+        return Ok(tree::restore(to, listing, &*contents, &options, work)?);
+    }
+    let mut writer = TreeWriter::new(to, listing, &options, work)?;
+    restore::<Vec<u8>>(&contents, threads(), &mut writer, None, work)?;
+    Ok(writer.finish()?)
+}
+
+fn write_stream(store: &Store, component: &Component, way: &HeldWay, to: &Path, force: bool, work: &Work) -> Result<(), Failure> {
+    // The target first: what is in the way is known at once.
+    let mut target = Target::create(to, force)?;
+    match way {
+        HeldWay::Layers(layers) => {
+            let content = open(store, layers, &ReadOptions::default())?;
+            file::check_space(target.dir(), file::data_bytes(store, layers)?.min(component.size))?;
+            restore::<Vec<u8>>(&content, threads(), &mut target, None, work)?;
+        }
+        _ => {
+            file::check_space(target.dir(), component.size)?;
+            target.copy(&*store.open_blob(&component.root)?, component.size, work)?;
+        }
+    }
+    target.finish(component.size)
+}

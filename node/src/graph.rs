@@ -1,0 +1,227 @@
+//! The graph of layers: components are nodes, layers lead from one to another, and the cheapest way to one is sought.
+//!
+//! The search goes backwards from what is wanted, as only layers that lead to it are known, until it meets nothing (every
+//! first layer starts there) or a component that is held. Pure: what is known and held comes as functions.
+
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, HashMap};
+
+use capsule_proto::RootHash;
+use capsule_proto::index::Space;
+use capsule_proto::record::{BlobRef, Layer};
+
+/// Most components that a search looks at: longer histories are cut, and a layer from nothing is taken.
+const MAX_VISITED: usize = 4096;
+
+/// How to come to a component.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Way {
+    /// It is held: nothing to do.
+    Held,
+    /// Through layers, the one that starts from nothing or from a held component first; at least one.
+    Layers(Vec<Layer>),
+    /// As a blob of its own.
+    Blob(BlobRef),
+}
+
+/// What a search may ask.
+pub trait Known {
+    /// What stops a search.
+    type Error;
+
+    /// Whether the component is here, in that space, with all that leads to it.
+    fn is_held(&self, space: Space, root: &RootHash) -> Result<bool, Self::Error>;
+
+    /// The layers that lead to a component in a space.
+    fn layers_to(&self, space: Space, root: &RootHash) -> Result<Vec<Layer>, Self::Error>;
+
+    /// Bytes of a blob that are not here.
+    fn missing(&self, blob: &BlobRef) -> u64;
+
+    /// Whether somebody is known to serve the component under its own root, so that it may be fetched as a blob.
+    fn is_blob(&self, root: &RootHash) -> bool;
+}
+
+/// The cheapest way to a component, in bytes to be fetched; of equals the one with the fewest layers. None: no way is known.
+///
+/// `size` is the length of what the root names; only a stream's root names its bytes, so only streams come as blobs.
+pub fn cheapest<K: Known>(known: &K, space: Space, root: RootHash, size: u64) -> Result<Option<Way>, K::Error> {
+    // Cost and number of layers from a node to the goal, and the layer that leads on from it.
+    let mut best: HashMap<Option<RootHash>, (u64, usize)> = HashMap::new();
+    let mut onward: HashMap<Option<RootHash>, Layer> = HashMap::new();
+    let mut queue = BinaryHeap::new();
+    best.insert(Some(root), (0, 0));
+    queue.push(Reverse(((0, 0), Some(root))));
+    let blob = BlobRef { root, size };
+    let as_blob = space == Space::Stream && known.is_blob(&root);
+    let blob_cost = as_blob.then(|| known.missing(&blob));
+    while let Some(Reverse((cost, node))) = queue.pop() {
+        if best.get(&node).is_some_and(|known| *known < cost) {
+            continue;
+        }
+        if blob_cost.is_some_and(|blob| blob < cost.0) {
+            return Ok(Some(Way::Blob(blob)));
+        }
+        let Some(component) = node else {
+            return Ok(Some(Way::Layers(walk(&onward, None, root))));
+        };
+        if known.is_held(space, &component)? {
+            let layers = walk(&onward, Some(component), root);
+            return Ok(Some(if layers.is_empty() { Way::Held } else { Way::Layers(layers) }));
+        }
+        if best.len() >= MAX_VISITED {
+            continue;
+        }
+        for layer in known.layers_to(space, &component)? {
+            let pack = layer.pack.as_ref().map_or(0, |pack| known.missing(pack));
+            let next = (cost.0.saturating_add(known.missing(&layer.index)).saturating_add(pack), cost.1 + 1);
+            if best.get(&layer.parent).is_none_or(|known| next < *known) {
+                best.insert(layer.parent, next);
+                queue.push(Reverse((next, layer.parent)));
+                onward.insert(layer.parent, layer);
+            }
+        }
+    }
+    Ok(as_blob.then_some(Way::Blob(blob)))
+}
+
+/// The layers from a node to the goal, in order.
+fn walk(onward: &HashMap<Option<RootHash>, Layer>, from: Option<RootHash>, goal: RootHash) -> Vec<Layer> {
+    let mut layers = Vec::new();
+    let mut at = from;
+    while at != Some(goal)
+        && let Some(layer) = onward.get(&at)
+    {
+        layers.push(layer.clone());
+        at = Some(layer.target);
+    }
+    layers
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+    use std::convert::Infallible;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// A graph of components 0..n; layer (from, to, bytes) with from 255 as nothing.
+    #[derive(Debug, Default)]
+    struct Graph {
+        layers: Vec<(u8, u8, u64)>,
+        held: HashSet<u8>,
+        blobs: HashSet<u8>,
+    }
+
+    fn hash(n: u8) -> RootHash {
+        RootHash::from_bytes([n; 32])
+    }
+
+    fn node(root: &RootHash) -> u8 {
+        root.as_bytes()[0]
+    }
+
+    fn layer((from, to, bytes): (u8, u8, u64)) -> Layer {
+        let blob = |salt: u8, size| BlobRef { root: RootHash::of(&[from, to, salt, bytes as u8]), size };
+        Layer {
+            space: Space::Stream,
+            parent: (from != 255).then(|| hash(from)),
+            target: hash(to),
+            target_size: 1000,
+            index: blob(0, 1),
+            pack: Some(blob(1, bytes)),
+        }
+    }
+
+    impl Known for Graph {
+        type Error = Infallible;
+
+        fn is_held(&self, _: Space, root: &RootHash) -> Result<bool, Infallible> {
+            Ok(self.held.contains(&node(root)))
+        }
+
+        fn layers_to(&self, _: Space, root: &RootHash) -> Result<Vec<Layer>, Infallible> {
+            Ok(self.layers.iter().filter(|(_, to, _)| *to == node(root)).copied().map(layer).collect())
+        }
+
+        fn missing(&self, blob: &BlobRef) -> u64 {
+            blob.size
+        }
+
+        fn is_blob(&self, root: &RootHash) -> bool {
+            self.blobs.contains(&node(root))
+        }
+    }
+
+    fn find(graph: &Graph, goal: u8) -> Option<Way> {
+        cheapest(graph, Space::Stream, hash(goal), 1000).unwrap()
+    }
+
+    fn cost(way: &Way) -> u64 {
+        match way {
+            Way::Held => 0,
+            Way::Layers(layers) => layers.iter().map(|l| l.index.size + l.pack.map_or(0, |p| p.size)).sum(),
+            Way::Blob(blob) => blob.size,
+        }
+    }
+
+    #[test]
+    fn the_cheapest_of_layers_chains_and_blob_is_taken() {
+        let mut graph = Graph { layers: vec![(255, 1, 500), (1, 2, 20), (255, 2, 510)], ..Graph::default() };
+        assert_eq!(find(&graph, 2).map(|way| cost(&way)), Some(511), "one layer: the two by way of 1 cost 522");
+        graph.held.insert(1);
+        let Some(Way::Layers(layers)) = find(&graph, 2) else { panic!("a chain") };
+        assert_eq!(layers, [layer((1, 2, 20))]);
+        graph.held.insert(2);
+        assert_eq!(find(&graph, 2), Some(Way::Held));
+        assert_eq!(find(&graph, 9), None);
+        graph.blobs.insert(9);
+        assert_eq!(find(&graph, 9), Some(Way::Blob(BlobRef { root: hash(9), size: 1000 })));
+    }
+
+    #[test]
+    fn circles_end() {
+        let graph = Graph { layers: vec![(1, 2, 1), (2, 1, 1)], ..Graph::default() };
+        assert_eq!(find(&graph, 2), None);
+    }
+
+    /// Costs by relaxing all edges until nothing changes.
+    fn oracle(graph: &Graph, goal: u8) -> Option<u64> {
+        let mut cost = [None::<u64>; 8];
+        for n in 0..8 {
+            cost[usize::from(n)] = graph.held.contains(&n).then_some(0);
+        }
+        for _ in 0..8 {
+            for (from, to, bytes) in &graph.layers {
+                let before = if *from == 255 { Some(0) } else { cost[usize::from(*from)] };
+                let through = before.map(|before| before + bytes + 1);
+                let known = &mut cost[usize::from(*to)];
+                *known = known.iter().chain(&through).min().copied();
+            }
+        }
+        let blob = graph.blobs.contains(&goal).then_some(1000);
+        cost[usize::from(goal)].into_iter().chain(blob).min()
+    }
+
+    proptest! {
+        #[test]
+        fn costs_agree_with_relaxation(
+            layers in prop::collection::vec((prop_oneof![0u8..8, Just(255)], 0u8..8, 1u64..600), 0..20),
+            held in prop::collection::hash_set(0u8..8, 0..3),
+            blobs in prop::collection::hash_set(0u8..8, 0..3),
+        ) {
+            let graph = Graph { layers, held, blobs };
+            for goal in 0..8 {
+                let found = find(&graph, goal);
+                prop_assert_eq!(found.as_ref().map(cost), oracle(&graph, goal));
+                if let Some(Way::Layers(layers)) = found {
+                    prop_assert!(layers.windows(2).all(|pair| Some(pair[0].target) == pair[1].parent));
+                    prop_assert!(layers[0].parent.is_none_or(|parent| graph.held.contains(&node(&parent))));
+                    prop_assert_eq!(layers.last().unwrap().target, hash(goal));
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,265 @@
+//! What this node holds of capsules: manifests, the layers through which each component is read here, and the blobs
+//! that all of it takes.
+//!
+//! A stream's layers are its recipe in the store. A tree has two ways: to its listing, which is held as a blob, and to
+//! its contents, which no hash names; both are kept as a value of the store's. Records may go (ended, revoked): what is
+//! held stays readable.
+
+use std::collections::BTreeSet;
+
+use capsule_proto::codec::{DecodeError, Reader, Writer};
+use capsule_proto::index::{IndexHeader, Space};
+use capsule_proto::listing::{Listing, MAX_LISTING_LEN};
+use capsule_proto::manifest::{Component, ComponentKind, MAX_MANIFEST_LEN, Manifest};
+use capsule_proto::record::Layer;
+use capsule_proto::{CapsuleId, RootHash};
+
+use crate::control::{ComponentInfo, Failure, FailureCode, Holding};
+use crate::records::Records;
+use crate::store::{BlobKind, DatabaseError, LayerBlobs, MAX_LAYERS, Store};
+
+/// How a component is read here.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum HeldWay {
+    /// A stream, through its layers.
+    Layers(Vec<LayerBlobs>),
+    /// A stream, as a blob of its own.
+    Blob,
+    /// A tree.
+    Tree(TreeWay),
+}
+
+/// The layers of a tree.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct TreeWay {
+    /// To its listing, kept to be served; the listing itself is a blob.
+    pub listing: Vec<LayerBlobs>,
+    /// To its contents.
+    pub contents: Vec<LayerBlobs>,
+}
+
+const WAY_VERSION: u8 = 1;
+
+impl TreeWay {
+    fn encode(&self) -> Vec<u8> {
+        let mut out = Writer::default();
+        out.u8(WAY_VERSION);
+        for layers in [&self.listing, &self.contents] {
+            out.list(layers, |out, layer| {
+                out.hash(&layer.index);
+                out.option(layer.pack.as_ref(), Writer::hash);
+            });
+        }
+        out.finish()
+    }
+
+    fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
+        let mut input = Reader::new(bytes);
+        if input.u8("version")? != WAY_VERSION {
+            return Err(DecodeError::Format { what: "way to a tree", version: WAY_VERSION });
+        }
+        let mut layers = || {
+            input.list("layers", MAX_LAYERS, 33, |input| {
+                Ok(LayerBlobs { index: input.hash("index")?, pack: input.option("pack", |input| input.hash("pack"))? })
+            })
+        };
+        let way = Self { listing: layers()?, contents: layers()? };
+        input.finish()?;
+        Ok(way)
+    }
+}
+
+/// The blobs of layers.
+pub fn blobs_of(layers: &[LayerBlobs]) -> impl Iterator<Item = RootHash> + '_ {
+    layers.iter().flat_map(|layer| [Some(layer.index), layer.pack]).flatten()
+}
+
+/// The blobs of a layer as a record names them.
+pub fn layer_blobs(layer: &Layer) -> LayerBlobs {
+    LayerBlobs { index: layer.index.root, pack: layer.pack.map(|pack| pack.root) }
+}
+
+fn tree_key(root: &RootHash) -> String {
+    format!("tree way {root}")
+}
+
+impl HeldWay {
+    /// All blobs that it needs, but for a listing, which goes by the component's root.
+    pub fn blobs(&self) -> BTreeSet<RootHash> {
+        match self {
+            Self::Blob => BTreeSet::new(),
+            Self::Layers(layers) => blobs_of(layers).collect(),
+            Self::Tree(way) => blobs_of(&way.listing).chain(blobs_of(&way.contents)).collect(),
+        }
+    }
+}
+
+/// Looks into the store for what it holds of capsules. Calls block.
+#[derive(Debug, Clone)]
+pub struct Holdings {
+    store: Store,
+}
+
+impl Holdings {
+    /// Of a store.
+    pub fn new(store: Store) -> Self {
+        Self { store }
+    }
+
+    /// A capsule's manifest, if it is here and fine.
+    pub fn manifest(&self, capsule: &CapsuleId) -> Option<Manifest> {
+        let bytes = self.store.read_whole(&capsule.0, MAX_MANIFEST_LEN as u64).ok()?;
+        Manifest::decode(&bytes).ok()
+    }
+
+    /// The manifest of a capsule that must be here completely.
+    pub fn complete(&self, capsule: &CapsuleId, name: &str) -> Result<Manifest, Failure> {
+        match (self.holding(capsule)?, self.manifest(capsule)) {
+            (Holding::Complete, Some(manifest)) => Ok(manifest),
+            (holding, _) => {
+                let what = if holding == Holding::Absent { "is not here" } else { "is here only in part" };
+                let message = format!("{name} {what}");
+                Err(Failure::new(FailureCode::Refused, message).hint(format!("fetch it with `capsule pull {name}`")))
+            }
+        }
+    }
+
+    /// How much of a capsule is here.
+    pub fn holding(&self, capsule: &CapsuleId) -> Result<Holding, DatabaseError> {
+        Ok(match self.store.capsule(capsule)? {
+            Some(held) if held.complete => Holding::Complete,
+            Some(_) => Holding::Partial,
+            None => Holding::Absent,
+        })
+    }
+
+    /// How a component is read here; none if not all of it is here, checked.
+    pub fn way_to(&self, component: &Component) -> Result<Option<HeldWay>, DatabaseError> {
+        let root = &component.root;
+        let is_blob = self.is_complete(root);
+        if component.kind == ComponentKind::Tree {
+            let way = self.tree_way(root)?;
+            let held = |way: &TreeWay| is_blob && blobs_of(&way.contents).all(|blob| self.is_complete(&blob));
+            return Ok(way.filter(held).map(HeldWay::Tree));
+        }
+        if let Some(known) = self.store.component(root) {
+            let layers = known.recipe.layers;
+            if blobs_of(&layers).all(|blob| self.is_complete(&blob)) {
+                return Ok(Some(HeldWay::Layers(layers)));
+            }
+        }
+        Ok(is_blob.then_some(HeldWay::Blob))
+    }
+
+    /// The layers through which a tree was checked here.
+    pub fn tree_way(&self, root: &RootHash) -> Result<Option<TreeWay>, DatabaseError> {
+        let value = self.store.value(&tree_key(root))?.filter(|value| !value.is_empty());
+        let decode = |value: Vec<u8>| TreeWay::decode(&value);
+        let bad = |_| DatabaseError::Row { table: "values", reason: "a tree's layers are damaged, or of a newer version" };
+        value.map(decode).transpose().map_err(bad)
+    }
+
+    /// Keeps the layers through which a tree was checked.
+    pub fn put_tree_way(&self, root: &RootHash, way: &TreeWay) -> Result<(), DatabaseError> {
+        self.store.set_value(&tree_key(root), &way.encode())
+    }
+
+    /// A tree's listing.
+    pub fn listing(&self, component: &Component) -> Result<Listing, Failure> {
+        let bytes = self.store.read_whole(&component.root, MAX_LISTING_LEN as u64)?;
+        Listing::decode(&bytes).map_err(|e| {
+            Failure::new(FailureCode::Damaged, format!("the listing of tree {} is malformed: {e}", component.root))
+                .hint("its publisher made it wrong: publish it again with this version of capsule")
+        })
+    }
+
+    /// Every blob that a capsule takes here, whether all of it is here or not.
+    pub fn blobs_of(&self, capsule: &CapsuleId, records: &Records) -> Result<BTreeSet<RootHash>, DatabaseError> {
+        let mut blobs = BTreeSet::from([capsule.0]);
+        let Some(manifest) = self.manifest(capsule) else { return Ok(blobs) };
+        for component in &manifest.components {
+            blobs.insert(component.root);
+            match self.way_to(component)? {
+                Some(way) => blobs.extend(way.blobs()),
+                // Begun: whatever layers are known to lead there.
+                None => {
+                    let layers = records.layers_to(&component.root)?;
+                    blobs.extend(layers.iter().flat_map(|known| {
+                        let blobs = layer_blobs(&known.layer);
+                        [Some(blobs.index), blobs.pack].into_iter().flatten()
+                    }));
+                }
+            }
+        }
+        Ok(blobs)
+    }
+
+    /// Bytes of these blobs that are here.
+    pub fn bytes_here(&self, blobs: impl IntoIterator<Item = RootHash>) -> u64 {
+        // A component's root is not a blob: its bytes are its layers'.
+        let here = |root| self.store.durable(&root).map_or(0, |here| here.ranges.bytes(here.size));
+        blobs.into_iter().map(here).sum()
+    }
+
+    /// Whether a blob is here, all of it.
+    pub fn is_complete(&self, blob: &RootHash) -> bool {
+        self.store.durable(blob).is_some_and(|here| here.complete)
+    }
+}
+
+/// A component in answers.
+pub fn component_info(component: &Component) -> ComponentInfo {
+    ComponentInfo {
+        name: component.name.clone(),
+        kind: component.kind.word().to_owned(),
+        root: component.root,
+        size: component.size,
+        content_size: component.content_size,
+    }
+}
+
+/// A blob's kind in answers.
+pub const fn kind_word(kind: BlobKind) -> &'static str {
+    match kind {
+        BlobKind::Manifest => "manifest",
+        BlobKind::Listing => "listing",
+        BlobKind::Index => "index",
+        BlobKind::Pack => "pack",
+        BlobKind::Other => "other",
+    }
+}
+
+/// A space in answers.
+pub const fn space_word(space: Space) -> &'static str {
+    match space {
+        Space::Stream => "stream",
+        Space::Contents => "contents",
+    }
+}
+
+/// Whether an index makes what its record says.
+pub fn fits(header: &IndexHeader, layer: &Layer) -> bool {
+    header.space == layer.space
+        && header.parent == layer.parent
+        && header.target == layer.target
+        && header.target_size == layer.target_size
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ways_round_trip_and_cut_ones_are_refused() {
+        let hash = |n| RootHash::from_bytes([n; 32]);
+        let way = TreeWay {
+            listing: vec![LayerBlobs { index: hash(1), pack: Some(hash(2)) }],
+            contents: vec![LayerBlobs { index: hash(3), pack: None }],
+        };
+        let bytes = way.encode();
+        assert_eq!(TreeWay::decode(&bytes), Ok(way));
+        for len in 0..bytes.len() {
+            assert!(TreeWay::decode(&bytes[..len]).is_err());
+        }
+    }
+}

@@ -1,0 +1,144 @@
+//! Small files of the home: JSON and secrets, replaced atomically.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use thiserror::Error;
+
+/// Longest file read here, in bytes: the settings, and a credential, fit many times.
+const MAX_LEN: u64 = 1 << 20;
+
+/// A file of the home that could not be used.
+#[derive(Debug, Error)]
+pub enum Fault {
+    /// The operating system refused.
+    #[error("{doing} {}: {source}", .path.display())]
+    Io {
+        /// What was tried, as in "writing".
+        doing: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// What it said.
+        source: io::Error,
+    },
+    /// The file is not what it should be.
+    #[error("{} is damaged ({why}): correct it, or restore it from a backup", .path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: String,
+    },
+}
+
+impl Fault {
+    fn io(doing: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::Io { doing, path: path.into(), source }
+    }
+
+    fn damaged(path: &Path, why: impl ToString) -> Self {
+        Self::Damaged { path: path.into(), why: why.to_string() }
+    }
+}
+
+/// Who may read a file.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Mode {
+    /// The owner alone.
+    Private,
+}
+
+/// Makes a directory that only the owner uses; one that exists stays as it is.
+pub(super) fn make_private_dir(dir: &Path) -> Result<(), Fault> {
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(Fault::io("making", dir))
+}
+
+/// Reads a JSON file, if there is one.
+pub(super) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, Fault> {
+    let Some(bytes) = read(path)? else { return Ok(None) };
+    serde_json::from_slice(&bytes).map(Some).map_err(|e| Fault::damaged(path, e))
+}
+
+/// Replaces a JSON file.
+pub(super) fn write_json(path: &Path, value: &impl Serialize, mode: Mode) -> Result<(), Fault> {
+    let mut bytes = serde_json::to_vec_pretty(value).map_err(|e| Fault::damaged(path, e))?;
+    bytes.push(b'\n');
+    write(path, &bytes, mode)
+}
+
+/// Reads a secret of 32 bytes, if there is one.
+pub(super) fn read_secret(path: &Path) -> Result<Option<[u8; 32]>, Fault> {
+    let Some(bytes) = read(path)? else { return Ok(None) };
+    let text = String::from_utf8_lossy(&bytes);
+    // A root hash has the same form: 64 hex digits.
+    let secret = text.trim().parse::<capsule_proto::RootHash>();
+    secret.map(|secret| Some(*secret.as_bytes())).map_err(|_| Fault::damaged(path, "it is not 64 hexadecimal digits"))
+}
+
+/// Replaces a secret.
+pub(super) fn write_secret(path: &Path, secret: &[u8; 32]) -> Result<(), Fault> {
+    let text = format!("{}\n", capsule_proto::RootHash::from_bytes(*secret));
+    write(path, text.as_bytes(), Mode::Private)
+}
+
+fn read(path: &Path) -> Result<Option<Vec<u8>>, Fault> {
+    let file = match File::open(path) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        file => file.map_err(Fault::io("reading", path))?,
+    };
+    let mut bytes = Vec::new();
+    file.take(MAX_LEN + 1).read_to_end(&mut bytes).map_err(Fault::io("reading", path))?;
+    if bytes.len() as u64 > MAX_LEN {
+        return Err(Fault::damaged(path, "it is longer than a megabyte"));
+    }
+    Ok(Some(bytes))
+}
+
+/// Writes beside, syncs, renames, syncs the directory.
+fn write(path: &Path, bytes: &[u8], mode: Mode) -> Result<(), Fault> {
+    let mode = match mode {
+        Mode::Private => 0o600,
+    };
+    let beside = path.with_extension(format!("new-{}", std::process::id()));
+    let written = write_beside(&beside, bytes, mode).and_then(|()| fs::rename(&beside, path));
+    if written.is_err() {
+        // What cannot be removed is overwritten by the next try.
+        let _ = fs::remove_file(&beside);
+    }
+    written.map_err(Fault::io("writing", path))?;
+    let dir = path.parent().unwrap_or(Path::new("."));
+    File::open(dir).and_then(|dir| dir.sync_all()).map_err(Fault::io("syncing", dir))
+}
+
+fn write_beside(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
+    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(mode).open(path)?;
+    file.write_all(bytes)?;
+    file.sync_all()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    #[test]
+    fn secrets_are_private_and_damage_is_told() {
+        let temp = tempfile::tempdir().unwrap();
+        let path = temp.path().join("machine.key");
+        assert_eq!(read_secret(&path).unwrap(), None);
+        write_secret(&path, &[7; 32]).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        assert_eq!(read_secret(&path).unwrap(), Some([7; 32]));
+        write_secret(&path, &[8; 32]).unwrap();
+        assert_eq!(read_secret(&path).unwrap(), Some([8; 32]));
+        assert_eq!(fs::read_dir(temp.path()).unwrap().count(), 1, "nothing is left beside");
+        fs::write(&path, "0123").unwrap();
+        assert!(matches!(read_secret(&path), Err(Fault::Damaged { .. })));
+        assert!(matches!(read_json::<super::super::Settings>(&path), Err(Fault::Damaged { .. })));
+    }
+}

@@ -1,0 +1,139 @@
+//! Components as content: opening the layers that lead to one, and serving components to peers by decoding them.
+//!
+//! Which layers lead where is `held`'s and `graph`'s knowledge; decoding is the chunker's.
+
+use std::collections::VecDeque;
+use std::error::Error;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use capsule_chunker::content::Content;
+use capsule_chunker::layer::Storage;
+use capsule_chunker::layer::read::{LayerContent, ReadOptions};
+use capsule_proto::RootHash;
+use capsule_proto::index::{Directory, SourceKind};
+use positioned_io::ReadAt;
+use tokio::sync::Notify;
+
+use crate::control::{Failure, FailureCode};
+use crate::store::{Component, ComponentProvider, LayerBlobs, Store};
+
+/// Components kept open for peers: several ask for one and the same at a time, seldom for more.
+const OPEN_COMPONENTS: usize = 4;
+/// Decoded frames kept of each: peers ask for pieces in any order, but each piece in order.
+const SERVING_CACHE: usize = 4 << 20;
+/// A component that nobody asked for in this time is closed, as an open one keeps its blobs from being collected.
+pub const IDLE: Duration = Duration::from_secs(10);
+
+/// Opens a component through its layers, the one that starts from nothing first.
+pub fn open(store: &Store, layers: &[LayerBlobs], options: &ReadOptions) -> Result<Arc<LayerContent>, Failure> {
+    let mut below: Option<Arc<LayerContent>> = None;
+    for layer in layers {
+        below = Some(Arc::new(open_one(store, layer, below, options)?));
+    }
+    below.ok_or_else(|| Failure::new(FailureCode::Internal, "a component without layers cannot be read"))
+}
+
+fn open_one(
+    store: &Store,
+    layer: &LayerBlobs,
+    parent: Option<Arc<LayerContent>>,
+    options: &ReadOptions,
+) -> Result<LayerContent, Failure> {
+    let index: Storage = store.open_blob(&layer.index)?;
+    let pack: Storage = match &layer.pack {
+        Some(pack) => store.open_blob(pack)?,
+        None => Arc::new(Vec::<u8>::new()),
+    };
+    let directory = read_directory(&*index)?;
+    let sources = match (&directory.header().sources[..], parent) {
+        ([], _) => Vec::new(),
+        ([source], Some(parent)) if source.kind == SourceKind::Parent => vec![parent as Arc<dyn Content>],
+        _ => {
+            let message = format!("layer {} reads other components, which this version of capsule does not", layer.index);
+            return Err(Failure::new(FailureCode::Refused, message).hint("use a newer capsule"));
+        }
+    };
+    Ok(LayerContent::open(index, pack, sources, options)?)
+}
+
+/// Reads the directory of an index that lies in the store.
+pub fn read_directory(index: &dyn ReadAt) -> Result<Directory, Failure> {
+    let damaged = |e: &dyn std::fmt::Display| Failure::new(FailureCode::Damaged, format!("a layer's index cannot be read: {e}"));
+    let mut head = [0; 9];
+    let len = read_up_to(index, &mut head).map_err(|e| damaged(&e))?;
+    let needed = Directory::needed(&head[..len]).map_err(|e| damaged(&e))?;
+    let mut bytes = vec![0; needed];
+    let len = read_up_to(index, &mut bytes).map_err(|e| damaged(&e))?;
+    Directory::decode(&bytes[..len]).map_err(|e| damaged(&e))
+}
+
+fn read_up_to(from: &dyn ReadAt, buffer: &mut [u8]) -> std::io::Result<usize> {
+    let mut done = 0;
+    while done < buffer.len() {
+        match from.read_at(done as u64, &mut buffer[done..])? {
+            0 => break,
+            n => done += n,
+        }
+    }
+    Ok(done)
+}
+
+/// Produces components for the store, which serves them to peers.
+pub struct Components {
+    store: Store,
+    open: Mutex<VecDeque<Open>>,
+    /// Told when the first component is opened: somebody must close it again.
+    opened: Notify,
+}
+
+struct Open {
+    root: RootHash,
+    content: Arc<LayerContent>,
+    used: Instant,
+}
+
+impl Components {
+    /// Nothing open.
+    pub fn new(store: Store) -> Self {
+        Self { store, open: Mutex::default(), opened: Notify::new() }
+    }
+
+    /// Closes what nobody asked for lately, as long as anything is open. Runs for ever.
+    pub async fn close_idle(&self) {
+        loop {
+            self.opened.notified().await;
+            while !self.open().is_empty() {
+                tokio::time::sleep(IDLE).await;
+                self.open().retain(|open| open.used.elapsed() < IDLE);
+            }
+        }
+    }
+
+    /// Closes everything: what is open cannot be collected.
+    pub fn close_all(&self) {
+        self.open().clear();
+    }
+
+    fn open(&self) -> MutexGuard<'_, VecDeque<Open>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl ComponentProvider for Components {
+    fn open(&self, root: &RootHash, component: &Component) -> Result<Arc<dyn Content>, Box<dyn Error + Send + Sync>> {
+        if let Some(open) = Components::open(self).iter_mut().find(|open| open.root == *root) {
+            open.used = Instant::now();
+            return Ok(open.content.clone());
+        }
+        let options = ReadOptions { cache_len: SERVING_CACHE };
+        let content = open(&self.store, &component.recipe.layers, &options)?;
+        let mut kept = Components::open(self);
+        if kept.len() == OPEN_COMPONENTS {
+            kept.pop_front();
+        }
+        kept.push_back(Open { root: *root, content: content.clone(), used: Instant::now() });
+        self.opened.notify_one();
+        Ok(content)
+    }
+}

@@ -1,0 +1,365 @@
+//! What the records say together: which capsule a name means, which layers lead to a component.
+
+use std::collections::BTreeSet;
+
+use capsule_proto::CapsuleId;
+use capsule_proto::RootHash;
+use capsule_proto::credential::MachineId;
+use capsule_proto::name::{CapsuleName, Channel, Version};
+use capsule_proto::record::{Body, Layer, RecordId, SignedRecord};
+use thiserror::Error;
+
+use super::Records;
+use crate::control::CapsuleRef;
+use crate::store::DatabaseError;
+
+/// Fewest digits of an id's beginning.
+const MIN_PREFIX: usize = 8;
+
+/// A record that names a version.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KnownName {
+    /// `CHANNEL:VERSION`.
+    pub name: CapsuleName,
+    /// What it names.
+    pub capsule: CapsuleId,
+    /// Bytes of the capsule's manifest.
+    pub manifest_size: u64,
+    /// Orders the channel.
+    pub sequence: u64,
+    /// When it was signed.
+    pub issued: u64,
+    /// When it ends.
+    pub expires: Option<u64>,
+    /// Who signed it.
+    pub signer: MachineId,
+    /// The record.
+    pub id: RecordId,
+}
+
+/// A layer and who vouches for it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KnownLayer {
+    /// The layer.
+    pub layer: Layer,
+    /// Who signed the record.
+    pub signer: MachineId,
+    /// When.
+    pub issued: u64,
+}
+
+/// What a reference means.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Resolution {
+    /// The capsule.
+    pub capsule: CapsuleId,
+    /// Its name; of an id the newest one.
+    pub name: Option<CapsuleName>,
+    /// Bytes of its manifest, where a record tells.
+    pub manifest_size: Option<u64>,
+}
+
+/// Why a reference means nothing, or too much.
+#[derive(Debug, Error)]
+pub enum ResolveError {
+    /// No record of that name.
+    #[error("no capsule named {0} is known")]
+    UnknownName(CapsuleName),
+    /// The channel has other versions.
+    #[error("{name} is not known; the newest version of the channel is {newest}")]
+    UnknownVersion {
+        /// What was asked for.
+        name: CapsuleName,
+        /// What there is.
+        newest: CapsuleName,
+    },
+    /// No known id begins so.
+    #[error("no known capsule's id begins with {0}")]
+    UnknownPrefix(String),
+    /// Several capsules with equal right.
+    #[error("{reference} means several capsules: {}", list(.candidates))]
+    Ambiguous {
+        /// What was asked for.
+        reference: String,
+        /// What it means, with names.
+        candidates: Vec<(Option<CapsuleName>, CapsuleId)>,
+    },
+    /// Neither a name nor an id.
+    #[error("{0:?} is neither a name (CHANNEL or CHANNEL:VERSION) nor an id (64 hexadecimal digits, or the first {MIN_PREFIX} or more)")]
+    Malformed(String),
+    /// The records could not be read.
+    #[error(transparent)]
+    Database(#[from] DatabaseError),
+}
+
+fn list(candidates: &[(Option<CapsuleName>, CapsuleId)]) -> String {
+    let one = |(name, id): &(Option<CapsuleName>, CapsuleId)| match name {
+        Some(name) => format!("{id} ({name})"),
+        None => id.to_string(),
+    };
+    candidates.iter().map(one).collect::<Vec<_>>().join(", ")
+}
+
+impl Records {
+    /// The names of a channel's versions, newest first.
+    pub fn names_of(&self, channel: &Channel) -> Result<Vec<KnownName>, DatabaseError> {
+        Ok(self.sorted(self.store.names_of(channel)?))
+    }
+
+    /// All names, by channel, newest first.
+    pub fn all_names(&self) -> Result<Vec<KnownName>, DatabaseError> {
+        let mut all = Vec::new();
+        for channel in self.store.channels()? {
+            if let Ok(channel) = channel.parse() {
+                all.extend(self.names_of(&channel)?);
+            }
+        }
+        Ok(all)
+    }
+
+    /// The names of a capsule, newest first.
+    pub fn names_for(&self, capsule: &CapsuleId) -> Result<Vec<KnownName>, DatabaseError> {
+        Ok(self.sorted(self.store.records_about(&capsule.0)?))
+    }
+
+    /// The newest version of a channel: where two have equal right, the one signed last, so that all nodes choose the same.
+    pub fn newest(&self, channel: &Channel) -> Result<Option<KnownName>, DatabaseError> {
+        Ok(self.names_of(channel)?.into_iter().next())
+    }
+
+    /// The sequence for the next version of a channel.
+    pub fn next_sequence(&self, channel: &Channel) -> Result<u64, DatabaseError> {
+        Ok(self.newest(channel)?.map_or(1, |newest| newest.sequence.saturating_add(1)))
+    }
+
+    /// The layers that lead to a component.
+    pub fn layers_to(&self, target: &RootHash) -> Result<Vec<KnownLayer>, DatabaseError> {
+        let now = self.clock.now();
+        let layers = self.store.records_about(target)?.into_iter().filter_map(|record| {
+            let (signer, issued) = (record.signer(), record.record().issued);
+            let ended = record.record().expires.is_some_and(|end| end <= now);
+            match &record.record().body {
+                Body::Layer(layer) if layer.target == *target && !ended => Some(KnownLayer { layer: layer.clone(), signer, issued }),
+                _ => None,
+            }
+        });
+        Ok(layers.collect())
+    }
+
+    /// What a reference means. `held` are ids known otherwise than by name.
+    pub fn resolve(&self, reference: &CapsuleRef, held: &[CapsuleId]) -> Result<Resolution, ResolveError> {
+        let text = reference.0.trim();
+        if let Ok(capsule) = text.parse::<CapsuleId>() {
+            return Ok(self.of_capsule(capsule)?);
+        }
+        let name = text.parse::<CapsuleName>().map_err(|_| ResolveError::Malformed(text.chars().take(80).collect()))?;
+        let is_prefix = text.len() >= MIN_PREFIX && text.len() < 64 && text.bytes().all(|b| b.is_ascii_hexdigit());
+        match self.by_name(&name) {
+            Err(ResolveError::UnknownName(_)) if is_prefix => self.by_prefix(&text.to_ascii_lowercase(), held),
+            other => other,
+        }
+    }
+
+    fn of_capsule(&self, capsule: CapsuleId) -> Result<Resolution, DatabaseError> {
+        let newest = self.names_for(&capsule)?.into_iter().next();
+        let manifest_size = newest.as_ref().map(|name| name.manifest_size);
+        Ok(Resolution { capsule, name: newest.map(|name| name.name), manifest_size })
+    }
+
+    fn by_name(&self, name: &CapsuleName) -> Result<Resolution, ResolveError> {
+        let known = self.names_of(&name.channel)?;
+        let Some(newest) = known.first() else { return Err(ResolveError::UnknownName(name.clone())) };
+        let meant: Vec<&KnownName> = match &name.version {
+            Some(version) => known.iter().filter(|known| known.name.version.as_ref() == Some(version)).collect(),
+            None => known.iter().filter(|known| known.sequence == newest.sequence).collect(),
+        };
+        let Some(first) = meant.first() else {
+            return Err(ResolveError::UnknownVersion { name: name.clone(), newest: newest.name.clone() });
+        };
+        if meant.iter().any(|other| other.capsule != first.capsule) {
+            let candidates = meant.iter().map(|name| (Some(name.name.clone()), name.capsule)).collect();
+            return Err(ResolveError::Ambiguous { reference: name.to_string(), candidates });
+        }
+        let (capsule, manifest_size) = (first.capsule, Some(first.manifest_size));
+        Ok(Resolution { capsule, name: Some(first.name.clone()), manifest_size })
+    }
+
+    fn by_prefix(&self, prefix: &str, held: &[CapsuleId]) -> Result<Resolution, ResolveError> {
+        let named = self.all_names()?;
+        let known: BTreeSet<CapsuleId> = named.iter().map(|name| name.capsule).chain(held.iter().copied()).collect();
+        let found: Vec<CapsuleId> = known.into_iter().filter(|id| id.to_string().starts_with(prefix)).collect();
+        match found[..] {
+            [] => Err(ResolveError::UnknownPrefix(prefix.to_owned())),
+            [capsule] => Ok(self.of_capsule(capsule)?),
+            _ => {
+                let name_of = |id: &CapsuleId| named.iter().find(|name| name.capsule == *id).map(|name| name.name.clone());
+                let candidates = found.iter().map(|id| (name_of(id), *id)).collect();
+                Err(ResolveError::Ambiguous { reference: prefix.to_owned(), candidates })
+            }
+        }
+    }
+
+    /// The names among records that have not ended, newest first.
+    fn sorted(&self, records: Vec<SignedRecord>) -> Vec<KnownName> {
+        let now = self.clock.now();
+        let mut names: Vec<KnownName> = records.iter().filter_map(known_name).collect();
+        names.retain(|name| name.expires.is_none_or(|end| end > now));
+        names.sort_by_key(|name| std::cmp::Reverse((name.sequence, name.issued, name.capsule, name.id)));
+        names
+    }
+
+    /// What a version is already, if it is.
+    pub fn version(&self, channel: &Channel, version: &Version) -> Result<Vec<KnownName>, DatabaseError> {
+        let mut names = self.names_of(channel)?;
+        names.retain(|name| name.name.version.as_ref() == Some(version));
+        Ok(names)
+    }
+}
+
+fn known_name(record: &SignedRecord) -> Option<KnownName> {
+    let Body::Name(name) = &record.record().body else { return None };
+    Some(KnownName {
+        name: CapsuleName { channel: name.channel.clone(), version: Some(name.version.clone()) },
+        capsule: name.capsule,
+        manifest_size: name.manifest_size,
+        sequence: record.record().sequence,
+        issued: record.record().issued,
+        expires: record.record().expires,
+        signer: record.signer(),
+        id: record.id(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use capsule_proto::credential::{Channels, Credential, FleetKey, Grant, MachineKey, Revoked, Roles, TokenId};
+    use capsule_proto::record::{Name, Record};
+    use capsule_swarm::{Offer, RecordStore};
+
+    use super::*;
+    use crate::clock::Clock;
+    use crate::store::{Store, StoreOptions};
+
+    const NOW: u64 = 1_900_000_000;
+
+    struct Member {
+        key: MachineKey,
+        credential: Credential,
+    }
+
+    fn fleet() -> FleetKey {
+        FleetKey::from_secret([1; 32])
+    }
+
+    fn member(n: u8, roles: Roles) -> Member {
+        let channels = Channels::only(vec!["lab".parse().unwrap()]);
+        let grant = Grant { id: TokenId([n; 8]), roles, channels, issued: NOW - 10, expires: NOW + 1000 };
+        let key = MachineKey::from_secret([n; 32]);
+        let token = fleet().invite(grant, [n + 100; 32], &[]);
+        Member { credential: token.enrol(key.machine(), "pc", NOW), key }
+    }
+
+    fn publisher(n: u8) -> Member {
+        member(n, Roles { publisher: true, admin: false })
+    }
+
+    fn admin(n: u8) -> Member {
+        member(n, Roles { publisher: false, admin: true })
+    }
+
+    fn sign(member: &Member, sequence: u64, expires: Option<u64>, body: Body) -> SignedRecord {
+        SignedRecord::sign(Record { issued: NOW, expires, sequence, body }, &member.credential, &member.key).unwrap()
+    }
+
+    fn capsule(n: u8) -> CapsuleId {
+        CapsuleId(RootHash::from_bytes([n; 32]))
+    }
+
+    fn name(version: &str, id: u8) -> Body {
+        let (channel, version) = ("lab".parse().unwrap(), version.parse().unwrap());
+        Body::Name(Name { channel, version, capsule: capsule(id), manifest_size: 100 })
+    }
+
+    fn records() -> (tempfile::TempDir, Records) {
+        let temp = tempfile::tempdir().unwrap();
+        let store = Store::open(temp.path(), StoreOptions::default()).unwrap();
+        let clock = Arc::new(Clock::with_system(|| NOW, 0));
+        let records = Records::open(store, fleet().fleet(), clock).unwrap();
+        (temp, records)
+    }
+
+    fn resolve(records: &Records, text: &str) -> Result<CapsuleId, ResolveError> {
+        records.resolve(&CapsuleRef(text.into()), &[]).map(|found| found.capsule)
+    }
+
+    #[test]
+    fn names_resolve_to_the_newest_the_exact_and_the_prefix() {
+        let (_temp, records) = records();
+        let one = publisher(1);
+        for (sequence, version, id) in [(1, "a", 1), (3, "c", 3), (2, "b", 2)] {
+            assert_eq!(records.offer(sign(&one, sequence, None, name(version, id)).as_bytes()), Offer::New);
+        }
+        assert_eq!(resolve(&records, "lab").unwrap(), capsule(3));
+        assert_eq!(resolve(&records, "lab:a").unwrap(), capsule(1));
+        assert_eq!(resolve(&records, &capsule(2).to_string()[..8]).unwrap(), capsule(2));
+        assert_eq!(resolve(&records, &capsule(9).to_string()).unwrap(), capsule(9), "an id need not be known");
+        assert!(matches!(resolve(&records, "lab:z"), Err(ResolveError::UnknownVersion { .. })));
+        assert!(matches!(resolve(&records, "other"), Err(ResolveError::UnknownName(_))));
+        assert!(matches!(resolve(&records, "ffffffff"), Err(ResolveError::UnknownPrefix(_))));
+        assert!(matches!(resolve(&records, "a b"), Err(ResolveError::Malformed(_))));
+        assert_eq!(records.next_sequence(&"lab".parse().unwrap()).unwrap(), 4);
+    }
+
+    #[test]
+    fn records_of_equal_sequence_are_both_kept_and_told_apart_by_version_only() {
+        let (_temp, records) = records();
+        records.offer(sign(&publisher(1), 1, None, name("a", 1)).as_bytes());
+        records.offer(sign(&publisher(2), 1, None, name("b", 2)).as_bytes());
+        assert!(matches!(resolve(&records, "lab"), Err(ResolveError::Ambiguous { candidates, .. }) if candidates.len() == 2));
+        assert_eq!(resolve(&records, "lab:b").unwrap(), capsule(2));
+        // The same version with other content, whatever the sequence, is for a person to decide.
+        records.offer(sign(&publisher(2), 5, None, name("a", 3)).as_bytes());
+        assert!(matches!(resolve(&records, "lab:a"), Err(ResolveError::Ambiguous { .. })));
+        assert_eq!(records.names_of(&"lab".parse().unwrap()).unwrap().len(), 3);
+    }
+
+    #[test]
+    fn what_a_member_may_not_say_is_its_senders_fault_and_what_ended_is_not() {
+        let (_temp, records) = records();
+        let plain = member(3, Roles::default());
+        assert!(matches!(records.offer(sign(&plain, 1, None, name("a", 1)).as_bytes()), Offer::Rejected(_)));
+        assert!(matches!(records.offer(b"noise"), Offer::Rejected(_)));
+        assert_eq!(records.offer(sign(&publisher(1), 1, Some(NOW - 1), name("a", 1)).as_bytes()), Offer::Known);
+        let good = sign(&publisher(1), 1, Some(NOW + 1), name("a", 1));
+        assert_eq!(records.offer(good.as_bytes()), Offer::New);
+        assert_eq!(records.offer(good.as_bytes()), Offer::Known);
+        let mut flipped = good.as_bytes().to_vec();
+        *flipped.last_mut().unwrap() ^= 1;
+        assert!(matches!(records.offer(&flipped), Offer::Rejected(_)));
+        assert_eq!(records.purge().unwrap(), Some(NOW + 1));
+    }
+
+    #[test]
+    fn a_revocation_drops_what_its_members_said_and_never_goes_back() {
+        let (temp, records) = records();
+        records.offer(sign(&publisher(1), 1, None, name("a", 1)).as_bytes());
+        records.offer(sign(&publisher(2), 2, None, name("b", 2)).as_bytes());
+        let revoke = |n: u8| Body::Revocation(Revoked { tokens: [TokenId([n; 8])].into(), ..Revoked::default() });
+        assert!(matches!(records.offer(sign(&publisher(1), 1, None, revoke(2)).as_bytes()), Offer::Rejected(_)));
+        let newest = sign(&admin(9), 7, None, revoke(2));
+        assert_eq!(records.offer(newest.as_bytes()), Offer::New);
+        assert_eq!(resolve(&records, "lab").unwrap(), capsule(1));
+        assert_eq!(records.offer(sign(&publisher(2), 9, None, name("c", 3)).as_bytes()), Offer::Known);
+        assert_eq!(records.offer(sign(&admin(9), 6, None, revoke(1)).as_bytes()), Offer::Known);
+        assert_eq!(records.revocation_head(), Some(newest.as_bytes().to_vec()));
+        assert!(!records.revoked().tokens.contains(&TokenId([1; 8])));
+        // It holds over a restart.
+        drop(records);
+        let store = Store::open(temp.path(), StoreOptions::default()).unwrap();
+        let records = Records::open(store, fleet().fleet(), Arc::new(Clock::with_system(|| NOW, 0))).unwrap();
+        assert!(records.revoked().tokens.contains(&TokenId([2; 8])));
+        assert_eq!(records.count(), 2);
+    }
+}

@@ -1,0 +1,191 @@
+//! Fetching a set of blobs: a few at a time, with one figure for all, patience, and durability at the end.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::time::{Duration, Instant};
+
+use capsule_proto::RootHash;
+use capsule_swarm::{FetchError, FetchProgress, FetchSpec, PeerId, Priority};
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
+use tokio::sync::watch;
+
+use crate::control::{Failure, FailureCode, Phase, Progress};
+use crate::node::Node;
+use crate::store::BlobKind;
+use crate::work::{Tell, blocking};
+
+/// Blobs fetched at a time: many small ones must not wait for each other's round trips.
+const AT_A_TIME: usize = 16;
+/// How often progress is told and patience looked at.
+const TICK: Duration = Duration::from_millis(200);
+/// How long nothing may arrive before a fetch is given up, where the user said nothing: time for a provider to restart.
+pub const DEFAULT_PATIENCE: Duration = Duration::from_secs(30);
+
+/// A blob to be fetched.
+#[derive(Debug, Clone)]
+pub struct Wanted {
+    /// Which.
+    pub root: RootHash,
+    /// Its bytes, where they are known.
+    pub size: Option<u64>,
+    /// What it is.
+    pub kind: BlobKind,
+}
+
+/// What fetching brought.
+#[derive(Debug, Clone, Default)]
+pub struct Fetched {
+    /// Bytes by blob: size, and how many of them were fetched.
+    pub blobs: BTreeMap<RootHash, (u64, u64)>,
+    /// Bytes by the peer that sent them.
+    pub by_peer: BTreeMap<PeerId, u64>,
+}
+
+/// How to fetch.
+#[derive(Debug, Clone)]
+pub struct Manner {
+    /// What is said to be done.
+    pub phase: Phase,
+    /// What it is for, in messages.
+    pub name: String,
+    /// How urgent it is.
+    pub priority: Priority,
+    /// How long nothing may arrive.
+    pub patience: Duration,
+}
+
+/// Fetches blobs until all are here and durable.
+pub async fn fetch(node: &Node, wanted: Vec<Wanted>, manner: &Manner, tell: &dyn Tell) -> Result<Fetched, Failure> {
+    let roots: Vec<RootHash> = wanted.iter().map(|wanted| wanted.root).collect();
+    let _guard = node.store.guard(roots.iter().copied());
+    let mut state = Fetching { node, manner, queue: wanted.into(), progress: BTreeMap::new(), last: (Instant::now(), 0) };
+    let mut running = FuturesUnordered::new();
+    let mut ticks = tokio::time::interval(TICK);
+    loop {
+        while running.len() < AT_A_TIME
+            && let Some(next) = state.queue.pop_front()
+        {
+            let (root, mut fetch) = state.start(next).await?;
+            running.push(async move { (root, fetch.done().await) });
+        }
+        tokio::select! {
+            done = running.next() => match done {
+                Some((root, result)) => state.ended(root, result).await?,
+                None => break,
+            },
+            _ = ticks.tick() => state.tick(tell).await?,
+        }
+    }
+    state.finish(&roots).await
+}
+
+struct Fetching<'a> {
+    node: &'a Node,
+    manner: &'a Manner,
+    queue: VecDeque<Wanted>,
+    progress: BTreeMap<RootHash, watch::Receiver<FetchProgress>>,
+    /// When bytes arrived last, and how many had by then.
+    last: (Instant, u64),
+}
+
+impl Fetching<'_> {
+    async fn start(&mut self, wanted: Wanted) -> Result<(RootHash, capsule_swarm::Fetch), Failure> {
+        let Wanted { root, size, kind } = wanted;
+        let store = self.node.store.clone();
+        match size {
+            Some(size) => blocking(move || Ok(store.create_partial(&root, size, kind)?)).await?,
+            None => self.node.blobs.expect(root, kind),
+        }
+        let spec = FetchSpec { priority: self.manner.priority, ..FetchSpec::whole(root, size) };
+        let fetch = self.node.network.fetch(spec).await?;
+        self.progress.insert(root, fetch.progress());
+        Ok((root, fetch))
+    }
+
+    async fn ended(&mut self, root: RootHash, result: Result<FetchProgress, FetchError>) -> Result<(), Failure> {
+        self.node.blobs.forget(&root);
+        let last = result?;
+        // Figures of what has ended stay for the sums.
+        self.progress.insert(root, watch::channel(last).1);
+        self.node.announce([root]).await
+    }
+
+    async fn tick(&mut self, tell: &dyn Tell) -> Result<(), Failure> {
+        let mut sum = Progress {
+            phase: self.manner.phase,
+            done: 0,
+            total: Some(0),
+            rate: 0,
+            peers: 0,
+            written: 0,
+            what: Some(self.manner.name.clone()),
+        };
+        for progress in self.progress.values() {
+            let progress = progress.borrow();
+            sum.done += progress.bytes_done;
+            sum.total = sum.total.zip(progress.size.map(|_| progress.bytes_total)).map(|(sum, total)| sum + total);
+            sum.rate += progress.rate;
+            sum.peers = sum.peers.max(progress.providers);
+        }
+        let now = Instant::now();
+        if sum.done != self.last.1 {
+            self.last = (now, sum.done);
+        }
+        if sum.peers == 0 && sum.total != Some(sum.done) {
+            sum.phase = Phase::Waiting;
+        }
+        let (done, peers) = (sum.done, sum.peers);
+        tell.tell(sum);
+        if now.duration_since(self.last.0) > self.manner.patience {
+            return Err(self.given_up(done, peers).await);
+        }
+        Ok(())
+    }
+
+    /// Why nothing arrives, as far as it can be told.
+    async fn given_up(&self, done: u64, providers: usize) -> Failure {
+        let connected = self.node.network.peers().await.map_or(0, |peers| peers.len());
+        let (name, seconds) = (&self.manner.name, self.manner.patience.as_secs());
+        let so_far = if done > 0 { "; what has come is kept, and the same command resumes" } else { "" };
+        let (message, hint) = match (connected, providers) {
+            (0, _) => (
+                format!("{name} cannot be fetched: no other machine of the fleet is connected"),
+                "start `capsule node` on one that has it, or join again with a token that holds its address".to_owned(),
+            ),
+            (_, 0) => (
+                format!("{name} cannot be fetched: none of the {connected} connected machines has what is missing"),
+                format!("start a machine that has it; `capsule show {name}` lists who said to"),
+            ),
+            _ => (
+                format!("{name}: nothing arrived for {seconds} s, though {providers} machines have it"),
+                "look at the network between them, and try again".to_owned(),
+            ),
+        };
+        Failure::new(FailureCode::Unreachable, format!("{message}{so_far}")).hint(hint)
+    }
+
+    async fn finish(self, roots: &[RootHash]) -> Result<Fetched, Failure> {
+        let mut fetched = Fetched::default();
+        for (root, progress) in &self.progress {
+            let progress = progress.borrow();
+            let size = progress.size.unwrap_or_default();
+            fetched.blobs.insert(*root, (size, progress.bytes_done));
+            for (peer, bytes) in &progress.by_peer {
+                *fetched.by_peer.entry(*peer).or_default() += bytes;
+            }
+        }
+        let (store, roots) = (self.node.store.clone(), roots.to_vec());
+        blocking(move || {
+            for root in roots {
+                store.flush(&root)?;
+                if !store.durable(&root).is_some_and(|here| here.complete) {
+                    let message = format!("{root} was fetched, but is not all in the store");
+                    return Err(Failure::new(FailureCode::Io, message).hint("the same command resumes"));
+                }
+            }
+            Ok(())
+        })
+        .await?;
+        Ok(fetched)
+    }
+}

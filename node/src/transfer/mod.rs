@@ -1,0 +1,305 @@
+//! Pulling capsules: from a name to content that is here, checked and served.
+//!
+//! `prepare` finds out what is needed, `fetch` brings it, `check` proves it; here they are put in order. Pulls of the
+//! same capsule join: one transfer, heard by all who wait for it, stopped when none of them does any more.
+
+pub mod check;
+pub mod fetch;
+pub mod prepare;
+
+use std::collections::{HashMap, HashSet};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::{Duration, Instant};
+
+use capsule_proto::{CapsuleId, RootHash};
+use capsule_swarm::Priority;
+use tokio::sync::watch;
+use tokio::task::AbortHandle;
+
+use crate::control::{
+    CapsuleRef, Failure, FailureCode, PeerBytes, Phase, Plan, Planned, Progress, Pull, Pulled, Reporter,
+};
+use crate::node::{Node, machine_of, spelled};
+use crate::records::Resolution;
+use crate::store::HeldCapsule;
+use crate::work::{Task, Tell, blocking};
+use fetch::{DEFAULT_PATIENCE, Fetched, Manner, fetch};
+use prepare::{ComponentPlan, Prepared, add, prepare};
+
+/// How long a name that nobody knows is waited for, where the user said nothing.
+const NAME_PATIENCE: Duration = Duration::from_secs(10);
+/// A peer connected for so long has sent its records.
+const SETTLED: Duration = Duration::from_secs(3);
+/// How often peers are looked at while a name is waited for.
+const LOOK: Duration = Duration::from_millis(300);
+/// Indexes remembered as wrong; beyond, they are found wrong again.
+const MAX_REFUSED: usize = 1024;
+
+/// Pulls under way.
+#[derive(Debug, Default)]
+pub struct Transfers {
+    running: Mutex<HashMap<CapsuleId, Weak<Running>>>,
+    refused: Mutex<HashSet<RootHash>>,
+}
+
+type Outcome = Option<Result<Pulled, Failure>>;
+
+/// A pull that one or more wait for.
+#[derive(Debug)]
+struct Running {
+    name: String,
+    progress: watch::Receiver<Progress>,
+    outcome: watch::Receiver<Outcome>,
+    task: AbortHandle,
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // Nobody waits any more; what is verified stays.
+        self.task.abort();
+    }
+}
+
+impl Transfers {
+    /// Indexes that turned out not to be what their records say.
+    pub fn refused(&self) -> HashSet<RootHash> {
+        self.refused.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Never chooses a layer again.
+    pub fn refuse(&self, index: RootHash) {
+        let mut refused = self.refused.lock().unwrap_or_else(PoisonError::into_inner);
+        if refused.len() < MAX_REFUSED {
+            refused.insert(index);
+        }
+    }
+
+    /// Whether a capsule is being pulled.
+    pub fn is_running(&self, capsule: &CapsuleId) -> bool {
+        self.running().get(capsule).is_some_and(|running| running.strong_count() > 0)
+    }
+
+    /// What is being pulled, and how far it is.
+    pub fn list(&self) -> Vec<(String, Progress)> {
+        let running = self.running();
+        let alive = running.values().filter_map(Weak::upgrade);
+        alive.map(|running| (running.name.clone(), running.progress.borrow().clone())).collect()
+    }
+
+    fn running(&self) -> MutexGuard<'_, HashMap<CapsuleId, Weak<Running>>> {
+        self.running.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The pull of a capsule that is under way, or a new one.
+    fn join(&self, node: &Arc<Node>, resolution: Resolution, manner: Manner) -> Arc<Running> {
+        let capsule = resolution.capsule;
+        let mut running = self.running();
+        running.retain(|_, running| running.strong_count() > 0);
+        let known = running.get(&capsule).and_then(Weak::upgrade);
+        if let Some(known) = known.filter(|known| known.outcome.borrow().is_none()) {
+            return known;
+        }
+        let name = manner.name.clone();
+        let (progress, progress_receiver) = watch::channel(waiting(&name));
+        let (outcome, outcome_receiver) = watch::channel(None);
+        let node = node.clone();
+        let task = tokio::spawn(async move {
+            let tell = |now| drop(progress.send_replace(now));
+            let result = transfer(&node, &resolution, &manner, &tell).await;
+            outcome.send_replace(Some(result));
+        });
+        let task = task.abort_handle();
+        let new = Arc::new(Running { name, progress: progress_receiver, outcome: outcome_receiver, task });
+        running.insert(capsule, Arc::downgrade(&new));
+        new
+    }
+}
+
+fn waiting(name: &str) -> Progress {
+    let what = Some(name.to_owned());
+    Progress { phase: Phase::Waiting, done: 0, total: None, rate: 0, peers: 0, written: 0, what }
+}
+
+/// Says what a pull would fetch.
+pub async fn plan(node: &Arc<Node>, request: Plan, reporter: &Reporter) -> Result<Planned, Failure> {
+    let started = Instant::now();
+    let resolution = find(node, &request.capsule, request.wait, reporter).await?;
+    let manner = manner(&resolution, request.wait, Priority::Normal);
+    let prepared = prepare(node, &resolution, &manner, reporter).await?;
+    let components = prepared.components(node);
+    let fetch_bytes: u64 = components.iter().map(|component| component.fetch).sum();
+    let mut roots: Vec<RootHash> = prepared.planning.blobs.keys().copied().collect();
+    roots.sort();
+    node.announce(roots).await?;
+    Ok(Planned {
+        capsule: resolution.capsule,
+        name: resolution.name.as_ref().map(ToString::to_string),
+        have_bytes: prepared.total_bytes() - fetch_bytes,
+        fetch_bytes,
+        planning_bytes: bytes(&prepared.planning),
+        content_bytes: prepared.manifest.content_size(),
+        components,
+        seconds: started.elapsed().as_secs_f64(),
+    })
+}
+
+/// Fetches a capsule for somebody who waits.
+pub async fn pull(node: &Arc<Node>, request: Pull, reporter: &Reporter) -> Result<Pulled, Failure> {
+    let resolution = find(node, &request.capsule, request.wait, reporter).await?;
+    let manner = manner(&resolution, request.wait, Priority::Normal);
+    fetch_capsule(node, resolution, manner, reporter).await
+}
+
+/// Fetches a capsule that is known, together with whoever else does.
+pub async fn fetch_capsule(
+    node: &Arc<Node>,
+    resolution: Resolution,
+    manner: Manner,
+    tell: &dyn Tell,
+) -> Result<Pulled, Failure> {
+    let running = node.transfers.join(node, resolution, manner);
+    let (mut progress, mut outcome) = (running.progress.clone(), running.outcome.clone());
+    loop {
+        tokio::select! {
+            biased;
+            done = outcome.wait_for(Option::is_some) => {
+                let outcome = done.ok().and_then(|outcome| outcome.clone());
+                return outcome.unwrap_or_else(|| Err(Failure::new(FailureCode::Internal, "the transfer ended without a word")));
+            }
+            Ok(()) = progress.changed() => tell.tell(progress.borrow_and_update().clone()),
+        }
+    }
+}
+
+/// How to pull what a reference resolved to.
+pub fn manner(resolution: &Resolution, wait: Option<u64>, priority: Priority) -> Manner {
+    let patience = wait.map_or(DEFAULT_PATIENCE, Duration::from_secs);
+    Manner { phase: Phase::Fetching, name: spelled(resolution), priority, patience }
+}
+
+/// Waits until a reference means something.
+async fn find(node: &Arc<Node>, reference: &CapsuleRef, wait: Option<u64>, tell: &dyn Tell) -> Result<Resolution, Failure> {
+    let patience = wait.map_or(NAME_PATIENCE, Duration::from_secs);
+    let started = Instant::now();
+    let mut changes = node.records.changes();
+    loop {
+        changes.borrow_and_update();
+        let (asked, reference) = (node.clone(), reference.clone());
+        let failure = match blocking(move || asked.resolve(&reference)).await {
+            Err(failure) if failure.code == FailureCode::NotFound => failure,
+            other => return other,
+        };
+        let peers = node.network.peers().await?;
+        let settled = wait.is_none() && peers.iter().any(|peer| peer.connected >= SETTLED);
+        if settled || started.elapsed() >= patience {
+            return Err(if peers.is_empty() { nobody(failure) } else { failure });
+        }
+        tell.tell(waiting("the name"));
+        let _ = tokio::time::timeout(LOOK, changes.changed()).await;
+    }
+}
+
+fn nobody(failure: Failure) -> Failure {
+    Failure { message: format!("{}, and no other machine of the fleet is connected", failure.message), ..failure }
+        .hint("start `capsule node` on another machine, or join again with a token that holds its address")
+}
+
+/// One pull, from manifest to checked components.
+async fn transfer(node: &Arc<Node>, resolution: &Resolution, manner: &Manner, tell: &dyn Tell) -> Result<Pulled, Failure> {
+    let started = Instant::now();
+    let prepared = prepare(node, resolution, manner, tell).await?;
+    let _guard = node.store.guard(prepared.roots().into_iter().chain([resolution.capsule.0]));
+    let unchanged = is_complete(node, resolution.capsule).await? && prepared.components.iter().all(|plan| plan.held);
+    let components = prepared.components(node);
+    let planning_seconds = started.elapsed().as_secs_f64();
+    let mut fetched = Fetched::default();
+    let (mut fetch_seconds, mut fetch_cpu_seconds, mut check_seconds) = (0.0, 0.0, 0.0);
+    if !unchanged {
+        note(node, resolution.capsule, false).await?;
+        let (begun, cpu) = (Instant::now(), cpu_seconds());
+        fetched = fetch(node, prepared.wanted(node), manner, tell).await?;
+        (fetch_seconds, fetch_cpu_seconds) = (begun.elapsed().as_secs_f64(), cpu_seconds() - cpu);
+        let begun = Instant::now();
+        for plan in prepared.components.iter().filter(|plan| !plan.held) {
+            check_component(node, plan, tell).await?;
+        }
+        check_seconds = begun.elapsed().as_secs_f64();
+        note(node, resolution.capsule, true).await?;
+        node.announce(prepared.roots().into_iter().chain([resolution.capsule.0])).await?;
+        node.tell_capsules().await?;
+    }
+    let planning_bytes = bytes(&prepared.planning);
+    let fetched_bytes = planning_bytes + bytes(&fetched);
+    let Prepared { manifest, planning, .. } = &prepared;
+    add(&mut fetched, planning.clone());
+    Ok(Pulled {
+        capsule: resolution.capsule,
+        name: resolution.name.as_ref().map(ToString::to_string),
+        unchanged,
+        components,
+        fetched_bytes,
+        had_bytes: prepared.total_bytes().saturating_sub(fetched_bytes),
+        planning_bytes,
+        content_bytes: manifest.content_size(),
+        by_peer: by_peer(node, &fetched).await,
+        planning_seconds,
+        fetch_seconds,
+        fetch_cpu_seconds,
+        check_seconds,
+        seconds: started.elapsed().as_secs_f64(),
+    })
+}
+
+async fn check_component(node: &Node, plan: &ComponentPlan, tell: &dyn Tell) -> Result<(), Failure> {
+    let ComponentPlan { component, way, .. } = plan.clone();
+    let task = Task { phase: Phase::Checking, total: Some(component.content_size), what: Some(component.name.clone()) };
+    let store = node.store.clone();
+    let checked = node.works.run(task, tell, move |work| check::check(&store, &component, &way, work)).await;
+    if let Err(failure) = &checked
+        && failure.code == FailureCode::Damaged
+    {
+        // Never by these layers again: perhaps there are others.
+        plan.way.blobs().into_iter().for_each(|blob| node.transfers.refuse(blob));
+    }
+    checked
+}
+
+async fn is_complete(node: &Node, capsule: CapsuleId) -> Result<bool, Failure> {
+    let store = node.store.clone();
+    blocking(move || Ok(store.capsule(&capsule)?.is_some_and(|held| held.complete))).await
+}
+
+/// Notes that a capsule is here, or begun.
+async fn note(node: &Node, capsule: CapsuleId, complete: bool) -> Result<(), Failure> {
+    let (store, now) = (node.store.clone(), node.clock.now());
+    blocking(move || {
+        let added = store.capsule(&capsule)?.map_or(now, |held| held.added);
+        Ok(store.put_capsule(&capsule, &HeldCapsule { complete, added })?)
+    })
+    .await
+}
+
+fn bytes(fetched: &Fetched) -> u64 {
+    fetched.blobs.values().map(|(_, bytes)| bytes).sum()
+}
+
+async fn by_peer(node: &Node, fetched: &Fetched) -> Vec<PeerBytes> {
+    if let Ok(peers) = node.network.peers().await {
+        node.remember_names(&peers);
+    }
+    let one = |(peer, bytes): (&capsule_swarm::PeerId, &u64)| PeerBytes {
+        peer: peer.to_string(),
+        name: node.name_of(peer),
+        machine: machine_of(peer).map(|machine| machine.to_string()),
+        bytes: *bytes,
+    };
+    let mut by_peer: Vec<PeerBytes> = fetched.by_peer.iter().map(one).collect();
+    by_peer.sort_by(|a, b| b.bytes.cmp(&a.bytes).then_with(|| a.peer.cmp(&b.peer)));
+    by_peer
+}
+
+/// CPU time of this process, in seconds.
+fn cpu_seconds() -> f64 {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+    time.tv_sec as f64 + time.tv_nsec as f64 / 1e9
+}

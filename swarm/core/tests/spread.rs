@@ -1,0 +1,177 @@
+//! Fleets of real schedulers on simulated links: how near to the bound they come, and who cannot stop them.
+//!
+//! Every report names its seed; `--nocapture` prints all of them.
+
+mod support;
+
+use std::time::Duration;
+
+use support::{Link, Manner, Member, Plan, Report};
+
+const MIB: u64 = 1 << 20;
+
+/// Runs a plan that must end with everyone complete.
+fn run(what: &str, plan: Plan) -> Report {
+    let report = plan.run();
+    println!("{what}: {report}");
+    assert_eq!(report.unfinished, 0, "{what}: {report}");
+    report
+}
+
+/// Checks what a run should reach: part of the bound at the last node, publisher copies, duplicates, control traffic.
+fn reaches(report: &Report, efficiency: f64, copies: f64, duplicates: f64, control: f64) {
+    assert!(
+        report.efficiency() >= efficiency,
+        "last node too late: {report}"
+    );
+    assert!(
+        report.publisher_copies <= copies,
+        "publisher sent too much: {report}"
+    );
+    assert!(
+        report.duplicates <= duplicates,
+        "too many duplicates: {report}"
+    );
+    assert!(
+        report.control <= control,
+        "too much control traffic: {report}"
+    );
+}
+
+fn lan() -> Link {
+    Link::symmetric(20.0, 0.5)
+}
+
+#[test]
+fn one_publisher_and_seven_pullers_come_near_the_bound() {
+    for seed in 1..3 {
+        let report = run("1 + 7", Plan::equal(seed, 96 * MIB, 7, lan()));
+        reaches(&report, 0.93, 1.1, 0.01, 0.01);
+        assert!(
+            report.last() / report.finished[3] < 1.1,
+            "stragglers: {report}"
+        );
+    }
+}
+
+#[test]
+fn thirty_two_nodes_come_near_the_bound() {
+    let report = run("1 + 31", Plan::equal(1, 96 * MIB, 31, lan()));
+    reaches(&report, 0.92, 1.1, 0.01, 0.01);
+}
+
+#[test]
+fn thirty_two_nodes_with_twenty_connections_each_too() {
+    let report = run(
+        "1 + 31, degree 20",
+        Plan {
+            degree: 10,
+            ..Plan::equal(1, 32 * MIB, 31, lan())
+        },
+    );
+    reaches(&report, 0.85, 1.2, 0.01, 0.02);
+}
+
+#[test]
+fn a_small_update_spreads_too() {
+    let report = run("1 + 31, 4 MiB", Plan::equal(1, 4 * MIB, 31, lan()));
+    reaches(&report, 0.75, 1.1, 0.01, 0.04);
+}
+
+#[test]
+fn on_very_fast_links_the_publisher_still_sends_about_one_copy() {
+    let report = run(
+        "10 Gbit/s",
+        Plan::equal(1, 256 * MIB, 7, Link::symmetric(10_000.0, 0.1)),
+    );
+    reaches(&report, 0.85, 1.5, 0.01, 0.01);
+}
+
+#[test]
+fn on_shared_processors_the_publisher_still_sends_about_one_copy() {
+    let plan = Plan {
+        processors: Some(1e9),
+        ..Plan::equal(1, 256 * MIB, 7, Link::symmetric(100_000.0, 0.02))
+    };
+    reaches(&run("processors", plan), 0.95, 1.5, 0.01, 0.01);
+}
+
+#[test]
+fn one_peer_fills_the_link() {
+    let report = run(
+        "1 Gbit/s, 2 ms",
+        Plan::equal(1, 256 * MIB, 1, Link::symmetric(1000.0, 0.5)),
+    );
+    reaches(&report, 0.97, 1.0, 0.0, 0.01);
+    // Half of the time goes into finding out that 25 MB must be under way at once.
+    let report = run(
+        "1 Gbit/s, 200 ms",
+        Plan::equal(1, 256 * MIB, 1, Link::symmetric(1000.0, 50.0)),
+    );
+    reaches(&report, 0.5, 1.0, 0.0, 0.01);
+}
+
+/// Seven pullers, among as many bad peers as given.
+fn among(manner: Manner, bad: usize) -> Plan {
+    let mut plan = Plan::equal(1, 16 * MIB, 7, lan());
+    let member = Member {
+        manner,
+        seeds: false,
+        ..plan.members[1]
+    };
+    plan.members.extend(std::iter::repeat_n(member, bad));
+    plan
+}
+
+#[test]
+fn peers_that_announce_everything_and_serve_nothing_hold_nobody_up() {
+    for manner in [Manner::Stalls, Manner::Drips, Manner::Refuses] {
+        let report = run(&format!("{manner:?}"), among(manner, 3));
+        reaches(&report, 0.8, 1.2, 0.01, 0.02);
+        assert_eq!(report.bans, []);
+    }
+}
+
+#[test]
+fn peers_that_send_wrong_bytes_are_banned_by_all_and_hold_nobody_up() {
+    let report = run("Corrupts", among(Manner::Corrupts, 3));
+    reaches(&report, 0.8, 1.2, 0.01, 0.02);
+    assert!(report.bans.iter().all(|&(_, whom)| whom > 7), "{report}");
+    assert!(!report.bans.is_empty(), "{report}");
+}
+
+#[test]
+fn the_publisher_may_die_once_a_full_copy_is_out() {
+    for seed in 1..4 {
+        let plan = Plan {
+            publisher_dies: true,
+            ..Plan::equal(seed, 16 * MIB, 7, lan())
+        };
+        reaches(&run("dies", plan), 0.8, 1.2, 0.01, 0.02);
+    }
+}
+
+#[test]
+fn slow_nodes_do_not_slow_down_the_fast_ones() {
+    let fast = run("24 fast", Plan::equal(1, 16 * MIB, 24, lan()));
+    let mut plan = Plan::equal(1, 16 * MIB, 31, lan());
+    plan.members[25..]
+        .iter_mut()
+        .for_each(|member| member.link = Link::symmetric(5.0, 0.5));
+    let mixed = run("24 fast, 7 slow", plan);
+    let last_fast = mixed.finished[23];
+    assert!(
+        last_fast < 1.25 * fast.last(),
+        "{last_fast} s against {} s",
+        fast.last()
+    );
+}
+
+#[test]
+fn the_same_seed_gives_the_same_run() {
+    let plan = || Plan {
+        give_up: Duration::from_secs(60),
+        ..Plan::equal(5, 4 * MIB, 7, lan())
+    };
+    assert_eq!(plan().run(), plan().run());
+}

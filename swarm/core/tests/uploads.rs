@@ -1,0 +1,201 @@
+//! The provider's side alone: in which order requests are served, and what bounds them.
+
+use std::time::Duration;
+
+use capsule_proto::hash::RootHash;
+use capsule_swarm_core::{
+    IncomingRequest, PeerKey, Refusal, RequestId, Time, UploadConfig, Uploads,
+};
+
+const SIZE: u64 = 4 << 20;
+
+fn at(ms: u64) -> Time {
+    Time::from_start(Duration::from_millis(ms))
+}
+
+fn request(id: u64, group: u64) -> IncomingRequest {
+    let root = RootHash::of(b"blob");
+    let groups = group..group + 1;
+    IncomingRequest {
+        id: RequestId(id),
+        root,
+        size: SIZE,
+        groups,
+        demand: false,
+        whole: true,
+    }
+}
+
+fn uploads(peers: u64) -> Uploads {
+    let mut uploads = Uploads::new(UploadConfig::default());
+    (0..peers).for_each(|peer| uploads.peer_connected(at(0), PeerKey(peer)));
+    uploads
+}
+
+/// Serves all that may be served, each response taking a millisecond; returns (peer, group) in order.
+fn drain(uploads: &mut Uploads, from: u64) -> Vec<(u64, u64)> {
+    let mut served = Vec::new();
+    let mut ms = from;
+    while let Some(serve) = uploads.poll_serve(at(ms)) {
+        served.push((serve.peer.0, serve.groups.start));
+        ms += 1;
+        uploads.handle_finished(at(ms), serve.peer, serve.id, true);
+    }
+    served
+}
+
+#[test]
+fn distinct_pieces_go_to_different_peers_and_second_copies_wait() {
+    let mut uploads = uploads(2);
+    for peer in 0..2 {
+        for group in 0..4 {
+            let group = if peer == 0 { group } else { group + 2 };
+            uploads
+                .handle_request(at(0), PeerKey(peer), request(group, group))
+                .expect("room");
+        }
+    }
+    let mut first = drain(&mut uploads, 0);
+    first.sort_unstable_by_key(|&(_, group)| group);
+    assert_eq!(
+        first.iter().map(|&(_, group)| group).collect::<Vec<_>>(),
+        [0, 1, 2, 3, 4, 5]
+    );
+    let wake = uploads.poll_timeout().expect("second copies are kept back");
+    assert!(wake <= at(160), "{wake:?}");
+    assert_eq!(drain(&mut uploads, 200).len(), 2);
+}
+
+#[test]
+fn demand_comes_first_and_is_never_kept_back() {
+    let mut uploads = uploads(2);
+    uploads
+        .handle_request(at(0), PeerKey(0), request(1, 0))
+        .expect("room");
+    assert_eq!(drain(&mut uploads, 0), [(0, 0)]);
+    uploads
+        .handle_request(at(1), PeerKey(1), request(1, 7))
+        .expect("room");
+    let demand = IncomingRequest {
+        demand: true,
+        ..request(2, 0)
+    };
+    uploads
+        .handle_request(at(1), PeerKey(1), demand)
+        .expect("room");
+    assert_eq!(drain(&mut uploads, 2), [(1, 0), (1, 7)]);
+}
+
+#[test]
+fn shares_are_fair_between_peers_with_equally_rare_wishes() {
+    let mut uploads = uploads(2);
+    for id in 0..100 {
+        uploads
+            .handle_request(at(0), PeerKey(0), request(id, id))
+            .expect("room");
+    }
+    for id in 0..10 {
+        uploads
+            .handle_request(at(0), PeerKey(1), request(id, 100 + id))
+            .expect("room");
+    }
+    let served = drain(&mut uploads, 0);
+    assert_eq!(
+        served[..20].iter().filter(|(peer, _)| *peer == 1).count(),
+        10
+    );
+}
+
+#[test]
+fn requests_that_break_the_protocol_or_the_bounds_are_refused() {
+    let mut uploads = uploads(1);
+    let (now, peer) = (at(0), PeerKey(0));
+    let of = |groups| IncomingRequest {
+        groups,
+        size: 8 << 20,
+        ..request(1, 0)
+    };
+    assert_eq!(
+        uploads.handle_request(now, peer, of(3..3)),
+        Err(Refusal::Malformed)
+    );
+    assert_eq!(
+        uploads.handle_request(now, peer, of(0..65)),
+        Err(Refusal::Malformed)
+    );
+    assert_eq!(
+        uploads.handle_request(now, peer, of(511..513)),
+        Err(Refusal::Malformed)
+    );
+    assert_eq!(
+        uploads.handle_request(now, PeerKey(9), of(0..1)),
+        Err(Refusal::UnknownPeer)
+    );
+    for id in 0..128 {
+        assert_eq!(uploads.handle_request(now, peer, request(id, id)), Ok(()));
+    }
+    assert_eq!(
+        uploads.handle_request(now, peer, request(5, 0)),
+        Err(Refusal::Duplicate)
+    );
+    assert_eq!(
+        uploads.handle_request(now, peer, request(128, 0)),
+        Err(Refusal::Busy)
+    );
+}
+
+#[test]
+fn only_what_waits_can_be_cancelled() {
+    let mut uploads = uploads(1);
+    (0..2).for_each(|id| {
+        uploads
+            .handle_request(at(0), PeerKey(0), request(id, id))
+            .expect("room")
+    });
+    let served = uploads.poll_serve(at(0)).expect("one").id;
+    assert!(!uploads.handle_cancel(at(0), PeerKey(0), served));
+    assert!(uploads.handle_cancel(at(0), PeerKey(0), RequestId(1 - served.0)));
+    assert_eq!(uploads.poll_serve(at(0)), None);
+}
+
+#[test]
+fn a_receiver_that_takes_nothing_does_not_hold_up_the_others() {
+    let mut uploads = uploads(3);
+    for peer in 0..3 {
+        for id in 0..20 {
+            let wide = IncomingRequest {
+                groups: id * 8..id * 8 + 8,
+                ..request(id, 0)
+            };
+            uploads
+                .handle_request(at(0), PeerKey(peer), wide)
+                .expect("room");
+        }
+    }
+    // Peers 0 and 1 take nothing; peer 2 takes a response every 10 ms.
+    let mut to_last = 0;
+    for ms in 0..2000 {
+        while let Some(serve) = uploads.poll_serve(at(ms)) {
+            to_last += u32::from(serve.peer == PeerKey(2));
+            if serve.peer == PeerKey(2) {
+                uploads.handle_finished(at(ms), serve.peer, serve.id, true);
+            }
+        }
+    }
+    assert_eq!(to_last, 20);
+}
+
+#[test]
+fn bytes_in_flight_are_bounded() {
+    let mut uploads = uploads(1);
+    for id in 0..100 {
+        uploads
+            .handle_request(at(0), PeerKey(0), request(id, id))
+            .expect("room");
+    }
+    let served = std::iter::from_fn(|| uploads.poll_serve(at(0))).count();
+    assert_eq!(served, 8);
+    assert_eq!(uploads.stats().in_flight, 128 << 10);
+    uploads.handle_sent(at(1), PeerKey(0), RequestId(0), 1 << 30);
+    assert_eq!(std::iter::from_fn(|| uploads.poll_serve(at(1))).count(), 1);
+}

@@ -1,0 +1,423 @@
+//! Who is connected: dialling, letting go, bans, the dead.
+//!
+//! A node dials until it has the connections it wants, and accepts some more; beyond that it lets the least useful
+//! go, so that a newcomer always gets in. Members tell each other where members are.
+
+use std::collections::{BTreeMap, HashMap};
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use capsule_proto::wire::{Control, PeerAddress};
+use capsule_swarm_core::PeerKey;
+use libp2p::PeerId;
+use libp2p::core::transport::TransportError;
+use libp2p::swarm::dial_opts::{DialOpts, PeerCondition};
+use libp2p::swarm::{ConnectionId, DialError, ListenError};
+use rand::RngExt;
+use rand::rngs::SmallRng;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+
+use super::directory::{Directory, Target};
+use super::peer::{Peer, Vital};
+use super::{Engine, rng};
+use crate::address;
+use crate::api::{Event, NetworkConfig};
+use crate::discovery::lan::Found;
+use crate::protocol::{self, Connected, LaneError};
+use crate::transport::{self, AdmissionError, peer_id_of};
+
+/// Dials begun in one go.
+const DIALS_AT_ONCE: usize = 8;
+/// How often the LAN is asked while peers are lacking (discovery itself backs off), and members are told of members.
+const SEARCH_EVERY: Duration = Duration::from_secs(5);
+const EXCHANGE_EVERY: Duration = Duration::from_secs(30);
+/// Members told of in one message, beside oneself.
+const EXCHANGED: usize = 16;
+/// A connection younger than this is not let go for another, if there are older ones.
+const SETTLING: Duration = Duration::from_secs(30);
+/// Faults that may be misunderstandings, before a peer is cut off for them.
+const MAX_FAULTS: u32 = 8;
+/// The same refusal at the same place is told once in a while.
+const TELL_REFUSAL_EVERY: Duration = Duration::from_secs(60);
+/// Refusals remembered for that.
+const MAX_REFUSALS: usize = 256;
+
+/// State of connecting.
+pub(super) struct Connector {
+    pub(super) directory: Directory,
+    dials: HashMap<ConnectionId, Target>,
+    /// Names being looked up.
+    pub(super) resolving: JoinSet<(Target, Vec<SocketAddr>)>,
+    search: watch::Sender<u64>,
+    searched: Option<Instant>,
+    exchanged: Instant,
+    refusals: BTreeMap<String, Instant>,
+    rng: SmallRng,
+}
+
+impl Connector {
+    pub(super) fn new(local: PeerId, config: &NetworkConfig, search: watch::Sender<u64>) -> Self {
+        let mut directory = Directory::new(local, rng(config.seed, 1));
+        for text in &config.bootstrap {
+            if !directory.add_bootstrap(text) {
+                tracing::warn!("bootstrap address {text:?} is ignored: it is not HOST:PORT, or there are too many");
+            }
+        }
+        Self {
+            directory,
+            dials: HashMap::new(),
+            resolving: JoinSet::new(),
+            search,
+            searched: None,
+            exchanged: Instant::now(),
+            refusals: BTreeMap::new(),
+            rng: rng(config.seed, 2),
+        }
+    }
+
+    pub(super) fn rng(&mut self) -> &mut SmallRng {
+        &mut self.rng
+    }
+
+    /// One at random.
+    pub(super) fn choose<'a>(&mut self, keys: impl ExactSizeIterator<Item = &'a PeerKey>) -> Option<PeerKey> {
+        let mut keys = keys;
+        if keys.len() == 0 {
+            return None;
+        }
+        keys.nth(self.rng.random_range(0..keys.len())).copied()
+    }
+
+    /// Whether this refusal should be told (again).
+    fn is_news(&mut self, refusal: &str) -> bool {
+        let now = Instant::now();
+        self.refusals.retain(|_, told| now - *told < TELL_REFUSAL_EVERY);
+        let news = self.refusals.len() < MAX_REFUSALS && !self.refusals.contains_key(refusal);
+        if news {
+            self.refusals.insert(refusal.to_owned(), now);
+        }
+        news
+    }
+}
+
+impl Engine {
+    pub(super) fn add_address(&mut self, text: &str) {
+        if self.connector.directory.add_bootstrap(text) {
+            self.connect_more();
+        } else {
+            tracing::warn!("address {text:?} is ignored: it is not HOST:PORT, or there are too many");
+        }
+    }
+
+    /// Dials what is due, if connections are lacking; asks the LAN and passes addresses on now and then.
+    pub(super) fn connect_more(&mut self) {
+        let now = Instant::now();
+        let since_start = now - self.start;
+        let keys = &self.keys;
+        let connector = &mut self.connector;
+        let busy = self.peers.len() + connector.dials.len() + connector.resolving.len();
+        let lacking = self.limits.connections_wanted.saturating_sub(busy).min(DIALS_AT_ONCE);
+        let mut targets = Vec::new();
+        if lacking > 0 {
+            let connected = |peer: &PeerId| keys.contains_key(peer);
+            targets = connector.directory.due_bootstrap(since_start, lacking, connected);
+            let left = lacking - targets.len();
+            targets.extend(connector.directory.due_peers(since_start, left, connected));
+            if connector.searched.is_none_or(|at| now - at >= SEARCH_EVERY) {
+                connector.searched = Some(now);
+                connector.search.send_modify(|round| *round += 1);
+            }
+        }
+        targets.into_iter().for_each(|target| self.resolve(target));
+        if now - self.connector.exchanged >= EXCHANGE_EVERY {
+            self.connector.exchanged = now;
+            if let Some(key) = self.connector.choose(self.peers.keys()) {
+                self.send_peers(key);
+            }
+        }
+    }
+
+    fn resolve(&mut self, target: Target) {
+        let place = match &target {
+            Target::Peer(_, addresses) => {
+                let addresses = addresses.clone();
+                return self.dial(target, addresses);
+            }
+            Target::Bootstrap(_, place) => place.clone(),
+        };
+        if let Ok(ip) = place.host.parse() {
+            return self.dial(target, vec![SocketAddr::new(ip, place.port)]);
+        }
+        self.connector.resolving.spawn(async move {
+            let found = tokio::net::lookup_host((place.host.as_str(), place.port)).await;
+            (target, found.map(Iterator::collect).unwrap_or_default())
+        });
+    }
+
+    /// Dials a target at addresses that are known by now.
+    pub(super) fn dial(&mut self, target: Target, addresses: Vec<SocketAddr>) {
+        let options = match &target {
+            Target::Peer(peer, _) => DialOpts::peer_id(*peer)
+                .condition(PeerCondition::DisconnectedAndNotDialing)
+                .addresses(addresses.into_iter().map(address::to_multiaddr).collect())
+                .allocate_new_port()
+                .build(),
+            Target::Bootstrap(..) => {
+                let since_start = self.start.elapsed();
+                let Some(address) = self.pick_address(&addresses) else {
+                    return self.connector.directory.dialled(since_start, &target, None);
+                };
+                DialOpts::unknown_peer_id()
+                    .address(address::to_multiaddr(address))
+                    .allocate_new_port()
+                    .build()
+            }
+        };
+        let id = options.connection_id();
+        self.connector.dials.insert(id, target);
+        if let Err(error) = self.swarm.dial(options) {
+            self.on_dial_failed(id, &error);
+        }
+    }
+
+    /// Of several addresses of a name any one: the next attempt takes another.
+    fn pick_address(&mut self, addresses: &[SocketAddr]) -> Option<SocketAddr> {
+        let at = (!addresses.is_empty()).then(|| self.connector.rng.random_range(0..addresses.len()))?;
+        Some(addresses[at])
+    }
+
+    pub(super) fn on_dialled(&mut self, id: ConnectionId, reached: PeerId) {
+        if let Some(target) = self.connector.dials.remove(&id) {
+            self.connector.directory.dialled(self.start.elapsed(), &target, Some(reached));
+        }
+    }
+
+    pub(super) fn on_dial_failed(&mut self, id: ConnectionId, error: &DialError) {
+        let Some(target) = self.connector.dials.remove(&id) else { return };
+        if matches!(error, DialError::LocalPeerId { .. }) {
+            self.connector.directory.is_myself(&target);
+        }
+        self.connector.directory.dialled(self.start.elapsed(), &target, None);
+        let DialError::Transport(failures) = error else {
+            return tracing::debug!(?target, %error, "dial failed");
+        };
+        for (address, failure) in failures {
+            let TransportError::Other(failure) = failure else { continue };
+            tracing::debug!(%address, %failure, "dial failed");
+            self.report_refusal(address.to_string(), failure);
+        }
+    }
+
+    /// An inbound connection did not come about.
+    pub(super) fn on_refused(&mut self, address: String, error: &ListenError) {
+        tracing::debug!(%address, %error, "connection not accepted");
+        if let ListenError::Transport(TransportError::Other(error)) = error {
+            self.report_refusal(address, error);
+        }
+    }
+
+    /// Tells the node of refusals, ours and theirs; what is only a broken connection is nobody's news.
+    fn report_refusal(&mut self, address: String, error: &std::io::Error) {
+        let Some(error) = transport::admission_error(error) else { return };
+        if !matches!(error, AdmissionError::Refused { .. } | AdmissionError::RefusedByPeer(_)) {
+            return;
+        }
+        let reason = error.to_string();
+        if self.connector.is_news(&reason) {
+            tracing::warn!(%address, "{reason}");
+            self.tell(Event::Refused { address, reason });
+        }
+    }
+
+    pub(super) fn on_found(&mut self, found: Found) {
+        self.connector.directory.add_peer(found.peer, &found.addresses);
+        self.connect_more();
+    }
+
+    pub(super) fn on_connected(&mut self, connected: Connected) {
+        let (key, id) = (connected.key, connected.peer);
+        let now = self.now();
+        if self.gatekeeper.is_banned(&id) || !self.downloads.peer_connected(now, key) {
+            return self.swarm.behaviour_mut().peers.close(key);
+        }
+        tracing::debug!(peer = %id, address = %connected.address, "connected");
+        self.uploads.peer_connected(now, key);
+        self.announcements.peer_connected(now, key);
+        if let Some(address) = address::to_socket(&connected.address).filter(|_| connected.dialled) {
+            self.connector.directory.add_peer(id, &[address]);
+        }
+        self.peers.insert(key, Peer::new(connected, Instant::now()));
+        self.keys.insert(id, key);
+        self.send_peers(key);
+        self.send_summary(key);
+        self.tell(Event::PeerConnected(id));
+        self.let_go_excess(key);
+    }
+
+    pub(super) fn on_disconnected(&mut self, key: PeerKey, id: PeerId) {
+        let Some(peer) = self.peers.remove(&key) else { return };
+        tracing::debug!(peer = %id, "disconnected");
+        let now = self.now();
+        self.keys.remove(&id);
+        self.downloads.peer_disconnected(now, key);
+        self.uploads.peer_disconnected(now, key);
+        self.announcements.peer_disconnected(now, key);
+        self.sync.forget(key);
+        self.forget_probes(key);
+        self.connector.directory.disconnected(self.start.elapsed(), &id, peer.since.elapsed());
+        self.tell(Event::PeerDisconnected(id));
+    }
+
+    /// Lets the least useful connection go if there are too many; never the newest.
+    fn let_go_excess(&mut self, newest: PeerKey) {
+        if self.peers.len() <= self.limits.connections_max {
+            return;
+        }
+        let now = Instant::now();
+        let draw = self.connector.rng.random::<u64>();
+        let usefulness = |(&key, peer): (&PeerKey, &Peer)| {
+            let settling = now - peer.since < SETTLING;
+            let working = !peer.asked.is_empty() || !peer.serving.is_empty();
+            // Ties are broken at random, so that no peer is always the one.
+            (settling, working, peer.incoming.bytes + peer.outgoing.bytes, key.0 ^ draw)
+        };
+        let candidates = self.peers.iter().filter(|(key, _)| **key != newest);
+        if let Some((&key, peer)) = candidates.min_by_key(|entry| usefulness(*entry)) {
+            tracing::debug!(peer = %peer.id, "let go: too many connections");
+            self.swarm.behaviour_mut().peers.close(key);
+        }
+    }
+
+    /// Tells a peer where we listen, and where some others do.
+    fn send_peers(&mut self, key: PeerKey) {
+        let Some(receiver) = self.peers.get(&key) else { return };
+        let is_local = address::to_socket(&receiver.address).is_some_and(|address| address.ip().is_loopback());
+        let mut others: Vec<_> = self.peers.iter().filter(|(other, _)| **other != key).collect();
+        let mut told: Vec<_> = self.sync.own_address().into_iter().collect();
+        while told.len() <= EXCHANGED && !others.is_empty() {
+            let (_, other) = others.swap_remove(self.connector.rng.random_range(0..others.len()));
+            let reachable = other.listening.iter().filter(|address| is_local || !address.ip().is_loopback());
+            let addresses: Vec<_> = reachable.map(|a| address::to_multiaddr(*a).to_string()).collect();
+            if !addresses.is_empty() {
+                told.push(PeerAddress { machine: other.member.machine, addresses });
+            }
+        }
+        if !told.is_empty() {
+            self.send(key, &Control::Peers(told));
+        }
+    }
+
+    /// A peer told where members listen.
+    pub(super) fn on_peers(&mut self, key: PeerKey, peers: Vec<PeerAddress>) {
+        let Some(teller) = self.peers.get_mut(&key) else { return };
+        let was_known = !teller.listening.is_empty();
+        let seen = address::to_socket(&teller.address).map(|address| address.ip());
+        let is_local = seen.is_some_and(|ip| ip.is_loopback());
+        for told in peers {
+            let sockets = told.addresses.iter().filter_map(|text| address::to_socket(&text.parse().ok()?));
+            if told.machine == teller.member.machine {
+                // It does not know under which of its addresses we see it.
+                let own = sockets.filter_map(|address| match seen {
+                    Some(ip) if address.ip().is_unspecified() => Some(SocketAddr::new(ip, address.port())),
+                    _ => Some(address),
+                });
+                teller.listening = own.filter(|address| is_local || !address.ip().is_loopback()).take(8).collect();
+                self.connector.directory.add_peer(teller.id, &teller.listening);
+            } else if let Some(peer) = peer_id_of(&told.machine) {
+                let usable: Vec<_> = sockets.filter(|address| is_local || !address.ip().is_loopback()).collect();
+                self.connector.directory.add_peer(peer, &usable);
+            }
+        }
+        if !was_known {
+            self.introduce(key);
+        }
+        self.connect_more();
+    }
+
+    /// Tells all others of a newcomer, so that those who lack connections find it.
+    fn introduce(&mut self, key: PeerKey) {
+        let Some(newcomer) = self.peers.get(&key) else { return };
+        let public = newcomer.listening.iter().any(|address| !address.ip().is_loopback());
+        let addresses: Vec<_> =
+            newcomer.listening.iter().map(|address| address::to_multiaddr(*address).to_string()).collect();
+        if addresses.is_empty() {
+            return;
+        }
+        let introduction = Control::Peers(vec![PeerAddress { machine: newcomer.member.machine, addresses }]);
+        let frame = protocol::control_frame(&introduction);
+        for (&other, peer) in &self.peers {
+            let is_local = address::to_socket(&peer.address).is_some_and(|address| address.ip().is_loopback());
+            if other != key && (public || is_local) {
+                self.swarm.behaviour_mut().peers.send(other, frame.clone());
+            }
+        }
+    }
+
+    /// Renews peers' figures; pings the silent, closes the dead.
+    pub(super) fn tick_peers(&mut self, now: Instant, elapsed: Duration) {
+        let time = self.now();
+        let keys: Vec<_> = self.peers.keys().copied().collect();
+        for key in keys {
+            let Some(peer) = self.peers.get_mut(&key) else { continue };
+            if let Some((request, bytes)) = peer.progress(now) {
+                let id = capsule_swarm_core::RequestId(request);
+                self.downloads.handle_progress(time, key, id, bytes);
+            }
+            match peer.tick(now, elapsed) {
+                Vital::Fine => {}
+                Vital::Ping(nonce) => self.send(key, &Control::Ping { nonce }),
+                Vital::Dead => {
+                    tracing::debug!(peer = %peer.id, "dead: no answer to pings");
+                    self.swarm.behaviour_mut().peers.close(key);
+                }
+            }
+        }
+    }
+
+    /// A lane broke: mostly with its connection.
+    pub(super) fn on_lane_fault(&mut self, key: PeerKey, error: &LaneError) {
+        let Some(peer) = self.peers.get(&key) else { return };
+        if error.is_violation() {
+            tracing::warn!(peer = %peer.id, "cut off: {error}");
+        } else {
+            tracing::debug!(peer = %peer.id, "connection ends: {error}");
+        }
+    }
+
+    /// A peer did something that may be a misunderstanding; too much of it, and it is cut off.
+    pub(super) fn fault(&mut self, key: PeerKey, what: &str) {
+        let Some(peer) = self.peers.get_mut(&key) else { return };
+        peer.faults += 1;
+        tracing::debug!(peer = %peer.id, faults = peer.faults, "fault: {what}");
+        if peer.faults >= MAX_FAULTS {
+            self.violation(key, what);
+        }
+    }
+
+    /// A peer broke the protocol: it is cut off, and may come back (perhaps upgraded).
+    pub(super) fn violation(&mut self, key: PeerKey, what: &str) {
+        let Some(peer) = self.peers.get(&key) else { return };
+        tracing::warn!(peer = %peer.id, "cut off: {what}");
+        self.swarm.behaviour_mut().peers.close(key);
+    }
+
+    /// A peer sent wrong content: it is cut off for good.
+    pub(super) fn ban(&mut self, key: PeerKey, reason: &str) {
+        if let Some(id) = self.peers.get(&key).map(|peer| peer.id) {
+            self.ban_id(id, reason);
+        }
+    }
+
+    pub(super) fn ban_id(&mut self, id: PeerId, reason: &str) {
+        if !self.gatekeeper.ban(id) {
+            return;
+        }
+        tracing::warn!(peer = %id, "banned: {reason}");
+        self.connector.directory.remove(&id);
+        let node = self.swarm.behaviour_mut();
+        node.gossip.blacklist_peer(&id);
+        let _gone = self.swarm.disconnect_peer_id(id);
+        self.tell(Event::PeerBanned { peer: id, reason: reason.to_owned() });
+    }
+}

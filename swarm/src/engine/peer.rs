@@ -1,0 +1,234 @@
+//! What the engine knows of one connected peer.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::ops::Range;
+use std::time::{Duration, Instant};
+
+use capsule_proto::credential::Member;
+use capsule_proto::{GroupRanges, RootHash};
+use libp2p::{Multiaddr, PeerId};
+
+use crate::api::PeerInfo;
+use crate::protocol::{Arriving, Connected};
+
+/// Most blobs that a peer may announce: as many as the scheduler remembers.
+pub const MAX_CLAIMS: usize = 16_384;
+/// Most runs in all its announcements together: 4 MiB of memory.
+pub const MAX_CLAIMED_RUNS: usize = 1 << 18;
+/// Silence after which a peer is asked whether it lives.
+const PING_AFTER: Duration = Duration::from_secs(6);
+/// Silence after which it is taken for dead: two pings unanswered.
+const DEAD_AFTER: Duration = Duration::from_secs(16);
+/// How often the round trip is measured of a peer that is never silent.
+const MEASURE_EVERY: Duration = Duration::from_secs(30);
+/// How fast measured rates follow: the weight of the newest second.
+const RATE_WEIGHT: f64 = 0.4;
+
+/// What a peer says it holds of a blob.
+#[derive(Clone, Debug)]
+pub struct Claim {
+    pub size: u64,
+    pub groups: GroupRanges,
+}
+
+/// A request that we made.
+#[derive(Clone, Debug)]
+pub struct Asked {
+    pub root: RootHash,
+    pub size: u64,
+    /// What has not been answered of it.
+    pub groups: Range<u64>,
+    /// Made to learn a blob's size, not by the scheduler.
+    pub probe: bool,
+    /// The transfer that it was made for.
+    pub transfer: u64,
+}
+
+/// A response that the scheduler told us to send.
+#[derive(Clone, Debug)]
+pub struct Serving {
+    pub root: RootHash,
+    /// Bytes of content in it.
+    pub bytes: u64,
+}
+
+/// Bytes of content, and how fast they come or go.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Meter {
+    pub bytes: u64,
+    counted: u64,
+    rate: f64,
+}
+
+/// What is to be done about a peer's silence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Vital {
+    Fine,
+    Ping(u64),
+    Dead,
+}
+
+/// One connected peer.
+pub struct Peer {
+    pub id: PeerId,
+    pub address: Multiaddr,
+    pub dialled: bool,
+    pub member: Member,
+    pub since: Instant,
+    pub arriving: Arriving,
+    /// The last progress of a response that the scheduler was told of.
+    pub reported: (u64, u64),
+    pub claims: HashMap<RootHash, Claim>,
+    /// Runs in all claims.
+    pub claimed_runs: usize,
+    pub asked: HashMap<u64, Asked>,
+    pub serving: HashMap<u64, Serving>,
+    pub incoming: Meter,
+    pub outgoing: Meter,
+    /// Where it listens, as it says.
+    pub listening: Vec<SocketAddr>,
+    /// Records of its that are being checked, and reads of records for it that are under way.
+    pub offers: usize,
+    pub record_reads: usize,
+    /// Ids of records that it told us since the minute began.
+    pub ids_told: usize,
+    /// Things that it did wrong that may be misunderstandings.
+    pub faults: u32,
+    heard: Instant,
+    ping: Option<(u64, Instant)>,
+    pings: u64,
+    measured: Instant,
+    rtt: Option<Duration>,
+}
+
+impl Meter {
+    fn tick(&mut self, elapsed: Duration) {
+        let now = (self.bytes - self.counted) as f64 / elapsed.as_secs_f64().max(0.001);
+        let weight = (RATE_WEIGHT * elapsed.as_secs_f64()).min(1.0);
+        self.rate += weight * (now - self.rate);
+        self.counted = self.bytes;
+    }
+}
+
+impl Peer {
+    pub fn new(connected: Connected, now: Instant) -> Self {
+        Self {
+            id: connected.peer,
+            address: connected.address,
+            dialled: connected.dialled,
+            member: connected.member,
+            since: now,
+            arriving: connected.arriving,
+            reported: (0, 0),
+            claims: HashMap::new(),
+            claimed_runs: 0,
+            asked: HashMap::new(),
+            serving: HashMap::new(),
+            incoming: Meter::default(),
+            outgoing: Meter::default(),
+            listening: Vec::new(),
+            offers: 0,
+            record_reads: 0,
+            ids_told: 0,
+            faults: 0,
+            heard: now,
+            ping: None,
+            pings: 0,
+            // Due at once.
+            measured: now.checked_sub(MEASURE_EVERY).unwrap_or(now),
+            rtt: None,
+        }
+    }
+
+    /// Anything came from it.
+    pub fn heard(&mut self, now: Instant) {
+        self.heard = now;
+    }
+
+    /// It answered a ping.
+    pub fn pong(&mut self, now: Instant, nonce: u64) {
+        let Some((expected, sent)) = self.ping else { return };
+        if nonce == expected {
+            let sample = now - sent;
+            self.rtt = Some(self.rtt.map_or(sample, |rtt| (rtt * 3 + sample) / 4));
+            self.ping = None;
+        }
+    }
+
+    /// Bytes of a response that came since this was last asked, with the request that they answer.
+    pub fn progress(&mut self, now: Instant) -> Option<(u64, u64)> {
+        let (request, bytes) = self.arriving.get();
+        let (last, told) = self.reported;
+        let before = if request == last { told } else { 0 };
+        self.reported = (request, bytes);
+        if bytes > before {
+            self.heard = now;
+        }
+        (bytes > before).then_some((request, bytes - before))
+    }
+
+    /// Renews rates and looks at silence.
+    pub fn tick(&mut self, now: Instant, elapsed: Duration) -> Vital {
+        self.incoming.tick(elapsed);
+        self.outgoing.tick(elapsed);
+        let silent = now - self.heard;
+        if silent > DEAD_AFTER {
+            return Vital::Dead;
+        }
+        let due = silent > PING_AFTER || now - self.measured > MEASURE_EVERY;
+        let waiting = self.ping.is_some_and(|(_, sent)| now - sent < PING_AFTER);
+        if !due || waiting {
+            return Vital::Fine;
+        }
+        self.pings += 1;
+        self.ping = Some((self.pings, now));
+        self.measured = now;
+        Vital::Ping(self.pings)
+    }
+
+    /// Takes in more that it holds of a blob. False if it contradicts itself, or announces more than anybody may.
+    pub fn claim(&mut self, root: RootHash, size: u64, groups: &GroupRanges) -> bool {
+        if !self.claims.contains_key(&root) && self.claims.len() >= MAX_CLAIMS {
+            return false;
+        }
+        let claim = self.claims.entry(root).or_insert_with(|| Claim { size, groups: GroupRanges::new() });
+        if claim.size != size {
+            return false;
+        }
+        self.claimed_runs -= claim.groups.runs().len();
+        claim.groups.union_with(groups);
+        self.claimed_runs += claim.groups.runs().len();
+        self.claimed_runs <= MAX_CLAIMED_RUNS
+    }
+
+    /// Takes in that it no longer holds some (or all) of a blob; returns what it did hold of that.
+    pub fn disclaim(&mut self, root: &RootHash, groups: Option<&GroupRanges>) -> GroupRanges {
+        let Some(claim) = self.claims.get_mut(root) else { return GroupRanges::new() };
+        let gone = groups.map_or_else(|| claim.groups.clone(), |groups| claim.groups.intersection(groups));
+        self.claimed_runs -= claim.groups.runs().len();
+        claim.groups = claim.groups.difference(&gone);
+        self.claimed_runs += claim.groups.runs().len();
+        if claim.groups.is_empty() {
+            self.claims.remove(root);
+        }
+        gone
+    }
+
+    /// What people see.
+    pub fn info(&self, now: Instant) -> PeerInfo {
+        PeerInfo {
+            id: self.id,
+            address: self.address.clone(),
+            dialled: self.dialled,
+            rtt: self.rtt,
+            rate_in: self.incoming.rate as u64,
+            rate_out: self.outgoing.rate as u64,
+            bytes_in: self.incoming.bytes,
+            bytes_out: self.outgoing.bytes,
+            member: self.member.clone(),
+            blobs: self.claims.len(),
+            connected: now - self.since,
+        }
+    }
+}

@@ -1,0 +1,165 @@
+//! What this node holds: announcing it, and serving it.
+
+use capsule_proto::ranges::group_bytes;
+use capsule_proto::wire::{Control, MAX_RUNS_PER_HAVE, Reject, RejectReason, Request};
+use capsule_proto::{GroupRanges, RootHash};
+use capsule_swarm_core::{Change, IncomingRequest, PeerKey, Refusal, RequestId};
+
+use super::pool::{Job, Part};
+use super::peer::Serving;
+use super::{Engine, Held};
+use crate::api::{Event, ServeError};
+use crate::protocol::{self, Buffer};
+
+impl Engine {
+    /// Takes in that the store holds groups of a blob, and announces them.
+    pub(super) fn hold(&mut self, root: RootHash, size: u64, groups: &GroupRanges) {
+        if groups.is_empty() {
+            return;
+        }
+        let held = self.held.entry(root).or_insert_with(|| Held { size, groups: GroupRanges::new() });
+        if held.size != size {
+            tracing::warn!(%root, known = held.size, size, "announced with two sizes: the first counts");
+            return;
+        }
+        held.groups.union_with(groups);
+        let now = self.now();
+        self.announcements.handle_held(now, root, size, groups);
+    }
+
+    /// Takes a blob back.
+    pub(super) fn withdraw(&mut self, root: RootHash) {
+        let Some(held) = self.held.remove(&root) else { return };
+        let now = self.now();
+        self.announcements.handle_dropped(now, root, &held.groups);
+        for (key, id) in self.uploads.remove_blob(&root) {
+            self.reject(key, id.0, RejectReason::NotHeld);
+        }
+    }
+
+    pub(super) fn pump_announcements(&mut self) {
+        let now = self.now();
+        while let Some(announce) = self.announcements.poll_announce(now) {
+            let messages = match announce.change {
+                Change::Have => haves(announce.root, announce.size, &announce.ranges),
+                Change::Unhave => drops(announce.root, &announce.ranges),
+            };
+            for message in messages {
+                let frame = protocol::control_frame(&message);
+                for &key in &announce.peers {
+                    self.swarm.behaviour_mut().peers.send(key, frame.clone());
+                }
+            }
+        }
+    }
+
+    pub(super) fn on_request(&mut self, key: PeerKey, request: Request) {
+        let Some(held) = self.held.get(&request.root) else {
+            return self.reject(key, request.id, RejectReason::NotHeld);
+        };
+        if held.size != request.size || !held.groups.contains_run(&request.groups) {
+            return self.reject(key, request.id, RejectReason::NotHeld);
+        }
+        let incoming = IncomingRequest {
+            id: RequestId(request.id),
+            root: request.root,
+            size: request.size,
+            groups: request.groups,
+            demand: request.demand,
+            whole: held.groups == GroupRanges::all(held.size),
+        };
+        let now = self.now();
+        match self.uploads.handle_request(now, key, incoming) {
+            Ok(()) => {}
+            Err(Refusal::Busy | Refusal::UnknownPeer) => self.reject(key, request.id, RejectReason::Busy),
+            Err(error @ (Refusal::Malformed | Refusal::Duplicate)) => {
+                self.violation(key, &format!("its request is refused: {error}"));
+            }
+        }
+    }
+
+    pub(super) fn on_cancel(&mut self, key: PeerKey, id: u64) {
+        let now = self.now();
+        if self.uploads.handle_cancel(now, key, RequestId(id)) {
+            self.reject(key, id, RejectReason::Cancelled);
+        }
+    }
+
+    fn reject(&mut self, key: PeerKey, id: u64, reason: RejectReason) {
+        self.send(key, &Control::Reject(Reject { id, reason }));
+    }
+
+    /// Has responses read, as long as the scheduler and the memory for them allow.
+    pub(super) fn pump_uploads(&mut self) {
+        let now = self.now();
+        while let Some(mut frame) = self.outbound.try_empty(protocol::MAX_CONTENT_FRAME) {
+            let Some(serve) = self.uploads.poll_serve(now) else { return };
+            let bytes = group_bytes(&serve.groups, serve.size);
+            let bytes = bytes.end - bytes.start;
+            let encoded = capsule_chunker::bao::encoded_len(serve.size, &serve.groups);
+            frame.claim_only(protocol::CONTENT_HEADER + encoded as usize);
+            let Some(peer) = self.peers.get_mut(&serve.peer) else { continue };
+            peer.serving.insert(serve.id.0, Serving { root: serve.root, bytes });
+            let part = Part {
+                peer: serve.peer,
+                peer_id: peer.id,
+                request: serve.id.0,
+                root: serve.root,
+                size: serve.size,
+                groups: serve.groups,
+                transfer: 0,
+            };
+            self.pool.submit(Job::Read { part, frame });
+        }
+    }
+
+    pub(super) fn on_read(&mut self, part: Part, result: Result<Buffer, ServeError>) {
+        let (key, request) = (part.peer, part.request);
+        match result {
+            Ok(frame) => self.swarm.behaviour_mut().peers.respond(key, request, frame),
+            Err(error) => {
+                let now = self.now();
+                self.uploads.handle_finished(now, key, RequestId(request), false);
+                if let Some(peer) = self.peers.get_mut(&key) {
+                    peer.serving.remove(&request);
+                }
+                let missing = matches!(error, ServeError::Missing { .. });
+                let reason = if missing { RejectReason::NotHeld } else { RejectReason::Damaged };
+                self.reject(key, request, reason);
+                if !missing {
+                    // Nobody else is to ask in vain; the node finds out what is left of it and announces that.
+                    self.withdraw(part.root);
+                    self.tell(Event::StoreDamaged { root: part.root, reason: error.to_string() });
+                }
+            }
+        }
+    }
+
+    pub(super) fn on_sent(&mut self, key: PeerKey, request: u64, bytes: usize, finished: bool) {
+        let now = self.now();
+        self.uploads.handle_sent(now, key, RequestId(request), bytes as u64);
+        if !finished {
+            return;
+        }
+        self.uploads.handle_finished(now, key, RequestId(request), true);
+        let Some(peer) = self.peers.get_mut(&key) else { return };
+        if let Some(serving) = peer.serving.remove(&request) {
+            peer.outgoing.bytes += serving.bytes;
+            self.totals.entry(serving.root).or_default().sent += serving.bytes;
+        }
+    }
+}
+
+/// The messages that announce groups of a blob, each within its bound.
+pub(super) fn haves(root: RootHash, size: u64, groups: &GroupRanges) -> Vec<Control> {
+    split(groups).map(|groups| Control::Have { root, size, groups }).collect()
+}
+
+/// The messages that take groups of a blob back.
+fn drops(root: RootHash, groups: &GroupRanges) -> Vec<Control> {
+    split(groups).map(|groups| Control::Drop { root, groups: Some(groups) }).collect()
+}
+
+fn split(groups: &GroupRanges) -> impl Iterator<Item = GroupRanges> {
+    groups.runs().chunks(MAX_RUNS_PER_HAVE).map(|runs| runs.iter().cloned().collect())
+}

@@ -1,0 +1,139 @@
+//! Peers that lie, stall, drip; stores that are full. The transfer goes on with the others.
+
+use std::net::SocketAddr;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use capsule_proto::GroupRanges;
+use capsule_swarm::{Event, FetchError, FetchSpec, StoreError};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+
+use crate::node::{Fleet, Start, content, within};
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_liar_is_banned_and_the_transfer_goes_on() {
+    let fleet = Fleet::new(1);
+    let honest = Start::new(fleet.enrol()).go().await;
+    let liar = Start::new(fleet.enrol()).go().await;
+    let data = content(1, 12 << 20);
+    let tree = honest.share(&data).await;
+    liar.share(&data).await;
+    liar.store.faults.lies.store(true, Ordering::Relaxed);
+    let mut puller = Start::new(fleet.enrol()).to(&honest).to(&liar).go().await;
+    puller.connected(2).await;
+    let done = puller.pull(tree.root, Some(tree.size)).await;
+    assert_eq!(done.by_peer, [(honest.net.local_peer(), tree.size)], "nothing of the liar's was stored");
+    let banned = |event| match event {
+        Event::PeerBanned { peer, .. } => Some(peer),
+        _ => None,
+    };
+    assert_eq!(puller.event(banned).await, liar.net.local_peer());
+    // It does not come back, though it tries.
+    tokio::time::sleep(Duration::from_millis(1500)).await;
+    let peers = puller.net.peers().await.unwrap();
+    assert!(peers.iter().all(|peer| peer.id == honest.net.local_peer()));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_wrong_size_is_the_claimants_fault() {
+    let fleet = Fleet::new(1);
+    let liar = Start::new(fleet.enrol()).go().await;
+    let data = content(2, 40_000);
+    let tree = liar.store.add(&data);
+    liar.net.announce(tree.root, tree.size + 1, GroupRanges::all(tree.size + 1)).await.unwrap();
+    let puller = Start::new(fleet.enrol()).to(&liar).go().await;
+    puller.until(async || !puller.net.providers(tree.root).await.unwrap().is_empty()).await;
+    let mut fetch = puller.net.fetch(FetchSpec::whole(tree.root, None)).await.unwrap();
+    puller.until(async || puller.net.peers().await.unwrap().is_empty()).await;
+    let honest = Start::new(fleet.enrol()).go().await;
+    honest.share(&data).await;
+    puller.net.add_address(honest.address().to_string()).await.unwrap();
+    assert_eq!(within(fetch.done()).await.unwrap().size, Some(tree.size));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_provider_that_never_answers_does_not_hold_up_the_rest() {
+    let fleet = Fleet::new(1);
+    let honest = Start::new(fleet.enrol()).go().await;
+    let stalled = Start::new(fleet.enrol()).go().await;
+    let data = content(3, 12 << 20);
+    let tree = honest.share(&data).await;
+    stalled.share(&data).await;
+    stalled.store.faults.stalls.store(true, Ordering::Relaxed);
+    let puller = Start::new(fleet.enrol()).to(&honest).to(&stalled).go().await;
+    puller.connected(2).await;
+    puller.pull(tree.root, Some(tree.size)).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_provider_that_drips_does_not_hold_up_the_rest() {
+    let fleet = Fleet::new(1);
+    let honest = Start::new(fleet.enrol()).go().await;
+    let dripping = Start::new(fleet.enrol()).go().await;
+    let data = content(4, 12 << 20);
+    let tree = honest.share(&data).await;
+    dripping.share(&data).await;
+    let mut start = Start::new(fleet.enrol()).to(&honest);
+    start.bootstrap.push(drip(dripping.address()).await);
+    let puller = start.go().await;
+    puller.connected(2).await;
+    puller.pull(tree.root, Some(tree.size)).await;
+}
+
+/// A place that passes connections on, from the provider at some hundred bytes a second once the handshake is done.
+async fn drip(to: SocketAddr) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((client, _)) = listener.accept().await {
+            let provider = TcpStream::connect(to).await.unwrap();
+            let (mut from_client, mut to_client) = client.into_split();
+            let (mut from_provider, mut to_provider) = provider.into_split();
+            tokio::spawn(async move { tokio::io::copy(&mut from_client, &mut to_provider).await });
+            tokio::spawn(async move {
+                let (mut buffer, mut passed) = ([0; 64], 0);
+                while let Ok(n @ 1..) = from_provider.read(&mut buffer).await {
+                    passed += n;
+                    if passed > 8 << 10 {
+                        tokio::time::sleep(Duration::from_millis(200)).await;
+                    }
+                    if to_client.write_all(&buffer[..n]).await.is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+    });
+    address
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_full_store_ends_the_fetch_and_says_so() {
+    let fleet = Fleet::new(1);
+    let publisher = Start::new(fleet.enrol()).go().await;
+    let puller = Start::new(fleet.enrol()).to(&publisher).go().await;
+    puller.store.faults.full.store(true, Ordering::Relaxed);
+    let tree = publisher.share(&content(5, 5 << 20)).await;
+    let mut fetch = puller.net.fetch(FetchSpec::whole(tree.root, Some(tree.size))).await.unwrap();
+    let error = within(fetch.done()).await.unwrap_err();
+    assert!(matches!(error, FetchError::Store { source: StoreError::Full, .. }), "{error}");
+    // Nobody is to blame, and it works when there is room.
+    puller.store.faults.full.store(false, Ordering::Relaxed);
+    puller.pull(tree.root, Some(tree.size)).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_provider_whose_blob_is_gone_says_so_and_others_are_asked() {
+    let fleet = Fleet::new(1);
+    let honest = Start::new(fleet.enrol()).go().await;
+    let forgetful = Start::new(fleet.enrol()).go().await;
+    let data = content(6, 6 << 20);
+    let tree = honest.share(&data).await;
+    forgetful.share(&data).await;
+    forgetful.store.remove(&tree.root);
+    let puller = Start::new(fleet.enrol()).to(&honest).to(&forgetful).go().await;
+    puller.connected(2).await;
+    let done = puller.pull(tree.root, Some(tree.size)).await;
+    assert_eq!(done.by_peer, [(honest.net.local_peer(), tree.size)]);
+}

@@ -1,0 +1,6 @@
+//! Whole nodes over loopback, in one process: what the network promises to the node above it.
+
+mod faults;
+mod membership;
+mod node;
+mod spreading;

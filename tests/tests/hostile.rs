@@ -1,0 +1,89 @@
+//! Members that lie, stall or drip: they are cut off, what they send is not stored, and the transfer goes on with the others.
+
+use std::fs;
+use std::time::{Duration, Instant};
+
+use capsule_tests::hostile::{Drip, Hostile, Vice};
+use capsule_tests::{Fleet, Node, data};
+use serde_json::Value;
+
+/// The bytes of a held blob, from the node's store.
+fn blob_of(node: &Node, root: &str) -> Vec<u8> {
+    let path = node.home().join("store/blobs").join(&root[..2]).join(format!("{root}.data"));
+    fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
+
+fn pack_of(node: &Node, name: &str) -> String {
+    let shown = node.json(&["show", name]);
+    shown["layers"][0]["pack"]["root"].as_str().unwrap_or_else(|| panic!("{shown:#}")).to_owned()
+}
+
+/// A publisher with a capsule of noise, a hostile member that announces its pack, and a puller.
+fn pull_beside(vice: Vice) -> (Fleet, Hostile, Value) {
+    let mut fleet = Fleet::new();
+    let source = fleet.path("source");
+    data::noise_file(&source, 31, 12 << 20);
+    fleet[0].publish(&source, "lab:1");
+    let pack = blob_of(&fleet[0], &pack_of(&fleet[0], "lab:1"));
+    let token = fleet.invite(&[]);
+    let hostile = Hostile::start(&token, 66, vice, pack);
+    let puller = fleet.join(&token);
+    fleet[puller].wait_for_peers(2);
+    let started = Instant::now();
+    let pulled = fleet[puller].json(&["pull", "lab:1"]);
+    assert!(started.elapsed() < Duration::from_secs(30), "it took {:?}", started.elapsed());
+    let copy = fleet.path("copy");
+    fleet[puller].ok(&["export", "lab:1", "--to", copy.to_str().unwrap()]);
+    assert!(fs::read(&source).unwrap() == fs::read(&copy).unwrap());
+    assert!(hostile.asked() > 0, "the hostile member was asked, so that the test shows something");
+    let from_hostile = pulled["by_peer"].as_array().unwrap().iter().find(|peer| peer["peer"] == hostile.peer().as_str());
+    assert!(from_hostile.is_none(), "nothing of it counts: {pulled:#}");
+    (fleet, hostile, pulled)
+}
+
+#[test]
+fn a_peer_that_sends_a_wrong_byte_is_banned_and_the_transfer_goes_on() {
+    let (fleet, hostile, _) = pull_beside(Vice::Corrupts);
+    let status = fleet[1].json(&["status"]);
+    assert_eq!(status["banned"], 1, "{status:#}");
+    assert!(fleet[1].json(&["verify"])["damaged"].as_array().unwrap().is_empty());
+    // It stays away: only the publisher is connected.
+    std::thread::sleep(Duration::from_secs(2));
+    let peers = fleet[1].json(&["peers"]);
+    assert!(!peers["peers"].as_array().unwrap().iter().any(|peer| peer["peer"] == hostile.peer().as_str()), "{peers:#}");
+}
+
+#[test]
+fn a_peer_that_announces_what_it_does_not_have_does_not_hold_up_the_transfer() {
+    pull_beside(Vice::Denies);
+}
+
+#[test]
+fn a_peer_that_never_answers_does_not_hold_up_the_transfer() {
+    pull_beside(Vice::Stalls);
+}
+
+#[test]
+fn a_peer_that_sends_one_byte_a_second_does_not_hold_up_the_transfer() {
+    let mut fleet = Fleet::new();
+    let source = fleet.path("source");
+    data::noise_file(&source, 33, 12 << 20);
+    fleet[0].publish(&source, "lab:1");
+    let token = fleet.invite(&[]);
+    let second = fleet.join(&token);
+    fleet[second].json(&["pull", "lab:1"]);
+    // The puller meets the second node only through a relay that begins to drip once they are connected.
+    let relay = Drip::before(fleet[second].address());
+    let mut puller = Node::new(fleet.path("puller"));
+    let through = fleet[0].ok(&["fleet", "invite", "--addr", &relay.address()]);
+    puller.ok(&["join", through.trim()]);
+    puller.start();
+    puller.wait_for_peers(2);
+    relay.drip();
+    let started = Instant::now();
+    puller.json(&["pull", "lab:1"]);
+    assert!(started.elapsed() < Duration::from_secs(45), "it took {:?}", started.elapsed());
+    let copy = fleet.path("copy");
+    puller.ok(&["export", "lab:1", "--to", copy.to_str().unwrap()]);
+    assert!(fs::read(&source).unwrap() == fs::read(&copy).unwrap());
+}
