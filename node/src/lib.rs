@@ -1,13 +1,31 @@
 //! The `capsule` program's parts, so that tests can reach them.
+//!
+//! | room | what |
+//! |---|---|
+//! | `home`, `control` | the directory; the way from the command line to the daemon |
+//! | `daemon`, `node` | starting, stopping, what happens by itself; what the parts share |
+//! | `publish`, `transfer`, `export`, `verify`, `keep`, `follow`, `report` | the commands |
+//! | `records`, `held`, `graph`, `layers` | what the fleet says; what is here; ways to components; reading them |
+//! | `store`, `blobs` | bytes on the disk, and as the network sees them |
+//! | `clock`, `work` | time with a floor; long work on few threads |
 
 pub mod blobs;
 pub mod clock;
 pub mod control;
+pub mod daemon;
+pub mod export;
 mod failure;
+pub mod follow;
 pub mod graph;
 pub mod held;
 pub mod home;
+pub mod keep;
 pub mod layers;
+pub mod node;
+pub mod publish;
 pub mod records;
+pub mod report;
 pub mod store;
+pub mod transfer;
+pub mod verify;
 pub mod work;

@@ -177,10 +177,13 @@ impl Node {
         self.memory().names.get(peer).cloned()
     }
 
-    /// Remembers which capsules a peer said to hold.
-    pub fn heard(&self, peer: PeerId, mut capsules: Vec<(CapsuleId, bool)>) {
+    /// Remembers what a peer calls itself, and which capsules it said to hold.
+    pub fn heard(&self, peer: PeerId, name: String, mut capsules: Vec<(CapsuleId, bool)>) {
         capsules.truncate(MAX_CAPSULES_OF_PEER);
         let mut memory = self.memory();
+        if memory.names.len() < MAX_PEERS || memory.names.contains_key(&peer) {
+            memory.names.insert(peer, name);
+        }
         if memory.capsules.len() < MAX_PEERS || memory.capsules.contains_key(&peer) {
             memory.capsules.insert(peer, capsules);
         }

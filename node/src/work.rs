@@ -11,6 +11,7 @@ use capsule_chunker::content::Progress as Watcher;
 use tokio::sync::Semaphore;
 
 use crate::control::{Failure, FailureCode, Phase, Progress, Reporter};
+use crate::daemon::memory;
 
 /// Works at a time: each uses all cores and some hundred MiB, so that a second one only keeps a short one from waiting for a long one.
 const PLACES: usize = 2;
@@ -64,7 +65,10 @@ impl Works {
         let shared = state.clone();
         let mut thread = tokio::task::spawn_blocking(move || {
             let _place = place;
-            work(&shared)
+            let result = work(&shared);
+            // Idle again, perhaps for days.
+            memory::trim();
+            result
         });
         let mut meter = Meter::new();
         let mut ticks = tokio::time::interval(TICK);

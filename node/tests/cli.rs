@@ -6,7 +6,11 @@ use std::process::{Command, Output, Stdio};
 
 fn capsule(home: &Path, args: &[&str]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_capsule"));
-    command.env_clear().env("CAPSULE_HOME", home).args(args).stdin(Stdio::null());
+    command
+        .env_clear()
+        .env("CAPSULE_HOME", home)
+        .args(args)
+        .stdin(Stdio::null());
     command.output().unwrap()
 }
 
@@ -43,9 +47,18 @@ fn without_a_daemon_commands_exit_3_and_name_the_one_to_run() {
         &["rm", "lab"],
     ] {
         let output = capsule(&home, args);
-        assert_eq!(output.status.code(), Some(3), "{args:?}: {}", stderr(&output));
+        assert_eq!(
+            output.status.code(),
+            Some(3),
+            "{args:?}: {}",
+            stderr(&output)
+        );
         let expected = format!("capsule --home {} node", home.display());
-        assert!(stderr(&output).contains(&expected), "{args:?}: {}", stderr(&output));
+        assert!(
+            stderr(&output).contains(&expected),
+            "{args:?}: {}",
+            stderr(&output)
+        );
         assert!(output.stdout.is_empty(), "{args:?}");
         assert!(!home.exists(), "{args:?} made a home");
     }
@@ -70,8 +83,16 @@ fn wrong_arguments_exit_2() {
         &["completions", "tcl"],
     ] {
         let output = capsule(temp.path(), args);
-        assert_eq!(output.status.code(), Some(2), "{args:?}: {}", stderr(&output));
-        assert!(output.stdout.is_empty() && !output.stderr.is_empty(), "{args:?}");
+        assert_eq!(
+            output.status.code(),
+            Some(2),
+            "{args:?}: {}",
+            stderr(&output)
+        );
+        assert!(
+            output.stdout.is_empty() && !output.stderr.is_empty(),
+            "{args:?}"
+        );
     }
 }
 
@@ -81,46 +102,97 @@ fn a_fleet_is_founded_invited_to_and_joined_without_a_daemon() {
     let (first, second) = (temp.path().join("first"), temp.path().join("second"));
     let refused = capsule(&first, &["fleet", "invite"]);
     assert_eq!(refused.status.code(), Some(1));
-    assert!(stderr(&refused).contains("capsule fleet init"), "{}", stderr(&refused));
+    assert!(
+        stderr(&refused).contains("capsule fleet init"),
+        "{}",
+        stderr(&refused)
+    );
 
     let founded = capsule(&first, &["fleet", "init", "--json"]);
     assert!(founded.status.success(), "{}", stderr(&founded));
     let founded: serde_json::Value = serde_json::from_slice(&founded.stdout).unwrap();
     assert_eq!(founded["roles"], serde_json::json!(["publisher", "admin"]));
-    assert_eq!(capsule(&first, &["fleet", "init"]).status.code(), Some(1), "a fleet is not founded twice");
+    assert_eq!(
+        capsule(&first, &["fleet", "init"]).status.code(),
+        Some(1),
+        "a fleet is not founded twice"
+    );
 
-    let invited = capsule(&first, &["fleet", "invite", "--role", "publisher", "--channel", "lab", "--addr", "10.0.0.1:4277"]);
+    let invited = capsule(
+        &first,
+        &[
+            "fleet",
+            "invite",
+            "--role",
+            "publisher",
+            "--channel",
+            "lab",
+            "--addr",
+            "10.0.0.1:4277",
+        ],
+    );
     let token = stdout(&invited);
     assert!(invited.stderr.is_empty(), "{}", stderr(&invited));
-    assert_eq!(token.split_whitespace().count(), 1, "only the token: {token:?}");
+    assert_eq!(
+        token.split_whitespace().count(),
+        1,
+        "only the token: {token:?}"
+    );
 
     let joined = join_by_stdin(&second, &token);
     assert!(joined.status.success(), "{}", stderr(&joined));
     let joined: serde_json::Value = serde_json::from_slice(&joined.stdout).unwrap();
     assert_eq!(joined["fleet"], founded["fleet"]);
-    assert_eq!((&joined["channels"][0], &joined["addresses"][0]), (&"lab".into(), &"10.0.0.1:4277".into()));
+    assert_eq!(
+        (&joined["channels"][0], &joined["addresses"][0]),
+        (&"lab".into(), &"10.0.0.1:4277".into())
+    );
     let broken = capsule(&temp.path().join("third"), &["join", &token.trim()[..40]]);
     assert_eq!(broken.status.code(), Some(1));
-    assert!(stderr(&broken).starts_with("error: "), "{}", stderr(&broken));
+    assert!(
+        stderr(&broken).starts_with("error: "),
+        "{}",
+        stderr(&broken)
+    );
 }
 
 fn join_by_stdin(home: &Path, token: &str) -> Output {
     use std::io::Write;
     let mut command = Command::new(env!("CARGO_BIN_EXE_capsule"));
-    command.arg("--home").arg(home).args(["join", "-", "--json"]);
-    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-    child.stdin.take().unwrap().write_all(token.as_bytes()).unwrap();
+    command
+        .arg("--home")
+        .arg(home)
+        .args(["join", "-", "--json"]);
+    let mut child = command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child
+        .stdin
+        .take()
+        .unwrap()
+        .write_all(token.as_bytes())
+        .unwrap();
     child.wait_with_output().unwrap()
 }
 
 #[test]
 fn a_reader_that_leaves_early_is_no_error() {
     let mut command = Command::new(env!("CARGO_BIN_EXE_capsule"));
-    command.args(["completions", "bash"]).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+        .args(["completions", "bash"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
     let mut child = command.spawn().unwrap();
     drop(child.stdout.take());
     let output = child.wait_with_output().unwrap();
-    assert!(output.status.success() && output.stderr.is_empty(), "{}", stderr(&output));
+    assert!(
+        output.status.success() && output.stderr.is_empty(),
+        "{}",
+        stderr(&output)
+    );
 }
 
 #[test]
@@ -132,15 +204,43 @@ fn help_lists_every_command_and_completions_know_them() {
         .skip_while(|line| !line.starts_with("Commands:"))
         .skip(1)
         .take_while(|line| !line.is_empty())
-        .filter_map(|line| line.strip_prefix("  ")?.split(' ').next().filter(|word| !word.is_empty()))
+        .filter_map(|line| {
+            line.strip_prefix("  ")?
+                .split(' ')
+                .next()
+                .filter(|word| !word.is_empty())
+        })
         .collect();
     let expected = [
-        "demo", "fleet", "join", "node", "publish", "ls", "show", "plan", "pull", "follow", "unfollow", "export", "verify",
-        "status", "peers", "hashes", "pin", "unpin", "gc", "rm", "completions", "help",
+        "demo",
+        "fleet",
+        "join",
+        "node",
+        "publish",
+        "ls",
+        "show",
+        "plan",
+        "pull",
+        "follow",
+        "unfollow",
+        "export",
+        "verify",
+        "status",
+        "peers",
+        "hashes",
+        "pin",
+        "unpin",
+        "gc",
+        "rm",
+        "completions",
+        "help",
     ];
     assert_eq!(commands, expected, "{help}");
     for shell in ["bash", "zsh", "fish"] {
         let script = stdout(&capsule(temp.path(), &["completions", shell]));
-        assert!(expected.iter().all(|command| script.contains(command)), "{shell}");
+        assert!(
+            expected.iter().all(|command| script.contains(command)),
+            "{shell}"
+        );
     }
 }

@@ -4,71 +4,69 @@
 mod store_sim;
 
 use std::io::Write;
-use std::ops::Range;
-use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use capsule_chunker::bao::TreeHasher;
 use capsule_node::store::{
-    BlobKind, ComponentProvider, ComponentRecipe, Damage, Full, GcMode, LayerBlobs, OpenError, ReadError, RemoveError,
-    Store, StoreOptions, WriteError,
+    BlobKind, Damage, OpenError, ReadError, Store, StoreOptions, WriteError,
 };
 use capsule_proto::{GROUP_LEN, GroupRanges, RootHash};
 use positioned_io::ReadAt;
 use proptest::prelude::*;
 use store_sim::SimDisk;
-use store_sim::content::{Sample, Samples};
-
-fn open(dir: &Path) -> Store {
-    Store::open(dir, StoreOptions::default()).unwrap()
-}
-
-fn simulated() -> (SimDisk, Store) {
-    let disk = SimDisk::default();
-    disk.make_root();
-    let store = Store::open_with(Arc::new(disk.clone()), StoreOptions::default()).unwrap();
-    (disk, store)
-}
-
-fn write(store: &Store, sample: &Sample, groups: Range<u64>) {
-    store.create_partial(&sample.root(), sample.size(), BlobKind::Pack).unwrap();
-    store.write_encoded(&sample.root(), groups.clone(), &sample.encoded(groups)).unwrap();
-}
-
-fn read(store: &Store, root: &RootHash, groups: Range<u64>) -> Vec<u8> {
-    // What is there stays.
-    let mut out = b"before".to_vec();
-    store.read_encoded(root, groups, &mut out).unwrap();
-    assert_eq!(&out[..6], b"before");
-    out.split_off(6)
-}
-
-fn file_of(root: &RootHash, extension: &str) -> PathBuf {
-    let hex = root.to_string();
-    ["blobs", &hex[..2], &format!("{hex}.{extension}")].iter().collect()
-}
+use store_sim::content::Sample;
+use store_sim::short::{file_of, open, read, simulated, write};
 
 #[test]
 fn imported_blobs_are_served_and_survive_reopening() {
     let dir = tempfile::tempdir().unwrap();
-    let samples = [0, 1, 500, GROUP_LEN, GROUP_LEN + 1, 2 * GROUP_LEN, 40 * GROUP_LEN + 17];
-    let samples: Vec<_> = (0..).zip(samples).map(|(seed, len)| Sample::new(seed, len as usize)).collect();
+    let samples = [
+        0,
+        1,
+        500,
+        GROUP_LEN,
+        GROUP_LEN + 1,
+        2 * GROUP_LEN,
+        40 * GROUP_LEN + 17,
+    ];
+    let samples: Vec<_> = (0..)
+        .zip(samples)
+        .map(|(seed, len)| Sample::new(seed, len as usize))
+        .collect();
     let store = open(dir.path());
     for sample in &samples {
         let mut import = store.begin_import().unwrap();
-        sample.bytes.chunks(100_000).for_each(|part| import.write_all(part).unwrap());
-        import.commit(&sample.root(), sample.size(), &sample.outboard, BlobKind::Pack).unwrap();
+        sample
+            .bytes
+            .chunks(100_000)
+            .for_each(|part| import.write_all(part).unwrap());
+        import
+            .commit(
+                &sample.root(),
+                sample.size(),
+                &sample.outboard,
+                BlobKind::Pack,
+            )
+            .unwrap();
     }
     drop(store);
     let store = open(dir.path());
     assert_eq!(*store.recovery(), capsule_node::store::Recovery::default());
     for sample in &samples {
         assert!(store.durable(&sample.root()).unwrap().complete);
-        assert_eq!(read(&store, &sample.root(), 0..sample.count()), sample.encoded(0..sample.count()));
-        assert_eq!(store.read_whole(&sample.root(), 1 << 20).unwrap(), sample.bytes);
+        assert_eq!(
+            read(&store, &sample.root(), 0..sample.count()),
+            sample.encoded(0..sample.count())
+        );
+        assert_eq!(
+            store.read_whole(&sample.root(), 1 << 20).unwrap(),
+            sample.bytes
+        );
         let reader = store.open_blob(&sample.root()).unwrap();
         let mut tail = vec![0; sample.bytes.len() / 2];
-        reader.read_exact_at(sample.size() - tail.len() as u64, &mut tail).unwrap();
+        reader
+            .read_exact_at(sample.size() - tail.len() as u64, &mut tail)
+            .unwrap();
         assert_eq!(tail, sample.bytes[sample.bytes.len() - tail.len()..]);
         assert_eq!(reader.read_at(sample.size(), &mut [0; 8]).unwrap(), 0);
     }
@@ -86,9 +84,14 @@ fn an_outboard_may_grow_in_a_scratch_file() {
         import.write_all(part).unwrap();
     }
     let (tree, scratch) = hasher.finish().unwrap();
-    import.commit(&tree.root, tree.size, scratch, BlobKind::Pack).unwrap();
+    import
+        .commit(&tree.root, tree.size, scratch, BlobKind::Pack)
+        .unwrap();
     assert_eq!(read(&store, &sample.root(), 3..17), sample.encoded(3..17));
-    assert_eq!(std::fs::read_dir(dir.path().join("tmp")).unwrap().count(), 0);
+    assert_eq!(
+        std::fs::read_dir(dir.path().join("tmp")).unwrap().count(),
+        0
+    );
 }
 
 #[test]
@@ -102,13 +105,29 @@ fn an_import_that_is_dropped_or_lied_about_leaves_nothing() {
         import
     };
     drop(begin());
-    let short = begin().commit(&sample.root(), sample.size() - 1, &sample.outboard, BlobKind::Pack);
+    let short = begin().commit(
+        &sample.root(),
+        sample.size() - 1,
+        &sample.outboard,
+        BlobKind::Pack,
+    );
     assert!(matches!(short, Err(WriteError::Size { .. })), "{short:?}");
-    let outboard = begin().commit(&sample.root(), sample.size(), &sample.outboard[64..], BlobKind::Pack);
-    assert!(matches!(outboard, Err(WriteError::Size { .. })), "{outboard:?}");
+    let outboard = begin().commit(
+        &sample.root(),
+        sample.size(),
+        &sample.outboard[64..],
+        BlobKind::Pack,
+    );
+    assert!(
+        matches!(outboard, Err(WriteError::Size { .. })),
+        "{outboard:?}"
+    );
     assert_eq!(store.usage().used, 0);
     assert!(store.blobs().is_empty());
-    assert_eq!(std::fs::read_dir(dir.path().join("tmp")).unwrap().count(), 0);
+    assert_eq!(
+        std::fs::read_dir(dir.path().join("tmp")).unwrap().count(),
+        0
+    );
 }
 
 #[test]
@@ -119,21 +138,47 @@ fn nothing_unverified_is_written() {
         let groups = 0..sample.count().min(4);
         let good = sample.encoded(groups.clone());
         let unknown = store.write_encoded(&root, groups.clone(), &good);
-        assert!(matches!(unknown, Err(WriteError::Unknown(_))), "{unknown:?}");
-        store.create_partial(&root, sample.size(), BlobKind::Pack).unwrap();
+        assert!(
+            matches!(unknown, Err(WriteError::Unknown(_))),
+            "{unknown:?}"
+        );
+        store
+            .create_partial(&root, sample.size(), BlobKind::Pack)
+            .unwrap();
         let files = disk.paths();
-        let mut bad: Vec<_> = [0, good.len() / 2, good.len() - 1].map(|i| flipped(&good, i)).to_vec();
-        bad.extend([good[..good.len() - 1].to_vec(), [&good[..], &[0]].concat(), Vec::new(), Sample::groups(9, 4).encoded(0..4)]);
+        let mut bad: Vec<_> = [0, good.len() / 2, good.len() - 1]
+            .map(|i| flipped(&good, i))
+            .to_vec();
+        bad.extend([
+            good[..good.len() - 1].to_vec(),
+            [&good[..], &[0]].concat(),
+            Vec::new(),
+            Sample::groups(9, 4).encoded(0..4),
+        ]);
         for bytes in bad {
             let refused = store.write_encoded(&root, groups.clone(), &bytes);
-            assert!(matches!(refused, Err(WriteError::Invalid { .. })), "{refused:?}");
+            assert!(
+                matches!(refused, Err(WriteError::Invalid { .. })),
+                "{refused:?}"
+            );
         }
-        for beyond in [0..sample.count() + 1, 2..2, sample.count()..sample.count() + 1] {
+        for beyond in [
+            0..sample.count() + 1,
+            2..2,
+            sample.count()..sample.count() + 1,
+        ] {
             let refused = store.write_encoded(&root, beyond, &good);
-            assert!(matches!(refused, Err(WriteError::OutOfRange { .. })), "{refused:?}");
+            assert!(
+                matches!(refused, Err(WriteError::OutOfRange { .. })),
+                "{refused:?}"
+            );
         }
         assert!(store.present(&root).unwrap().ranges.is_empty());
-        assert_eq!(disk.paths(), files, "a file was made for bytes that do not verify");
+        assert_eq!(
+            disk.paths(),
+            files,
+            "a file was made for bytes that do not verify"
+        );
         store.write_encoded(&root, groups, &good).unwrap();
     }
 }
@@ -150,7 +195,10 @@ fn a_known_hash_with_another_size_is_refused() {
     let sample = Sample::groups(1, 5);
     write(&store, &sample, 0..2);
     let refused = store.create_partial(&sample.root(), sample.size() + 1, BlobKind::Pack);
-    assert!(matches!(refused, Err(WriteError::Size { .. })), "{refused:?}");
+    assert!(
+        matches!(refused, Err(WriteError::Size { .. })),
+        "{refused:?}"
+    );
     assert_eq!(store.present(&sample.root()).unwrap().ranges.count(), 2);
 }
 
@@ -160,17 +208,33 @@ fn presence_is_at_once_and_durability_by_flush() {
     let sample = Sample::groups(1, 12);
     write(&store, &sample, 2..5);
     let ranges = |p: Option<capsule_node::store::Presence>| p.unwrap().ranges;
-    assert_eq!(ranges(store.present(&sample.root())), GroupRanges::from(2..5));
+    assert_eq!(
+        ranges(store.present(&sample.root())),
+        GroupRanges::from(2..5)
+    );
     assert!(ranges(store.durable(&sample.root())).is_empty());
     assert_eq!(read(&store, &sample.root(), 3..5), sample.encoded(3..5));
     let absent = store.read_encoded(&sample.root(), 3..6, &mut Vec::new());
-    assert!(matches!(absent, Err(ReadError::Absent { .. })), "{absent:?}");
-    assert!(matches!(store.open_blob(&sample.root()), Err(ReadError::Absent { .. })));
+    assert!(
+        matches!(absent, Err(ReadError::Absent { .. })),
+        "{absent:?}"
+    );
+    assert!(matches!(
+        store.open_blob(&sample.root()),
+        Err(ReadError::Absent { .. })
+    ));
     store.flush(&sample.root()).unwrap();
-    assert_eq!(ranges(store.durable(&sample.root())), GroupRanges::from(2..5));
+    assert_eq!(
+        ranges(store.durable(&sample.root())),
+        GroupRanges::from(2..5)
+    );
     let before = disk.operations();
     store.flush(&sample.root()).unwrap();
-    assert_eq!(disk.operations(), before, "nothing to flush, and yet it did something");
+    assert_eq!(
+        disk.operations(),
+        before,
+        "nothing to flush, and yet it did something"
+    );
     write(&store, &sample, 0..12);
     assert!(store.durable(&sample.root()).unwrap().complete);
 }
@@ -179,13 +243,19 @@ fn presence_is_at_once_and_durability_by_flush() {
 fn bytes_written_flush_by_themselves() {
     let disk = SimDisk::default();
     disk.make_root();
-    let options = StoreOptions { flush_bytes: 4 * GROUP_LEN, ..StoreOptions::default() };
+    let options = StoreOptions {
+        flush_bytes: 4 * GROUP_LEN,
+        ..StoreOptions::default()
+    };
     let store = Store::open_with(Arc::new(disk), options).unwrap();
     let sample = Sample::groups(1, 30);
     write(&store, &sample, 0..3);
     assert!(store.durable(&sample.root()).unwrap().ranges.is_empty());
     write(&store, &sample, 3..4);
-    assert_eq!(store.durable(&sample.root()).unwrap().ranges, GroupRanges::from(0..4));
+    assert_eq!(
+        store.durable(&sample.root()).unwrap().ranges,
+        GroupRanges::from(0..4)
+    );
 }
 
 #[test]
@@ -193,11 +263,15 @@ fn many_partial_blobs_at_once_stay_within_the_open_files() {
     let dir = tempfile::tempdir().unwrap();
     let store = open(dir.path());
     let samples: Vec<_> = (0..200).map(|seed| Sample::groups(seed, 2)).collect();
-    samples.iter().for_each(|sample| write(&store, sample, 0..1));
+    samples
+        .iter()
+        .for_each(|sample| write(&store, sample, 0..1));
     let open = std::fs::read_dir("/proc/self/fd").unwrap().count();
     assert!(open < 400, "{open} files are open");
     store.flush_all().unwrap();
-    samples.iter().for_each(|sample| assert_eq!(read(&store, &sample.root(), 0..1), sample.encoded(0..1)));
+    samples
+        .iter()
+        .for_each(|sample| assert_eq!(read(&store, &sample.root(), 0..1), sample.encoded(0..1)));
 }
 
 #[test]
@@ -205,16 +279,30 @@ fn many_threads_write_and_read_one_blob() {
     let dir = tempfile::tempdir().unwrap();
     let store = open(dir.path());
     let sample = Sample::groups(1, 300);
-    store.create_partial(&sample.root(), sample.size(), BlobKind::Pack).unwrap();
+    store
+        .create_partial(&sample.root(), sample.size(), BlobKind::Pack)
+        .unwrap();
     std::thread::scope(|scope| {
         for thread in 0..6u64 {
             let (store, sample) = (&store, &sample);
             scope.spawn(move || {
                 // Each range comes twice, by different threads.
-                for i in (0..50).map(|i| (i * 7 + thread * 25) % 50).filter(|i| (i + thread) % 3 != 0) {
+                for i in (0..50)
+                    .map(|i| (i * 7 + thread * 25) % 50)
+                    .filter(|i| (i + thread) % 3 != 0)
+                {
                     let groups = i * 6..(i + 1) * 6;
-                    store.write_encoded(&sample.root(), groups.clone(), &sample.encoded(groups.clone())).unwrap();
-                    assert_eq!(read(store, &sample.root(), groups.clone()), sample.encoded(groups));
+                    store
+                        .write_encoded(
+                            &sample.root(),
+                            groups.clone(),
+                            &sample.encoded(groups.clone()),
+                        )
+                        .unwrap();
+                    assert_eq!(
+                        read(store, &sample.root(), groups.clone()),
+                        sample.encoded(groups)
+                    );
                     if i % 10 == thread {
                         store.flush(&sample.root()).unwrap();
                     }
@@ -230,28 +318,51 @@ fn many_threads_write_and_read_one_blob() {
 #[test]
 fn damage_is_found_reported_and_repaired() {
     // A leaf, and hash pairs at the top and further down.
-    for (extension, offset, at_least) in [("data", 5 * GROUP_LEN as usize + 9, 5..6), ("tree", 3, 0..8), ("tree", 130, 0..1)] {
+    for (extension, offset, at_least) in [
+        ("data", 5 * GROUP_LEN as usize + 9, 5..6),
+        ("tree", 3, 0..8),
+        ("tree", 130, 0..1),
+    ] {
         let (disk, store) = simulated();
         let sample = Sample::groups(1, 8);
         write(&store, &sample, 0..8);
         let heard = Arc::new(Mutex::new(Vec::new()));
         let listener = Arc::clone(&heard);
-        store.on_damage(Arc::new(move |damage: &Damage| listener.lock().unwrap().push(damage.clone())));
+        store.on_damage(Arc::new(move |damage: &Damage| {
+            listener.lock().unwrap().push(damage.clone())
+        }));
         disk.damage(&file_of(&sample.root(), extension), offset);
         let found = store.read_encoded(&sample.root(), 0..8, &mut Vec::new());
-        let Err(ReadError::Damaged { groups, .. }) = found else { panic!("{found:?}") };
+        let Err(ReadError::Damaged { groups, .. }) = found else {
+            panic!("{found:?}")
+        };
         assert!(groups.contains_run(&at_least), "{groups:?}");
-        let damage = Damage { root: sample.root(), size: sample.size(), groups: groups.clone() };
+        let damage = Damage {
+            root: sample.root(),
+            size: sample.size(),
+            groups: groups.clone(),
+        };
         assert_eq!(*heard.lock().unwrap(), [damage]);
         let left = store.durable(&sample.root()).unwrap().ranges;
         assert_eq!(left, GroupRanges::all(sample.size()).difference(&groups));
         // Groups beside it are served, and the same bytes again make it whole.
-        left.runs().iter().for_each(|run| assert_eq!(read(&store, &sample.root(), run.clone()), sample.encoded(run.clone())));
-        groups.runs().iter().for_each(|run| write(&store, &sample, run.clone()));
+        left.runs().iter().for_each(|run| {
+            assert_eq!(
+                read(&store, &sample.root(), run.clone()),
+                sample.encoded(run.clone())
+            )
+        });
+        groups
+            .runs()
+            .iter()
+            .for_each(|run| write(&store, &sample, run.clone()));
         assert_eq!(read(&store, &sample.root(), 0..8), sample.encoded(0..8));
         assert!(store.verify(&sample.root()).unwrap().is_empty());
         let after = Store::open_with(Arc::new(disk.crash(1)), StoreOptions::default()).unwrap();
-        assert!(after.verify(&sample.root()).unwrap().is_empty() && after.durable(&sample.root()).unwrap().complete);
+        assert!(
+            after.verify(&sample.root()).unwrap().is_empty()
+                && after.durable(&sample.root()).unwrap().complete
+        );
     }
 }
 
@@ -266,7 +377,10 @@ fn verify_names_the_damaged_groups() {
     let expected: GroupRanges = [3..4, 17..18, 39..40].into_iter().collect();
     assert_eq!(store.verify(&sample.root()).unwrap(), expected);
     assert_eq!(store.present(&sample.root()).unwrap().ranges.count(), 37);
-    assert!(matches!(store.verify(&RootHash::of(b"none")), Err(ReadError::Unknown(_))));
+    assert!(matches!(
+        store.verify(&RootHash::of(b"none")),
+        Err(ReadError::Unknown(_))
+    ));
 }
 
 #[test]
@@ -284,141 +398,20 @@ fn files_that_vanish_or_shrink_are_noticed_when_opening() {
         .unwrap();
     let store = Store::open_with(Arc::new(disk.clone()), StoreOptions::default()).unwrap();
     let lost = &store.recovery().lost;
-    assert!(lost.contains(&(gone.root(), GroupRanges::from(0..8))), "{lost:?}");
-    assert!(lost.contains(&(cut.root(), GroupRanges::from(5..8))), "{lost:?}");
+    assert!(
+        lost.contains(&(gone.root(), GroupRanges::from(0..8))),
+        "{lost:?}"
+    );
+    assert!(
+        lost.contains(&(cut.root(), GroupRanges::from(5..8))),
+        "{lost:?}"
+    );
     assert_eq!(read(&store, &cut.root(), 0..5), cut.encoded(0..5));
     write(&store, &gone, 0..8);
     write(&store, &cut, 5..8);
     for sample in [&gone, &cut] {
         assert_eq!(read(&store, &sample.root(), 0..8), sample.encoded(0..8));
     }
-}
-
-#[test]
-fn the_quota_holds_and_says_the_way_out() {
-    let (_, store) = simulated();
-    let sample = Sample::groups(1, 20);
-    write(&store, &sample, 0..10);
-    store.set_quota(Some(store.usage().used + 2 * GROUP_LEN));
-    let refused = store.write_encoded(&sample.root(), 10..14, &sample.encoded(10..14)).unwrap_err();
-    assert!(matches!(refused, WriteError::Full(Full::Quota { .. })), "{refused:?}");
-    assert!(refused.to_string().contains("capsule gc"), "{refused}");
-    let refused = store.put_small(&Sample::groups(2, 3).bytes, BlobKind::Index).unwrap_err();
-    assert!(matches!(refused, WriteError::Full(Full::Quota { .. })), "{refused:?}");
-    // What is there stays, what fits fits, and room makes the same bytes welcome.
-    assert_eq!(store.present(&sample.root()).unwrap().ranges, GroupRanges::from(0..10));
-    write(&store, &sample, 10..11);
-    store.set_quota(None);
-    write(&store, &sample, 10..20);
-    assert_eq!(store.usage().used, sample.size() + 64 * 20);
-}
-
-#[test]
-fn collection_spares_what_is_live_or_in_use() {
-    let (disk, store) = simulated();
-    let samples: Vec<_> = (0..5).map(|seed| Sample::groups(seed, 4)).collect();
-    samples.iter().for_each(|sample| write(&store, sample, 0..4));
-    let root = |i: usize| samples[i].root();
-    let live = |hash: &RootHash| *hash == root(0);
-    let reader = store.open_blob(&root(1)).unwrap();
-    let guard = store.guard([root(2), RootHash::of(b"not here yet")]);
-    let plan = store.gc(&live, GcMode::DryRun).unwrap();
-    let report = store.gc(&live, GcMode::Collect).unwrap();
-    assert_eq!(plan, report);
-    assert_eq!(report.blobs.len(), 2);
-    assert_eq!(report.in_use.len(), 2);
-    assert_eq!(report.freed, 2 * (samples[0].size() + 64 * 4));
-    assert!(matches!(store.remove(&root(2)), Err(RemoveError::Busy(_))));
-    assert!(matches!(store.punch(&root(2), &GroupRanges::from(0..1)), Err(RemoveError::Busy(_))));
-    let mut bytes = [0; 100];
-    reader.read_exact_at(0, &mut bytes).unwrap();
-    assert_eq!(bytes, samples[1].bytes[..100]);
-    drop((reader, guard));
-    assert_eq!(store.gc(&live, GcMode::Collect).unwrap().blobs.len(), 2);
-    assert_eq!(store.usage().used, samples[0].size() + 64 * 4);
-    assert_eq!(disk.paths().iter().filter(|path| path.starts_with("blobs")).count(), 2);
-    write(&store, &samples[3], 0..4);
-    assert_eq!(read(&store, &root(3), 0..4), samples[3].encoded(0..4));
-}
-
-#[test]
-fn collection_and_fetching_at_once_keep_what_is_guarded() {
-    let dir = tempfile::tempdir().unwrap();
-    let store = open(dir.path());
-    let samples: Vec<_> = (0..8).map(|seed| Sample::groups(seed, 3)).collect();
-    std::thread::scope(|scope| {
-        scope.spawn(|| (0..40).for_each(|_| drop(store.gc(&|_| false, GcMode::Collect).unwrap())));
-        for sample in &samples {
-            scope.spawn(|| {
-                for _ in 0..10 {
-                    let _guard = store.guard([sample.root()]);
-                    write(&store, sample, 0..2);
-                    write(&store, sample, 2..3);
-                    assert_eq!(read(&store, &sample.root(), 0..3), sample.encoded(0..3));
-                }
-            });
-        }
-    });
-    store.gc(&|_| false, GcMode::Collect).unwrap();
-    assert_eq!((store.usage().used, store.blobs().len()), (0, 0));
-}
-
-#[test]
-fn dead_ranges_are_freed_on_the_disk() {
-    use std::os::unix::fs::MetadataExt;
-    let dir = tempfile::tempdir().unwrap();
-    let store = open(dir.path());
-    let sample = Sample::groups(1, 64);
-    write(&store, &sample, 0..64);
-    let file = dir.path().join(file_of(&sample.root(), "data"));
-    let held = || std::fs::metadata(&file).unwrap().blocks() * 512;
-    let before = held();
-    let freed = store.punch(&sample.root(), &[0..20, 40..64].into_iter().collect()).unwrap();
-    assert_eq!(freed, sample.size() - 20 * GROUP_LEN + 64 * 44);
-    assert!(held() + 40 * GROUP_LEN <= before, "{before} -> {}", held());
-    assert_eq!(store.present(&sample.root()).unwrap().ranges, GroupRanges::from(20..40));
-    assert_eq!(read(&store, &sample.root(), 20..40), sample.encoded(20..40));
-    assert_eq!(store.punch(&sample.root(), &GroupRanges::from(0..20)).unwrap(), 0);
-    write(&store, &sample, 0..64);
-    assert!(store.durable(&sample.root()).unwrap().complete);
-}
-
-#[test]
-fn a_component_is_served_through_its_provider() {
-    let (disk, store) = simulated();
-    let (index, pack, disk_image) = (Sample::groups(1, 2), Sample::groups(2, 6), Sample::groups(3, 30));
-    let root = disk_image.root();
-    let recipe = ComponentRecipe { layers: vec![LayerBlobs { index: index.root(), pack: Some(pack.root()) }] };
-    let register = || store.register_component(&root, disk_image.size(), recipe.clone(), &disk_image.outboard);
-    write(&store, &index, 0..2);
-    assert!(matches!(register(), Err(WriteError::Unknown(missing)) if missing == pack.root()));
-    write(&store, &pack, 0..6);
-    register().unwrap();
-    let unprovided = store.read_encoded(&root, 0..3, &mut Vec::new());
-    assert!(matches!(unprovided, Err(ReadError::Component { .. })), "{unprovided:?}");
-    let provider: Arc<dyn ComponentProvider> = Arc::new(Samples(vec![disk_image.clone()]));
-    store.set_component_provider(&provider);
-    assert!(store.present(&root).unwrap().complete);
-    assert!(store.durable(&root).is_none());
-    assert_eq!(read(&store, &root, 7..30), disk_image.encoded(7..30));
-    assert!(store.verify(&root).unwrap().is_empty());
-
-    // The layers come to decode to something else.
-    let mut drifted = disk_image.clone();
-    drifted.bytes[11 * GROUP_LEN as usize] ^= 1;
-    let provider: Arc<dyn ComponentProvider> = Arc::new(Samples(vec![drifted]));
-    store.set_component_provider(&provider);
-    let found = store.read_encoded(&root, 8..20, &mut Vec::new());
-    assert!(matches!(&found, Err(ReadError::Damaged { groups, .. }) if *groups == GroupRanges::from(11..12)), "{found:?}");
-    let after = Store::open_with(Arc::new(disk.crash(1)), StoreOptions::default()).unwrap();
-    assert_eq!(after.present(&root).unwrap().ranges.count(), 29);
-    assert_eq!(after.component(&root).unwrap().recipe, recipe);
-
-    // Without its layers it is not served.
-    let removed = store.gc(&|hash| *hash == root || *hash == index.root(), GcMode::Collect).unwrap();
-    assert_eq!(removed.components, [root]);
-    assert!(store.present(&root).is_none() && store.components().is_empty());
-    assert!(!disk.paths().contains(&file_of(&root, "component")));
 }
 
 #[test]
@@ -435,10 +428,19 @@ fn a_second_daemon_on_the_same_home_is_refused() {
 fn whole_blobs_are_bounded_by_the_caller() {
     let (_, store) = simulated();
     let root = store.put_small(&[7; 40_000], BlobKind::Listing).unwrap();
-    assert!(matches!(store.read_whole(&root, 39_999), Err(ReadError::TooLong { size: 40_000, .. })));
+    assert!(matches!(
+        store.read_whole(&root, 39_999),
+        Err(ReadError::TooLong { size: 40_000, .. })
+    ));
     assert_eq!(store.read_whole(&root, 40_000).unwrap(), [7; 40_000]);
-    assert_eq!(store.put_small(&[7; 40_000], BlobKind::Listing).unwrap(), root);
-    assert!(matches!(store.read_whole(&RootHash::of(b"none"), 9), Err(ReadError::Unknown(_))));
+    assert_eq!(
+        store.put_small(&[7; 40_000], BlobKind::Listing).unwrap(),
+        root
+    );
+    assert!(matches!(
+        store.read_whole(&RootHash::of(b"none"), 9),
+        Err(ReadError::Unknown(_))
+    ));
 }
 
 proptest! {

@@ -35,8 +35,14 @@ pub fn to_socket(address: &Multiaddr) -> Option<SocketAddr> {
 pub fn parse(text: &str) -> Option<HostPort> {
     if !text.starts_with('/') {
         let (host, port) = text.trim().rsplit_once(':')?;
-        let host = host.trim_start_matches('[').trim_end_matches(']').to_owned();
-        return (!host.is_empty()).then_some(HostPort { host, port: port.parse().ok()? });
+        let host = host
+            .trim_start_matches('[')
+            .trim_end_matches(']')
+            .to_owned();
+        return (!host.is_empty()).then_some(HostPort {
+            host,
+            port: port.parse().ok()?,
+        });
     }
     let address: Multiaddr = text.trim().parse().ok()?;
     let mut parts = address.iter();
@@ -59,14 +65,29 @@ mod tests {
     #[test]
     fn all_spellings_are_read() {
         let read = |text| parse(text).map(|HostPort { host, port }| (host, port));
-        for text in ["10.0.0.1:4001", "/ip4/10.0.0.1/tcp/4001", "/ip4/10.0.0.1/tcp/4001/tls"] {
+        for text in [
+            "10.0.0.1:4001",
+            "/ip4/10.0.0.1/tcp/4001",
+            "/ip4/10.0.0.1/tcp/4001/tls",
+        ] {
             assert_eq!(read(text), Some(("10.0.0.1".into(), 4001)), "{text}");
         }
         for text in ["[::1]:4001", "/ip6/::1/tcp/4001"] {
             assert_eq!(read(text), Some(("::1".into(), 4001)), "{text}");
         }
-        assert_eq!(read("/dns4/lab.example/tcp/1"), Some(("lab.example".into(), 1)));
-        for text in ["", ":1", "lab", "lab:", "lab:99999", "/ip4/10.0.0.1", "/ip4/10.0.0.1/udp/1"] {
+        assert_eq!(
+            read("/dns4/lab.example/tcp/1"),
+            Some(("lab.example".into(), 1))
+        );
+        for text in [
+            "",
+            ":1",
+            "lab",
+            "lab:",
+            "lab:99999",
+            "/ip4/10.0.0.1",
+            "/ip4/10.0.0.1/udp/1",
+        ] {
             assert_eq!(read(text), None, "{text}");
         }
     }

@@ -18,7 +18,10 @@ impl Fleet {
         let mut first = Node::new(dir.path().join("node0"));
         first.init();
         first.start();
-        Self { nodes: vec![first], dir }
+        Self {
+            nodes: vec![first],
+            dir,
+        }
     }
 
     /// A fleet of several running nodes; all but the first are plain members.
@@ -34,7 +37,10 @@ impl Fleet {
     /// A token of the first node.
     pub fn invite(&self, options: &[&str]) -> String {
         let address = self[0].address().to_owned();
-        self[0].ok(&[&["fleet", "invite", "--addr", &address], options].concat()).trim().to_owned()
+        self[0]
+            .ok(&[&["fleet", "invite", "--addr", &address], options].concat())
+            .trim()
+            .to_owned()
     }
 
     /// Adds a node by a token and starts it; returns its position.

@@ -10,11 +10,14 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use capsule_chunker::bao::{self, Tree};
+use capsule_proto::RootHash;
 use capsule_proto::credential::{MachineKey, Revoked, Token};
 use capsule_proto::ranges::GroupRanges;
 use capsule_proto::record::RecordId;
-use capsule_proto::RootHash;
-use capsule_swarm::{BlobStore, Limits, Network, NetworkConfig, NetworkHandle, Offer, RecordStore, ServeError, StoreError};
+use capsule_swarm::{
+    BlobStore, Limits, Network, NetworkConfig, NetworkHandle, Offer, RecordStore, ServeError,
+    StoreError,
+};
 
 /// How a hostile member treats requests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,12 +52,22 @@ struct NoRecords;
 impl Hostile {
     /// Joins with the token and announces the blob whole.
     pub fn start(token: &str, number: u8, vice: Vice, content: Vec<u8>) -> Self {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("the clock is set").as_secs();
+        let now = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .expect("the clock is set")
+            .as_secs();
         let token = Token::parse(token, now).expect("the token is good");
         let machine = MachineKey::from_secret([number; 32]);
         let (tree, outboard) = bao::tree_of(&content);
         let (asked, ending) = (Arc::<AtomicU64>::default(), Arc::<AtomicBool>::default());
-        let store = HostileStore { vice, tree, content, outboard, asked: asked.clone(), ending: ending.clone() };
+        let store = HostileStore {
+            vice,
+            tree,
+            content,
+            outboard,
+            asked: asked.clone(),
+            ending: ending.clone(),
+        };
         let config = NetworkConfig {
             credential: token.enrol(machine.machine(), "hostile", now),
             machine,
@@ -66,14 +79,29 @@ impl Hostile {
             unix_time: Arc::new(move || now),
             seed: number.into(),
         };
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()
+            .expect("a runtime");
         let network = runtime.block_on(async {
-            let (network, mut events) = Network::start(config, Arc::new(store), Arc::new(NoRecords)).await.expect("it starts");
+            let (network, mut events) =
+                Network::start(config, Arc::new(store), Arc::new(NoRecords))
+                    .await
+                    .expect("it starts");
             tokio::spawn(async move { while events.recv().await.is_some() {} });
-            network.announce(tree.root, tree.size, GroupRanges::all(tree.size)).await.expect("it runs");
+            network
+                .announce(tree.root, tree.size, GroupRanges::all(tree.size))
+                .await
+                .expect("it runs");
             network
         });
-        Self { network, runtime, asked, ending }
+        Self {
+            network,
+            runtime,
+            asked,
+            ending,
+        }
     }
 
     /// How often it was asked for content.
@@ -88,7 +116,9 @@ impl Hostile {
 
     /// How many peers it is connected to.
     pub fn peers(&self) -> usize {
-        self.runtime.block_on(self.network.peers()).map_or(0, |peers| peers.len())
+        self.runtime
+            .block_on(self.network.peers())
+            .map_or(0, |peers| peers.len())
     }
 }
 
@@ -104,7 +134,12 @@ impl BlobStore for HostileStore {
         (*root == self.tree.root).then(|| (self.tree.size, GroupRanges::all(self.tree.size)))
     }
 
-    fn read_encoded(&self, root: &RootHash, groups: Range<u64>, out: &mut Vec<u8>) -> Result<(), ServeError> {
+    fn read_encoded(
+        &self,
+        root: &RootHash,
+        groups: Range<u64>,
+        out: &mut Vec<u8>,
+    ) -> Result<(), ServeError> {
         self.asked.fetch_add(1, Ordering::Relaxed);
         match self.vice {
             Vice::Denies => return Err(ServeError::Missing { root: *root }),
@@ -117,13 +152,26 @@ impl BlobStore for HostileStore {
             Vice::Corrupts => {}
         }
         let start = out.len();
-        bao::encode_range(&self.tree, groups, &self.content[..], &self.outboard[..], out).expect("its copy is right");
+        bao::encode_range(
+            &self.tree,
+            groups,
+            &self.content[..],
+            &self.outboard[..],
+            out,
+        )
+        .expect("its copy is right");
         let last = out.len() - 1;
         out[start + (last - start) / 2] ^= 4;
         Ok(())
     }
 
-    fn write_encoded(&self, _: &RootHash, _: u64, _: Range<u64>, _: &[u8]) -> Result<(), StoreError> {
+    fn write_encoded(
+        &self,
+        _: &RootHash,
+        _: u64,
+        _: Range<u64>,
+        _: &[u8],
+    ) -> Result<(), StoreError> {
         Err(StoreError::Full)
     }
 }
@@ -164,16 +212,24 @@ impl Drip {
         let address = listener.local_addr().expect("it is bound");
         let node = node.to_owned();
         let (dripping, ending) = (Arc::<AtomicBool>::default(), Arc::<AtomicBool>::default());
-        let relay = Self { address, dripping: dripping.clone(), ending: ending.clone() };
+        let relay = Self {
+            address,
+            dripping: dripping.clone(),
+            ending: ending.clone(),
+        };
         std::thread::spawn(move || {
             // A handful of connections at most: those of one test's nodes.
             for near in listener.incoming().flatten().take(64) {
                 if ending.load(Ordering::Relaxed) {
                     return;
                 }
-                let Ok(far) = TcpStream::connect(&node) else { continue };
+                let Ok(far) = TcpStream::connect(&node) else {
+                    continue;
+                };
                 for (from, to) in [(near.try_clone(), far.try_clone()), (Ok(far), Ok(near))] {
-                    let (Ok(from), Ok(to)) = (from, to) else { continue };
+                    let (Ok(from), Ok(to)) = (from, to) else {
+                        continue;
+                    };
                     let (dripping, ending) = (dripping.clone(), ending.clone());
                     std::thread::spawn(move || pass(from, to, &dripping, &ending));
                 }
@@ -206,7 +262,11 @@ fn pass(mut from: TcpStream, mut to: TcpStream, dripping: &AtomicBool, ending: &
     while let Ok(len @ 1..) = from.read(&mut buffer) {
         let mut rest = &buffer[..len];
         while !rest.is_empty() {
-            let now = if dripping.load(Ordering::Relaxed) { 1 } else { rest.len() };
+            let now = if dripping.load(Ordering::Relaxed) {
+                1
+            } else {
+                rest.len()
+            };
             if ending.load(Ordering::Relaxed) || to.write_all(&rest[..now]).is_err() {
                 return;
             }

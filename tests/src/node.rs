@@ -34,7 +34,11 @@ pub struct Outcome {
 impl Node {
     /// A home that does not exist yet.
     pub fn new(home: impl Into<PathBuf>) -> Self {
-        Self { home: home.into(), daemon: None, address: None }
+        Self {
+            home: home.into(),
+            daemon: None,
+            address: None,
+        }
     }
 
     /// The home directory.
@@ -55,32 +59,48 @@ impl Node {
     /// A command on this home, not yet run.
     pub fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(binary::capsule());
-        command.arg("--home").arg(&self.home).args(args).stdin(Stdio::null());
+        command
+            .arg("--home")
+            .arg(&self.home)
+            .args(args)
+            .stdin(Stdio::null());
         command
     }
 
     /// Runs a command to its end.
     pub fn run(&self, args: &[&str]) -> Outcome {
-        self.command(args).output().expect("the program runs").into()
+        self.command(args)
+            .output()
+            .expect("the program runs")
+            .into()
     }
 
     /// Runs a command that must succeed; returns its standard output.
     pub fn ok(&self, args: &[&str]) -> String {
         let outcome = self.run(args);
-        assert_eq!(outcome.code, Some(0), "capsule {args:?} failed: {outcome:#?}");
+        assert_eq!(
+            outcome.code,
+            Some(0),
+            "capsule {args:?} failed: {outcome:#?}"
+        );
         outcome.stdout
     }
 
     /// Runs a command with `--json` that must succeed; returns what it printed.
     pub fn json(&self, args: &[&str]) -> Value {
         let stdout = self.ok(&[args, &["--json"]].concat());
-        serde_json::from_str(&stdout).unwrap_or_else(|error| panic!("capsule {args:?} --json: {error} in {stdout}"))
+        serde_json::from_str(&stdout)
+            .unwrap_or_else(|error| panic!("capsule {args:?} --json: {error} in {stdout}"))
     }
 
     /// Runs a command that must fail with the code; returns what it said.
     pub fn fails(&self, code: i32, args: &[&str]) -> String {
         let outcome = self.run(args);
-        assert_eq!(outcome.code, Some(code), "capsule {args:?} should have failed with {code}: {outcome:#?}");
+        assert_eq!(
+            outcome.code,
+            Some(code),
+            "capsule {args:?} should have failed with {code}: {outcome:#?}"
+        );
         outcome.stderr
     }
 
@@ -97,13 +117,22 @@ impl Node {
     /// Starts the daemon on an address and waits until it is ready.
     pub fn start_on(&mut self, listen: &str) {
         assert!(self.daemon.is_none(), "the daemon runs already");
-        let log = std::fs::File::create(self.home.with_extension("log")).expect("the log can be written");
+        let log =
+            std::fs::File::create(self.home.with_extension("log")).expect("the log can be written");
         let mut command = self.command(&["node", "--listen", listen]);
-        let mut child = command.stdout(Stdio::piped()).stderr(log).spawn().expect("the program runs");
+        let mut child = command
+            .stdout(Stdio::piped())
+            .stderr(log)
+            .spawn()
+            .expect("the program runs");
         let mut lines = BufReader::new(child.stdout.take().expect("stdout is piped")).lines();
         self.daemon = Some(child);
-        let ready = lines.by_ref().map_while(Result::ok).find_map(|line| line.strip_prefix("listening ").map(str::to_owned));
-        self.address = Some(ready.unwrap_or_else(|| panic!("the daemon did not start: {}", self.log())));
+        let ready = lines
+            .by_ref()
+            .map_while(Result::ok)
+            .find_map(|line| line.strip_prefix("listening ").map(str::to_owned));
+        self.address =
+            Some(ready.unwrap_or_else(|| panic!("the daemon did not start: {}", self.log())));
         // What else it prints is drained, so that it never waits for us; the thread ends with the daemon.
         std::thread::spawn(move || lines.for_each(drop));
     }
@@ -134,15 +163,26 @@ impl Node {
             }
             std::thread::sleep(Duration::from_millis(10));
         }
-        child.kill().and_then(|()| child.wait()).expect("the daemon is ours");
-        panic!("the daemon did not end within {PATIENCE:?} of {signal:?}: {}", self.log());
+        child
+            .kill()
+            .and_then(|()| child.wait())
+            .expect("the daemon is ours");
+        panic!(
+            "the daemon did not end within {PATIENCE:?} of {signal:?}: {}",
+            self.log()
+        );
     }
 
     /// Waits until a question is answered with yes.
     pub fn wait_until(&self, what: &str, mut question: impl FnMut(&Self) -> bool) {
         let deadline = Instant::now() + PATIENCE;
         while !question(self) {
-            assert!(Instant::now() < deadline, "waited {PATIENCE:?} in vain until {what}; log of {:?}:\n{}", self.home, self.log());
+            assert!(
+                Instant::now() < deadline,
+                "waited {PATIENCE:?} in vain until {what}; log of {:?}:\n{}",
+                self.home,
+                self.log()
+            );
             std::thread::sleep(Duration::from_millis(50));
         }
     }
@@ -150,13 +190,20 @@ impl Node {
     /// Waits until the daemon is connected to that many peers.
     pub fn wait_for_peers(&self, count: usize) {
         self.wait_until(&format!("{count} peers are connected"), |node| {
-            node.json(&["peers"])["peers"].as_array().is_some_and(|peers| peers.len() >= count)
+            node.json(&["peers"])["peers"]
+                .as_array()
+                .is_some_and(|peers| peers.len() >= count)
         });
     }
 
     /// Publishes a path; returns the answer.
     pub fn publish(&self, path: &Path, name: &str) -> Value {
-        self.json(&["publish", path.to_str().expect("test paths are UTF-8"), "--name", name])
+        self.json(&[
+            "publish",
+            path.to_str().expect("test paths are UTF-8"),
+            "--name",
+            name,
+        ])
     }
 }
 

@@ -19,9 +19,18 @@ fn a_puller_that_is_killed_goes_on_where_it_was() {
         // It says that the daemon went away, or was done before.
         let _ = pull.wait().unwrap();
         fleet[1].start();
-        assert!(fleet[1].json(&["verify"])["damaged"].as_array().unwrap().is_empty(), "nothing unverified counts as present");
+        assert!(
+            fleet[1].json(&["verify"])["damaged"]
+                .as_array()
+                .unwrap()
+                .is_empty(),
+            "nothing unverified counts as present"
+        );
         let now = fleet[1].json(&["status"])["store_bytes"].as_u64().unwrap();
-        assert!(now >= kept, "what was committed is still there: {kept}, then {now}");
+        assert!(
+            now >= kept,
+            "what was committed is still there: {kept}, then {now}"
+        );
         kept = now;
     }
     let pulled = fleet[1].json(&["pull", "lab:1"]);
@@ -39,12 +48,20 @@ fn a_publisher_that_is_killed_has_published_all_or_nothing() {
     data::tree(&source, 23, 24 << 20);
     for round in 0..5u64 {
         let name = format!("lab:{round}");
-        let mut publish = fleet[0].command(&["publish", source.to_str().unwrap(), "--name", &name]).spawn().unwrap();
+        let mut publish = fleet[0]
+            .command(&["publish", source.to_str().unwrap(), "--name", &name])
+            .spawn()
+            .unwrap();
         std::thread::sleep(Duration::from_millis(40 + 90 * round));
         fleet[0].kill();
         let _ = publish.wait().unwrap();
         fleet[0].start();
-        assert!(fleet[0].json(&["verify"])["damaged"].as_array().unwrap().is_empty());
+        assert!(
+            fleet[0].json(&["verify"])["damaged"]
+                .as_array()
+                .unwrap()
+                .is_empty()
+        );
         let listed = fleet[0].json(&["ls"]);
         for capsule in listed["capsules"].as_array().unwrap() {
             assert_eq!(capsule["holding"], "complete", "{listed:#}");
@@ -54,7 +71,10 @@ fn a_publisher_that_is_killed_has_published_all_or_nothing() {
     let copy = fleet.path("copy");
     fleet[0].ok(&["export", "lab:last", "--to", copy.to_str().unwrap()]);
     data::compare_trees(&source, &copy).unwrap();
-    assert_eq!(fleet[0].json(&["show", "lab"])["capsule"], published["capsule"]);
+    assert_eq!(
+        fleet[0].json(&["show", "lab"])["capsule"],
+        published["capsule"]
+    );
 }
 
 #[test]
@@ -70,11 +90,23 @@ fn a_stopped_pull_is_resumed_by_the_same_command() {
     let _ = rustix::process::kill_process(pid, rustix::process::Signal::INT);
     let code = pull.wait().unwrap().code();
     assert!(code == Some(130) || code == Some(0), "{code:?}");
-    fleet[1].wait_until("the transfer has ended", |node| node.json(&["status"])["transfers"].as_array().unwrap().is_empty());
-    let before = fleet[1].json(&["status"])["received_bytes"].as_u64().unwrap();
+    fleet[1].wait_until("the transfer has ended", |node| {
+        node.json(&["status"])["transfers"]
+            .as_array()
+            .unwrap()
+            .is_empty()
+    });
+    let before = fleet[1].json(&["status"])["received_bytes"]
+        .as_u64()
+        .unwrap();
     let pulled = fleet[1].json(&["pull", "lab:1"]);
-    let after = fleet[1].json(&["status"])["received_bytes"].as_u64().unwrap();
-    assert!(after - before <= (96 << 20) + (4 << 20), "what was verified is not fetched again");
+    let after = fleet[1].json(&["status"])["received_bytes"]
+        .as_u64()
+        .unwrap();
+    assert!(
+        after - before <= (96 << 20) + (4 << 20),
+        "what was verified is not fetched again"
+    );
     if code == Some(130) {
         assert!(pulled["had_bytes"].as_u64().unwrap() > 0, "{pulled:#}");
     }

@@ -17,7 +17,14 @@ fn commands_without_a_daemon_name_the_way_out() {
     node.fails(2, &["pull"]);
     node.fails(2, &["no-such-command"]);
     node.fails(1, &["join", "hello"]);
-    assert!(node.ok(&["fleet", "invite"]).trim().split_whitespace().count() == 1, "only the token is printed");
+    assert!(
+        node.ok(&["fleet", "invite"])
+            .trim()
+            .split_whitespace()
+            .count()
+            == 1,
+        "only the token is printed"
+    );
     node.fails(1, &["fleet", "init"]);
 }
 
@@ -58,7 +65,13 @@ fn export_leaves_what_exists_alone() {
     fleet[0].fails(1, &["export", "tree:1", "--to", dir.to_str().unwrap()]);
     assert_eq!(fs::read(&file).unwrap(), b"precious");
     assert_eq!(fs::read(dir.join("precious")).unwrap(), b"precious");
-    fleet[0].ok(&["export", "file:1", "--to", file.to_str().unwrap(), "--force"]);
+    fleet[0].ok(&[
+        "export",
+        "file:1",
+        "--to",
+        file.to_str().unwrap(),
+        "--force",
+    ]);
     fleet[0].ok(&["export", "tree:1", "--to", dir.to_str().unwrap(), "--force"]);
     assert_eq!(fs::read(&file).unwrap(), b"content");
     data::compare_trees(&fleet.path("tree"), &dir).unwrap();
@@ -69,7 +82,17 @@ fn a_source_that_changes_while_it_is_published_is_noticed() {
     let fleet = Fleet::of(1);
     let source = fleet.path("growing");
     data::noise_file(&source, 9, 64 << 20);
-    let mut publishing = fleet[0].command(&["publish", source.to_str().unwrap(), "--name", "lab:1", "--effort", "max"]).spawn().unwrap();
+    let mut publishing = fleet[0]
+        .command(&[
+            "publish",
+            source.to_str().unwrap(),
+            "--name",
+            "lab:1",
+            "--effort",
+            "max",
+        ])
+        .spawn()
+        .unwrap();
     let mut file = fs::OpenOptions::new().append(true).open(&source).unwrap();
     // Written to until it is over: at least once after the reading began and before it ended.
     let status = loop {
@@ -81,7 +104,11 @@ fn a_source_that_changes_while_it_is_published_is_noticed() {
     };
     assert_eq!(status.code(), Some(1));
     fleet[0].fails(1, &["show", "lab:1"]);
-    assert_eq!(fleet[0].json(&["ls"])["capsules"].as_array().unwrap().len(), 0, "nothing was published");
+    assert_eq!(
+        fleet[0].json(&["ls"])["capsules"].as_array().unwrap().len(),
+        0,
+        "nothing was published"
+    );
 }
 
 #[test]
@@ -96,13 +123,25 @@ fn a_full_disk_stops_a_pull_and_room_lets_it_go_on() {
     node.ok(&["join", &token]);
     node.start();
     let said = node.fails(1, &["pull", "lab:1"]);
-    assert!(said.contains("room") || said.contains("full") || said.contains("space"), "{said}");
-    assert!(node.json(&["verify"])["damaged"].as_array().unwrap().is_empty(), "what was kept is right");
+    assert!(
+        said.contains("room") || said.contains("full") || said.contains("space"),
+        "{said}"
+    );
+    assert!(
+        node.json(&["verify"])["damaged"]
+            .as_array()
+            .unwrap()
+            .is_empty(),
+        "what was kept is right"
+    );
     let kept = node.json(&["status"])["store_bytes"].as_u64().unwrap();
     assert!(kept > 4 << 20, "what was verified is kept: {kept}");
     small.grow(64);
     let pulled = node.json(&["pull", "lab:1"]);
-    assert!(pulled["had_bytes"].as_u64().unwrap() > 4 << 20, "{pulled:#}");
+    assert!(
+        pulled["had_bytes"].as_u64().unwrap() > 4 << 20,
+        "{pulled:#}"
+    );
     node.stop();
 }
 
@@ -114,13 +153,24 @@ struct SmallDisk {
 impl SmallDisk {
     fn mount(path: &std::path::Path, megabytes: u64) -> Self {
         fs::create_dir(path).unwrap();
-        let status = Command::new("mount").args(["-t", "tmpfs", "-o", &format!("size={megabytes}m"), "tmpfs"]).arg(path).status();
-        assert!(status.unwrap().success(), "this test mounts a tmpfs: run it as root");
-        Self { path: path.to_owned() }
+        let status = Command::new("mount")
+            .args(["-t", "tmpfs", "-o", &format!("size={megabytes}m"), "tmpfs"])
+            .arg(path)
+            .status();
+        assert!(
+            status.unwrap().success(),
+            "this test mounts a tmpfs: run it as root"
+        );
+        Self {
+            path: path.to_owned(),
+        }
     }
 
     fn grow(&self, megabytes: u64) {
-        let status = Command::new("mount").args(["-o", &format!("remount,size={megabytes}m")]).arg(&self.path).status();
+        let status = Command::new("mount")
+            .args(["-o", &format!("remount,size={megabytes}m")])
+            .arg(&self.path)
+            .status();
         assert!(status.unwrap().success());
     }
 }
@@ -148,8 +198,17 @@ fn damage_on_disk_is_noticed_and_repaired_from_peers() {
     fleet[1].start();
     fleet[1].wait_for_peers(1);
     let verified = fleet[1].json(&["verify", "--repair"]);
-    assert!(verified["damaged_bytes"].as_u64().unwrap() > 0 && verified["damaged_bytes"] == verified["repaired_bytes"], "{verified:#}");
-    assert!(fleet[1].json(&["verify"])["damaged"].as_array().unwrap().is_empty());
+    assert!(
+        verified["damaged_bytes"].as_u64().unwrap() > 0
+            && verified["damaged_bytes"] == verified["repaired_bytes"],
+        "{verified:#}"
+    );
+    assert!(
+        fleet[1].json(&["verify"])["damaged"]
+            .as_array()
+            .unwrap()
+            .is_empty()
+    );
     let copy = fleet.path("copy");
     fleet[1].ok(&["export", "lab:1", "--to", copy.to_str().unwrap()]);
     assert!(fs::read(&source).unwrap() == fs::read(&copy).unwrap());
@@ -160,9 +219,16 @@ fn largest_file(dir: &std::path::Path) -> std::path::PathBuf {
     let mut open = vec![dir.to_owned()];
     while let Some(dir) = open.pop() {
         for entry in fs::read_dir(dir).unwrap().flatten() {
-            if entry.path().is_dir() { open.push(entry.path()) } else { files.push(entry.path()) }
+            if entry.path().is_dir() {
+                open.push(entry.path())
+            } else {
+                files.push(entry.path())
+            }
         }
     }
     files.retain(|path| path.extension().is_some_and(|end| end == "data"));
-    files.into_iter().max_by_key(|path| path.metadata().unwrap().len()).expect("the store has blobs")
+    files
+        .into_iter()
+        .max_by_key(|path| path.metadata().unwrap().len())
+        .expect("the store has blobs")
 }

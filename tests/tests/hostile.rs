@@ -9,13 +9,20 @@ use serde_json::Value;
 
 /// The bytes of a held blob, from the node's store.
 fn blob_of(node: &Node, root: &str) -> Vec<u8> {
-    let path = node.home().join("store/blobs").join(&root[..2]).join(format!("{root}.data"));
+    let path = node
+        .home()
+        .join("store/blobs")
+        .join(&root[..2])
+        .join(format!("{root}.data"));
     fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 
 fn pack_of(node: &Node, name: &str) -> String {
     let shown = node.json(&["show", name]);
-    shown["layers"][0]["pack"]["root"].as_str().unwrap_or_else(|| panic!("{shown:#}")).to_owned()
+    shown["layers"][0]["pack"]["root"]
+        .as_str()
+        .unwrap_or_else(|| panic!("{shown:#}"))
+        .to_owned()
 }
 
 /// A publisher with a capsule of noise, a hostile member that announces its pack, and a puller.
@@ -31,12 +38,23 @@ fn pull_beside(vice: Vice) -> (Fleet, Hostile, Value) {
     fleet[puller].wait_for_peers(2);
     let started = Instant::now();
     let pulled = fleet[puller].json(&["pull", "lab:1"]);
-    assert!(started.elapsed() < Duration::from_secs(30), "it took {:?}", started.elapsed());
+    assert!(
+        started.elapsed() < Duration::from_secs(30),
+        "it took {:?}",
+        started.elapsed()
+    );
     let copy = fleet.path("copy");
     fleet[puller].ok(&["export", "lab:1", "--to", copy.to_str().unwrap()]);
     assert!(fs::read(&source).unwrap() == fs::read(&copy).unwrap());
-    assert!(hostile.asked() > 0, "the hostile member was asked, so that the test shows something");
-    let from_hostile = pulled["by_peer"].as_array().unwrap().iter().find(|peer| peer["peer"] == hostile.peer().as_str());
+    assert!(
+        hostile.asked() > 0,
+        "the hostile member was asked, so that the test shows something"
+    );
+    let from_hostile = pulled["by_peer"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .find(|peer| peer["peer"] == hostile.peer().as_str());
     assert!(from_hostile.is_none(), "nothing of it counts: {pulled:#}");
     (fleet, hostile, pulled)
 }
@@ -46,11 +64,23 @@ fn a_peer_that_sends_a_wrong_byte_is_banned_and_the_transfer_goes_on() {
     let (fleet, hostile, _) = pull_beside(Vice::Corrupts);
     let status = fleet[1].json(&["status"]);
     assert_eq!(status["banned"], 1, "{status:#}");
-    assert!(fleet[1].json(&["verify"])["damaged"].as_array().unwrap().is_empty());
+    assert!(
+        fleet[1].json(&["verify"])["damaged"]
+            .as_array()
+            .unwrap()
+            .is_empty()
+    );
     // It stays away: only the publisher is connected.
     std::thread::sleep(Duration::from_secs(2));
     let peers = fleet[1].json(&["peers"]);
-    assert!(!peers["peers"].as_array().unwrap().iter().any(|peer| peer["peer"] == hostile.peer().as_str()), "{peers:#}");
+    assert!(
+        !peers["peers"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .any(|peer| peer["peer"] == hostile.peer().as_str()),
+        "{peers:#}"
+    );
 }
 
 #[test]
@@ -82,7 +112,11 @@ fn a_peer_that_sends_one_byte_a_second_does_not_hold_up_the_transfer() {
     relay.drip();
     let started = Instant::now();
     puller.json(&["pull", "lab:1"]);
-    assert!(started.elapsed() < Duration::from_secs(45), "it took {:?}", started.elapsed());
+    assert!(
+        started.elapsed() < Duration::from_secs(45),
+        "it took {:?}",
+        started.elapsed()
+    );
     let copy = fleet.path("copy");
     puller.ok(&["export", "lab:1", "--to", copy.to_str().unwrap()]);
     assert!(fs::read(&source).unwrap() == fs::read(&copy).unwrap());

@@ -8,11 +8,26 @@ use capsule_tests::{Fleet, data};
 fn a_file_travels_and_b3sum_of_the_export_is_its_root() {
     let fleet = Fleet::of(2);
     let (source, copy) = (fleet.path("source.bin"), fleet.path("copy.bin"));
-    fs::write(&source, [data::noise(1, 3_000_001), vec![0; 2_000_000], data::prose(2, 2_500_000)].concat()).unwrap();
+    fs::write(
+        &source,
+        [
+            data::noise(1, 3_000_001),
+            vec![0; 2_000_000],
+            data::prose(2, 2_500_000),
+        ]
+        .concat(),
+    )
+    .unwrap();
 
     let published = fleet[0].publish(&source, "lab:1");
-    let root = published["components"][0]["root"].as_str().unwrap().to_owned();
-    assert_eq!(root, blake3::hash(&fs::read(&source).unwrap()).to_hex().as_str());
+    let root = published["components"][0]["root"]
+        .as_str()
+        .unwrap()
+        .to_owned();
+    assert_eq!(
+        root,
+        blake3::hash(&fs::read(&source).unwrap()).to_hex().as_str()
+    );
 
     let planned = fleet[1].json(&["plan", "lab:1"]);
     let pulled = fleet[1].json(&["pull", "lab:1"]);
@@ -24,14 +39,27 @@ fn a_file_travels_and_b3sum_of_the_export_is_its_root() {
     );
     fleet[1].ok(&["export", "lab:1", "--to", copy.to_str().unwrap()]);
     assert!(fs::read(&source).unwrap() == fs::read(&copy).unwrap());
-    assert!(fleet[1].json(&["verify"])["damaged"].as_array().unwrap().is_empty());
+    assert!(
+        fleet[1].json(&["verify"])["damaged"]
+            .as_array()
+            .unwrap()
+            .is_empty()
+    );
 
     // The component is announced under its own root by both.
     let held = fleet[1].json(&["hashes"]);
-    assert!(held["hashes"].as_array().unwrap().iter().any(|hash| hash["root"] == root.as_str()));
+    assert!(
+        held["hashes"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .any(|hash| hash["root"] == root.as_str())
+    );
     fleet[0].wait_until("the puller announces the component", |node| {
         let peers = node.json(&["peers", "--have", &root]);
-        peers["peers"].as_array().is_some_and(|peers| peers.len() == 1)
+        peers["peers"]
+            .as_array()
+            .is_some_and(|peers| peers.len() == 1)
     });
 }
 
@@ -59,7 +87,10 @@ fn seven_pull_at_once_and_the_publisher_sends_little_more_than_one_copy() {
     let published = fleet[0].publish(&source, "lab:1");
     fleet.nodes().iter().for_each(|node| node.wait_for_peers(3));
     std::thread::scope(|scope| {
-        let pulls: Vec<_> = fleet.nodes()[1..].iter().map(|node| scope.spawn(|| node.json(&["pull", "lab:1"]))).collect();
+        let pulls: Vec<_> = fleet.nodes()[1..]
+            .iter()
+            .map(|node| scope.spawn(|| node.json(&["pull", "lab:1"])))
+            .collect();
         for pull in pulls {
             assert_eq!(pull.join().unwrap()["capsule"], published["capsule"]);
         }
@@ -67,7 +98,10 @@ fn seven_pull_at_once_and_the_publisher_sends_little_more_than_one_copy() {
     let sent = fleet[0].json(&["status"])["sent_bytes"].as_u64().unwrap();
     let pack = published["pack_bytes"].as_u64().unwrap();
     // Three copies would mean that the others hardly helped; the benchmark holds it to less.
-    assert!(sent < pack * 3, "the publisher sent {sent} bytes of a pack of {pack}");
+    assert!(
+        sent < pack * 3,
+        "the publisher sent {sent} bytes of a pack of {pack}"
+    );
 }
 
 #[test]
@@ -77,14 +111,21 @@ fn publishing_again_is_nothing_new_and_other_content_is_refused() {
     fs::write(&source, data::prose(4, 300_000)).unwrap();
     let first = fleet[0].publish(&source, "lab:1");
     let again = fleet[0].publish(&source, "lab:1");
-    assert_eq!((again["capsule"].clone(), again["unchanged"].clone()), (first["capsule"].clone(), true.into()));
+    assert_eq!(
+        (again["capsule"].clone(), again["unchanged"].clone()),
+        (first["capsule"].clone(), true.into())
+    );
     fs::write(&source, data::prose(5, 300_000)).unwrap();
     let path = source.to_str().unwrap();
     let said = fleet[0].fails(1, &["publish", path, "--name", "lab:1"]);
     assert!(said.contains("lab:1"), "{said}");
     let second = fleet[0].publish(&source, "lab:2");
     assert_ne!(second["capsule"], first["capsule"]);
-    assert_eq!(fleet[0].json(&["show", "lab"])["capsule"], second["capsule"], "the channel alone is its newest version");
+    assert_eq!(
+        fleet[0].json(&["show", "lab"])["capsule"],
+        second["capsule"],
+        "the channel alone is its newest version"
+    );
 }
 
 #[test]
@@ -97,13 +138,24 @@ fn a_follower_pulls_new_versions_by_itself_and_pins_two() {
         let id = fleet[0].publish(&source, &format!("lab:{version}"))["capsule"].clone();
         fleet[1].wait_until("the new version is here", |node| {
             let listed = node.json(&["ls"]);
-            listed["capsules"].as_array().unwrap().iter().any(|c| c["capsule"] == id && c["holding"] == "complete")
+            listed["capsules"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .any(|c| c["capsule"] == id && c["holding"] == "complete")
         });
     }
     fleet[1].wait_until("the newest two are pinned", |node| {
         let listed = node.json(&["ls"]);
-        let pinned = listed["capsules"].as_array().unwrap().iter().filter(|c| !c["pins"].as_array().unwrap().is_empty());
-        pinned.flat_map(|c| c["names"].as_array().unwrap().clone()).collect::<Vec<_>>() == ["lab:2", "lab:3"]
+        let pinned = listed["capsules"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .filter(|c| !c["pins"].as_array().unwrap().is_empty());
+        pinned
+            .flat_map(|c| c["names"].as_array().unwrap().clone())
+            .collect::<Vec<_>>()
+            == ["lab:2", "lab:3"]
     });
     fleet[1].ok(&["gc"]);
     let gone = fleet[1].json(&["show", "lab:1"]);

@@ -17,10 +17,20 @@ fn another_fleets_machine_never_reaches_a_protocol() {
     visitor.ok(&["join", token.trim()]);
     visitor.start();
     visitor.wait_until("it was told why it is refused", |node| {
-        node.json(&["status"])["troubles"].as_array().unwrap().iter().any(|t| t.as_str().unwrap().contains("fleet"))
+        node.json(&["status"])["troubles"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .any(|t| t.as_str().unwrap().contains("fleet"))
     });
-    assert_eq!(fleet[0].json(&["peers"])["peers"].as_array().unwrap().len(), 0);
-    assert_eq!(visitor.json(&["peers"])["peers"].as_array().unwrap().len(), 0);
+    assert_eq!(
+        fleet[0].json(&["peers"])["peers"].as_array().unwrap().len(),
+        0
+    );
+    assert_eq!(
+        visitor.json(&["peers"])["peers"].as_array().unwrap().len(),
+        0
+    );
 }
 
 #[test]
@@ -46,7 +56,10 @@ fn a_member_whose_credential_expires_is_refused_from_then_on() {
     std::thread::sleep(std::time::Duration::from_millis(4100));
     let said = fleet[brief].fails(1, &["node", "--listen", "127.0.0.1:0"]);
     assert!(said.contains("expired"), "{said}");
-    assert_eq!(fleet[0].json(&["peers"])["peers"].as_array().unwrap().len(), 0);
+    assert_eq!(
+        fleet[0].json(&["peers"])["peers"].as_array().unwrap().len(),
+        0
+    );
 }
 
 #[test]
@@ -63,12 +76,22 @@ fn publishing_needs_the_role_and_the_channel() {
     fleet[publisher].fails(1, &["publish", &path, "--name", "other:1"]);
     let published = fleet[publisher].publish(&source, "lab:1");
     // All members with the grant publish as one.
-    fleet[0].wait_until("the name has spread", |node| node.run(&["show", "lab:1"]).code == Some(0));
+    fleet[0].wait_until("the name has spread", |node| {
+        node.run(&["show", "lab:1"]).code == Some(0)
+    });
     fs::write(&source, data::prose(2, 100_000)).unwrap();
-    assert!(fleet[0].fails(1, &["publish", &path, "--name", "lab:1"]).contains("lab:1"));
+    assert!(
+        fleet[0]
+            .fails(1, &["publish", &path, "--name", "lab:1"])
+            .contains("lab:1")
+    );
     let second = fleet[0].publish(&source, "lab:2");
     fleet[1].wait_until("the newest is known", |node| {
-        node.run(&["show", "lab"]).code == Some(0) && node.json(&["show", "lab"])["capsule"] == second["capsule"]
+        node.run(&["show", "lab"]).code == Some(0)
+            && node.json(&["show", "lab"])["capsule"] == second["capsule"]
     });
-    assert_eq!(fleet[1].json(&["pull", "lab:1"])["capsule"], published["capsule"]);
+    assert_eq!(
+        fleet[1].json(&["pull", "lab:1"])["capsule"],
+        published["capsule"]
+    );
 }

@@ -26,8 +26,16 @@ impl Output {
     ///
     /// # Errors
     /// As [`output::print()`].
-    pub fn print<A: Serialize>(self, answer: &A, render: impl FnOnce(&A, Style) -> String) -> Result<(), Exit> {
-        if self.json { output::print_json(answer) } else { output::print(&render(answer, Style::stdout())) }
+    pub fn print<A: Serialize>(
+        self,
+        answer: &A,
+        render: impl FnOnce(&A, Style) -> String,
+    ) -> Result<(), Exit> {
+        if self.json {
+            output::print_json(answer)
+        } else {
+            output::print(&render(answer, Style::stdout()))
+        }
     }
 }
 
@@ -61,9 +69,16 @@ impl Context {
     ///
     /// # Errors
     /// No daemon, what it says, or that it was stopped.
-    pub fn work<C: Command>(&self, command: C, output: Output, stopped: &'static str) -> Result<C::Answer, Exit> {
+    pub fn work<C: Command>(
+        &self,
+        command: C,
+        output: Output,
+        stopped: &'static str,
+    ) -> Result<C::Answer, Exit> {
         let client = Client::connect(&self.home)?;
-        let canceller = client.canceller().map_err(|error| Exit::failed(format!("the node's socket: {error}")))?;
+        let canceller = client
+            .canceller()
+            .map_err(|error| Exit::failed(format!("the node's socket: {error}")))?;
         let interrupt = Interrupt::catch(true, move || canceller.cancel())?;
         let display = std::cell::RefCell::new(Display::stderr(output.json));
         let answer = client.run(
@@ -74,7 +89,10 @@ impl Context {
         display.into_inner().clear();
         match (answer, interrupt.signal()) {
             (Ok(answer), _) => Ok(answer),
-            (Err(_), Some(signal)) => Err(Exit::Interrupted { signal, message: stopped }),
+            (Err(_), Some(signal)) => Err(Exit::Interrupted {
+                signal,
+                message: stopped,
+            }),
             (Err(error), None) => Err(error.into()),
         }
     }
@@ -82,7 +100,9 @@ impl Context {
 
 /// The time, in seconds since 1970: for ages and dates.
 pub fn now() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_secs())
 }
 
 /// A path from the command line as the daemon needs it, whose working directory is another.

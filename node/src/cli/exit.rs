@@ -42,13 +42,22 @@ pub enum Exit {
 impl Exit {
     /// A failure without a hint.
     pub fn failed(message: impl Into<String>) -> Self {
-        Self::Failed { message: message.into(), hint: None }
+        Self::Failed {
+            message: message.into(),
+            hint: None,
+        }
     }
 
     /// Adds the way out to a failure that has none.
     pub fn or_hint(self, way_out: impl Into<String>) -> Self {
         match self {
-            Self::Failed { message, hint: None } => Self::Failed { message, hint: Some(way_out.into()) },
+            Self::Failed {
+                message,
+                hint: None,
+            } => Self::Failed {
+                message,
+                hint: Some(way_out.into()),
+            },
             other => other,
         }
     }
@@ -72,17 +81,31 @@ impl Exit {
     }
 
     fn text(&self, style: Style) -> String {
-        let error = |message: &str| format!("{} {}\n", style.red("error:"), printable_lines(message));
+        let error =
+            |message: &str| format!("{} {}\n", style.red("error:"), printable_lines(message));
         let hint = |text: &str| format!("{} {}\n", style.yellow("hint:"), printable_lines(text));
         match self {
-            Self::Failed { message, hint: None } => error(message),
-            Self::Failed { message, hint: Some(way_out) } => error(message) + &hint(way_out),
-            Self::Usage(message) => error(message) + &hint("`capsule help COMMAND` tells what it takes"),
+            Self::Failed {
+                message,
+                hint: None,
+            } => error(message),
+            Self::Failed {
+                message,
+                hint: Some(way_out),
+            } => error(message) + &hint(way_out),
+            Self::Usage(message) => {
+                error(message) + &hint("`capsule help COMMAND` tells what it takes")
+            }
             Self::NoDaemon { home } => {
                 error(&format!("no node is running for {}", home.display()))
-                    + &hint(&format!("start it with `capsule --home {} node`", shell_word(home)))
+                    + &hint(&format!(
+                        "start it with `capsule --home {} node`",
+                        shell_word(home)
+                    ))
             }
-            Self::Interrupted { message, .. } => format!("{} {message}\n", style.yellow("stopped:")),
+            Self::Interrupted { message, .. } => {
+                format!("{} {message}\n", style.yellow("stopped:"))
+            }
             Self::OutputClosed => String::new(),
         }
     }
@@ -99,8 +122,13 @@ impl From<ClientError> for Exit {
         match error {
             ClientError::NoDaemon { home } => Self::NoDaemon { home },
             ClientError::Failed(failure) => {
-                let hint = failure.hint.or_else(|| way_out(failure.code).map(str::to_owned));
-                Self::Failed { message: failure.message, hint }
+                let hint = failure
+                    .hint
+                    .or_else(|| way_out(failure.code).map(str::to_owned));
+                Self::Failed {
+                    message: failure.message,
+                    hint,
+                }
             }
             other => Self::failed(other.to_string()),
         }
@@ -113,7 +141,9 @@ const fn way_out(code: FailureCode) -> Option<&'static str> {
         FailureCode::NotFound => Some("`capsule ls` lists what is known here"),
         FailureCode::Unreachable => Some("`capsule peers` lists who is connected"),
         FailureCode::Full => Some("`capsule gc` frees what nothing pinned needs"),
-        FailureCode::Internal => Some("this is a fault of capsule: please report it with the node's log"),
+        FailureCode::Internal => {
+            Some("this is a fault of capsule: please report it with the node's log")
+        }
         _ => None,
     }
 }
@@ -122,7 +152,11 @@ const fn way_out(code: FailureCode) -> Option<&'static str> {
 pub fn shell_word(path: &Path) -> String {
     let text = path.display().to_string();
     let plain = |c: char| c.is_ascii_alphanumeric() || "/._-+=:,@%".contains(c);
-    if !text.is_empty() && text.chars().all(plain) { text } else { format!("'{}'", text.replace('\'', r"'\''")) }
+    if !text.is_empty() && text.chars().all(plain) {
+        text
+    } else {
+        format!("'{}'", text.replace('\'', r"'\''"))
+    }
 }
 
 fn printable_lines(text: &str) -> String {
@@ -137,7 +171,9 @@ mod tests {
 
     #[test]
     fn no_daemon_names_the_command_with_its_home() {
-        let exit = Exit::NoDaemon { home: "/srv/lab pc".into() };
+        let exit = Exit::NoDaemon {
+            home: "/srv/lab pc".into(),
+        };
         assert_eq!(exit.code(), 3);
         assert_eq!(
             exit.text(Style::PLAIN),
@@ -150,15 +186,26 @@ mod tests {
         let failure = Failure::new(FailureCode::NotFound, "nothing is named lab:1");
         let general = Exit::from(ClientError::Failed(failure.clone())).text(Style::PLAIN);
         assert!(general.contains("hint: `capsule ls`"), "{general}");
-        let own = Exit::from(ClientError::Failed(failure.hint("publish it first"))).text(Style::PLAIN);
-        assert_eq!(own, "error: nothing is named lab:1\nhint: publish it first\n");
+        let own =
+            Exit::from(ClientError::Failed(failure.hint("publish it first"))).text(Style::PLAIN);
+        assert_eq!(
+            own,
+            "error: nothing is named lab:1\nhint: publish it first\n"
+        );
     }
 
     #[test]
     fn codes_are_those_of_the_interface() {
         assert_eq!(Exit::failed("x").code(), 1);
         assert_eq!(Exit::Usage("x".into()).code(), 2);
-        assert_eq!(Exit::Interrupted { signal: 2, message: "x" }.code(), 130);
+        assert_eq!(
+            Exit::Interrupted {
+                signal: 2,
+                message: "x"
+            }
+            .code(),
+            130
+        );
         assert_eq!(Exit::OutputClosed.code(), 0);
     }
 }

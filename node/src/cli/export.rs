@@ -53,15 +53,24 @@ pub fn run(args: ExportArgs, context: &Context) -> Result<(), Exit> {
 
 fn render(exported: &Exported, style: Style) -> String {
     let took = Duration::try_from_secs_f64(exported.seconds).unwrap_or_default();
-    let files = exported.files.map(|files| format!(" in {}", plural(files, "file"))).unwrap_or_default();
+    let files = exported
+        .files
+        .map(|files| format!(" in {}", plural(files, "file")))
+        .unwrap_or_default();
     fields(
         style,
         &[
-            ("exported", format!("{} ({})", exported.component.name, exported.component.kind)),
+            (
+                "exported",
+                format!("{} ({})", exported.component.name, exported.component.kind),
+            ),
             ("to", shell_word(&exported.to)),
             ("root hash", exported.component.root.to_string()),
             ("content", format!("{}{files}", size(exported.bytes))),
-            ("took", format!("{}, {}", duration(took), rate(exported.bytes, took))),
+            (
+                "took",
+                format!("{}, {}", duration(took), rate(exported.bytes, took)),
+            ),
         ],
     )
 }

@@ -4,7 +4,10 @@ use std::io::Read;
 use std::path::Path;
 
 use anyhow::Context as _;
-use capsule_node::home::{DEFAULT_EXPIRY, Home, HomeError, Invitation, InviteOptions, JoinOptions, parse_expiry, system_entropy};
+use capsule_node::home::{
+    DEFAULT_EXPIRY, Home, HomeError, Invitation, InviteOptions, JoinOptions, parse_expiry,
+    system_entropy,
+};
 use capsule_proto::credential::{Channels, Grant, MAX_TOKEN_LEN, Roles};
 use capsule_proto::name::Channel;
 use clap::{Args, Subcommand, ValueEnum};
@@ -42,7 +45,13 @@ pub struct InitArgs {
 #[derive(Debug, Args)]
 pub struct InviteArgs {
     /// What its machines may do beyond fetching and serving; may be given more than once
-    #[arg(long = "role", value_enum, value_name = "ROLE", value_delimiter = ',', default_value = "member")]
+    #[arg(
+        long = "role",
+        value_enum,
+        value_name = "ROLE",
+        value_delimiter = ',',
+        default_value = "member"
+    )]
     roles: Vec<Role>,
     /// A channel that publishers may publish to; may be given more than once; all channels, when not given
     #[arg(long = "channel", value_name = "CHANNEL")]
@@ -135,17 +144,31 @@ fn init(args: InitArgs, context: &Context) -> Result<(), Exit> {
         restart_needed: founded.restart_needed,
     };
     args.output.print(&membership, render_membership)?;
-    next_steps(&membership, args.output, "`capsule fleet invite` prints a token for other machines");
+    next_steps(
+        &membership,
+        args.output,
+        "`capsule fleet invite` prints a token for other machines",
+    );
     Ok(())
 }
 
 fn invite(args: InviteArgs, context: &Context) -> Result<(), Exit> {
-    let roles = Roles { publisher: args.roles.contains(&Role::Publisher), admin: args.roles.contains(&Role::Admin) };
+    let roles = Roles {
+        publisher: args.roles.contains(&Role::Publisher),
+        admin: args.roles.contains(&Role::Admin),
+    };
     if !roles.publisher && !args.channels.is_empty() {
-        return Err(Exit::Usage("--channel says where publishers may publish: add --role publisher".to_owned()));
+        return Err(Exit::Usage(
+            "--channel says where publishers may publish: add --role publisher".to_owned(),
+        ));
     }
     let expires = args.expires.unwrap_or_else(|| now() + DEFAULT_EXPIRY);
-    let options = InviteOptions { roles, channels: args.channels, expires, addresses: args.addresses };
+    let options = InviteOptions {
+        roles,
+        channels: args.channels,
+        expires,
+        addresses: args.addresses,
+    };
     let invitation = Home::new(context.home()).invite(&options, now(), &mut system_entropy)?;
     if invitation.addresses.is_empty() {
         let style = Style::stderr();
@@ -157,8 +180,17 @@ fn invite(args: InviteArgs, context: &Context) -> Result<(), Exit> {
         );
     }
     if args.output.json {
-        let Invitation { token, id, addresses } = invitation;
-        output::print_json(&Invited { token, id: id.to_string(), expires, addresses })
+        let Invitation {
+            token,
+            id,
+            addresses,
+        } = invitation;
+        output::print_json(&Invited {
+            token,
+            id: id.to_string(),
+            expires,
+            addresses,
+        })
     } else {
         output::print(&(invitation.token + "\n"))
     }
@@ -166,9 +198,18 @@ fn invite(args: InviteArgs, context: &Context) -> Result<(), Exit> {
 
 /// Runs `join`.
 pub fn join(args: JoinArgs, context: &Context) -> Result<(), Exit> {
-    let token = if args.token == "-" { read_token()? } else { args.token };
+    let token = if args.token == "-" {
+        read_token()?
+    } else {
+        args.token
+    };
     let home = Home::new(context.home());
-    let joined = home.join(token.trim(), &args.membership.options(), now(), &mut system_entropy)?;
+    let joined = home.join(
+        token.trim(),
+        &args.membership.options(),
+        now(),
+        &mut system_entropy,
+    )?;
     let membership = Membership {
         fleet: joined.fleet.to_string(),
         machine: joined.machine.to_string(),
@@ -180,13 +221,20 @@ pub fn join(args: JoinArgs, context: &Context) -> Result<(), Exit> {
         restart_needed: joined.restart_needed,
     };
     args.output.print(&membership, render_membership)?;
-    next_steps(&membership, args.output, "`capsule ls` lists what the fleet has once it is connected");
+    next_steps(
+        &membership,
+        args.output,
+        "`capsule ls` lists what the fleet has once it is connected",
+    );
     Ok(())
 }
 
 impl MembershipArgs {
     fn options(&self) -> JoinOptions {
-        JoinOptions { machine_name: self.machine_name.clone(), force: self.force }
+        JoinOptions {
+            machine_name: self.machine_name.clone(),
+            force: self.force,
+        }
     }
 }
 
@@ -201,16 +249,28 @@ fn read_token() -> Result<String, Exit> {
     // As text a token is longer than its bytes, by less than two.
     let most = 2 * MAX_TOKEN_LEN as u64;
     let mut text = String::new();
-    std::io::stdin().lock().take(most).read_to_string(&mut text).context("cannot read the token from standard input")?;
+    std::io::stdin()
+        .lock()
+        .take(most)
+        .read_to_string(&mut text)
+        .context("cannot read the token from standard input")?;
     if text.trim().is_empty() {
-        return Err(Exit::failed("standard input holds no token").or_hint("`capsule fleet invite` prints one"));
+        return Err(Exit::failed("standard input holds no token")
+            .or_hint("`capsule fleet invite` prints one"));
     }
     Ok(text)
 }
 
 fn role_words(grant: &Grant) -> Vec<&'static str> {
-    let roles = [(grant.roles.publisher, "publisher"), (grant.roles.admin, "admin")];
-    roles.iter().filter(|(has, _)| *has).map(|(_, word)| *word).collect()
+    let roles = [
+        (grant.roles.publisher, "publisher"),
+        (grant.roles.admin, "admin"),
+    ];
+    roles
+        .iter()
+        .filter(|(has, _)| *has)
+        .map(|(_, word)| *word)
+        .collect()
 }
 
 fn channel_words(grant: &Grant) -> Option<Vec<String>> {
@@ -221,7 +281,11 @@ fn channel_words(grant: &Grant) -> Option<Vec<String>> {
 }
 
 fn render_membership(membership: &Membership<'_>, style: Style) -> String {
-    let roles = if membership.roles.is_empty() { "member".to_owned() } else { membership.roles.join(", ") };
+    let roles = if membership.roles.is_empty() {
+        "member".to_owned()
+    } else {
+        membership.roles.join(", ")
+    };
     let channels = match &membership.channels {
         _ if !membership.roles.contains(&"publisher") => String::new(),
         None => "all channels".to_owned(),
@@ -247,10 +311,16 @@ fn next_steps(membership: &Membership<'_>, output: Output, more: &str) {
     }
     let style = Style::stderr();
     if membership.restart_needed {
-        eprintln!("{} the node that runs for this home still has its old membership: restart it", style.yellow("note:"));
+        eprintln!(
+            "{} the node that runs for this home still has its old membership: restart it",
+            style.yellow("note:")
+        );
     } else {
         let home = shell_word(membership.home);
-        eprintln!("{} start the node with `capsule --home {home} node`; {more}", style.dim("next:"));
+        eprintln!(
+            "{} start the node with `capsule --home {home} node`; {more}",
+            style.dim("next:")
+        );
     }
 }
 
@@ -271,7 +341,10 @@ mod tests {
             restart_needed: false,
         };
         let text = render_membership(&membership, Style::PLAIN);
-        assert!(text.contains("roles    member\n") && !text.contains("lab"), "{text}");
+        assert!(
+            text.contains("roles    member\n") && !text.contains("lab"),
+            "{text}"
+        );
         membership.roles = vec!["publisher"];
         assert!(render_membership(&membership, Style::PLAIN).contains("may publish to  lab\n"));
     }

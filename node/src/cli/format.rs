@@ -73,11 +73,16 @@ pub fn date(unix: u64) -> String {
 fn civil(days: u64) -> (u64, u64, u64) {
     let days = days + 719_468; // from 0000-03-01
     let (era, day_of_era) = (days / 146_097, days % 146_097);
-    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let year_of_era =
+        (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
     let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
     let march_month = (5 * day_of_year + 2) / 153;
     let day = day_of_year - (153 * march_month + 2) / 5 + 1;
-    let month = if march_month < 10 { march_month + 3 } else { march_month - 9 };
+    let month = if march_month < 10 {
+        march_month + 3
+    } else {
+        march_month - 9
+    };
     (era * 400 + year_of_era + u64::from(month <= 2), month, day)
 }
 
@@ -118,7 +123,9 @@ pub fn short(hash: &str) -> &str {
 
 /// Reads a size: bytes, or a number with `K`, `M`, `G` or `T` (binary, also as `MiB`): `300M`, `1.5GiB`.
 pub fn parse_size(text: &str) -> Result<u64, String> {
-    let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let digits = text
+        .find(|c: char| !c.is_ascii_digit() && c != '.')
+        .unwrap_or(text.len());
     let (number, unit) = text.split_at(digits);
     let shift = match unit.trim().to_ascii_uppercase().as_str() {
         "" | "B" => 0,
@@ -126,12 +133,18 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
         "M" | "MIB" => 20,
         "G" | "GIB" => 30,
         "T" | "TIB" => 40,
-        _ => return Err(format!("{text:?} is not a size: write bytes or a binary unit, such as 300M or 2GiB")),
+        _ => {
+            return Err(format!(
+                "{text:?} is not a size: write bytes or a binary unit, such as 300M or 2GiB"
+            ));
+        }
     };
     let wrong = || format!("{text:?} is not a size: write a number such as 300M or 2GiB");
     // Whole numbers exactly; fractions are for people and may round.
     if let Ok(whole) = number.parse::<u64>() {
-        return whole.checked_mul(1 << shift).ok_or_else(|| format!("{text:?} is larger than any file can be"));
+        return whole
+            .checked_mul(1 << shift)
+            .ok_or_else(|| format!("{text:?} is larger than any file can be"));
     }
     let value: f64 = number.parse().map_err(|_| wrong())?;
     let bytes = value * (1_u64 << shift) as f64;
@@ -143,7 +156,9 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
 
 /// Reads a duration: a number with `s`, `m`, `h`, `d`, `w` or `y`: `30d`, `12h`.
 pub fn parse_duration(text: &str) -> Result<Duration, String> {
-    let wrong = || format!("{text:?} is not a duration: write a number with s, m, h, d, w or y, such as 30d");
+    let wrong = || {
+        format!("{text:?} is not a duration: write a number with s, m, h, d, w or y, such as 30d")
+    };
     let unit = text.chars().next_back().ok_or_else(wrong)?;
     let scale = match unit {
         's' => 1,
@@ -156,7 +171,9 @@ pub fn parse_duration(text: &str) -> Result<Duration, String> {
     };
     let count: u64 = text[..text.len() - 1].parse().map_err(|_| wrong())?;
     match count.checked_mul(scale) {
-        Some(0) => Err(format!("{text:?} is over before it begins: write at least 1s")),
+        Some(0) => Err(format!(
+            "{text:?} is over before it begins: write at least 1s"
+        )),
         // What is later than any certificate is better said than wrapped around.
         Some(seconds) if seconds <= 100 * 365 * DAY => Ok(Duration::from_secs(seconds)),
         _ => Err(format!("{text:?} is longer than 100y")),
@@ -217,11 +234,28 @@ mod tests {
         assert_eq!(parse_size("300M"), Ok(300 << 20));
         assert_eq!(parse_size("1.5 GiB"), Ok(3 << 29));
         assert_eq!(parse_size("17"), Ok(17));
-        for bad in ["", "M", "-1", "3X", "1..2K", "99999999T", "20000000000000000000"] {
+        for bad in [
+            "",
+            "M",
+            "-1",
+            "3X",
+            "1..2K",
+            "99999999T",
+            "20000000000000000000",
+        ] {
             assert!(parse_size(bad).is_err(), "{bad}");
         }
         assert_eq!(parse_duration("30d"), Ok(Duration::from_secs(30 * DAY)));
-        for bad in ["", "d", "30", "0d", "1.5h", "101y", "99999999999999999999s", "3é"] {
+        for bad in [
+            "",
+            "d",
+            "30",
+            "0d",
+            "1.5h",
+            "101y",
+            "99999999999999999999s",
+            "3é",
+        ] {
             assert!(parse_duration(bad).is_err(), "{bad}");
         }
     }

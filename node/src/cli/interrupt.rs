@@ -22,12 +22,18 @@ impl Interrupt {
     pub fn catch(impatient: bool, then: impl FnOnce() + Send + 'static) -> Result<Self> {
         let interrupt = Self::default();
         let seen = Arc::clone(&interrupt.0);
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build();
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_io()
+            .build();
         let runtime = runtime.context("cannot listen for signals")?;
         let (mut int, mut term, mut hangup) = {
             let _entered = runtime.enter();
             let listen = |kind| signal(kind).context("cannot listen for signals");
-            (listen(SignalKind::interrupt())?, listen(SignalKind::terminate())?, listen(SignalKind::hangup())?)
+            (
+                listen(SignalKind::interrupt())?,
+                listen(SignalKind::terminate())?,
+                listen(SignalKind::hangup())?,
+            )
         };
         let mut next = move || {
             runtime.block_on(async {
@@ -50,7 +56,10 @@ impl Interrupt {
                 }
             }
         };
-        thread::Builder::new().name("signals".into()).spawn(watch).context("cannot start a thread")?;
+        thread::Builder::new()
+            .name("signals".into())
+            .spawn(watch)
+            .context("cannot start a thread")?;
         Ok(interrupt)
     }
 

@@ -41,7 +41,9 @@ pub struct GcArgs {
     output: Output,
 }
 
-/// Remove a capsule from this node; what other capsules need stays, and so does its name in the fleet
+/// Remove a capsule from this node
+///
+/// What other capsules here need stays, and so does its name in the fleet.
 #[derive(Debug, Args)]
 pub struct RmArgs {
     #[command(flatten)]
@@ -54,46 +56,84 @@ pub struct RmArgs {
 /// Runs `pin`.
 pub fn pin(args: PinArgs, context: &Context) -> Result<(), Exit> {
     let Which { capsule, output } = args.which;
-    output.print(&context.ask(Pin { capsule: CapsuleRef(capsule) })?, render_pins)
+    output.print(
+        &context.ask(Pin {
+            capsule: CapsuleRef(capsule),
+        })?,
+        render_pins,
+    )
 }
 
 /// Runs `unpin`.
 pub fn unpin(args: UnpinArgs, context: &Context) -> Result<(), Exit> {
     let Which { capsule, output } = args.which;
-    output.print(&context.ask(Unpin { capsule: CapsuleRef(capsule) })?, render_pins)
+    output.print(
+        &context.ask(Unpin {
+            capsule: CapsuleRef(capsule),
+        })?,
+        render_pins,
+    )
 }
 
 /// Runs `gc`.
 pub fn gc(args: GcArgs, context: &Context) -> Result<(), Exit> {
-    args.output.print(&context.ask(Gc { dry_run: args.dry_run })?, render_collected)
+    args.output.print(
+        &context.ask(Gc {
+            dry_run: args.dry_run,
+        })?,
+        render_collected,
+    )
 }
 
 /// Runs `rm`.
 pub fn rm(args: RmArgs, context: &Context) -> Result<(), Exit> {
     let Which { capsule, output } = args.which;
-    output.print(&context.ask(Rm { capsule: CapsuleRef(capsule), force: args.force })?, render_removed)
+    output.print(
+        &context.ask(Rm {
+            capsule: CapsuleRef(capsule),
+            force: args.force,
+        })?,
+        render_removed,
+    )
 }
 
 fn render_pins(pinned: &Pinned, _: Style) -> String {
     let changed = if pinned.changed { "" } else { " already" };
     match pinned.pins.as_slice() {
         [] => format!("{} is{changed} without a pin\n", pinned.capsule),
-        pins => format!("{} is{changed} pinned by {}\n", pinned.capsule, pins.join(", ")),
+        pins => format!(
+            "{} is{changed} pinned by {}\n",
+            pinned.capsule,
+            pins.join(", ")
+        ),
     }
 }
 
 fn render_collected(collected: &Collected, _: Style) -> String {
-    let verb = if collected.dry_run { "would remove" } else { "removed" };
-    let capsules: String = collected.capsules.iter().map(|capsule| format!("{verb} capsule {capsule}\n")).collect();
+    let verb = if collected.dry_run {
+        "would remove"
+    } else {
+        "removed"
+    };
+    let capsules: String = collected
+        .capsules
+        .iter()
+        .map(|capsule| format!("{verb} capsule {capsule}\n"))
+        .collect();
     capsules + &amounts(verb, collected.blobs, collected.bytes, collected.busy)
 }
 
 fn render_removed(removed: &Removed, _: Style) -> String {
-    format!("removed capsule {}\n", removed.capsule) + &amounts("removed", removed.blobs, removed.bytes, removed.busy)
+    format!("removed capsule {}\n", removed.capsule)
+        + &amounts("removed", removed.blobs, removed.bytes, removed.busy)
 }
 
 fn amounts(verb: &str, blobs: u64, bytes: u64, busy: u64) -> String {
-    let busy = if busy > 0 { format!("; {} in use stayed", plural(busy, "blob")) } else { String::new() };
+    let busy = if busy > 0 {
+        format!("; {} in use stayed", plural(busy, "blob"))
+    } else {
+        String::new()
+    };
     format!("{verb} {}, {}{busy}\n", plural(blobs, "blob"), size(bytes))
 }
 
@@ -106,10 +146,18 @@ mod tests {
     #[test]
     fn a_dry_run_says_would() {
         let capsule = CapsuleId(RootHash::of(b"x"));
-        let collected = Collected { dry_run: true, capsules: vec![capsule], blobs: 3, bytes: 2048, busy: 1 };
+        let collected = Collected {
+            dry_run: true,
+            capsules: vec![capsule],
+            blobs: 3,
+            bytes: 2048,
+            busy: 1,
+        };
         assert_eq!(
             render_collected(&collected, Style::PLAIN),
-            format!("would remove capsule {capsule}\nwould remove 3 blobs, 2.00 KiB; 1 blob in use stayed\n")
+            format!(
+                "would remove capsule {capsule}\nwould remove 3 blobs, 2.00 KiB; 1 blob in use stayed\n"
+            )
         );
     }
 }

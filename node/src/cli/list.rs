@@ -1,6 +1,8 @@
 //! `capsule ls` and `capsule show`.
 
-use capsule_node::control::{BlobStatus, CapsuleRef, Holding, LayerInfo, Listed, ListedCapsule, Ls, Show, Shown};
+use capsule_node::control::{
+    BlobStatus, CapsuleRef, Holding, LayerInfo, Listed, ListedCapsule, Ls, Show, Shown,
+};
 use capsule_proto::name::Channel;
 use clap::Args;
 
@@ -42,18 +44,36 @@ pub struct ShowArgs {
 
 /// Runs `ls`.
 pub fn ls(args: LsArgs, context: &Context) -> Result<(), Exit> {
-    let listed = context.ask(Ls { channel: args.channel, held: args.held })?;
-    args.output.print(&listed, |listed, style| render_list(listed, style, args.long, now()))
+    let listed = context.ask(Ls {
+        channel: args.channel,
+        held: args.held,
+    })?;
+    args.output.print(&listed, |listed, style| {
+        render_list(listed, style, args.long, now())
+    })
 }
 
 /// Runs `show`.
 pub fn show(args: ShowArgs, context: &Context) -> Result<(), Exit> {
-    let shown = context.ask(Show { capsule: CapsuleRef(args.capsule) })?;
-    args.output.print(&shown, |shown, style| render_shown(shown, style, args.long))
+    let shown = context.ask(Show {
+        capsule: CapsuleRef(args.capsule),
+    })?;
+    args.output
+        .print(&shown, |shown, style| render_shown(shown, style, args.long))
 }
 
 fn render_list(listed: &Listed, style: Style, long: bool, now: u64) -> String {
-    let mut table = Table::new(&["NAME", "CAPSULE", "KIND", ">SIZE", ">STORED", "HERE", "PINNED BY", "NAMED", "NOTE"]);
+    let mut table = Table::new(&[
+        "NAME",
+        "CAPSULE",
+        "KIND",
+        ">SIZE",
+        ">STORED",
+        "HERE",
+        "PINNED BY",
+        "NAMED",
+        "NOTE",
+    ]);
     for capsule in &listed.capsules {
         table.row([
             names(capsule),
@@ -63,15 +83,30 @@ fn render_list(listed: &Listed, style: Style, long: bool, now: u64) -> String {
             size(capsule.stored_bytes),
             holding(capsule.holding).to_owned(),
             capsule.pins.join(", "),
-            capsule.issued.map(|issued| ago(issued, now)).unwrap_or_default(),
-            if capsule.conflict { "two capsules have this name".to_owned() } else { String::new() },
+            capsule
+                .issued
+                .map(|issued| ago(issued, now))
+                .unwrap_or_default(),
+            if capsule.conflict {
+                "two capsules have this name".to_owned()
+            } else {
+                String::new()
+            },
         ]);
     }
-    if listed.capsules.is_empty() { String::new() } else { table.render(style) }
+    if listed.capsules.is_empty() {
+        String::new()
+    } else {
+        table.render(style)
+    }
 }
 
 fn names(capsule: &ListedCapsule) -> String {
-    if capsule.names.is_empty() { "-".to_owned() } else { capsule.names.join(", ") }
+    if capsule.names.is_empty() {
+        "-".to_owned()
+    } else {
+        capsule.names.join(", ")
+    }
 }
 
 fn render_shown(shown: &Shown, style: Style, long: bool) -> String {
@@ -90,14 +125,22 @@ fn render_shown(shown: &Shown, style: Style, long: bool) -> String {
     if !shown.names.is_empty() {
         let mut table = Table::new(&["NAME", ">SEQUENCE", "SIGNED", "EXPIRES", "BY", "NOTE"]);
         for name in &shown.names {
-            let notes = [(name.newest, "newest"), (name.conflict, "another capsule has this name")];
+            let notes = [
+                (name.newest, "newest"),
+                (name.conflict, "another capsule has this name"),
+            ];
             table.row([
                 name.name.clone(),
                 name.sequence.to_string(),
                 date(name.issued),
                 name.expires.map(date).unwrap_or_default(),
                 hash(&name.signer, long),
-                notes.iter().filter(|(holds, _)| *holds).map(|(_, note)| *note).collect::<Vec<_>>().join(", "),
+                notes
+                    .iter()
+                    .filter(|(holds, _)| *holds)
+                    .map(|(_, note)| *note)
+                    .collect::<Vec<_>>()
+                    .join(", "),
             ]);
         }
         sections.push(table.render(style));
@@ -105,7 +148,12 @@ fn render_shown(shown: &Shown, style: Style, long: bool) -> String {
     if !shown.components.is_empty() {
         let mut table = Table::new(&["COMPONENT", "KIND", ">SIZE", "ROOT HASH"]);
         for part in &shown.components {
-            table.row([part.name.clone(), part.kind.clone(), size(part.content_size), part.root.to_string()]);
+            table.row([
+                part.name.clone(),
+                part.kind.clone(),
+                size(part.content_size),
+                part.root.to_string(),
+            ]);
         }
         sections.push(table.render(style));
     }
@@ -115,8 +163,16 @@ fn render_shown(shown: &Shown, style: Style, long: bool) -> String {
     if !shown.holders.is_empty() {
         let mut table = Table::new(&["HELD BY", "NAME", "HOLDS"]);
         for holder in &shown.holders {
-            let holds = if holder.complete { "complete" } else { "partial" };
-            table.row([holder.peer.clone(), holder.name.clone().unwrap_or_default(), holds.to_owned()]);
+            let holds = if holder.complete {
+                "complete"
+            } else {
+                "partial"
+            };
+            table.row([
+                holder.peer.clone(),
+                holder.name.clone().unwrap_or_default(),
+                holds.to_owned(),
+            ]);
         }
         sections.push(table.render(style));
     }
@@ -124,16 +180,27 @@ fn render_shown(shown: &Shown, style: Style, long: bool) -> String {
 }
 
 fn layers(layers: &[LayerInfo], style: Style, long: bool) -> String {
-    let mut table = Table::new(&["LAYER OF", "FROM", ">CONTENT", "INDEX", ">BYTES", "PACK", ">BYTES", "HERE"]);
+    let mut table = Table::new(&[
+        "LAYER OF", "FROM", ">CONTENT", "INDEX", ">BYTES", "PACK", ">BYTES", "HERE",
+    ]);
     let bytes = |blob: &BlobStatus| (hash(&blob.root.to_string(), long), size(blob.size));
     for layer in layers {
         let (index, index_size) = bytes(&layer.index);
         let (pack, pack_size) = layer.pack.as_ref().map(bytes).unwrap_or_default();
-        let blobs = || [Some(&layer.index), layer.pack.as_ref()].into_iter().flatten();
-        let (have, all) = (blobs().map(|blob| blob.have).sum(), blobs().map(|blob| blob.size).sum());
+        let blobs = || {
+            [Some(&layer.index), layer.pack.as_ref()]
+                .into_iter()
+                .flatten()
+        };
+        let (have, all) = (
+            blobs().map(|blob| blob.have).sum(),
+            blobs().map(|blob| blob.size).sum(),
+        );
         table.row([
             layer.component.clone(),
-            layer.parent.map_or("nothing".to_owned(), |parent| hash(&parent.to_string(), long)),
+            layer.parent.map_or("nothing".to_owned(), |parent| {
+                hash(&parent.to_string(), long)
+            }),
             size(layer.target_size),
             index,
             index_size,
@@ -155,7 +222,11 @@ pub const fn holding(holding: Holding) -> &'static str {
 }
 
 fn hash(text: &str, long: bool) -> String {
-    if long { text.to_owned() } else { short(text).to_owned() }
+    if long {
+        text.to_owned()
+    } else {
+        short(text).to_owned()
+    }
 }
 
 #[cfg(test)]
@@ -178,12 +249,29 @@ mod tests {
             issued: Some(1000),
             added: None,
         };
-        let text = render_list(&Listed { capsules: vec![capsule] }, Style::PLAIN, false, 1000 + 7200);
+        let text = render_list(
+            &Listed {
+                capsules: vec![capsule],
+            },
+            Style::PLAIN,
+            false,
+            1000 + 7200,
+        );
         let id = short(&RootHash::of(b"x").to_string()).to_owned();
         let expected = format!(
             "NAME          CAPSULE       STORED  HERE  NAMED\nlab:2, lab:1  {id}     0 B  no    2 h ago\n"
         );
         assert_eq!(text, expected);
-        assert_eq!(render_list(&Listed { capsules: Vec::new() }, Style::PLAIN, false, 0), "");
+        assert_eq!(
+            render_list(
+                &Listed {
+                    capsules: Vec::new()
+                },
+                Style::PLAIN,
+                false,
+                0
+            ),
+            ""
+        );
     }
 }

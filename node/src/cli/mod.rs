@@ -45,7 +45,7 @@ use exit::Exit;
 /// A publisher makes a new version; each machine fetches what it lacks from many peers in parallel, every byte verified
 /// as it arrives. `capsule demo` shows it on this machine, with no set-up at all.
 #[derive(Debug, Parser)]
-#[command(name = "capsule", version, propagate_version = true, max_term_width = 100)]
+#[command(name = "capsule", version, max_term_width = 100)]
 pub struct Cli {
     /// The node's directory: keys, membership, store [default: $CAPSULE_HOME, or capsule in the user's data directory]
     #[arg(long, value_name = "DIR", global = true)]
@@ -87,6 +87,11 @@ enum Command {
 pub fn run(cli: Cli) -> Result<(), Exit> {
     // These two have no home.
     let command = match cli.command {
+        Command::Demo(_) if cli.home.is_some() => {
+            let message =
+                "the demo makes homes of its own, in a temporary directory: leave out --home";
+            return Err(Exit::Usage(message.to_owned()));
+        }
         Command::Demo(args) => return demo::run(&args),
         Command::Completions(args) => return completions::run(args),
         command => command,
@@ -137,10 +142,22 @@ mod tests {
             if command.get_name() == "help" {
                 continue;
             }
-            let about = command.get_about().map(ToString::to_string).unwrap_or_default();
-            assert!(!about.is_empty() && !about.ends_with('.'), "{}: {about:?}", command.get_name());
+            let about = command
+                .get_about()
+                .map(ToString::to_string)
+                .unwrap_or_default();
+            assert!(
+                !about.is_empty() && !about.ends_with('.'),
+                "{}: {about:?}",
+                command.get_name()
+            );
             for arg in command.get_arguments() {
-                assert!(arg.get_help().is_some(), "{} {}", command.get_name(), arg.get_id());
+                assert!(
+                    arg.get_help().is_some(),
+                    "{} {}",
+                    command.get_name(),
+                    arg.get_id()
+                );
             }
             open.extend(command.get_subcommands());
         }
@@ -148,7 +165,10 @@ mod tests {
 
     #[test]
     fn the_home_may_stand_before_or_after_the_command() {
-        for args in [["capsule", "--home", "/h", "status"], ["capsule", "status", "--home", "/h"]] {
+        for args in [
+            ["capsule", "--home", "/h", "status"],
+            ["capsule", "status", "--home", "/h"],
+        ] {
             assert_eq!(Cli::try_parse_from(args).unwrap().home, Some("/h".into()));
         }
     }

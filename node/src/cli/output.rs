@@ -12,10 +12,12 @@ use super::exit::Exit;
 /// [`Exit::OutputClosed`] when the reader has gone, which is no failure; what else the system says is.
 pub fn print(text: &str) -> Result<(), Exit> {
     let mut out = io::stdout().lock();
-    out.write_all(text.as_bytes()).and_then(|()| out.flush()).map_err(|error| match error.kind() {
-        io::ErrorKind::BrokenPipe => Exit::OutputClosed,
-        _ => Exit::failed(format!("cannot write to standard output: {error}")),
-    })
+    out.write_all(text.as_bytes())
+        .and_then(|()| out.flush())
+        .map_err(|error| match error.kind() {
+            io::ErrorKind::BrokenPipe => Exit::OutputClosed,
+            _ => Exit::failed(format!("cannot write to standard output: {error}")),
+        })
 }
 
 /// Writes an answer as one JSON object on one line.
@@ -23,6 +25,7 @@ pub fn print(text: &str) -> Result<(), Exit> {
 /// # Errors
 /// As [`print()`].
 pub fn print_json(answer: &impl Serialize) -> Result<(), Exit> {
-    let text = serde_json::to_string(answer).map_err(|error| Exit::failed(format!("cannot print the answer: {error}")))?;
+    let text = serde_json::to_string(answer)
+        .map_err(|error| Exit::failed(format!("cannot print the answer: {error}")))?;
     print(&(text + "\n"))
 }

@@ -38,7 +38,9 @@ impl Display {
         } else if json {
             Self::Silent
         } else {
-            Self::Lines { last: Instant::now() }
+            Self::Lines {
+                last: Instant::now(),
+            }
         }
     }
 
@@ -79,7 +81,10 @@ pub struct Bar(ProgressBar);
 
 impl Bar {
     fn alone() -> Self {
-        Self(ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr_with_hz(DRAW_HZ)))
+        Self(ProgressBar::with_draw_target(
+            None,
+            ProgressDrawTarget::stderr_with_hz(DRAW_HZ),
+        ))
     }
 
     /// A bar with a label among others.
@@ -128,15 +133,25 @@ fn style(template: &str) -> ProgressStyle {
 
 /// A line for a log: `fetching  42 %  126 MiB of 300 MiB  93.0 MiB/s  5 peers  1.9 s left`.
 pub fn line(progress: &Progress) -> String {
-    let share = progress.total.filter(|&total| total > 0).map(|total| percent(progress.done, total) + "  ");
-    format!("{}  {}{}", phase(progress.phase), share.unwrap_or_default(), details(progress))
+    let share = progress
+        .total
+        .filter(|&total| total > 0)
+        .map(|total| percent(progress.done, total) + "  ");
+    format!(
+        "{}  {}{}",
+        phase(progress.phase),
+        share.unwrap_or_default(),
+        details(progress)
+    )
 }
 
 /// Amounts, rate, peers and time left, as far as they are known.
 fn details(progress: &Progress) -> String {
     let mut parts = Vec::new();
     match progress.total {
-        Some(total) if total > 0 => parts.push(format!("{} of {}", size(progress.done), size(total))),
+        Some(total) if total > 0 => {
+            parts.push(format!("{} of {}", size(progress.done), size(total)))
+        }
         _ if progress.done > 0 => parts.push(size(progress.done)),
         _ => {}
     }
@@ -160,7 +175,10 @@ fn details(progress: &Progress) -> String {
 
 /// At the present rate.
 fn time_left(progress: &Progress) -> Option<Duration> {
-    let left = progress.total?.checked_sub(progress.done).filter(|&left| left > 0)?;
+    let left = progress
+        .total?
+        .checked_sub(progress.done)
+        .filter(|&left| left > 0)?;
     let seconds = left as f64 / (progress.rate > 0).then_some(progress.rate)? as f64;
     Duration::try_from_secs_f64(seconds).ok()
 }
@@ -194,10 +212,25 @@ mod tests {
             written: 0,
             what: None,
         };
-        assert_eq!(line(&progress), "fetching  42 %  126 MiB of 300 MiB  93.0 MiB/s  5 peers  1.9 s left");
-        progress = Progress { phase: Phase::Waiting, done: 0, total: None, rate: 0, peers: 0, ..progress };
+        assert_eq!(
+            line(&progress),
+            "fetching  42 %  126 MiB of 300 MiB  93.0 MiB/s  5 peers  1.9 s left"
+        );
+        progress = Progress {
+            phase: Phase::Waiting,
+            done: 0,
+            total: None,
+            rate: 0,
+            peers: 0,
+            ..progress
+        };
         assert_eq!(line(&progress).trim_end(), "waiting");
-        progress = Progress { phase: Phase::Publishing, total: Some(0), written: 7 << 10, ..progress };
+        progress = Progress {
+            phase: Phase::Publishing,
+            total: Some(0),
+            written: 7 << 10,
+            ..progress
+        };
         assert_eq!(line(&progress), "publishing  packed to 7.00 KiB");
     }
 }

@@ -70,7 +70,9 @@ fn versioned_name(text: &str) -> Result<CapsuleName, String> {
     let name: CapsuleName = text.parse().map_err(|error| format!("{error}"))?;
     match name.version {
         Some(_) => Ok(name),
-        None => Err(format!("{text:?} has no version: write CHANNEL:VERSION, such as {text}:1")),
+        None => Err(format!(
+            "{text:?} has no version: write CHANNEL:VERSION, such as {text}:1"
+        )),
     }
 }
 
@@ -109,11 +111,19 @@ pub fn run(args: PublishArgs, context: &Context) -> Result<(), Exit> {
 fn render(published: &Published, style: Style) -> String {
     let id = published.capsule.to_string();
     if published.unchanged {
-        return format!("{} already is {id}: nothing to do\n", style.bold(&published.name));
+        return format!(
+            "{} already is {id}: nothing to do\n",
+            style.bold(&published.name)
+        );
     }
     let mut components = Table::new(&["COMPONENT", "KIND", ">SIZE", "ROOT HASH"]);
     for part in &published.components {
-        components.row([part.name.clone(), part.kind.clone(), size(part.content_size), part.root.to_string()]);
+        components.row([
+            part.name.clone(),
+            part.kind.clone(),
+            size(part.content_size),
+            part.root.to_string(),
+        ]);
     }
     let took = Duration::try_from_secs_f64(published.seconds).unwrap_or_default();
     let content = published.content_bytes;
@@ -125,7 +135,11 @@ fn render(published: &Published, style: Style) -> String {
         parts.push(format!("{} repeated", size(published.repeated_bytes)));
     }
     let blobs = published.pack_bytes + published.index_bytes;
-    let share = if content == 0 { String::new() } else { format!(", {:.1} %", blobs as f64 * 100.0 / content as f64) };
+    let share = if content == 0 {
+        String::new()
+    } else {
+        format!(", {:.1} %", blobs as f64 * 100.0 / content as f64)
+    };
     let summary = fields(
         style,
         &[
@@ -133,7 +147,10 @@ fn render(published: &Published, style: Style) -> String {
             ("capsule", id),
             ("content", parts.join(", ")),
             ("to fetch", format!("{}{share}", size(blobs))),
-            ("took", format!("{}, {}", duration(took), rate(content, took))),
+            (
+                "took",
+                format!("{}, {}", duration(took), rate(content, took)),
+            ),
         ],
     );
     summary + "\n" + &components.render(style)
@@ -167,8 +184,17 @@ mod tests {
         };
         let text = render(&published, Style::PLAIN);
         assert!(text.contains("to fetch   1.00 MiB, 25.0 %\n"), "{text}");
-        assert!(text.contains("content    4.00 MiB, 1.00 MiB repeated\n"), "{text}");
-        let again = render(&Published { unchanged: true, ..published }, Style::PLAIN);
+        assert!(
+            text.contains("content    4.00 MiB, 1.00 MiB repeated\n"),
+            "{text}"
+        );
+        let again = render(
+            &Published {
+                unchanged: true,
+                ..published
+            },
+            Style::PLAIN,
+        );
         assert!(again.ends_with("nothing to do\n"));
     }
 }

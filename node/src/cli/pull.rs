@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use capsule_node::control::{
-    CapsuleRef, Follow, Followed, Plan, Planned, PlannedComponent, Pull, Pulled, Unfollow, Unfollowed,
+    CapsuleRef, Follow, Followed, Plan, Planned, PlannedComponent, Pull, Pulled, Unfollow,
+    Unfollowed,
 };
 use capsule_proto::name::Channel;
 use clap::Args;
@@ -67,26 +68,50 @@ pub struct UnfollowArgs {
 
 /// Runs `plan`.
 pub fn plan(args: PlanArgs, context: &Context) -> Result<(), Exit> {
-    let Which { capsule, wait, output } = args.which;
-    let command = Plan { capsule: CapsuleRef(capsule), wait: wait.map(|wait| wait.as_secs()) };
+    let Which {
+        capsule,
+        wait,
+        output,
+    } = args.which;
+    let command = Plan {
+        capsule: CapsuleRef(capsule),
+        wait: wait.map(|wait| wait.as_secs()),
+    };
     output.print(&context.work(command, output, STOPPED)?, render_plan)
 }
 
 /// Runs `pull`.
 pub fn pull(args: PullArgs, context: &Context) -> Result<(), Exit> {
-    let Which { capsule, wait, output } = args.which;
-    let command = Pull { capsule: CapsuleRef(capsule), wait: wait.map(|wait| wait.as_secs()) };
+    let Which {
+        capsule,
+        wait,
+        output,
+    } = args.which;
+    let command = Pull {
+        capsule: CapsuleRef(capsule),
+        wait: wait.map(|wait| wait.as_secs()),
+    };
     output.print(&context.work(command, output, STOPPED)?, render_pull)
 }
 
 /// Runs `follow`.
 pub fn follow(args: FollowArgs, context: &Context) -> Result<(), Exit> {
-    args.output.print(&context.ask(Follow { channel: args.channel })?, render_follow)
+    args.output.print(
+        &context.ask(Follow {
+            channel: args.channel,
+        })?,
+        render_follow,
+    )
 }
 
 /// Runs `unfollow`.
 pub fn unfollow(args: UnfollowArgs, context: &Context) -> Result<(), Exit> {
-    args.output.print(&context.ask(Unfollow { channel: args.channel })?, render_unfollow)
+    args.output.print(
+        &context.ask(Unfollow {
+            channel: args.channel,
+        })?,
+        render_unfollow,
+    )
 }
 
 fn render_plan(plan: &Planned, style: Style) -> String {
@@ -107,7 +132,11 @@ fn render_plan(plan: &Planned, style: Style) -> String {
 fn render_pull(pulled: &Pulled, style: Style) -> String {
     let name = pulled.name.clone().unwrap_or_default();
     if pulled.unchanged {
-        let what = if name.is_empty() { pulled.capsule.to_string() } else { name };
+        let what = if name.is_empty() {
+            pulled.capsule.to_string()
+        } else {
+            name
+        };
         return format!("{} is here already, complete\n", style.bold(&what));
     }
     let (fetch, check) = (seconds(pulled.fetch_seconds), seconds(pulled.check_seconds));
@@ -136,7 +165,11 @@ fn render_pull(pulled: &Pulled, style: Style) -> String {
     if !pulled.by_peer.is_empty() {
         let mut table = Table::new(&["FROM", "NAME", ">BYTES"]);
         for peer in &pulled.by_peer {
-            table.row([peer.peer.clone(), peer.name.clone().unwrap_or_default(), size(peer.bytes)]);
+            table.row([
+                peer.peer.clone(),
+                peer.name.clone().unwrap_or_default(),
+                size(peer.bytes),
+            ]);
         }
         text += "\n";
         text += &table.render(style);
@@ -165,7 +198,11 @@ fn components(components: &[PlannedComponent], style: Style) -> String {
 
 fn render_follow(followed: &Followed, style: Style) -> String {
     let channel = style.bold(&followed.channel);
-    let now = if followed.new { "now followed" } else { "followed already" };
+    let now = if followed.new {
+        "now followed"
+    } else {
+        "followed already"
+    };
     match &followed.newest {
         Some(newest) => format!("{channel} is {now}; its newest version is {newest}\n"),
         None => format!("{channel} is {now}; no version of it is known yet\n"),
@@ -183,7 +220,11 @@ fn render_unfollow(unfollowed: &Unfollowed, style: Style) -> String {
 
 /// For plans to be compared with pulls: every byte, and what that is.
 fn exactly(bytes: u64) -> String {
-    if bytes < 1024 { size(bytes) } else { format!("{} ({bytes} bytes)", size(bytes)) }
+    if bytes < 1024 {
+        size(bytes)
+    } else {
+        format!("{} ({bytes} bytes)", size(bytes))
+    }
 }
 
 fn seconds(seconds: f64) -> Duration {
@@ -209,13 +250,23 @@ mod tests {
             seconds: 0.1,
         };
         let text = render_plan(&plan, Style::PLAIN);
-        assert!(text.contains("to fetch       1.00 MiB (1048577 bytes)\n"), "{text}");
+        assert!(
+            text.contains("to fetch       1.00 MiB (1048577 bytes)\n"),
+            "{text}"
+        );
         assert!(text.contains("for this plan  300 B\n"), "{text}");
     }
 
     #[test]
     fn following_tells_the_newest_version() {
-        let followed = Followed { channel: "lab".into(), new: true, newest: Some("lab:3".into()) };
-        assert_eq!(render_follow(&followed, Style::PLAIN), "lab is now followed; its newest version is lab:3\n");
+        let followed = Followed {
+            channel: "lab".into(),
+            new: true,
+            newest: Some("lab:3".into()),
+        };
+        assert_eq!(
+            render_follow(&followed, Style::PLAIN),
+            "lab is now followed; its newest version is lab:3\n"
+        );
     }
 }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use capsule_node::control::{Hashes, HashList, NodeStatus, PeerList, Peers, Status};
+use capsule_node::control::{HashList, Hashes, NodeStatus, PeerList, Peers, Status};
 use capsule_proto::RootHash;
 use clap::Args;
 
@@ -14,7 +14,7 @@ use super::progress;
 use super::style::Style;
 use super::table::{Table, fields};
 
-/// Show how the node is: identity, peers, store, transfers, channels followed, troubles
+/// Show how the node is: identity, peers, store, transfers, troubles
 #[derive(Debug, Args)]
 pub struct StatusArgs {
     #[command(flatten)]
@@ -43,12 +43,18 @@ pub struct HashesArgs {
 
 /// Runs `status`.
 pub fn status(args: StatusArgs, context: &Context) -> Result<(), Exit> {
-    args.output.print(&context.ask(Status {})?, |status, style| render_status(status, style, now()))
+    args.output
+        .print(&context.ask(Status {})?, |status, style| {
+            render_status(status, style, now())
+        })
 }
 
 /// Runs `peers`.
 pub fn peers(args: PeersArgs, context: &Context) -> Result<(), Exit> {
-    args.output.print(&context.ask(Peers { have: args.have })?, |peers, style| render_peers(peers, style, args.long))
+    args.output
+        .print(&context.ask(Peers { have: args.have })?, |peers, style| {
+            render_peers(peers, style, args.long)
+        })
 }
 
 /// Runs `hashes`.
@@ -57,12 +63,21 @@ pub fn hashes(args: HashesArgs, context: &Context) -> Result<(), Exit> {
 }
 
 fn render_status(status: &NodeStatus, style: Style, now: u64) -> String {
-    let mut sections = vec![fields(style, &identity(status)), fields(style, &activity(status))];
+    let mut sections = vec![
+        fields(style, &identity(status)),
+        fields(style, &activity(status)),
+    ];
     if !status.transfers.is_empty() {
         let line = |transfer: &capsule_node::control::TransferInfo| {
-            format!("{}  {}\n", transfer.capsule, progress::line(&transfer.progress))
+            format!(
+                "{}  {}\n",
+                transfer.capsule,
+                progress::line(&transfer.progress)
+            )
         };
-        sections.push(style.bold("transfers\n") + &status.transfers.iter().map(line).collect::<String>());
+        sections.push(
+            style.bold("transfers\n") + &status.transfers.iter().map(line).collect::<String>(),
+        );
     }
     if !status.follows.is_empty() {
         let mut table = Table::new(&["FOLLOWS", "NEWEST", "HERE", "SINCE", "TROUBLE"]);
@@ -70,7 +85,11 @@ fn render_status(status: &NodeStatus, style: Style, now: u64) -> String {
             table.row([
                 follow.channel.clone(),
                 follow.newest.clone().unwrap_or_default(),
-                if follow.newest.is_some() { holding(follow.holding).to_owned() } else { String::new() },
+                if follow.newest.is_some() {
+                    holding(follow.holding).to_owned()
+                } else {
+                    String::new()
+                },
                 ago(follow.since, now),
                 follow.trouble.clone().unwrap_or_default(),
             ]);
@@ -78,14 +97,21 @@ fn render_status(status: &NodeStatus, style: Style, now: u64) -> String {
         sections.push(table.render(style));
     }
     if !status.troubles.is_empty() {
-        let lines = status.troubles.iter().map(|trouble| format!("- {}\n", super::style::printable(trouble)));
+        let lines = status
+            .troubles
+            .iter()
+            .map(|trouble| format!("- {}\n", super::style::printable(trouble)));
         sections.push(style.yellow("troubles") + "\n" + &lines.collect::<String>());
     }
     sections.join("\n")
 }
 
 fn identity(status: &NodeStatus) -> [(&'static str, String); 9] {
-    let roles = if status.roles.is_empty() { "member".to_owned() } else { status.roles.join(", ") };
+    let roles = if status.roles.is_empty() {
+        "member".to_owned()
+    } else {
+        status.roles.join(", ")
+    };
     let channels = match &status.channels {
         _ if !status.roles.iter().any(|role| role == "publisher") => String::new(),
         None => "all".to_owned(),
@@ -93,7 +119,10 @@ fn identity(status: &NodeStatus) -> [(&'static str, String); 9] {
     };
     [
         ("home", shell_word(&status.home)),
-        ("machine", format!("{} {}", status.machine_name, short(&status.machine))),
+        (
+            "machine",
+            format!("{} {}", status.machine_name, short(&status.machine)),
+        ),
         ("fleet", status.fleet.clone()),
         ("network id", status.peer.clone()),
         ("roles", roles),
@@ -105,23 +134,59 @@ fn identity(status: &NodeStatus) -> [(&'static str, String); 9] {
 }
 
 fn activity(status: &NodeStatus) -> [(&'static str, String); 7] {
-    let banned = if status.banned > 0 { format!(", {} banned", status.banned) } else { String::new() };
-    let partial = if status.partial > 0 { format!(", {} in part", status.partial) } else { String::new() };
-    let quota = status.quota.map(|quota| format!(" of {}", size(quota))).unwrap_or_default();
+    let banned = if status.banned > 0 {
+        format!(", {} banned", status.banned)
+    } else {
+        String::new()
+    };
+    let partial = if status.partial > 0 {
+        format!(", {} in part", status.partial)
+    } else {
+        String::new()
+    };
+    let quota = status
+        .quota
+        .map(|quota| format!(" of {}", size(quota)))
+        .unwrap_or_default();
     [
         ("listening", status.listening.join(" ")),
         ("running for", duration(Duration::from_secs(status.uptime))),
         ("peers", format!("{} connected{banned}", status.peers)),
         ("capsules", format!("{} complete{partial}", status.capsules)),
-        ("store", format!("{}{quota}, {} free on the disk", size(status.store_bytes), size(status.free_bytes))),
+        (
+            "store",
+            format!(
+                "{}{quota}, {} free on the disk",
+                size(status.store_bytes),
+                size(status.free_bytes)
+            ),
+        ),
         ("records", status.records.to_string()),
-        ("moved", format!("{} sent, {} received", size(status.sent_bytes), size(status.received_bytes))),
+        (
+            "moved",
+            format!(
+                "{} sent, {} received",
+                size(status.sent_bytes),
+                size(status.received_bytes)
+            ),
+        ),
     ]
 }
 
 fn render_peers(list: &PeerList, style: Style, long: bool) -> String {
     let mut table = Table::new(&[
-        "NAME", "PEER", "ADDRESS", "ROLES", ">RTT", ">IN/s", ">OUT/s", ">RECEIVED", ">SENT", ">BLOBS", ">HAS", ">SINCE",
+        "NAME",
+        "PEER",
+        "ADDRESS",
+        "ROLES",
+        ">RTT",
+        ">IN/s",
+        ">OUT/s",
+        ">RECEIVED",
+        ">SENT",
+        ">BLOBS",
+        ">HAS",
+        ">SINCE",
     ]);
     for peer in &list.peers {
         let has = match (peer.have, peer.have_of) {
@@ -132,10 +197,16 @@ fn render_peers(list: &PeerList, style: Style, long: bool) -> String {
         table.row([
             peer.name.clone(),
             // The beginning is the same for all Ed25519 keys.
-            if long { peer.peer.clone() } else { tail(&peer.peer).to_owned() },
+            if long {
+                peer.peer.clone()
+            } else {
+                tail(&peer.peer).to_owned()
+            },
             peer.address.clone(),
             peer.roles.join(", "),
-            peer.rtt.map(|rtt| format!("{:.1} ms", rtt * 1000.0)).unwrap_or_default(),
+            peer.rtt
+                .map(|rtt| format!("{:.1} ms", rtt * 1000.0))
+                .unwrap_or_default(),
             size(peer.rate_in),
             size(peer.rate_out),
             size(peer.bytes_in),
@@ -145,12 +216,19 @@ fn render_peers(list: &PeerList, style: Style, long: bool) -> String {
             duration(Duration::from_secs(peer.connected)),
         ]);
     }
-    if list.peers.is_empty() { String::new() } else { table.render(style) }
+    if list.peers.is_empty() {
+        String::new()
+    } else {
+        table.render(style)
+    }
 }
 
 /// The last characters of a network id.
 fn tail(id: &str) -> &str {
-    id.len().checked_sub(12).and_then(|at| id.get(at..)).unwrap_or(id)
+    id.len()
+        .checked_sub(12)
+        .and_then(|at| id.get(at..))
+        .unwrap_or(id)
 }
 
 fn render_hashes(list: &HashList, style: Style) -> String {
@@ -198,17 +276,38 @@ mod tests {
             have: None,
             have_of: None,
         };
-        let text = render_peers(&PeerList { peers: vec![peer.clone()] }, Style::PLAIN, false);
-        assert!(!text.contains("HAS") && text.contains("Abcdefghijkl") && text.contains("1.2 ms"), "{text}");
+        let text = render_peers(
+            &PeerList {
+                peers: vec![peer.clone()],
+            },
+            Style::PLAIN,
+            false,
+        );
+        assert!(
+            !text.contains("HAS") && text.contains("Abcdefghijkl") && text.contains("1.2 ms"),
+            "{text}"
+        );
         (peer.have, peer.have_of) = (Some(50), Some(100));
-        assert!(render_peers(&PeerList { peers: vec![peer] }, Style::PLAIN, false).contains("50 %"));
+        assert!(
+            render_peers(&PeerList { peers: vec![peer] }, Style::PLAIN, false).contains("50 %")
+        );
     }
 
     #[test]
     fn hashes_end_with_a_sum() {
         let root = RootHash::of(b"x");
-        let held = HeldHash { root, kind: "pack".into(), size: 2048, have: 1024, sent: 0, received: 1024 };
+        let held = HeldHash {
+            root,
+            kind: "pack".into(),
+            size: 2048,
+            have: 1024,
+            sent: 0,
+            received: 1024,
+        };
         let text = render_hashes(&HashList { hashes: vec![held] }, Style::PLAIN);
-        assert!(text.contains("50 %") && text.ends_with("1 hash, 1.00 KiB\n"), "{text}");
+        assert!(
+            text.contains("50 %") && text.ends_with("1 hash, 1.00 KiB\n"),
+            "{text}"
+        );
     }
 }

@@ -16,12 +16,16 @@ impl Style {
 
     /// For standard output.
     pub fn stdout() -> Self {
-        Self { colours: io::stdout().is_terminal() && colours_wanted() }
+        Self {
+            colours: io::stdout().is_terminal() && colours_wanted(),
+        }
     }
 
     /// For standard error.
     pub fn stderr() -> Self {
-        Self { colours: io::stderr().is_terminal() && colours_wanted() }
+        Self {
+            colours: io::stderr().is_terminal() && colours_wanted(),
+        }
     }
 
     /// Headings.
@@ -50,20 +54,27 @@ impl Style {
     }
 
     fn paint(self, code: &str, text: &str) -> String {
-        if self.colours && !text.is_empty() { format!("\x1b[{code}m{text}\x1b[0m") } else { text.to_owned() }
+        if self.colours && !text.is_empty() {
+            format!("\x1b[{code}m{text}\x1b[0m")
+        } else {
+            text.to_owned()
+        }
     }
 }
 
 /// Says whether the environment allows colours: `NO_COLOR` (no-color.org) unset or empty, and no dumb terminal.
-fn colours_wanted() -> bool {
-    env::var_os("NO_COLOR").is_none_or(|value| value.is_empty()) && env::var_os("TERM").is_none_or(|term| term != "dumb")
+pub fn colours_wanted() -> bool {
+    env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
+        && env::var_os("TERM").is_none_or(|term| term != "dumb")
 }
 
 /// Makes text from elsewhere (paths, names that peers gave themselves) safe to print: a control character could
 /// move the cursor, or colour what follows.
 pub fn printable(text: &str) -> String {
     if text.chars().any(char::is_control) {
-        text.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
+        text.chars()
+            .map(|c| if c.is_control() { '\u{fffd}' } else { c })
+            .collect()
     } else {
         text.to_owned()
     }

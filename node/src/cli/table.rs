@@ -30,7 +30,10 @@ impl Table {
             Some(rest) => (rest, Right),
             None => (*column, Left),
         };
-        Self { headings: columns.iter().map(heading).collect(), rows: Vec::new() }
+        Self {
+            headings: columns.iter().map(heading).collect(),
+            rows: Vec::new(),
+        }
     }
 
     /// Adds a row: one cell a column.
@@ -39,7 +42,8 @@ impl Table {
     /// With another number of cells than columns.
     pub fn row<const N: usize>(&mut self, cells: [String; N]) {
         assert_eq!(N, self.headings.len(), "one cell a column");
-        self.rows.push(cells.iter().map(|cell| printable(cell)).collect());
+        self.rows
+            .push(cells.iter().map(|cell| printable(cell)).collect());
     }
 
     /// The lines, headings first, each ending with a newline and without space before it. Columns that are empty in
@@ -47,10 +51,18 @@ impl Table {
     pub fn render(&self, style: Style) -> String {
         let width = |text: &str| text.chars().count();
         let columns: Vec<(usize, usize)> = (0..self.headings.len())
-            .filter(|&column| self.rows.is_empty() || self.rows.iter().any(|row| !row[column].is_empty()))
+            .filter(|&column| {
+                self.rows.is_empty() || self.rows.iter().any(|row| !row[column].is_empty())
+            })
             .map(|column| {
                 let cells = self.rows.iter().map(|row| width(&row[column]));
-                (column, cells.chain([width(self.headings[column].0)]).max().unwrap_or(0))
+                (
+                    column,
+                    cells
+                        .chain([width(self.headings[column].0)])
+                        .max()
+                        .unwrap_or(0),
+                )
             })
             .collect();
         let line = |cell: &dyn Fn(usize) -> String| {
@@ -79,7 +91,10 @@ impl Table {
 /// Lines of `label  value`, the values aligned; rows with an empty value are left out.
 pub fn fields(style: Style, rows: &[(&str, String)]) -> String {
     let shown = || rows.iter().filter(|(_, value)| !value.is_empty());
-    let wide = shown().map(|(label, _)| label.chars().count()).max().unwrap_or(0);
+    let wide = shown()
+        .map(|(label, _)| label.chars().count())
+        .max()
+        .unwrap_or(0);
     shown()
         .map(|(label, value)| {
             let pad = " ".repeat(wide - label.chars().count());
@@ -95,8 +110,18 @@ mod tests {
     #[test]
     fn columns_align_and_empty_ones_vanish() {
         let mut table = Table::new(&["NAME", ">SIZE", "NOTE", "STATE"]);
-        table.row(["lab:1".into(), "3 B".into(), String::new(), "complete".into()]);
-        table.row(["laboratory:2".into(), "100 MiB".into(), String::new(), String::new()]);
+        table.row([
+            "lab:1".into(),
+            "3 B".into(),
+            String::new(),
+            "complete".into(),
+        ]);
+        table.row([
+            "laboratory:2".into(),
+            "100 MiB".into(),
+            String::new(),
+            String::new(),
+        ]);
         let text = table.render(Style::PLAIN);
         let lines: Vec<&str> = text.lines().collect();
         assert!(lines[0].ends_with("STATE"), "{text}");
@@ -109,7 +134,14 @@ mod tests {
 
     #[test]
     fn fields_align() {
-        let text = fields(Style::PLAIN, &[("id", "1".into()), ("gone", String::new()), ("longer", "2".into())]);
+        let text = fields(
+            Style::PLAIN,
+            &[
+                ("id", "1".into()),
+                ("gone", String::new()),
+                ("longer", "2".into()),
+            ],
+        );
         assert!(text.ends_with("longer  2\n"), "{text}");
         assert!(!text.contains("gone"));
     }

@@ -30,10 +30,15 @@ pub struct VerifyArgs {
 
 /// Runs the command.
 pub fn run(args: VerifyArgs, context: &Context) -> Result<(), Exit> {
-    let command = Verify { capsule: args.capsule.map(CapsuleRef), repair: args.repair };
+    let command = Verify {
+        capsule: args.capsule.map(CapsuleRef),
+        repair: args.repair,
+    };
     let verified = context.work(command, args.output, STOPPED)?;
     args.output.print(&verified, render)?;
-    let left = verified.damaged_bytes.saturating_sub(verified.repaired_bytes);
+    let left = verified
+        .damaged_bytes
+        .saturating_sub(verified.repaired_bytes);
     if left == 0 {
         return Ok(());
     }
@@ -59,7 +64,16 @@ fn render(verified: &Verified, style: Style) -> String {
     }
     let mut table = Table::new(&["DAMAGED", "KIND", ">BYTES", ">REPAIRED"]);
     for damage in &verified.damaged {
-        table.row([damage.root.to_string(), damage.kind.clone(), damage.bytes.to_string(), damage.repaired.to_string()]);
+        table.row([
+            damage.root.to_string(),
+            damage.kind.clone(),
+            damage.bytes.to_string(),
+            damage.repaired.to_string(),
+        ]);
     }
-    format!("{} {read}\n\n{}", style.red("damage found:"), table.render(style))
+    format!(
+        "{} {read}\n\n{}",
+        style.red("damage found:"),
+        table.render(style)
+    )
 }

@@ -30,7 +30,12 @@ pub struct Comparison {
 /// # Errors
 /// Something cannot be read.
 pub fn compare(original: &Path, copy: &Path) -> Result<Comparison> {
-    let mut walk = Walk { original, copy, found: Comparison::default(), buffers: [vec![0; BUFFER], vec![0; BUFFER]] };
+    let mut walk = Walk {
+        original,
+        copy,
+        found: Comparison::default(),
+        buffers: [vec![0; BUFFER], vec![0; BUFFER]],
+    };
     walk.entry(Path::new(""))?;
     Ok(walk.found)
 }
@@ -70,7 +75,11 @@ impl Walk<'_> {
     fn directory(&mut self, path: &Path, a: &Path, b: &Path) -> Result<()> {
         let (names_a, names_b) = (names(a)?, names(b)?);
         for name in names_a.symmetric_difference(&names_b) {
-            let what = if names_a.contains(name) { "missing in the copy" } else { "only in the copy" };
+            let what = if names_a.contains(name) {
+                "missing in the copy"
+            } else {
+                "only in the copy"
+            };
             self.differs(&path.join(name), what);
         }
         for name in names_a.intersection(&names_b) {
@@ -97,7 +106,9 @@ impl Walk<'_> {
 
     fn differs(&mut self, path: &Path, what: &str) {
         if self.found.differences.len() < MAX_DIFFERENCES {
-            self.found.differences.push(format!("{}: {what}", Path::new(".").join(path).display()));
+            self.found
+                .differences
+                .push(format!("{}: {what}", Path::new(".").join(path).display()));
         }
     }
 }
@@ -108,7 +119,10 @@ fn metadata_difference(a: &Metadata, b: &Metadata) -> Option<&'static str> {
     let checks = [
         (a.mode() == b.mode(), "kind or mode"),
         ((a.uid(), a.gid()) == (b.uid(), b.gid()), "owner"),
-        (!a.is_file() || (a.mtime(), a.mtime_nsec()) == (b.mtime(), b.mtime_nsec()), "time of change"),
+        (
+            !a.is_file() || (a.mtime(), a.mtime_nsec()) == (b.mtime(), b.mtime_nsec()),
+            "time of change",
+        ),
         (!a.is_file() || a.len() == b.len(), "size"),
     ];
     checks.iter().find(|(same, _)| !same).map(|(_, what)| *what)
@@ -119,7 +133,11 @@ fn metadata(path: &Path) -> Result<Metadata> {
 }
 
 fn names(dir: &Path) -> Result<BTreeSet<OsString>> {
-    let read = || fs::read_dir(dir)?.map(|entry| Ok(entry?.file_name())).collect::<io::Result<_>>();
+    let read = || {
+        fs::read_dir(dir)?
+            .map(|entry| Ok(entry?.file_name()))
+            .collect::<io::Result<_>>()
+    };
     read().with_context(|| format!("cannot read {}", dir.display()))
 }
 
@@ -151,7 +169,10 @@ mod tests {
         fs::create_dir_all(dir.join("sub")).unwrap();
         fs::write(dir.join("sub/file"), content).unwrap();
         let time = std::time::UNIX_EPOCH + std::time::Duration::from_secs(1_000_000);
-        File::open(dir.join("sub/file")).unwrap().set_modified(time).unwrap();
+        File::open(dir.join("sub/file"))
+            .unwrap()
+            .set_modified(time)
+            .unwrap();
         std::os::unix::fs::symlink("sub/file", dir.join("link")).unwrap();
         dir.to_owned()
     }
@@ -160,7 +181,10 @@ mod tests {
     fn equal_trees_have_no_difference() {
         let dir = tempfile::tempdir().unwrap();
         let content = vec![9; BUFFER * 2 + 17];
-        let (a, b) = (tree(&dir.path().join("a"), &content), tree(&dir.path().join("b"), &content));
+        let (a, b) = (
+            tree(&dir.path().join("a"), &content),
+            tree(&dir.path().join("b"), &content),
+        );
         let found = compare(&a, &b).unwrap();
         assert_eq!((found.files, found.bytes), (1, content.len() as u64));
         assert!(found.differences.is_empty(), "{:?}", found.differences);
@@ -177,6 +201,13 @@ mod tests {
         fs::remove_file(b.join("link")).unwrap();
         std::os::unix::fs::symlink("sub", b.join("link")).unwrap();
         let found = compare(&a, &b).unwrap().differences;
-        assert_eq!(found, ["./more: missing in the copy", "./link: target", "./sub/file: content"]);
+        assert_eq!(
+            found,
+            [
+                "./more: missing in the copy",
+                "./link: target",
+                "./sub/file: content"
+            ]
+        );
     }
 }

@@ -47,7 +47,10 @@ pub struct Gathered {
 /// # Errors
 /// The temporary directory cannot be written, or not one file of the machine can be read.
 pub fn gather(tree: &Path, budget: u64) -> Result<Gathered> {
-    let places: Vec<(PathBuf, u64)> = PLACES.iter().map(|&(place, share)| (place.into(), budget / 100 * share)).collect();
+    let places: Vec<(PathBuf, u64)> = PLACES
+        .iter()
+        .map(|&(place, share)| (place.into(), budget / 100 * share))
+        .collect();
     let mut copier = Copier::new(tree, budget)?;
     copier.fill(&places)?;
     if copier.gathered.files == 0 {
@@ -56,7 +59,10 @@ pub fn gather(tree: &Path, budget: u64) -> Result<Gathered> {
         copier.budget = u64::MAX;
         copier.take(&exe)?;
     }
-    anyhow::ensure!(copier.gathered.files > 0, "found no file on this machine that may be read");
+    anyhow::ensure!(
+        copier.gathered.files > 0,
+        "found no file on this machine that may be read"
+    );
     Ok(copier.gathered)
 }
 
@@ -71,12 +77,20 @@ struct Copier<'a> {
 impl<'a> Copier<'a> {
     fn new(tree: &'a Path, budget: u64) -> Result<Self> {
         fs::create_dir(tree).with_context(|| format!("cannot make {}", tree.display()))?;
-        Ok(Self { tree, budget, gathered: Gathered::default(), made: BTreeSet::new() })
+        Ok(Self {
+            tree,
+            budget,
+            gathered: Gathered::default(),
+            made: BTreeSet::new(),
+        })
     }
 
     /// Fills the places' shares, then what is missing from wherever there is more.
     fn fill(&mut self, places: &[(PathBuf, u64)]) -> Result<()> {
-        let mut walks: Vec<(Walk, u64)> = places.iter().map(|(place, share)| (Walk::new(place), *share)).collect();
+        let mut walks: Vec<(Walk, u64)> = places
+            .iter()
+            .map(|(place, share)| (Walk::new(place), *share))
+            .collect();
         for (walk, share) in &mut walks {
             self.fill_from(walk, *share)?;
         }
@@ -91,7 +105,8 @@ impl<'a> Copier<'a> {
         while end.saturating_sub(self.gathered.bytes) > CLOSE_ENOUGH.min(share / 2) {
             let Some(path) = walk.next() else { break };
             let room = end - self.gathered.bytes;
-            if fs::symlink_metadata(&path).is_ok_and(|meta| meta.is_symlink() || meta.len() <= room) {
+            if fs::symlink_metadata(&path).is_ok_and(|meta| meta.is_symlink() || meta.len() <= room)
+            {
                 self.take(&path)?;
             }
         }
@@ -100,15 +115,21 @@ impl<'a> Copier<'a> {
 
     /// Copies one file or symbolic link; what may not be read, or is neither, is passed over.
     fn take(&mut self, path: &Path) -> Result<()> {
-        let Ok(meta) = fs::symlink_metadata(path) else { return Ok(()) };
+        let Ok(meta) = fs::symlink_metadata(path) else {
+            return Ok(());
+        };
         let to = self.tree.join(path.strip_prefix("/").unwrap_or(path));
         let failed = || format!("cannot copy {} to {}", path.display(), to.display());
         if meta.is_symlink() {
-            let Ok(target) = fs::read_link(path) else { return Ok(()) };
+            let Ok(target) = fs::read_link(path) else {
+                return Ok(());
+            };
             self.make_parent(&to)?;
             std::os::unix::fs::symlink(target, &to).with_context(failed)?;
         } else if meta.is_file() {
-            let Ok(mut from) = open_file(path) else { return Ok(()) };
+            let Ok(mut from) = open_file(path) else {
+                return Ok(());
+            };
             self.make_parent(&to)?;
             let mut copy = fs::File::create_new(&to).with_context(failed)?;
             self.gathered.bytes += io::copy(&mut from, &mut copy).with_context(failed)?;
@@ -126,7 +147,8 @@ impl<'a> Copier<'a> {
     fn make_parent(&mut self, path: &Path) -> Result<()> {
         let parent = path.parent().unwrap_or(self.tree);
         if self.made.insert(parent.to_owned()) {
-            fs::create_dir_all(parent).with_context(|| format!("cannot make {}", parent.display()))?;
+            fs::create_dir_all(parent)
+                .with_context(|| format!("cannot make {}", parent.display()))?;
         }
         Ok(())
     }
@@ -135,8 +157,15 @@ impl<'a> Copier<'a> {
 /// Opens a regular file that may since have been replaced by something that would block or lead elsewhere.
 fn open_file(path: &Path) -> io::Result<fs::File> {
     let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
-    let file = fs::File::options().read(true).custom_flags(flags.bits() as i32).open(path)?;
-    if file.metadata()?.is_file() { Ok(file) } else { Err(io::ErrorKind::InvalidInput.into()) }
+    let file = fs::File::options()
+        .read(true)
+        .custom_flags(flags.bits() as i32)
+        .open(path)?;
+    if file.metadata()?.is_file() {
+        Ok(file)
+    } else {
+        Err(io::ErrorKind::InvalidInput.into())
+    }
 }
 
 /// The files and symbolic links below a directory in the order of their names, read as they are asked for.
@@ -148,15 +177,23 @@ struct Walk {
 
 impl Walk {
     fn new(dir: &Path) -> Self {
-        let mut walk = Self { stack: Vec::new(), seen: 0 };
+        let mut walk = Self {
+            stack: Vec::new(),
+            seen: 0,
+        };
         walk.enter(dir);
         walk
     }
 
     /// Puts a directory's entries on the stack; one that may not be read has none.
     fn enter(&mut self, dir: &Path) {
-        let Ok(entries) = fs::read_dir(dir) else { return };
-        let mut paths: Vec<PathBuf> = entries.filter_map(|entry| Some(entry.ok()?.path())).take(MAX_ENTRIES).collect();
+        let Ok(entries) = fs::read_dir(dir) else {
+            return;
+        };
+        let mut paths: Vec<PathBuf> = entries
+            .filter_map(|entry| Some(entry.ok()?.path()))
+            .take(MAX_ENTRIES)
+            .collect();
         paths.sort_unstable_by(|a, b| b.cmp(a));
         self.stack.append(&mut paths);
     }
@@ -186,7 +223,12 @@ mod tests {
     use super::*;
 
     fn machine(dir: &Path) -> Vec<(PathBuf, u64)> {
-        for (path, len) in [("a/one", 4000), ("a/two", 3000), ("a/deep/three", 2000), ("b/four", 5000)] {
+        for (path, len) in [
+            ("a/one", 4000),
+            ("a/two", 3000),
+            ("a/deep/three", 2000),
+            ("b/four", 5000),
+        ] {
             let path = dir.join(path);
             fs::create_dir_all(path.parent().unwrap()).unwrap();
             fs::write(&path, vec![7; len]).unwrap();
@@ -205,8 +247,9 @@ mod tests {
             let mut copier = Copier::new(&tree, 8000).unwrap();
             copier.fill(&places).unwrap();
             assert!(copier.gathered.bytes <= 8000);
-            let copied: Vec<PathBuf> =
-                Walk::new(&tree).map(|path| path.strip_prefix(&tree).unwrap().to_owned()).collect();
+            let copied: Vec<PathBuf> = Walk::new(&tree)
+                .map(|path| path.strip_prefix(&tree).unwrap().to_owned())
+                .collect();
             runs.push((copier.gathered, copied));
         }
         assert_eq!(runs[0], runs[1]);
@@ -217,8 +260,9 @@ mod tests {
     fn a_walk_goes_in_the_order_of_names() {
         let dir = tempfile::tempdir().unwrap();
         machine(dir.path());
-        let names: Vec<String> =
-            Walk::new(dir.path()).map(|path| path.file_name().unwrap().to_string_lossy().into_owned()).collect();
+        let names: Vec<String> = Walk::new(dir.path())
+            .map(|path| path.file_name().unwrap().to_string_lossy().into_owned())
+            .collect();
         assert_eq!(names, ["three", "link", "one", "two", "four"]);
     }
 }

@@ -92,7 +92,11 @@ pub fn capsule(program: &Path, home: &Path, args: &[&str]) -> Result<String> {
     if !output.status.success() {
         let said = String::from_utf8_lossy(&output.stderr);
         // Without its arguments: one may be a token.
-        bail!("`capsule {}` failed:\n{}", args.first().unwrap_or(&""), said.trim_end());
+        bail!(
+            "`capsule {}` failed:\n{}",
+            args.first().unwrap_or(&""),
+            said.trim_end()
+        );
     }
     Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }
@@ -103,25 +107,46 @@ pub fn capsule(program: &Path, home: &Path, args: &[&str]) -> Result<String> {
 /// # Errors
 /// The program cannot be started.
 pub fn start_node(program: &Path, home: &Path, children: &Children) -> Result<Starting> {
-    let log = File::create(log_path(home)).with_context(|| format!("cannot make {}", log_path(home).display()))?;
+    let log = File::create(log_path(home))
+        .with_context(|| format!("cannot make {}", log_path(home).display()))?;
     let mut command = command(program, home, &["node", "--listen", "127.0.0.1:0"]);
-    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log).process_group(0);
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(log)
+        .process_group(0);
     // SAFETY: the closure runs between fork and exec and makes one system call (prctl); it neither allocates nor locks.
     unsafe {
         command.pre_exec(|| Ok(set_parent_process_death_signal(Some(Signal::TERM))?));
     }
-    let mut child = command.spawn().with_context(|| format!("cannot start {}", program.display()))?;
+    let mut child = command
+        .spawn()
+        .with_context(|| format!("cannot start {}", program.display()))?;
     let stdout = child.stdout.take();
-    children.0.lock().unwrap_or_else(PoisonError::into_inner).push(child);
+    children
+        .0
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .push(child);
     let (sender, lines) = sync_channel(LINES);
     let read = move || {
-        for line in stdout.into_iter().flat_map(|out| BufReader::new(out).lines()).map_while(Result::ok) {
+        for line in stdout
+            .into_iter()
+            .flat_map(|out| BufReader::new(out).lines())
+            .map_while(Result::ok)
+        {
             // Nobody listens once it is up; the pipe is still read, so that the node can go on printing.
             let _ = sender.try_send(line);
         }
     };
-    thread::Builder::new().name("node output".into()).spawn(read).context("cannot start a thread")?;
-    Ok(Starting { home: home.to_owned(), lines })
+    thread::Builder::new()
+        .name("node output".into())
+        .spawn(read)
+        .context("cannot start a thread")?;
+    Ok(Starting {
+        home: home.to_owned(),
+        lines,
+    })
 }
 
 impl Starting {
@@ -132,13 +157,21 @@ impl Starting {
     pub fn ready(self) -> Result<String> {
         let deadline = Instant::now() + START;
         loop {
-            match self.lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            match self
+                .lines
+                .recv_timeout(deadline.saturating_duration_since(Instant::now()))
+            {
                 Ok(line) => match line.strip_prefix("listening ") {
                     Some(address) => return Ok(address.to_owned()),
                     None => continue,
                 },
-                Err(RecvTimeoutError::Timeout) => bail!("a node is not ready after {START:?}:\n{}", log_tail(&self.home)),
-                Err(RecvTimeoutError::Disconnected) => bail!("a node ended at once:\n{}", log_tail(&self.home)),
+                Err(RecvTimeoutError::Timeout) => bail!(
+                    "a node is not ready after {START:?}:\n{}",
+                    log_tail(&self.home)
+                ),
+                Err(RecvTimeoutError::Disconnected) => {
+                    bail!("a node ended at once:\n{}", log_tail(&self.home))
+                }
             }
         }
     }
@@ -146,7 +179,11 @@ impl Starting {
 
 fn command(program: &Path, home: &Path, args: &[&str]) -> Command {
     let mut command = Command::new(program);
-    command.env_remove("CAPSULE_HOME").arg("--home").arg(home).args(args);
+    command
+        .env_remove("CAPSULE_HOME")
+        .arg("--home")
+        .arg(home)
+        .args(args);
     command
 }
 

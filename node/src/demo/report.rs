@@ -83,7 +83,14 @@ pub struct ExportReport {
 impl Report {
     /// The table for people.
     pub fn render(&self, style: Style) -> String {
-        let mut table = Table::new(&["NODE", ">SECONDS", ">MB/s", ">FETCHED", ">FROM PUBLISHER", ">FROM PEERS"]);
+        let mut table = Table::new(&[
+            "NODE",
+            ">SECONDS",
+            ">MB/s",
+            ">FETCHED",
+            ">FROM PUBLISHER",
+            ">FROM PEERS",
+        ]);
         for pull in &self.pulls {
             table.row([
                 pull.node.clone(),
@@ -131,8 +138,13 @@ mod tests {
             from_publisher: 1 << 20,
             from_peers: 3 << 20,
         };
-        let export =
-            ExportReport { node: "pc-1".into(), seconds: 1.0, files: 1, bytes: 5, differences: Vec::new() };
+        let export = ExportReport {
+            node: "pc-1".into(),
+            seconds: 1.0,
+            files: 1,
+            bytes: 5,
+            differences: Vec::new(),
+        };
         let report = Report {
             identical: true,
             nodes: 2,
@@ -142,7 +154,10 @@ mod tests {
             pack_bytes: 4 << 20,
             publish_seconds: 1.0,
             pull_seconds: 2.0,
-            publisher: Publisher { sent_bytes: 5 << 20, copies: 1.25 },
+            publisher: Publisher {
+                sent_bytes: 5 << 20,
+                copies: 1.25,
+            },
             pulls: vec![pull],
             export,
             verified_nodes: 2,
@@ -150,8 +165,17 @@ mod tests {
         };
         let text = report.render(Style::PLAIN);
         let row = text.lines().nth(1).unwrap();
-        assert_eq!(row.split_whitespace().collect::<Vec<_>>().join(" "), "pc-1 2.00 100.0 191 MiB 1.00 MiB 3.00 MiB");
-        assert!(text.contains("1.25 copies of the packs (4.00 MiB), for 1 other node"), "{text}");
-        assert!(text.contains("identical; 2 nodes verified\ndone in 12 s\n"), "{text}");
+        assert_eq!(
+            row.split_whitespace().collect::<Vec<_>>().join(" "),
+            "pc-1 2.00 100.0 191 MiB 1.00 MiB 3.00 MiB"
+        );
+        assert!(
+            text.contains("1.25 copies of the packs (4.00 MiB), for 1 other node"),
+            "{text}"
+        );
+        assert!(
+            text.contains("identical; 2 nodes verified\ndone in 12 s\n"),
+            "{text}"
+        );
     }
 }

@@ -44,7 +44,11 @@ impl Watch {
             Shown::Nothing
         } else {
             let latest = vec![None; names.len()];
-            Shown::Lines(Mutex::new(Lines { latest, finished: 0, last: Instant::now() }))
+            Shown::Lines(Mutex::new(Lines {
+                latest,
+                finished: 0,
+                last: Instant::now(),
+            }))
         })
     }
 
@@ -68,7 +72,12 @@ impl Watch {
     pub fn finished(&self, node: usize, message: &str) {
         match &self.0 {
             Shown::Bars { bars, .. } => bars[node].finish(message),
-            Shown::Lines(lines) => lines.lock().unwrap_or_else(PoisonError::into_inner).finished += 1,
+            Shown::Lines(lines) => {
+                lines
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .finished += 1
+            }
             Shown::Nothing => {}
         }
     }
@@ -85,13 +94,26 @@ impl Watch {
 impl Lines {
     /// The nodes' fetching as one: `2 of 7 nodes done  42 %  500 MiB of 1.17 GiB  93.0 MiB/s`.
     fn line(&self) -> String {
-        let fetching = || self.latest.iter().flatten().filter(|progress| progress.phase == Phase::Fetching);
+        let fetching = || {
+            self.latest
+                .iter()
+                .flatten()
+                .filter(|progress| progress.phase == Phase::Fetching)
+        };
         let sum = |of: fn(&Progress) -> u64| fetching().map(of).sum::<u64>();
-        let (done, total) = (sum(|progress| progress.done), sum(|progress| progress.total.unwrap_or(progress.done)));
+        let (done, total) = (
+            sum(|progress| progress.done),
+            sum(|progress| progress.total.unwrap_or(progress.done)),
+        );
         let mut line = format!("{} of {} nodes done", self.finished, self.latest.len());
         if total > 0 {
             let speed = rate(sum(|progress| progress.rate), Duration::from_secs(1));
-            line += &format!("  {}  {} of {}  {speed}", percent(done, total), size(done), size(total));
+            line += &format!(
+                "  {}  {} of {}  {speed}",
+                percent(done, total),
+                size(done),
+                size(total)
+            );
         }
         line
     }
@@ -112,9 +134,19 @@ mod tests {
             written: 0,
             what: None,
         };
-        let checking = Progress { phase: Phase::Checking, ..progress.clone() };
+        let checking = Progress {
+            phase: Phase::Checking,
+            ..progress.clone()
+        };
         let latest = vec![Some(progress.clone()), None, Some(checking), Some(progress)];
-        let lines = Lines { latest, finished: 1, last: Instant::now() };
-        assert_eq!(lines.line(), "1 of 4 nodes done  25 %  2.00 MiB of 8.00 MiB  2.00 MiB/s");
+        let lines = Lines {
+            latest,
+            finished: 1,
+            last: Instant::now(),
+        };
+        assert_eq!(
+            lines.line(),
+            "1 of 4 nodes done  25 %  2.00 MiB of 8.00 MiB  2.00 MiB/s"
+        );
     }
 }

@@ -4,6 +4,7 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use capsule_chunker::content::Progress;
 use capsule_chunker::layer::restore::Sink;
@@ -21,6 +22,10 @@ use crate::work::Work;
 const PAGE: usize = 4096;
 /// Bytes copied at a time.
 const COPY_LEN: usize = 1 << 20;
+/// Longest file name: Linux's NAME_MAX.
+const MAX_NAME: usize = 255;
+/// Tells this process's exports apart.
+static NEXT: AtomicU64 = AtomicU64::new(0);
 
 /// A file in the making; removed when dropped before it is finished.
 pub struct Target {
@@ -36,13 +41,12 @@ impl Target {
     pub fn create(to: &Path, force: bool) -> Result<Self, Failure> {
         check_place(to, force)?;
         let (dir, name) = (parent(to), to.file_name().unwrap_or_default());
-        let mut beside_name = std::ffi::OsString::from(".");
-        beside_name.push(name);
-        beside_name.push(format!(".capsule-{}", std::process::id()));
+        let suffix = format!(".capsule-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        let mut long = std::ffi::OsString::from(".");
+        long.push(name);
+        long.push(&suffix);
         // Long names leave no room for a suffix.
-        let beside = if beside_name.len() > 255 { dir.join(format!(".capsule-{}", std::process::id())) } else { dir.join(beside_name) };
-        // Left by a run that was killed; nobody else uses such a name.
-        let _ = std::fs::remove_file(&beside);
+        let beside = if long.len() > MAX_NAME { dir.join(&suffix) } else { dir.join(long) };
         let file = OpenOptions::new().write(true).create_new(true).mode(0o666).open(&beside);
         let file = file.map_err(|e| failed("making a file in", &dir, &e))?;
         Ok(Self { file, beside, to: to.into(), force, placed: false })

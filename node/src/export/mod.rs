@@ -92,7 +92,8 @@ fn write_tree(
     let listing = Arc::new(Holdings::new(store.clone()).listing(component)?);
     let options = RestoreOptions { force };
     if !force {
-        file::check_space(to.parent().unwrap_or(to), component.content_size)?;
+        let bytes = file::data_bytes(store, &way.contents)?.min(component.content_size);
+        file::check_space(to.parent().unwrap_or(to), bytes)?;
     }
     if way.contents.is_empty() {
         return Ok(TreeWriter::new(to, listing, &options, work)?.finish()?);

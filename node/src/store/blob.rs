@@ -17,7 +17,9 @@ use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{
+    Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
+};
 
 use capsule_chunker::bao::Tree;
 use capsule_proto::ranges::group_count;
@@ -90,12 +92,24 @@ const OPEN_BLOBS: usize = 128;
 
 impl Blob {
     pub(super) fn new(root: RootHash, size: u64, kind: BlobKind) -> Self {
-        Self { root, size, kind, turn: Mutex::default(), gate: RwLock::default(), state: Mutex::default() }
+        Self {
+            root,
+            size,
+            kind,
+            turn: Mutex::default(),
+            gate: RwLock::default(),
+            state: Mutex::default(),
+        }
     }
 
     pub(super) fn from_row(root: RootHash, row: BlobRow) -> Self {
         let blob = Self::new(root, row.size, row.kind);
-        let state = BlobState { present: row.ranges.clone(), durable: row.ranges, row: true, ..BlobState::default() };
+        let state = BlobState {
+            present: row.ranges.clone(),
+            durable: row.ranges,
+            row: true,
+            ..BlobState::default()
+        };
         *blob.state() = state;
         blob
     }
@@ -117,11 +131,18 @@ impl Blob {
     }
 
     pub(super) fn tree(&self) -> Tree {
-        Tree { root: self.root, size: self.size }
+        Tree {
+            root: self.root,
+            size: self.size,
+        }
     }
 
     pub(super) fn row(&self, ranges: GroupRanges) -> BlobRow {
-        BlobRow { kind: self.kind, size: self.size, ranges }
+        BlobRow {
+            kind: self.kind,
+            size: self.size,
+            ranges,
+        }
     }
 
     pub(super) fn all(&self) -> GroupRanges {
@@ -186,7 +207,9 @@ impl Part {
     /// The hash and the part of a file by its name, if it is one of ours.
     pub(super) fn of_name(name: &str) -> Option<(RootHash, Self)> {
         let (hash, extension) = name.split_once('.')?;
-        let part = [Self::Data, Self::Tree, Self::Component].into_iter().find(|p| p.extension() == extension)?;
+        let part = [Self::Data, Self::Tree, Self::Component]
+            .into_iter()
+            .find(|p| p.extension() == extension)?;
         Some((hash.parse().ok()?, part))
     }
 }
@@ -195,9 +218,15 @@ impl BlobFiles {
     pub(super) fn open(disk: &dyn Disk, root: &RootHash, mode: OpenMode) -> Result<Self, IoFault> {
         let open = |part| {
             let path = path_of(root, part);
-            disk.open(&path, mode).map(FileReader).map_err(|e| IoFault::new("open", path, e))
+            disk.open(&path, mode)
+                .map(FileReader)
+                .map_err(|e| IoFault::new("open", path, e))
         };
-        Ok(Self { data: open(Part::Data)?, tree: open(Part::Tree)?, nodes: OnceLock::new() })
+        Ok(Self {
+            data: open(Part::Data)?,
+            tree: open(Part::Tree)?,
+            nodes: OnceLock::new(),
+        })
     }
 
     /// Writes hash pairs, neighbours together, and skips those known to be written.
@@ -205,11 +234,15 @@ impl BlobFiles {
     /// The paths above a piece are the same in response after response: without this, half of the
     /// writes would be of 64 bytes that lie there already.
     pub(super) fn write_nodes(&self, nodes: &[(u64, &[u8; 64])]) -> io::Result<()> {
-        let known = self.nodes.get_or_init(|| (0..KNOWN_NODES).map(|_| AtomicU64::new(u64::MAX)).collect());
+        let known = self
+            .nodes
+            .get_or_init(|| (0..KNOWN_NODES).map(|_| AtomicU64::new(u64::MAX)).collect());
         let slot = |offset: u64| &known[(offset / 64) as usize % KNOWN_NODES];
         let mut run = Vec::new();
         let mut start = 0;
-        let wanted = nodes.iter().filter(|(offset, _)| slot(*offset).load(Ordering::Acquire) != *offset);
+        let wanted = nodes
+            .iter()
+            .filter(|(offset, _)| slot(*offset).load(Ordering::Acquire) != *offset);
         for (offset, pair) in wanted {
             if start + run.len() as u64 != *offset {
                 self.write_run(start, &run)?;
@@ -220,12 +253,18 @@ impl BlobFiles {
         }
         self.write_run(start, &run)?;
         // Only now: another writer that skips a pair must find it written.
-        nodes.iter().for_each(|(offset, _)| slot(*offset).store(*offset, Ordering::Release));
+        nodes
+            .iter()
+            .for_each(|(offset, _)| slot(*offset).store(*offset, Ordering::Release));
         Ok(())
     }
 
     fn write_run(&self, offset: u64, run: &[u8]) -> io::Result<()> {
-        if run.is_empty() { Ok(()) } else { self.tree.0.write_at(offset, &[run]) }
+        if run.is_empty() {
+            Ok(())
+        } else {
+            self.tree.0.write_at(offset, &[run])
+        }
     }
 }
 
@@ -244,7 +283,12 @@ pub(super) struct Handles {
 
 impl Handles {
     /// The blob's files, opened if they are not.
-    pub(super) fn get(&self, disk: &dyn Disk, root: &RootHash, mode: OpenMode) -> Result<Arc<BlobFiles>, IoFault> {
+    pub(super) fn get(
+        &self,
+        disk: &dyn Disk,
+        root: &RootHash,
+        mode: OpenMode,
+    ) -> Result<Arc<BlobFiles>, IoFault> {
         let now = self.clock.fetch_add(1, Ordering::Relaxed);
         let mut open = lock(&self.open);
         if let Some((files, used)) = open.get_mut(root) {
@@ -267,8 +311,13 @@ impl Handles {
 
 /// Closes the files that were not used for longest, among those that nobody uses now.
 fn close_one(open: &mut HashMap<RootHash, (Arc<BlobFiles>, u64)>) {
-    let idle = open.iter().filter(|(_, (files, _))| Arc::strong_count(files) == 1);
-    if let Some(root) = idle.min_by_key(|(_, (_, used))| *used).map(|(root, _)| *root) {
+    let idle = open
+        .iter()
+        .filter(|(_, (files, _))| Arc::strong_count(files) == 1);
+    if let Some(root) = idle
+        .min_by_key(|(_, (_, used))| *used)
+        .map(|(root, _)| *root)
+    {
         open.remove(&root);
     }
 }
@@ -283,7 +332,8 @@ mod tests {
         let disk = RealDisk::new(dir.path());
         disk.create_dir(Path::new(BLOBS_DIR)).unwrap();
         for byte in 0..=255u8 {
-            disk.create_dir(&Path::new(BLOBS_DIR).join(format!("{byte:02x}"))).unwrap();
+            disk.create_dir(&Path::new(BLOBS_DIR).join(format!("{byte:02x}")))
+                .unwrap();
         }
         (dir, disk)
     }
@@ -311,9 +361,15 @@ mod tests {
             handles.get(&disk, &root(i), OpenMode::Create).unwrap();
             assert!(lock(&handles.open).len() <= OPEN_BLOBS);
         }
-        assert!(Arc::ptr_eq(&used, &handles.get(&disk, &root(0), OpenMode::Existing).unwrap()));
+        assert!(Arc::ptr_eq(
+            &used,
+            &handles.get(&disk, &root(0), OpenMode::Existing).unwrap()
+        ));
         handles.forget(&root(0));
-        assert!(!Arc::ptr_eq(&used, &handles.get(&disk, &root(0), OpenMode::Existing).unwrap()));
+        assert!(!Arc::ptr_eq(
+            &used,
+            &handles.get(&disk, &root(0), OpenMode::Existing).unwrap()
+        ));
     }
 
     #[test]
@@ -321,9 +377,13 @@ mod tests {
         let (_dir, disk) = disk();
         let files = BlobFiles::open(&disk, &RootHash::of(b"y"), OpenMode::Create).unwrap();
         let pairs: Vec<[u8; 64]> = (0..6).map(|i| [i; 64]).collect();
-        files.write_nodes(&[(0, &pairs[0]), (64, &pairs[1]), (640, &pairs[2])]).unwrap();
+        files
+            .write_nodes(&[(0, &pairs[0]), (64, &pairs[1]), (640, &pairs[2])])
+            .unwrap();
         // The first is known and skipped, whatever it is said to be now.
-        files.write_nodes(&[(0, &pairs[5]), (128, &pairs[3]), (192, &pairs[4])]).unwrap();
+        files
+            .write_nodes(&[(0, &pairs[5]), (128, &pairs[3]), (192, &pairs[4])])
+            .unwrap();
         let mut back = [0; 704];
         super::super::disk::read_exact(&*files.tree.0, 0, &mut back).unwrap();
         let at = |offset: usize| back[offset];

@@ -47,7 +47,11 @@ struct ContentReader(Arc<dyn Content>);
 impl Store {
     /// Sets who produces components. The store keeps no strong reference, for the provider reads the store.
     pub fn set_component_provider(&self, provider: &Arc<dyn ComponentProvider>) {
-        *self.inner.provider.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::downgrade(provider));
+        *self
+            .inner
+            .provider
+            .write()
+            .unwrap_or_else(PoisonError::into_inner) = Some(Arc::downgrade(provider));
     }
 
     /// Serves a component under its own root from now on, durably: `outboard` is its hash tree.
@@ -63,15 +67,23 @@ impl Store {
     ) -> Result<(), WriteError> {
         let limit = MAX_LAYERS;
         if recipe.layers.len() > limit {
-            let too_long = DatabaseError::TooLong { table: "components", len: recipe.layers.len(), limit };
+            let too_long = DatabaseError::TooLong {
+                table: "components",
+                len: recipe.layers.len(),
+                limit,
+            };
             return Err(too_long.into());
         }
         let blobs = recipe.blobs();
         let _guard = self.guard(blobs.iter().copied());
-        if let Some(missing) = blobs.iter().find(|blob| !self.durable(blob).is_some_and(|p| p.complete)) {
+        if let Some(missing) = blobs
+            .iter()
+            .find(|blob| !self.durable(blob).is_some_and(|p| p.complete))
+        {
             return Err(WriteError::Unknown(*missing));
         }
-        self.inner.register(root, Component { size, recipe }, outboard.into())
+        self.inner
+            .register(root, Component { size, recipe }, outboard.into())
     }
 
     /// Serves a component no longer.
@@ -81,25 +93,38 @@ impl Store {
 
     /// A registered component.
     pub fn component(&self, root: &RootHash) -> Option<Component> {
-        self.inner.component_entry(root).map(|entry| entry.component.clone())
+        self.inner
+            .component_entry(root)
+            .map(|entry| entry.component.clone())
     }
 
     /// All registered components, by root.
     pub fn components(&self) -> Vec<(RootHash, Component)> {
-        self.inner.components().iter().map(|(root, entry)| (*root, entry.component.clone())).collect()
+        self.inner
+            .components()
+            .iter()
+            .map(|(root, entry)| (*root, entry.component.clone()))
+            .collect()
     }
 }
 
 impl ComponentRecipe {
     /// The blobs of its layers.
     pub fn blobs(&self) -> BTreeSet<RootHash> {
-        self.layers.iter().flat_map(|layer| [Some(layer.index), layer.pack]).flatten().collect()
+        self.layers
+            .iter()
+            .flat_map(|layer| [Some(layer.index), layer.pack])
+            .flatten()
+            .collect()
     }
 }
 
 impl ComponentEntry {
     pub(super) fn from_row(row: ComponentRow) -> Self {
-        Self { component: row.component, ranges: Mutex::new(row.ranges) }
+        Self {
+            component: row.component,
+            ranges: Mutex::new(row.ranges),
+        }
     }
 
     /// What its outboard costs in space.
@@ -120,7 +145,12 @@ impl Inner {
     }
 
     /// The same order as for a blob: outboard, sync, name, sync, commit.
-    fn register(self: &Arc<Self>, root: &RootHash, component: Component, outboard: Outboard<'_>) -> Result<(), WriteError> {
+    fn register(
+        self: &Arc<Self>,
+        root: &RootHash,
+        component: Component,
+        outboard: Outboard<'_>,
+    ) -> Result<(), WriteError> {
         let _turn = lock(&self.component_turn);
         let mut scratch = self.outboard_file(root, component.size, outboard)?;
         let charge = outboard_len(component.size);
@@ -130,26 +160,43 @@ impl Inner {
             self.space.release(charge);
         }
         placed?;
-        let row = ComponentRow { ranges: GroupRanges::all(component.size), component };
-        if let Some(old) = self.components_mut().insert(*root, Arc::new(ComponentEntry::from_row(row))) {
+        let row = ComponentRow {
+            ranges: GroupRanges::all(component.size),
+            component,
+        };
+        if let Some(old) = self
+            .components_mut()
+            .insert(*root, Arc::new(ComponentEntry::from_row(row)))
+        {
             self.space.release(old.cost());
         }
         Ok(())
     }
 
-    fn place_component(&self, root: &RootHash, component: &Component, scratch: &mut super::Scratch) -> Result<(), WriteError> {
+    fn place_component(
+        &self,
+        root: &RootHash,
+        component: &Component,
+        scratch: &mut super::Scratch,
+    ) -> Result<(), WriteError> {
         scratch.sync()?;
         scratch.rename(path_of(root, Part::Component))?;
         let dir = dir_of(root);
-        self.disk.sync_dir(&dir).map_err(|e| WriteError::io(IoFault::new("sync", dir, e)))?;
-        let row = ComponentRow { component: component.clone(), ranges: GroupRanges::all(component.size) };
+        self.disk
+            .sync_dir(&dir)
+            .map_err(|e| WriteError::io(IoFault::new("sync", dir, e)))?;
+        let row = ComponentRow {
+            component: component.clone(),
+            ranges: GroupRanges::all(component.size),
+        };
         self.commit_component(root, &row).map_err(WriteError::from)
     }
 
     fn commit_component(&self, root: &RootHash, row: &ComponentRow) -> Result<(), DatabaseError> {
         let bytes = row.encode();
         self.meta.write(|tx| {
-            tx.open_table(COMPONENTS)?.insert(root.as_bytes(), &bytes[..])?;
+            tx.open_table(COMPONENTS)?
+                .insert(root.as_bytes(), &bytes[..])?;
             Ok(())
         })
     }
@@ -162,7 +209,9 @@ impl Inner {
         let _turn = lock(&self.component_turn);
         self.meta.write(|tx| {
             let mut table = tx.open_table(COMPONENTS)?;
-            roots.iter().try_for_each(|root| table.remove(root.as_bytes()).map(drop))?;
+            roots
+                .iter()
+                .try_for_each(|root| table.remove(root.as_bytes()).map(drop))?;
             Ok(())
         })?;
         for root in roots {
@@ -182,51 +231,113 @@ impl Inner {
         out: &mut Vec<u8>,
     ) -> Result<(), ReadError> {
         if groups.is_empty() || !lock(&entry.ranges).contains_run(&groups) {
-            return Err(ReadError::Absent { root: *root, groups });
+            return Err(ReadError::Absent {
+                root: *root,
+                groups,
+            });
         }
         let (content, outboard) = self.open_component(root, entry)?;
-        let tree = Tree { root: *root, size: entry.component.size };
+        let tree = Tree {
+            root: *root,
+            size: entry.component.size,
+        };
         let before = out.len();
         encode_range(&tree, groups.clone(), &content, &outboard, out).or_else(|error| {
             out.truncate(before);
             match classify(error) {
-                Trouble::Damage => Err(self.condemn_component(root, entry, &GroupRanges::from(groups))?),
-                Trouble::Range => Err(ReadError::Absent { root: *root, groups }),
-                Trouble::Data(e) => Err(ReadError::Component { root: *root, reason: e.to_string() }),
-                Trouble::Outboard(e) => Err(IoFault::new("read", path_of(root, Part::Component), e).into()),
+                Trouble::Damage => {
+                    Err(self.condemn_component(root, entry, &GroupRanges::from(groups))?)
+                }
+                Trouble::Range => Err(ReadError::Absent {
+                    root: *root,
+                    groups,
+                }),
+                Trouble::Data(e) => Err(ReadError::Component {
+                    root: *root,
+                    reason: e.to_string(),
+                }),
+                Trouble::Outboard(e) => {
+                    Err(IoFault::new("read", path_of(root, Part::Component), e).into())
+                }
             }
         })
     }
 
-    fn open_component(&self, root: &RootHash, entry: &ComponentEntry) -> Result<(ContentReader, FileReader), ReadError> {
-        let failed = |reason: String| ReadError::Component { root: *root, reason };
-        let provider = self.provider.read().unwrap_or_else(PoisonError::into_inner).as_ref().and_then(Weak::upgrade);
+    fn open_component(
+        &self,
+        root: &RootHash,
+        entry: &ComponentEntry,
+    ) -> Result<(ContentReader, FileReader), ReadError> {
+        let failed = |reason: String| ReadError::Component {
+            root: *root,
+            reason,
+        };
+        let provider = self
+            .provider
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .as_ref()
+            .and_then(Weak::upgrade);
         let provider = provider.ok_or_else(|| failed("the node is starting or stopping".into()))?;
-        let content = provider.open(root, &entry.component).map_err(|e| failed(e.to_string()))?;
+        let content = provider
+            .open(root, &entry.component)
+            .map_err(|e| failed(e.to_string()))?;
         if content.len() != entry.component.size {
-            return Err(failed(format!("its layers hold {} bytes, not {}", content.len(), entry.component.size)));
+            return Err(failed(format!(
+                "its layers hold {} bytes, not {}",
+                content.len(),
+                entry.component.size
+            )));
         }
         let path = path_of(root, Part::Component);
-        let outboard = self.disk.open(&path, OpenMode::Existing).map_err(|e| IoFault::new("open", path, e))?;
+        let outboard = self
+            .disk
+            .open(&path, OpenMode::Existing)
+            .map_err(|e| IoFault::new("open", path, e))?;
         Ok((ContentReader(content), FileReader(outboard)))
     }
 
-    fn bad_component_groups(&self, root: &RootHash, entry: &ComponentEntry, groups: &GroupRanges) -> Result<GroupRanges, ReadError> {
+    fn bad_component_groups(
+        &self,
+        root: &RootHash,
+        entry: &ComponentEntry,
+        groups: &GroupRanges,
+    ) -> Result<GroupRanges, ReadError> {
         let (content, outboard) = self.open_component(root, entry)?;
-        let tree = Tree { root: *root, size: entry.component.size };
+        let tree = Tree {
+            root: *root,
+            size: entry.component.size,
+        };
         let good = verify(&tree, groups, &content, &outboard).map_err(|error| match error {
-            VerifyError::Data { source, .. } => ReadError::Component { root: *root, reason: source.to_string() },
-            VerifyError::Outboard { source, .. } => IoFault::new("read", path_of(root, Part::Component), source).into(),
+            VerifyError::Data { source, .. } => ReadError::Component {
+                root: *root,
+                reason: source.to_string(),
+            },
+            VerifyError::Outboard { source, .. } => {
+                IoFault::new("read", path_of(root, Part::Component), source).into()
+            }
         })?;
         Ok(groups.difference(&good))
     }
 
-    fn condemn_component(&self, root: &RootHash, entry: &ComponentEntry, suspects: &GroupRanges) -> Result<ReadError, ReadError> {
+    fn condemn_component(
+        &self,
+        root: &RootHash,
+        entry: &ComponentEntry,
+        suspects: &GroupRanges,
+    ) -> Result<ReadError, ReadError> {
         let (groups, committed) = self.condemn_component_in_turn(root, entry, suspects)?;
-        let damage = Damage { root: *root, size: entry.component.size, groups };
+        let damage = Damage {
+            root: *root,
+            size: entry.component.size,
+            groups,
+        };
         self.report(&damage);
         committed?;
-        Ok(ReadError::Damaged { root: *root, groups: damage.groups })
+        Ok(ReadError::Damaged {
+            root: *root,
+            groups: damage.groups,
+        })
     }
 
     fn condemn_component_in_turn(
@@ -244,14 +355,25 @@ impl Inner {
             ranges.clone()
         };
         // Unless it was registered anew, or removed, meanwhile.
-        let registered = self.component_entry(root).is_some_and(|now| std::ptr::eq(&*now, entry));
-        let row = ComponentRow { component: entry.component.clone(), ranges };
-        let committed = if registered { self.commit_component(root, &row) } else { Ok(()) };
+        let registered = self
+            .component_entry(root)
+            .is_some_and(|now| std::ptr::eq(&*now, entry));
+        let row = ComponentRow {
+            component: entry.component.clone(),
+            ranges,
+        };
+        let committed = if registered {
+            self.commit_component(root, &row)
+        } else {
+            Ok(())
+        };
         Ok((bad, committed))
     }
 
     pub(super) fn verify_component(&self, root: &RootHash) -> Result<GroupRanges, ReadError> {
-        let entry = self.component_entry(root).ok_or(ReadError::Unknown(*root))?;
+        let entry = self
+            .component_entry(root)
+            .ok_or(ReadError::Unknown(*root))?;
         let held = lock(&entry.ranges).clone();
         let bad = self.bad_component_groups(root, &entry, &held)?;
         if bad.is_empty() {
@@ -267,7 +389,9 @@ impl Inner {
 impl ReadAt for ContentReader {
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<usize> {
         let left = self.0.len().saturating_sub(offset).min(buf.len() as u64) as usize;
-        self.0.read_at(offset, &mut buf[..left]).map_err(io::Error::other)?;
+        self.0
+            .read_at(offset, &mut buf[..left])
+            .map_err(io::Error::other)?;
         Ok(left)
     }
 }

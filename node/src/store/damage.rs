@@ -29,7 +29,11 @@ pub type DamageHandler = Arc<dyn Fn(&Damage) + Send + Sync>;
 impl Store {
     /// Sets who is told of damage, in place of who was.
     pub fn on_damage(&self, handler: DamageHandler) {
-        *self.inner.damage_handler.write().unwrap_or_else(PoisonError::into_inner) = Some(handler);
+        *self
+            .inner
+            .damage_handler
+            .write()
+            .unwrap_or_else(PoisonError::into_inner) = Some(handler);
     }
 
     /// Reads all that is present of a blob or component again, and returns the groups that do not
@@ -67,29 +71,51 @@ impl Inner {
                 Err(other) => return Err(other),
             });
         }
-        let files = match self.handles.get(&*self.disk, &blob.root, OpenMode::Existing) {
+        let files = match self
+            .handles
+            .get(&*self.disk, &blob.root, OpenMode::Existing)
+        {
             Ok(files) => files,
-            Err(fault) if fault.source.kind() == std::io::ErrorKind::NotFound => return Ok(groups.clone()),
+            Err(fault) if fault.source.kind() == std::io::ErrorKind::NotFound => {
+                return Ok(groups.clone());
+            }
             Err(fault) => return Err(fault.into()),
         };
-        let good = verify(&blob.tree(), groups, &files.data, &files.tree).map_err(|error| match error {
-            VerifyError::Data { source, .. } => IoFault::new("read", path_of(&blob.root, Part::Data), source),
-            VerifyError::Outboard { source, .. } => IoFault::new("read", path_of(&blob.root, Part::Tree), source),
-        })?;
+        let good =
+            verify(&blob.tree(), groups, &files.data, &files.tree).map_err(
+                |error| match error {
+                    VerifyError::Data { source, .. } => {
+                        IoFault::new("read", path_of(&blob.root, Part::Data), source)
+                    }
+                    VerifyError::Outboard { source, .. } => {
+                        IoFault::new("read", path_of(&blob.root, Part::Tree), source)
+                    }
+                },
+            )?;
         Ok(groups.difference(&good))
     }
 
     /// Takes those of the suspected groups that indeed do not verify out of presence, commits that,
     /// and reports it. The error for the reader comes back as a value.
-    pub(super) fn condemn(&self, blob: &Arc<Blob>, suspects: &GroupRanges) -> Result<ReadError, ReadError> {
+    pub(super) fn condemn(
+        &self,
+        blob: &Arc<Blob>,
+        suspects: &GroupRanges,
+    ) -> Result<ReadError, ReadError> {
         let Some((damage, committed)) = self.condemn_in_turn(blob, suspects)? else {
             // Punched, removed or repaired since they were read.
             let first = suspects.runs().first().cloned().unwrap_or(0..0);
-            return Ok(ReadError::Absent { root: blob.root, groups: first });
+            return Ok(ReadError::Absent {
+                root: blob.root,
+                groups: first,
+            });
         };
         self.report(&damage);
         committed?;
-        Ok(ReadError::Damaged { root: damage.root, groups: damage.groups })
+        Ok(ReadError::Damaged {
+            root: damage.root,
+            groups: damage.groups,
+        })
     }
 
     /// The part of it that nothing else may come between; the outcome of the commit apart, as the damage
@@ -119,14 +145,26 @@ impl Inner {
         self.handles.forget(&blob.root);
         let committed = durable.map_or(Ok(()), |durable| {
             // Where this fails the next flush commits it; until then a restart would find the damage anew.
-            self.commit_presence(blob, &durable, None).inspect_err(|_| self.note_dirty(blob, &mut blob.state(), 1))
+            self.commit_presence(blob, &durable, None)
+                .inspect_err(|_| self.note_dirty(blob, &mut blob.state(), 1))
         });
-        Ok(Some((Damage { root: blob.root, size: blob.size, groups: bad }, committed)))
+        Ok(Some((
+            Damage {
+                root: blob.root,
+                size: blob.size,
+                groups: bad,
+            },
+            committed,
+        )))
     }
 
     pub(super) fn report(&self, damage: &Damage) {
         tracing::warn!(root = %damage.root, groups = ?damage.groups, "stored data is damaged");
-        let handler = self.damage_handler.read().unwrap_or_else(PoisonError::into_inner).clone();
+        let handler = self
+            .damage_handler
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone();
         if let Some(handler) = handler {
             handler(damage);
         }

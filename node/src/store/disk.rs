@@ -118,7 +118,10 @@ impl Disk for RealDisk {
             let entry = entry?;
             let meta = entry.metadata()?;
             if let (true, Ok(name)) = (meta.is_file(), entry.file_name().into_string()) {
-                entries.push(FileEntry { name, len: meta.len() });
+                entries.push(FileEntry {
+                    name,
+                    len: meta.len(),
+                });
             }
         }
         Ok(entries)
@@ -189,7 +192,11 @@ impl DiskFile for RealFile {
 }
 
 /// Reads exactly as much as `buf` holds.
-pub(super) fn read_exact(file: &dyn DiskFile, mut offset: u64, mut buf: &mut [u8]) -> io::Result<()> {
+pub(super) fn read_exact(
+    file: &dyn DiskFile,
+    mut offset: u64,
+    mut buf: &mut [u8],
+) -> io::Result<()> {
     while !buf.is_empty() {
         match file.read_at(offset, buf) {
             Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
@@ -230,8 +237,14 @@ mod tests {
         let disk = RealDisk::new(dir.path());
         disk.create_dir(Path::new("sub")).unwrap();
         disk.create_dir(Path::new("sub")).unwrap();
-        disk.open(Path::new("file"), OpenMode::Create).unwrap().write_at(0, &[b"abc"]).unwrap();
-        let expected = vec![FileEntry { name: "file".into(), len: 3 }];
+        disk.open(Path::new("file"), OpenMode::Create)
+            .unwrap()
+            .write_at(0, &[b"abc"])
+            .unwrap();
+        let expected = vec![FileEntry {
+            name: "file".into(),
+            len: 3,
+        }];
         assert_eq!(disk.list(Path::new("")).unwrap(), expected);
     }
 }

@@ -47,7 +47,11 @@ pub enum Full {
 impl fmt::Display for Full {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Quota { needed, used, quota } => write!(
+            Self::Quota {
+                needed,
+                used,
+                quota,
+            } => write!(
                 f,
                 "the store is full: {needed} bytes needed, {used} of the quota of {quota} in use. \
                  Raise the quota, or make room with `capsule unpin` or `capsule rm`, then `capsule gc`; \
@@ -74,7 +78,9 @@ pub enum DatabaseError {
     Full(#[from] Full),
     /// The database's file could not be read, written or synced. The store opens it anew at the next
     /// operation.
-    #[error("the store's database could not be used ({0}); nothing was changed. Check the disk; the node tries again by itself")]
+    #[error(
+        "the store's database could not be used ({0}); nothing was changed. Check the disk; the node tries again by itself"
+    )]
     Io(#[source] io::Error),
     /// The database refused, or is damaged.
     #[error("the store's database failed: {0}")]
@@ -88,7 +94,9 @@ pub enum DatabaseError {
         reason: &'static str,
     },
     /// A table at its bound.
-    #[error("the store's table {table:?} is at its bound of {limit} rows: remove some (`capsule gc`)")]
+    #[error(
+        "the store's table {table:?} is at its bound of {limit} rows: remove some (`capsule gc`)"
+    )]
     TooMany {
         /// The table.
         table: &'static str,
@@ -119,7 +127,9 @@ pub enum OpenError {
         holder: String,
     },
     /// The store was written by a newer version.
-    #[error("the store is of format {found}, this program reads up to format {supported}: use a newer capsule")]
+    #[error(
+        "the store is of format {found}, this program reads up to format {supported}: use a newer capsule"
+    )]
     Version {
         /// Format found.
         found: u64,
@@ -248,13 +258,20 @@ pub enum RemoveError {
 
 impl IoFault {
     pub(super) fn new(doing: &'static str, path: impl Into<PathBuf>, source: io::Error) -> Self {
-        Self { doing, path: path.into(), source }
+        Self {
+            doing,
+            path: path.into(),
+            source,
+        }
     }
 }
 
 /// Whether the operating system says that there is no room.
 pub(super) fn is_full(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+    matches!(
+        error.kind(),
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
+    )
 }
 
 impl WriteError {
@@ -280,7 +297,9 @@ impl From<DatabaseError> for WriteError {
 impl From<redb::Error> for DatabaseError {
     fn from(error: redb::Error) -> Self {
         match error {
-            redb::Error::Io(e) if is_full(&e) => Self::Full(Full::FileSystem { path: super::META_FILE.into() }),
+            redb::Error::Io(e) if is_full(&e) => Self::Full(Full::FileSystem {
+                path: super::META_FILE.into(),
+            }),
             redb::Error::Io(e) => Self::Io(e),
             other => Self::Engine(Box::new(other)),
         }
@@ -297,4 +316,10 @@ macro_rules! from_redb {
         }
     )*};
 }
-from_redb!(DatabaseError, TransactionError, TableError, StorageError, CommitError);
+from_redb!(
+    DatabaseError,
+    TransactionError,
+    TableError,
+    StorageError,
+    CommitError
+);

@@ -56,9 +56,14 @@ impl Store {
     pub fn guard(&self, roots: impl IntoIterator<Item = RootHash>) -> ActiveGuard {
         let roots: Vec<_> = roots.into_iter().collect();
         let mut active = lock(&self.inner.active);
-        roots.iter().for_each(|root| *active.entry(*root).or_default() += 1);
+        roots
+            .iter()
+            .for_each(|root| *active.entry(*root).or_default() += 1);
         drop(active);
-        ActiveGuard { inner: Arc::clone(&self.inner), roots }
+        ActiveGuard {
+            inner: Arc::clone(&self.inner),
+            roots,
+        }
     }
 
     /// Removes one blob, and the components that are read through it; the bytes that were held of it.
@@ -70,18 +75,29 @@ impl Store {
         }
         let components = self.inner.components_through(|through| through == root);
         let dead = [blob];
-        self.inner.drop_components(&components).inspect_err(|_| self.inner.disclaim(&dead))?;
+        self.inner
+            .drop_components(&components)
+            .inspect_err(|_| self.inner.disclaim(&dead))?;
         self.inner.remove_claimed(&dead)
     }
 
     /// Removes all blobs and components that `live` does not name and no guard holds.
     ///
     /// `live` is asked once for each; it must name the layers of the components it names.
-    pub fn gc(&self, live: &dyn Fn(&RootHash) -> bool, mode: GcMode) -> Result<GcReport, RemoveError> {
+    pub fn gc(
+        &self,
+        live: &dyn Fn(&RootHash) -> bool,
+        mode: GcMode,
+    ) -> Result<GcReport, RemoveError> {
         let _one_at_a_time = lock(&self.inner.gc_turn);
         let mut report = GcReport::default();
         let mut dead = Vec::new();
-        for blob in self.inner.all_blobs().into_iter().filter(|blob| !live(&blob.root)) {
+        for blob in self
+            .inner
+            .all_blobs()
+            .into_iter()
+            .filter(|blob| !live(&blob.root))
+        {
             let free = match mode {
                 GcMode::Collect => self.inner.claim(&blob),
                 GcMode::DryRun => !self.inner.is_active(&blob.root),
@@ -104,7 +120,9 @@ impl Store {
             }
         }
         if mode == GcMode::Collect {
-            self.inner.drop_components(&report.components).inspect_err(|_| self.inner.disclaim(&dead))?;
+            self.inner
+                .drop_components(&report.components)
+                .inspect_err(|_| self.inner.disclaim(&dead))?;
             self.inner.remove_claimed(&dead)?;
         }
         Ok(report)
@@ -164,7 +182,11 @@ impl Inner {
     fn disclaim(&self, blobs: &[Arc<Blob>]) {
         for blob in blobs {
             // The bytes of a small blob may have gone with its row.
-            let small = if blob.is_small() { self.small_bytes(blob).ok() } else { None };
+            let small = if blob.is_small() {
+                self.small_bytes(blob).ok()
+            } else {
+                None
+            };
             let mut state = blob.state();
             if blob.is_small() && small.is_none() {
                 self.space.release(blob.cost(&state.present));
@@ -181,7 +203,9 @@ impl Inner {
     /// Components that are read through a blob.
     fn components_through(&self, blob: impl Fn(&RootHash) -> bool) -> Vec<RootHash> {
         let components = self.components();
-        let through = components.iter().filter(|(_, entry)| entry.component.recipe.blobs().iter().any(&blob));
+        let through = components
+            .iter()
+            .filter(|(_, entry)| entry.component.recipe.blobs().iter().any(&blob));
         through.map(|(root, _)| *root).collect()
     }
 
@@ -193,7 +217,8 @@ impl Inner {
         // Waits for flushes under way.
         let _turns: Vec<_> = blobs.iter().map(|blob| blob.turn()).collect();
         // What lives in the database only needs the row's removal: one commit for all.
-        self.commit_removal(blobs).inspect_err(|_| self.disclaim(blobs))?;
+        self.commit_removal(blobs)
+            .inspect_err(|_| self.disclaim(blobs))?;
         let mut freed = 0;
         let mut unlinked = Ok(());
         for blob in blobs {
@@ -211,7 +236,9 @@ impl Inner {
             self.handles.forget(&blob.root);
             lock(&self.dirty).retain(|root| *root != blob.root);
             if !blob.is_small() {
-                unlinked = unlinked.and(self.unlink(&blob.root, Part::Data)).and(self.unlink(&blob.root, Part::Tree));
+                unlinked = unlinked
+                    .and(self.unlink(&blob.root, Part::Data))
+                    .and(self.unlink(&blob.root, Part::Tree));
             }
             self.blobs_mut().remove(&blob.root);
         }
@@ -233,7 +260,9 @@ impl Inner {
     fn unlink(&self, root: &RootHash, part: Part) -> Result<(), IoFault> {
         let path = path_of(root, part);
         match self.disk.remove(&path) {
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(IoFault::new("remove", path, e)),
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                Err(IoFault::new("remove", path, e))
+            }
             _ => Ok(()),
         }
     }
@@ -245,13 +274,17 @@ impl Inner {
             (state.durable.clone(), state.row)
         };
         if row {
-            self.commit_presence(blob, &durable, None).inspect_err(|_| self.note_dirty(blob, &mut blob.state(), 1))?;
+            self.commit_presence(blob, &durable, None)
+                .inspect_err(|_| self.note_dirty(blob, &mut blob.state(), 1))?;
         }
         if blob.is_small() {
             blob.state().small = None;
             return Ok(());
         }
-        let files = match self.handles.get(&*self.disk, &blob.root, OpenMode::Existing) {
+        let files = match self
+            .handles
+            .get(&*self.disk, &blob.root, OpenMode::Existing)
+        {
             Ok(files) => files,
             Err(fault) if fault.source.kind() == std::io::ErrorKind::NotFound => return Ok(()),
             Err(fault) => return Err(fault.into()),

@@ -57,7 +57,12 @@ impl Store {
     /// Begins a blob whose root is not known yet.
     pub fn begin_import(&self) -> Result<Import, WriteError> {
         let scratch = self.scratch()?;
-        Ok(Import { scratch, buffer: Vec::new(), written: 0, charged: 0 })
+        Ok(Import {
+            scratch,
+            buffer: Vec::new(),
+            written: 0,
+            charged: 0,
+        })
     }
 
     /// Makes an empty scratch file.
@@ -96,7 +101,11 @@ impl Import {
     ) -> Result<(), WriteError> {
         let known = self.written + self.buffer.len() as u64;
         if known != size {
-            return Err(WriteError::Size { root: *root, claimed: size, known });
+            return Err(WriteError::Size {
+                root: *root,
+                claimed: size,
+                known,
+            });
         }
         let inner = Arc::clone(&self.scratch.inner);
         if is_small(size) {
@@ -112,7 +121,8 @@ impl Import {
     /// All bytes of a blob that turned out small.
     fn take_all(&mut self) -> Result<Vec<u8>, WriteError> {
         let mut bytes = vec![0; self.written as usize];
-        read_exact(&*self.scratch.file, 0, &mut bytes).map_err(|e| self.scratch.fault("read", e))?;
+        read_exact(&*self.scratch.file, 0, &mut bytes)
+            .map_err(|e| self.scratch.fault("read", e))?;
         bytes.append(&mut self.buffer);
         Ok(bytes)
     }
@@ -127,7 +137,11 @@ impl Import {
 
     fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
         let len = bytes.len() as u64;
-        self.scratch.inner.space.reserve(len).map_err(|full| io::Error::new(io::ErrorKind::StorageFull, full))?;
+        self.scratch
+            .inner
+            .space
+            .reserve(len)
+            .map_err(|full| io::Error::new(io::ErrorKind::StorageFull, full))?;
         self.charged += len;
         self.scratch.file.write_at(self.written, &[bytes])?;
         self.written += len;
@@ -136,7 +150,10 @@ impl Import {
 
     /// The typed form of an error that [`Write`] gave.
     pub fn fault(&self, error: io::Error) -> WriteError {
-        match error.get_ref().and_then(|e| e.downcast_ref::<super::Full>()) {
+        match error
+            .get_ref()
+            .and_then(|e| e.downcast_ref::<super::Full>())
+        {
             Some(full) => WriteError::Full(full.clone()),
             None => self.scratch.fault("write", error),
         }
@@ -172,14 +189,20 @@ impl Inner {
         let number = self.next_tmp.fetch_add(1, Ordering::Relaxed);
         let path = Path::new(TMP_DIR).join(number.to_string());
         match self.disk.open(&path, OpenMode::Truncate) {
-            Ok(file) => Ok(Scratch { inner: Arc::clone(self), file, path: Some(path) }),
+            Ok(file) => Ok(Scratch {
+                inner: Arc::clone(self),
+                file,
+                path: Some(path),
+            }),
             Err(e) => Err(IoFault::new("create", path, e)),
         }
     }
 
     fn put_small(&self, root: &RootHash, bytes: Vec<u8>, kind: BlobKind) -> Result<(), WriteError> {
         let blob = self.entry(root, bytes.len() as u64, kind)?;
-        let stored = self.keep_small(&blob, bytes).and_then(|()| self.flush(&blob));
+        let stored = self
+            .keep_small(&blob, bytes)
+            .and_then(|()| self.flush(&blob));
         stored.inspect_err(|_| self.forget_if_empty(&blob))
     }
 
@@ -194,18 +217,34 @@ impl Inner {
             Outboard::Scratch(scratch) => scratch,
             Outboard::Bytes(bytes) => {
                 let scratch = self.scratch().map_err(WriteError::io)?;
-                scratch.file.write_at(0, &[bytes]).map_err(|e| scratch.fault("write", e))?;
+                scratch
+                    .file
+                    .write_at(0, &[bytes])
+                    .map_err(|e| scratch.fault("write", e))?;
                 scratch
             }
         };
-        let (claimed, known) = (outboard_len(size), scratch.file.len().map_err(|e| scratch.fault("read", e))?);
+        let (claimed, known) = (
+            outboard_len(size),
+            scratch.file.len().map_err(|e| scratch.fault("read", e))?,
+        );
         if claimed != known {
-            return Err(WriteError::Size { root: *root, claimed, known });
+            return Err(WriteError::Size {
+                root: *root,
+                claimed,
+                known,
+            });
         }
         Ok(scratch)
     }
 
-    fn place(&self, mut import: Import, outboard: &mut Scratch, root: &RootHash, kind: BlobKind) -> Result<(), WriteError> {
+    fn place(
+        &self,
+        mut import: Import,
+        outboard: &mut Scratch,
+        root: &RootHash,
+        kind: BlobKind,
+    ) -> Result<(), WriteError> {
         import.scratch.sync()?;
         outboard.sync()?;
         loop {
@@ -223,7 +262,12 @@ impl Inner {
         }
     }
 
-    fn place_in_turn(&self, blob: &Blob, import: &mut Import, outboard: &mut Scratch) -> Result<(), WriteError> {
+    fn place_in_turn(
+        &self,
+        blob: &Blob,
+        import: &mut Import,
+        outboard: &mut Scratch,
+    ) -> Result<(), WriteError> {
         // Writers to a partial blob of this root must not write on to the files that are replaced.
         let _alone = blob.gate_exclusive();
         let renamed = outboard
@@ -233,7 +277,9 @@ impl Inner {
         blob.state().files = None;
         renamed?;
         let dir = dir_of(&blob.root);
-        self.disk.sync_dir(&dir).map_err(|e| WriteError::io(IoFault::new("sync", dir, e)))?;
+        self.disk
+            .sync_dir(&dir)
+            .map_err(|e| WriteError::io(IoFault::new("sync", dir, e)))?;
         self.commit_presence(blob, &blob.all(), None)?;
         let mut state = blob.state();
         // What it took from the quota while it was written passes to the blob.
@@ -270,14 +316,21 @@ impl Scratch {
     /// Gives it another name, under which it stays.
     pub(super) fn rename(&mut self, to: PathBuf) -> Result<(), WriteError> {
         if let Some(path) = &self.path {
-            self.inner.disk.rename(path, &to).map_err(|e| WriteError::io(IoFault::new("rename", path, e)))?;
+            self.inner
+                .disk
+                .rename(path, &to)
+                .map_err(|e| WriteError::io(IoFault::new("rename", path, e)))?;
         }
         self.path = None;
         Ok(())
     }
 
     fn fault(&self, doing: &'static str, error: io::Error) -> WriteError {
-        WriteError::io(IoFault::new(doing, self.path.as_deref().unwrap_or(Path::new(TMP_DIR)), error))
+        WriteError::io(IoFault::new(
+            doing,
+            self.path.as_deref().unwrap_or(Path::new(TMP_DIR)),
+            error,
+        ))
     }
 }
 

@@ -36,7 +36,10 @@ impl HomeLock {
         match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => {}
             Err(rustix::io::Errno::WOULDBLOCK) => {
-                return Err(OpenError::InUse { dir: dir.into(), holder: holder(&mut file) });
+                return Err(OpenError::InUse {
+                    dir: dir.into(),
+                    holder: holder(&mut file),
+                });
             }
             Err(e) => return Err(fault("lock", e.into())),
         }
@@ -73,7 +76,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let first = HomeLock::take(dir.path()).unwrap();
         let refused = HomeLock::take(dir.path()).unwrap_err().to_string();
-        assert!(refused.contains(&format!("process {}", std::process::id())), "{refused}");
+        assert!(
+            refused.contains(&format!("process {}", std::process::id())),
+            "{refused}"
+        );
         assert!(refused.contains("--home"), "{refused}");
         drop(first);
         HomeLock::take(dir.path()).unwrap();

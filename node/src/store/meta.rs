@@ -11,8 +11,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
 use redb::{
-    BackendError, Builder, Database, ReadTransaction, ReadableDatabase, ReadableTable, StorageBackend, TableDefinition,
-    WriteTransaction,
+    BackendError, Builder, Database, ReadTransaction, ReadableDatabase, ReadableTable,
+    StorageBackend, TableDefinition, WriteTransaction,
 };
 
 use super::disk::{Disk, DiskFile, OpenMode, read_exact};
@@ -42,8 +42,10 @@ pub(super) const PINS: TableDefinition<(&Hash, &str), ()> = TableDefinition::new
 pub(super) const FOLLOWS: TableDefinition<&str, &[u8]> = TableDefinition::new("follows");
 pub(super) const BANS: TableDefinition<&[u8], &[u8]> = TableDefinition::new("bans");
 pub(super) const RECORDS: HashTable = TableDefinition::new("records");
-pub(super) const RECORDS_BY_NAME: TableDefinition<(&str, &Hash), ()> = TableDefinition::new("records by name");
-pub(super) const RECORDS_BY_TARGET: TableDefinition<(&Hash, &Hash), ()> = TableDefinition::new("records by target");
+pub(super) const RECORDS_BY_NAME: TableDefinition<(&str, &Hash), ()> =
+    TableDefinition::new("records by name");
+pub(super) const RECORDS_BY_TARGET: TableDefinition<(&Hash, &Hash), ()> =
+    TableDefinition::new("records by target");
 pub(super) const VALUES: TableDefinition<&str, &[u8]> = TableDefinition::new("values");
 
 /// The open database.
@@ -79,16 +81,31 @@ impl Meta {
         }
         let faults = Arc::new(Faults::default());
         let database = open_existing(&*disk, &faults)?;
-        let meta = Self { disk, database: RwLock::new(Some(database)), faults };
-        let found = meta.read(|tx| Ok(tx.open_table(SETTINGS)?.get("format")?.map_or(0, |v| v.value())))?;
+        let meta = Self {
+            disk,
+            database: RwLock::new(Some(database)),
+            faults,
+        };
+        let found = meta.read(|tx| {
+            Ok(tx
+                .open_table(SETTINGS)?
+                .get("format")?
+                .map_or(0, |v| v.value()))
+        })?;
         if found > FORMAT {
-            return Err(OpenError::Version { found, supported: FORMAT });
+            return Err(OpenError::Version {
+                found,
+                supported: FORMAT,
+            });
         }
         Ok(meta)
     }
 
     /// Runs one read transaction.
-    pub(super) fn read<R>(&self, f: impl FnOnce(&ReadTransaction) -> Result<R, DatabaseError>) -> Result<R, DatabaseError> {
+    pub(super) fn read<R>(
+        &self,
+        f: impl FnOnce(&ReadTransaction) -> Result<R, DatabaseError>,
+    ) -> Result<R, DatabaseError> {
         let guard = self.healthy()?;
         f(&opened(&guard)?.begin_read()?)
     }
@@ -97,7 +114,10 @@ impl Meta {
     ///
     /// After an error of the disk during the commit, whether it took effect is only known once the
     /// database has been opened anew.
-    pub(super) fn write<R>(&self, f: impl FnOnce(&WriteTransaction) -> Result<R, DatabaseError>) -> Result<R, DatabaseError> {
+    pub(super) fn write<R>(
+        &self,
+        f: impl FnOnce(&WriteTransaction) -> Result<R, DatabaseError>,
+    ) -> Result<R, DatabaseError> {
         let guard = self.healthy()?;
         let tx = opened(&guard)?.begin_write()?;
         let result = f(&tx)?;
@@ -117,7 +137,10 @@ impl Meta {
     }
 
     fn reopen(&self) -> Result<(), DatabaseError> {
-        let mut guard = self.database.write().unwrap_or_else(PoisonError::into_inner);
+        let mut guard = self
+            .database
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
         if guard.is_some() && !self.faults.any.load(Ordering::Acquire) {
             return Ok(());
         }
@@ -137,7 +160,11 @@ impl Meta {
 }
 
 fn opened(database: &Option<Database>) -> Result<&Database, DatabaseError> {
-    let closed = || DatabaseError::Io(io::Error::other("the database is closed after a failure of the disk"));
+    let closed = || {
+        DatabaseError::Io(io::Error::other(
+            "the database is closed after a failure of the disk",
+        ))
+    };
     database.as_ref().ok_or_else(closed)
 }
 
@@ -148,12 +175,17 @@ fn builder() -> Builder {
 }
 
 fn open_existing(disk: &dyn Disk, faults: &Arc<Faults>) -> Result<Database, DatabaseError> {
-    let file = disk.open(Path::new(META_FILE), OpenMode::Existing).map_err(DatabaseError::Io)?;
+    let file = disk
+        .open(Path::new(META_FILE), OpenMode::Existing)
+        .map_err(DatabaseError::Io)?;
     open_file(file, faults)
 }
 
 fn open_file(file: Arc<dyn DiskFile>, faults: &Arc<Faults>) -> Result<Database, DatabaseError> {
-    Ok(builder().create_with_backend(Backend { file, faults: Arc::clone(faults) })?)
+    Ok(builder().create_with_backend(Backend {
+        file,
+        faults: Arc::clone(faults),
+    })?)
 }
 
 /// Makes an empty database with all tables under another name, and renames it when it is durable: redb
@@ -187,8 +219,12 @@ fn create_tables(tx: &WriteTransaction) -> Result<(), DatabaseError> {
 
 fn copy(disk: &dyn Disk) -> Result<(), IoFault> {
     let fault = |doing| move |e| IoFault::new(doing, META_NEW, e);
-    let from = disk.open(Path::new(META_FILE), OpenMode::Existing).map_err(|e| IoFault::new("open", META_FILE, e))?;
-    let to = disk.open(Path::new(META_NEW), OpenMode::Truncate).map_err(fault("create"))?;
+    let from = disk
+        .open(Path::new(META_FILE), OpenMode::Existing)
+        .map_err(|e| IoFault::new("open", META_FILE, e))?;
+    let to = disk
+        .open(Path::new(META_NEW), OpenMode::Truncate)
+        .map_err(fault("create"))?;
     let len = from.len().map_err(|e| IoFault::new("read", META_FILE, e))?;
     let mut buf = vec![0; 1 << 20];
     let mut at = 0;
@@ -204,8 +240,10 @@ fn copy(disk: &dyn Disk) -> Result<(), IoFault> {
 fn put_in_place(disk: &dyn Disk, file: &dyn DiskFile) -> Result<(), IoFault> {
     let fault = |doing| move |e| IoFault::new(doing, META_NEW, e);
     file.sync().map_err(fault("sync"))?;
-    disk.rename(Path::new(META_NEW), Path::new(META_FILE)).map_err(fault("rename"))?;
-    disk.sync_dir(Path::new("")).map_err(|e| IoFault::new("sync", "", e))
+    disk.rename(Path::new(META_NEW), Path::new(META_FILE))
+        .map_err(fault("rename"))?;
+    disk.sync_dir(Path::new(""))
+        .map_err(|e| IoFault::new("sync", "", e))
 }
 
 fn of_fault(fault: IoFault) -> DatabaseError {
@@ -218,11 +256,17 @@ fn of_fault(fault: IoFault) -> DatabaseError {
 
 /// Decodes a row, or says which table has a bad one.
 pub(super) fn decode<R: Row>(bytes: &[u8]) -> Result<R, DatabaseError> {
-    R::decode(bytes).map_err(|_| DatabaseError::Row { table: R::TABLE, reason: "damaged, or of a newer version" })
+    R::decode(bytes).map_err(|_| DatabaseError::Row {
+        table: R::TABLE,
+        reason: "damaged, or of a newer version",
+    })
 }
 
 /// All rows of a table by hash.
-pub(super) fn rows<R: Row>(tx: &ReadTransaction, table: HashTable) -> Result<Vec<(Hash, R)>, DatabaseError> {
+pub(super) fn rows<R: Row>(
+    tx: &ReadTransaction,
+    table: HashTable,
+) -> Result<Vec<(Hash, R)>, DatabaseError> {
     let mut found = Vec::new();
     for entry in tx.open_table(table)?.iter()? {
         let (key, value) = entry?;
@@ -242,7 +286,9 @@ impl Backend {
 
 impl fmt::Debug for Backend {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Backend").field("faults", &self.faults).finish_non_exhaustive()
+        f.debug_struct("Backend")
+            .field("faults", &self.faults)
+            .finish_non_exhaustive()
     }
 }
 
@@ -272,11 +318,19 @@ impl StorageBackend for Backend {
     }
 
     // The store's own lock (see `lock`) keeps other processes out, and one store opens one database.
-    fn try_lock_range(&self, _: std::ops::Bound<u64>, _: std::ops::Bound<u64>) -> Result<bool, BackendError> {
+    fn try_lock_range(
+        &self,
+        _: std::ops::Bound<u64>,
+        _: std::ops::Bound<u64>,
+    ) -> Result<bool, BackendError> {
         Ok(true)
     }
 
-    fn unlock_range(&self, _: std::ops::Bound<u64>, _: std::ops::Bound<u64>) -> Result<(), BackendError> {
+    fn unlock_range(
+        &self,
+        _: std::ops::Bound<u64>,
+        _: std::ops::Bound<u64>,
+    ) -> Result<(), BackendError> {
         Ok(())
     }
 }

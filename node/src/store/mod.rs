@@ -55,7 +55,8 @@ pub use gc::{ActiveGuard, GcMode, GcReport};
 pub use import::{Import, Outboard, Scratch};
 pub use recover::Recovery;
 pub use rows::{
-    Ban, BlobKind, Component, ComponentRecipe, Follow, HeldCapsule, LayerBlobs, MAX_LAYERS, MAX_REASON_LEN, PinOrigin,
+    Ban, BlobKind, Component, ComponentRecipe, Follow, HeldCapsule, LayerBlobs, MAX_LAYERS,
+    MAX_REASON_LEN, PinOrigin,
 };
 pub use serve::{BlobReader, Presence};
 pub use space::Usage;
@@ -80,7 +81,10 @@ pub struct StoreOptions {
 
 impl Default for StoreOptions {
     fn default() -> Self {
-        Self { quota: None, flush_bytes: 64 << 20 }
+        Self {
+            quota: None,
+            flush_bytes: 64 << 20,
+        }
     }
 }
 
@@ -139,15 +143,29 @@ impl Store {
         Self::open_locked(disk, options, None)
     }
 
-    fn open_locked(disk: Arc<dyn Disk>, options: StoreOptions, lock: Option<HomeLock>) -> Result<Self, OpenError> {
+    fn open_locked(
+        disk: Arc<dyn Disk>,
+        options: StoreOptions,
+        lock: Option<HomeLock>,
+    ) -> Result<Self, OpenError> {
         recover::make_directories(&*disk)?;
         let meta = Meta::open(Arc::clone(&disk))?;
         let found = recover::recover(&*disk, &meta)?;
         let space = Space::new(options.quota);
-        let blobs = found.blobs.into_iter().map(|(root, row)| (root, Arc::new(Blob::from_row(root, row))));
-        let blobs: BTreeMap<_, _> = blobs.inspect(|(_, blob)| space.count(blob.cost(&blob.state().present))).collect();
-        let components = found.components.into_iter().map(|(root, row)| (root, Arc::new(ComponentEntry::from_row(row))));
-        let components: BTreeMap<_, _> = components.inspect(|(_, entry)| space.count(entry.cost())).collect();
+        let blobs = found
+            .blobs
+            .into_iter()
+            .map(|(root, row)| (root, Arc::new(Blob::from_row(root, row))));
+        let blobs: BTreeMap<_, _> = blobs
+            .inspect(|(_, blob)| space.count(blob.cost(&blob.state().present)))
+            .collect();
+        let components = found
+            .components
+            .into_iter()
+            .map(|(root, row)| (root, Arc::new(ComponentEntry::from_row(row))));
+        let components: BTreeMap<_, _> = components
+            .inspect(|(_, entry)| space.count(entry.cost()))
+            .collect();
         let inner = Inner {
             disk,
             meta,
@@ -166,7 +184,9 @@ impl Store {
             recovery: found.recovery,
             _lock: lock,
         };
-        Ok(Self { inner: Arc::new(inner) })
+        Ok(Self {
+            inner: Arc::new(inner),
+        })
     }
 
     /// What opening found and put right.
@@ -178,7 +198,11 @@ impl Store {
     pub fn blobs(&self) -> Vec<BlobInfo> {
         let info = |blob: Arc<Blob>| {
             let presence = Presence::new(blob.size, blob.state().present.clone());
-            BlobInfo { root: blob.root, kind: blob.kind, presence }
+            BlobInfo {
+                root: blob.root,
+                kind: blob.kind,
+                presence,
+            }
         };
         self.inner.all_blobs().into_iter().map(info).collect()
     }
@@ -200,13 +224,20 @@ fn make_durably(dir: &Path) -> Result<(), IoFault> {
         return Ok(());
     }
     // Outermost first; the last of the ancestors of a relative path is the empty one: the current directory.
-    let parent = dir.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let parent = dir
+        .parent()
+        .filter(|parent| !parent.as_os_str().is_empty())
+        .unwrap_or(Path::new("."));
     make_durably(parent)?;
     match fs::create_dir(dir) {
-        Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(IoFault::new("create", dir, e)),
+        Err(e) if e.kind() != io::ErrorKind::AlreadyExists => {
+            return Err(IoFault::new("create", dir, e));
+        }
         _ => {}
     }
-    fs::File::open(parent).and_then(|parent| parent.sync_all()).map_err(|e| IoFault::new("sync", parent, e))
+    fs::File::open(parent)
+        .and_then(|parent| parent.sync_all())
+        .map_err(|e| IoFault::new("sync", parent, e))
 }
 
 impl Inner {
@@ -216,21 +247,34 @@ impl Inner {
 
     /// A blob that is here and stays.
     fn blob(&self, root: &RootHash) -> Option<Arc<Blob>> {
-        let blob = self.blobs.read().unwrap_or_else(PoisonError::into_inner).get(root).cloned();
+        let blob = self
+            .blobs
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get(root)
+            .cloned();
         blob.filter(|blob| !blob.state().gone)
     }
 
     fn all_blobs(&self) -> Vec<Arc<Blob>> {
         let blobs = self.blobs.read().unwrap_or_else(PoisonError::into_inner);
-        blobs.values().filter(|blob| !blob.state().gone).cloned().collect()
+        blobs
+            .values()
+            .filter(|blob| !blob.state().gone)
+            .cloned()
+            .collect()
     }
 
     fn components(&self) -> RwLockReadGuard<'_, BTreeMap<RootHash, Arc<ComponentEntry>>> {
-        self.components.read().unwrap_or_else(PoisonError::into_inner)
+        self.components
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     fn components_mut(&self) -> RwLockWriteGuard<'_, BTreeMap<RootHash, Arc<ComponentEntry>>> {
-        self.components.write().unwrap_or_else(PoisonError::into_inner)
+        self.components
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -246,6 +290,9 @@ impl Drop for Inner {
 
 impl fmt::Debug for Inner {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Store").field("usage", &self.space.usage()).field("dirty", &hold(&self.dirty).len()).finish()
+        f.debug_struct("Store")
+            .field("usage", &self.space.usage())
+            .field("dirty", &hold(&self.dirty).len())
+            .finish()
     }
 }

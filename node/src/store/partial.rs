@@ -25,7 +25,12 @@ impl Store {
     ///
     /// Nothing is written yet; a blob of which nothing was ever flushed is forgotten by a restart. Where
     /// the blob is known already, its size is checked and what is there stays.
-    pub fn create_partial(&self, root: &RootHash, size: u64, kind: BlobKind) -> Result<(), WriteError> {
+    pub fn create_partial(
+        &self,
+        root: &RootHash,
+        size: u64,
+        kind: BlobKind,
+    ) -> Result<(), WriteError> {
         self.inner.entry(root, size, kind).map(drop)
     }
 
@@ -35,7 +40,12 @@ impl Store {
     /// What was written counts as [`present`](Store::present) at once, and as
     /// [`durable`](Store::durable) after a flush: by the caller, each
     /// [`flush_bytes`](super::StoreOptions::flush_bytes), or when the blob becomes complete.
-    pub fn write_encoded(&self, root: &RootHash, groups: Range<u64>, encoded: &[u8]) -> Result<(), WriteError> {
+    pub fn write_encoded(
+        &self,
+        root: &RootHash,
+        groups: Range<u64>,
+        encoded: &[u8],
+    ) -> Result<(), WriteError> {
         let blob = self.inner.blob(root).ok_or(WriteError::Unknown(*root))?;
         let (pairs, leaves) = verified(&blob, &groups, encoded)?;
         if blob.is_small() {
@@ -55,7 +65,12 @@ impl Store {
 
     /// Makes all that was written of all blobs durable; goes on after a failure and returns the first.
     pub fn flush_all(&self) -> Result<(), WriteError> {
-        let flushed: Vec<_> = self.inner.all_blobs().iter().map(|blob| self.inner.flush(blob)).collect();
+        let flushed: Vec<_> = self
+            .inner
+            .all_blobs()
+            .iter()
+            .map(|blob| self.inner.flush(blob))
+            .collect();
         flushed.into_iter().collect()
     }
 }
@@ -63,25 +78,48 @@ impl Store {
 /// Verified parts of an encoding: pairs by offset in the outboard, and the content in order.
 type Verified<'a> = (Vec<(u64, &'a [u8; 64])>, Vec<&'a [u8]>);
 
-fn verified<'a>(blob: &Blob, groups: &Range<u64>, encoded: &'a [u8]) -> Result<Verified<'a>, WriteError> {
+fn verified<'a>(
+    blob: &Blob,
+    groups: &Range<u64>,
+    encoded: &'a [u8],
+) -> Result<Verified<'a>, WriteError> {
     let (root, count) = (blob.root, group_count(blob.size));
     if groups.is_empty() || groups.end > count {
-        return Err(WriteError::OutOfRange { root, groups: groups.clone(), count });
+        return Err(WriteError::OutOfRange {
+            root,
+            groups: groups.clone(),
+            count,
+        });
     }
     let (mut pairs, mut leaves) = (Vec::new(), Vec::new());
     let parent = |offset, pair| pairs.push((offset, pair));
-    decode_range(&blob.tree(), groups.clone(), encoded, parent, |_, leaf| leaves.push(leaf))
-        .map_err(|source: DecodeError| WriteError::Invalid { root, source })?;
+    decode_range(&blob.tree(), groups.clone(), encoded, parent, |_, leaf| {
+        leaves.push(leaf)
+    })
+    .map_err(|source: DecodeError| WriteError::Invalid { root, source })?;
     Ok((pairs, leaves))
 }
 
 impl Inner {
     /// The blob's entry, made if there is none; waits while an older one is being removed.
-    pub(super) fn entry(&self, root: &RootHash, size: u64, kind: BlobKind) -> Result<Arc<Blob>, WriteError> {
+    pub(super) fn entry(
+        &self,
+        root: &RootHash,
+        size: u64,
+        kind: BlobKind,
+    ) -> Result<Arc<Blob>, WriteError> {
         loop {
-            let blob = Arc::clone(self.blobs_mut().entry(*root).or_insert_with(|| Arc::new(Blob::new(*root, size, kind))));
+            let blob = Arc::clone(
+                self.blobs_mut()
+                    .entry(*root)
+                    .or_insert_with(|| Arc::new(Blob::new(*root, size, kind))),
+            );
             if blob.size != size {
-                return Err(WriteError::Size { root: *root, claimed: size, known: blob.size });
+                return Err(WriteError::Size {
+                    root: *root,
+                    claimed: size,
+                    known: blob.size,
+                });
             }
             if !blob.state().gone {
                 return Ok(blob);
@@ -121,8 +159,13 @@ impl Inner {
     ) -> Result<GroupRanges, WriteError> {
         let _within = blob.gate_shared();
         let files = self.files_to_write(blob)?;
-        let fault = |part| move |e| WriteError::io(IoFault::new("write", path_of(&blob.root, part), e));
-        files.data.0.write_at(groups.start * GROUP_LEN, leaves).map_err(fault(Part::Data))?;
+        let fault =
+            |part| move |e| WriteError::io(IoFault::new("write", path_of(&blob.root, part), e));
+        files
+            .data
+            .0
+            .write_at(groups.start * GROUP_LEN, leaves)
+            .map_err(fault(Part::Data))?;
         files.write_nodes(pairs).map_err(fault(Part::Tree))?;
         let mut state = blob.state();
         if state.gone {
@@ -145,7 +188,9 @@ impl Inner {
                 return Ok(Arc::clone(files));
             }
         }
-        self.handles.get(&*self.disk, &blob.root, OpenMode::Create).map_err(WriteError::io)
+        self.handles
+            .get(&*self.disk, &blob.root, OpenMode::Create)
+            .map_err(WriteError::io)
     }
 
     /// Keeps a small blob's verified bytes until the flush, unless they are here.
@@ -155,7 +200,11 @@ impl Inner {
         let mut state = blob.state();
         if state.gone || !state.present.is_empty() {
             self.space.release(cost);
-            return if state.gone { Err(WriteError::Unknown(blob.root)) } else { Ok(()) };
+            return if state.gone {
+                Err(WriteError::Unknown(blob.root))
+            } else {
+                Ok(())
+            };
         }
         state.present = blob.all();
         // Empty blobs are to be flushed too.
@@ -183,7 +232,11 @@ impl Inner {
         // Bound the number of files that wait for their sync, the oldest first.
         let oldest = {
             let mut dirty = lock(&self.dirty);
-            if dirty.len() > MAX_DIRTY_BLOBS { dirty.pop_front() } else { None }
+            if dirty.len() > MAX_DIRTY_BLOBS {
+                dirty.pop_front()
+            } else {
+                None
+            }
         };
         match oldest.and_then(|root| self.blob(&root)) {
             Some(oldest) => self.flush(&oldest),
@@ -201,7 +254,12 @@ impl Inner {
                 return Ok(());
             }
             state.dirty = 0;
-            (bounded(state.present.clone()), state.files.clone(), state.small.clone(), state.row)
+            (
+                bounded(state.present.clone()),
+                state.files.clone(),
+                state.small.clone(),
+                state.row,
+            )
         };
         lock(&self.dirty).retain(|root| *root != blob.root);
         if !blob.is_small()
@@ -210,10 +268,11 @@ impl Inner {
             self.abandon(blob);
             return Err(WriteError::io(fault));
         }
-        self.commit_presence(blob, &written, small.as_deref().map(Vec::as_slice)).inspect_err(|_| {
-            // The data is safe; only the commit is to be repeated, by the next flush.
-            self.note_dirty(blob, &mut blob.state(), 1);
-        })?;
+        self.commit_presence(blob, &written, small.as_deref().map(Vec::as_slice))
+            .inspect_err(|_| {
+                // The data is safe; only the commit is to be repeated, by the next flush.
+                self.note_dirty(blob, &mut blob.state(), 1);
+            })?;
         let mut state = blob.state();
         state.row = true;
         state.durable = written;
@@ -224,17 +283,26 @@ impl Inner {
         Ok(())
     }
 
-    fn sync_files(&self, blob: &Blob, files: Option<Arc<BlobFiles>>, named: bool) -> Result<(), IoFault> {
+    fn sync_files(
+        &self,
+        blob: &Blob,
+        files: Option<Arc<BlobFiles>>,
+        named: bool,
+    ) -> Result<(), IoFault> {
         let files = match files {
             Some(files) => files,
-            None => self.handles.get(&*self.disk, &blob.root, OpenMode::Existing)?,
+            None => self
+                .handles
+                .get(&*self.disk, &blob.root, OpenMode::Existing)?,
         };
         let fault = |part| move |e| IoFault::new("sync", path_of(&blob.root, part), e);
         files.data.0.sync().map_err(fault(Part::Data))?;
         files.tree.0.sync().map_err(fault(Part::Tree))?;
         if !named {
             let dir = dir_of(&blob.root);
-            self.disk.sync_dir(&dir).map_err(|e| IoFault::new("sync", dir, e))?;
+            self.disk
+                .sync_dir(&dir)
+                .map_err(|e| IoFault::new("sync", dir, e))?;
         }
         Ok(())
     }

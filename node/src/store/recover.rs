@@ -41,7 +41,10 @@ type Files = HashMap<(RootHash, Part), u64>;
 
 /// Makes the directories. Their names are durable before anything is put in them.
 pub(super) fn make_directories(disk: &dyn Disk) -> Result<(), IoFault> {
-    let make = |dir: &Path| disk.create_dir(dir).map_err(|e| IoFault::new("create", dir, e));
+    let make = |dir: &Path| {
+        disk.create_dir(dir)
+            .map_err(|e| IoFault::new("create", dir, e))
+    };
     let sync = |dir: &Path| disk.sync_dir(dir).map_err(|e| IoFault::new("sync", dir, e));
     make(Path::new(TMP_DIR))?;
     make(Path::new(BLOBS_DIR))?;
@@ -61,16 +64,33 @@ pub(super) fn recover(disk: &dyn Disk, meta: &Meta) -> Result<Recovered, OpenErr
         let mut lens = HashMap::new();
         for entry in redb::ReadableTable::iter(&small)? {
             let (key, value) = entry?;
-            lens.insert(RootHash::from_bytes(*key.value()), value.value().len() as u64);
+            lens.insert(
+                RootHash::from_bytes(*key.value()),
+                value.value().len() as u64,
+            );
         }
-        Ok((rows::<BlobRow>(tx, BLOBS)?, rows::<ComponentRow>(tx, COMPONENTS)?, lens))
+        Ok((
+            rows::<BlobRow>(tx, BLOBS)?,
+            rows::<ComponentRow>(tx, COMPONENTS)?,
+            lens,
+        ))
     })?;
-    let mut blobs: BTreeMap<_, _> = blobs.into_iter().map(|(k, v)| (RootHash::from_bytes(k), v)).collect();
-    let mut components: BTreeMap<_, _> = components.into_iter().map(|(k, v)| (RootHash::from_bytes(k), v)).collect();
-    let files = files(disk, |root, part| match part {
-        Part::Data | Part::Tree => blobs.get(root).is_some_and(|row| !is_small(row.size)),
-        Part::Component => components.contains_key(root),
-    }, &mut recovery)?;
+    let mut blobs: BTreeMap<_, _> = blobs
+        .into_iter()
+        .map(|(k, v)| (RootHash::from_bytes(k), v))
+        .collect();
+    let mut components: BTreeMap<_, _> = components
+        .into_iter()
+        .map(|(k, v)| (RootHash::from_bytes(k), v))
+        .collect();
+    let files = files(
+        disk,
+        |root, part| match part {
+            Part::Data | Part::Tree => blobs.get(root).is_some_and(|row| !is_small(row.size)),
+            Part::Component => components.contains_key(root),
+        },
+        &mut recovery,
+    )?;
 
     let mut changed = Vec::new();
     for (root, row) in &mut blobs {
@@ -86,10 +106,16 @@ pub(super) fn recover(disk: &dyn Disk, meta: &Meta) -> Result<Recovered, OpenErr
         .filter(|(root, row)| component_lost(root, row, &files, &blobs))
         .map(|(root, row)| (*root, row.ranges.clone()))
         .collect();
-    lost_components.iter().for_each(|(root, _)| drop(components.remove(root)));
+    lost_components
+        .iter()
+        .for_each(|(root, _)| drop(components.remove(root)));
     write_back(meta, &blobs, &changed, &lost_components)?;
     recovery.lost.extend(lost_components);
-    Ok(Recovered { blobs, components, recovery })
+    Ok(Recovered {
+        blobs,
+        components,
+        recovery,
+    })
 }
 
 fn blob_dir(byte: u8) -> PathBuf {
@@ -109,7 +135,8 @@ fn clear_tmp(disk: &dyn Disk, recovery: &mut Recovery) -> Result<(), IoFault> {
 }
 
 fn remove(disk: &dyn Disk, path: PathBuf, recovery: &mut Recovery) -> Result<(), IoFault> {
-    disk.remove(&path).map_err(|e| IoFault::new("remove", &path, e))?;
+    disk.remove(&path)
+        .map_err(|e| IoFault::new("remove", &path, e))?;
     recovery.removed.push(path);
     Ok(())
 }
@@ -125,7 +152,9 @@ fn files(
         let dir = blob_dir(byte);
         for entry in disk.list(&dir).map_err(|e| IoFault::new("list", &dir, e))? {
             match Part::of_name(&entry.name) {
-                Some((root, part)) if known(&root, part) => drop(files.insert((root, part), entry.len)),
+                Some((root, part)) if known(&root, part) => {
+                    files.insert((root, part), entry.len);
+                }
                 Some(_) => remove(disk, dir.join(entry.name), recovery)?,
                 None => {}
             }
@@ -138,11 +167,19 @@ fn files(
 fn lost_groups(root: &RootHash, row: &BlobRow, files: &Files, small: Option<u64>) -> GroupRanges {
     let all = || row.ranges.clone();
     if is_small(row.size) {
-        return if small == Some(row.size) { GroupRanges::new() } else { all() };
+        return if small == Some(row.size) {
+            GroupRanges::new()
+        } else {
+            all()
+        };
     }
     // The outboard may be sparse, but its root pair is there as soon as any group is.
     let tree = files.get(&(*root, Part::Tree)).copied().unwrap_or(0);
-    let Some(data) = files.get(&(*root, Part::Data)).copied().filter(|_| tree >= 64) else {
+    let Some(data) = files
+        .get(&(*root, Part::Data))
+        .copied()
+        .filter(|_| tree >= 64)
+    else {
         return all();
     };
     let mut lost = GroupRanges::new();
@@ -156,12 +193,20 @@ fn lost_groups(root: &RootHash, row: &BlobRow, files: &Files, small: Option<u64>
 }
 
 /// A component needs its outboard, and the blobs of its layers whole.
-fn component_lost(root: &RootHash, row: &ComponentRow, files: &Files, blobs: &BTreeMap<RootHash, BlobRow>) -> bool {
+fn component_lost(
+    root: &RootHash,
+    row: &ComponentRow,
+    files: &Files,
+    blobs: &BTreeMap<RootHash, BlobRow>,
+) -> bool {
     let outboard = files.get(&(*root, Part::Component)).copied();
     let whole = |blob: &RootHash| {
-        blobs.get(blob).is_some_and(|row| row.ranges.contains_run(&(0..group_count(row.size))))
+        blobs
+            .get(blob)
+            .is_some_and(|row| row.ranges.contains_run(&(0..group_count(row.size))))
     };
-    outboard != Some(outboard_len(row.component.size)) || !row.component.recipe.blobs().iter().all(whole)
+    outboard != Some(outboard_len(row.component.size))
+        || !row.component.recipe.blobs().iter().all(whole)
 }
 
 fn write_back(

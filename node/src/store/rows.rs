@@ -28,7 +28,10 @@ pub(super) trait Row: Sized {
     fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
         let mut input = Reader::new(bytes);
         if input.u8("row version")? != Self::VERSION {
-            return Err(DecodeError::Format { what: Self::TABLE, version: Self::VERSION });
+            return Err(DecodeError::Format {
+                what: Self::TABLE,
+                version: Self::VERSION,
+            });
         }
         let row = Self::read(&mut input)?;
         input.finish()?;
@@ -153,7 +156,8 @@ fn read_ranges(input: &mut Reader<'_>, size: u64) -> Result<GroupRanges, DecodeE
         end = first + input.varint("length of a run", groups - first)?;
         Ok(Range { start: first, end })
     })?;
-    GroupRanges::from_runs(runs).map_err(|_| input.invalid("runs of groups", start, "the runs are not a set"))
+    GroupRanges::from_runs(runs)
+        .map_err(|_| input.invalid("runs of groups", start, "the runs are not a set"))
 }
 
 /// The largest part of a set that a row holds: its longest runs. Less presence than there is, is always true.
@@ -169,7 +173,13 @@ pub(super) fn bounded(ranges: GroupRanges) -> GroupRanges {
 }
 
 impl BlobKind {
-    const ALL: [Self; 5] = [Self::Manifest, Self::Listing, Self::Index, Self::Pack, Self::Other];
+    const ALL: [Self; 5] = [
+        Self::Manifest,
+        Self::Listing,
+        Self::Index,
+        Self::Pack,
+        Self::Other,
+    ];
 }
 
 impl Row for BlobRow {
@@ -187,7 +197,11 @@ impl Row for BlobRow {
             .get(usize::from(input.u8("kind")?))
             .ok_or_else(|| input.invalid("kind", at, "no such kind of blob"))?;
         let size = input.varint("size", MAX_CONTENT_LEN)?;
-        Ok(Self { kind, size, ranges: read_ranges(input, size)? })
+        Ok(Self {
+            kind,
+            size,
+            ranges: read_ranges(input, size)?,
+        })
     }
 }
 
@@ -206,10 +220,19 @@ impl Row for ComponentRow {
     fn read(input: &mut Reader<'_>) -> Result<Self, DecodeError> {
         let size = input.varint("size", MAX_CONTENT_LEN)?;
         let layers = input.list("layers", MAX_LAYERS, 33, |input| {
-            Ok(LayerBlobs { index: input.hash("index")?, pack: input.option("pack", |input| input.hash("pack"))? })
+            Ok(LayerBlobs {
+                index: input.hash("index")?,
+                pack: input.option("pack", |input| input.hash("pack"))?,
+            })
         })?;
-        let component = Component { size, recipe: ComponentRecipe { layers } };
-        Ok(Self { component, ranges: read_ranges(input, size)? })
+        let component = Component {
+            size,
+            recipe: ComponentRecipe { layers },
+        };
+        Ok(Self {
+            component,
+            ranges: read_ranges(input, size)?,
+        })
     }
 }
 
@@ -222,7 +245,10 @@ impl Row for HeldCapsule {
     }
 
     fn read(input: &mut Reader<'_>) -> Result<Self, DecodeError> {
-        Ok(Self { complete: input.u8("complete")? == 1, added: input.varint("time", u64::MAX)? })
+        Ok(Self {
+            complete: input.u8("complete")? == 1,
+            added: input.varint("time", u64::MAX)?,
+        })
     }
 }
 
@@ -236,7 +262,10 @@ impl Row for Follow {
 
     fn read(input: &mut Reader<'_>) -> Result<Self, DecodeError> {
         let keep = input.varint("versions to keep", u32::MAX.into())? as u32;
-        Ok(Self { keep, since: input.varint("time", u64::MAX)? })
+        Ok(Self {
+            keep,
+            since: input.varint("time", u64::MAX)?,
+        })
     }
 }
 
@@ -245,14 +274,20 @@ impl Row for Ban {
 
     fn write(&self, out: &mut Writer) {
         let end = self.reason.floor_char_boundary(MAX_REASON_LEN);
-        let reason: String = self.reason[..end].chars().filter(|c| !c.is_control()).collect();
+        let reason: String = self.reason[..end]
+            .chars()
+            .filter(|c| !c.is_control())
+            .collect();
         out.bytes(reason.as_bytes());
         out.option(self.until, Writer::varint);
     }
 
     fn read(input: &mut Reader<'_>) -> Result<Self, DecodeError> {
         let reason = input.text("reason", MAX_REASON_LEN)?;
-        Ok(Self { reason, until: input.option("until", |input| input.varint("time", u64::MAX))? })
+        Ok(Self {
+            reason,
+            until: input.option("until", |input| input.varint("time", u64::MAX))?,
+        })
     }
 }
 
@@ -270,7 +305,9 @@ impl PinOrigin {
         match key {
             "user" => Some(Self::User),
             "publication" => Some(Self::Publication),
-            other => other.strip_prefix("follow:").map(|channel| Self::Follow(channel.into())),
+            other => other
+                .strip_prefix("follow:")
+                .map(|channel| Self::Follow(channel.into())),
         }
     }
 }
@@ -288,7 +325,11 @@ mod tests {
         let bytes = row.encode();
         assert_eq!(R::decode(&bytes).as_ref(), Ok(row));
         for len in 0..bytes.len() {
-            assert!(R::decode(&bytes[..len]).is_err(), "{} cut to {len}", R::TABLE);
+            assert!(
+                R::decode(&bytes[..len]).is_err(),
+                "{} cut to {len}",
+                R::TABLE
+            );
         }
         assert!(R::decode(&[&bytes[..], &[0]].concat()).is_err());
         assert!(R::decode(&[&[R::VERSION + 1], &bytes[1..]].concat()).is_err());
@@ -297,36 +338,69 @@ mod tests {
     #[test]
     fn rows_round_trip_and_are_pinned() {
         let ranges: GroupRanges = [0..2, 5..9].into_iter().collect();
-        let row = BlobRow { kind: BlobKind::Pack, size: 9 * GROUP_LEN, ranges: ranges.clone() };
+        let row = BlobRow {
+            kind: BlobKind::Pack,
+            size: 9 * GROUP_LEN,
+            ranges: ranges.clone(),
+        };
         // Version, kind, size (0x24000), two runs: gap 0 length 2, gap 3 length 4.
         assert_eq!(row.encode(), [1, 3, 0x80, 0x80, 0x09, 2, 0, 2, 3, 4]);
         round_trip(&row);
         let hash = |n| RootHash::from_bytes([n; 32]);
         let layers = vec![
-            LayerBlobs { index: hash(1), pack: Some(hash(2)) },
-            LayerBlobs { index: hash(3), pack: None },
+            LayerBlobs {
+                index: hash(1),
+                pack: Some(hash(2)),
+            },
+            LayerBlobs {
+                index: hash(3),
+                pack: None,
+            },
         ];
         let recipe = ComponentRecipe { layers };
-        round_trip(&ComponentRow { component: Component { size: 9 * GROUP_LEN, recipe }, ranges });
-        let held = HeldCapsule { complete: true, added: 300 };
+        round_trip(&ComponentRow {
+            component: Component {
+                size: 9 * GROUP_LEN,
+                recipe,
+            },
+            ranges,
+        });
+        let held = HeldCapsule {
+            complete: true,
+            added: 300,
+        };
         assert_eq!(held.encode(), [1, 1, 0xac, 0x02]);
         round_trip(&held);
         let follow = Follow { keep: 2, since: 1 };
         assert_eq!(follow.encode(), [1, 2, 1]);
         round_trip(&follow);
-        let ban = Ban { reason: "lied".into(), until: Some(7) };
+        let ban = Ban {
+            reason: "lied".into(),
+            until: Some(7),
+        };
         assert_eq!(ban.encode(), [1, 4, b'l', b'i', b'e', b'd', 1, 7]);
         round_trip(&ban);
-        for origin in [PinOrigin::User, PinOrigin::Publication, PinOrigin::Follow("lab".into())] {
+        for origin in [
+            PinOrigin::User,
+            PinOrigin::Publication,
+            PinOrigin::Follow("lab".into()),
+        ] {
             assert_eq!(PinOrigin::from_key(&origin.key()), Some(origin));
         }
     }
 
     #[test]
     fn what_lies_beyond_the_blob_is_refused() {
-        let row = BlobRow { kind: BlobKind::Other, size: 9 * GROUP_LEN, ranges: GroupRanges::from(0..10) };
+        let row = BlobRow {
+            kind: BlobKind::Other,
+            size: 9 * GROUP_LEN,
+            ranges: GroupRanges::from(0..10),
+        };
         assert!(BlobRow::decode(&row.encode()).is_err());
-        let kind = BlobRow { ranges: GroupRanges::new(), ..row };
+        let kind = BlobRow {
+            ranges: GroupRanges::new(),
+            ..row
+        };
         let mut bytes = kind.encode();
         bytes[1] = 5;
         assert!(BlobRow::decode(&bytes).is_err());
@@ -335,16 +409,28 @@ mod tests {
     #[test]
     fn too_many_runs_keep_the_longest() {
         let count = MAX_RUNS as u64 + 10;
-        let ranges: GroupRanges = (0..count).map(|i| i * 4..i * 4 + if i % 7 == 0 { 3 } else { 1 }).collect();
+        let ranges: GroupRanges = (0..count)
+            .map(|i| i * 4..i * 4 + if i % 7 == 0 { 3 } else { 1 })
+            .collect();
         let kept = bounded(ranges.clone());
         assert_eq!(kept.runs().len(), MAX_RUNS);
         assert!(kept.difference(&ranges).is_empty());
-        assert!(ranges.difference(&kept).runs().iter().all(|run| run.end - run.start == 1));
+        assert!(
+            ranges
+                .difference(&kept)
+                .runs()
+                .iter()
+                .all(|run| run.end - run.start == 1)
+        );
         round_trip_large(kept, count);
     }
 
     fn round_trip_large(ranges: GroupRanges, count: u64) {
-        let row = BlobRow { kind: BlobKind::Pack, size: count * 4 * GROUP_LEN, ranges };
+        let row = BlobRow {
+            kind: BlobKind::Pack,
+            size: count * 4 * GROUP_LEN,
+            ranges,
+        };
         assert_eq!(BlobRow::decode(&row.encode()), Ok(row));
     }
 

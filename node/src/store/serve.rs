@@ -33,7 +33,11 @@ pub struct Presence {
 impl Presence {
     pub(super) fn new(size: u64, ranges: GroupRanges) -> Self {
         let complete = ranges.contains_run(&(0..group_count(size)));
-        Self { size, ranges, complete }
+        Self {
+            size,
+            ranges,
+            complete,
+        }
     }
 }
 
@@ -42,7 +46,10 @@ impl Store {
     ///
     /// Where both are known, the blob if it is complete, else the component.
     pub fn present(&self, root: &RootHash) -> Option<Presence> {
-        let blob = self.inner.blob(root).map(|blob| Presence::new(blob.size, blob.state().present.clone()));
+        let blob = self
+            .inner
+            .blob(root)
+            .map(|blob| Presence::new(blob.size, blob.state().present.clone()));
         match blob {
             Some(blob) if blob.complete => Some(blob),
             other => self.inner.component_presence(root).or(other),
@@ -60,7 +67,12 @@ impl Store {
     ///
     /// On error `out` is as it was. Groups found damaged are taken out of what is present, durably, and
     /// reported ([`Store::on_damage`]).
-    pub fn read_encoded(&self, root: &RootHash, groups: Range<u64>, out: &mut Vec<u8>) -> Result<(), ReadError> {
+    pub fn read_encoded(
+        &self,
+        root: &RootHash,
+        groups: Range<u64>,
+        out: &mut Vec<u8>,
+    ) -> Result<(), ReadError> {
         let blob = self.inner.blob(root);
         if let Some(blob) = &blob
             && blob.state().present.contains_run(&groups)
@@ -72,7 +84,10 @@ impl Store {
             return self.inner.encode_component(root, &component, groups, out);
         }
         match blob {
-            Some(_) => Err(ReadError::Absent { root: *root, groups }),
+            Some(_) => Err(ReadError::Absent {
+                root: *root,
+                groups,
+            }),
             None => Err(ReadError::Unknown(*root)),
         }
     }
@@ -86,9 +101,17 @@ impl Store {
         let bytes = if blob.is_small() {
             Bytes::Small(self.inner.small_bytes(&blob)?)
         } else {
-            Bytes::Files(self.inner.handles.get(&*self.inner.disk, root, OpenMode::Existing)?)
+            Bytes::Files(
+                self.inner
+                    .handles
+                    .get(&*self.inner.disk, root, OpenMode::Existing)?,
+            )
         };
-        Ok(Arc::new(BlobReader { bytes, size: blob.size, _guard: guard }))
+        Ok(Arc::new(BlobReader {
+            bytes,
+            size: blob.size,
+            _guard: guard,
+        }))
     }
 
     /// Reads all of a complete blob of at most `limit` bytes (a manifest, a listing, an index), checked
@@ -96,7 +119,11 @@ impl Store {
     pub fn read_whole(&self, root: &RootHash, limit: u64) -> Result<Vec<u8>, ReadError> {
         let reader = self.open_blob(root)?;
         if reader.size > limit {
-            return Err(ReadError::TooLong { root: *root, size: reader.size, limit });
+            return Err(ReadError::TooLong {
+                root: *root,
+                size: reader.size,
+                limit,
+            });
         }
         let mut bytes = vec![0; reader.size as usize];
         let read = reader.read_exact_at(0, &mut bytes);
@@ -149,10 +176,22 @@ impl Inner {
     fn complete_blob(&self, root: &RootHash) -> Result<Arc<Blob>, ReadError> {
         let blob = self.blob(root).ok_or(ReadError::Unknown(*root))?;
         let complete = blob.completes(&blob.state().present);
-        if complete { Ok(blob) } else { Err(ReadError::Absent { root: *root, groups: 0..group_count(blob.size) }) }
+        if complete {
+            Ok(blob)
+        } else {
+            Err(ReadError::Absent {
+                root: *root,
+                groups: 0..group_count(blob.size),
+            })
+        }
     }
 
-    fn encode_blob(&self, blob: &Arc<Blob>, groups: Range<u64>, out: &mut Vec<u8>) -> Result<(), ReadError> {
+    fn encode_blob(
+        &self,
+        blob: &Arc<Blob>,
+        groups: Range<u64>,
+        out: &mut Vec<u8>,
+    ) -> Result<(), ReadError> {
         if blob.is_small() {
             let bytes = self.small_bytes(blob)?;
             if RootHash::of(&bytes) != blob.root {
@@ -161,7 +200,10 @@ impl Inner {
             out.extend_from_slice(&bytes);
             return Ok(());
         }
-        let files = match self.handles.get(&*self.disk, &blob.root, OpenMode::Existing) {
+        let files = match self
+            .handles
+            .get(&*self.disk, &blob.root, OpenMode::Existing)
+        {
             Ok(files) => files,
             // Somebody removed the file beneath us.
             Err(fault) if fault.source.kind() == io::ErrorKind::NotFound => {
@@ -174,9 +216,16 @@ impl Inner {
             out.truncate(before);
             match classify(error) {
                 Trouble::Damage => Err(self.condemn(blob, &GroupRanges::from(groups))?),
-                Trouble::Range => Err(ReadError::Absent { root: blob.root, groups }),
-                Trouble::Data(e) => Err(IoFault::new("read", path_of(&blob.root, Part::Data), e).into()),
-                Trouble::Outboard(e) => Err(IoFault::new("read", path_of(&blob.root, Part::Tree), e).into()),
+                Trouble::Range => Err(ReadError::Absent {
+                    root: blob.root,
+                    groups,
+                }),
+                Trouble::Data(e) => {
+                    Err(IoFault::new("read", path_of(&blob.root, Part::Data), e).into())
+                }
+                Trouble::Outboard(e) => {
+                    Err(IoFault::new("read", path_of(&blob.root, Part::Tree), e).into())
+                }
             }
         })
     }
@@ -188,9 +237,14 @@ impl Inner {
         }
         let stored = self.meta.read(|tx| {
             let table = tx.open_table(SMALL)?;
-            Ok(table.get(blob.root.as_bytes())?.map(|bytes| bytes.value().to_vec()))
+            Ok(table
+                .get(blob.root.as_bytes())?
+                .map(|bytes| bytes.value().to_vec()))
         })?;
-        let missing = DatabaseError::Row { table: "small", reason: "missing" };
+        let missing = DatabaseError::Row {
+            table: "small",
+            reason: "missing",
+        };
         stored.map(Arc::new).ok_or(ReadError::Database(missing))
     }
 }

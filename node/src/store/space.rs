@@ -26,16 +26,26 @@ pub struct Usage {
 
 impl Space {
     pub(super) fn new(quota: Option<u64>) -> Self {
-        Self { used: AtomicU64::new(0), quota: AtomicU64::new(quota.unwrap_or(u64::MAX)) }
+        Self {
+            used: AtomicU64::new(0),
+            quota: AtomicU64::new(quota.unwrap_or(u64::MAX)),
+        }
     }
 
     /// Takes bytes, if the quota allows.
     pub(super) fn reserve(&self, bytes: u64) -> Result<(), Full> {
         let quota = self.quota.load(Ordering::Relaxed);
         let take = |used: u64| used.checked_add(bytes).filter(|sum| *sum <= quota);
-        match self.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take) {
+        match self
+            .used
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, take)
+        {
             Ok(_) => Ok(()),
-            Err(used) => Err(Full::Quota { needed: bytes, used, quota }),
+            Err(used) => Err(Full::Quota {
+                needed: bytes,
+                used,
+                quota,
+            }),
         }
     }
 
@@ -48,15 +58,21 @@ impl Space {
     pub(super) fn release(&self, bytes: u64) {
         // Saturating: a miscount must not make the store look full for ever.
         let give = |used: u64| Some(used.saturating_sub(bytes));
-        let _ = self.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, give);
+        let _ = self
+            .used
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, give);
     }
 
     pub(super) fn set_quota(&self, quota: Option<u64>) {
-        self.quota.store(quota.unwrap_or(u64::MAX), Ordering::Relaxed);
+        self.quota
+            .store(quota.unwrap_or(u64::MAX), Ordering::Relaxed);
     }
 
     pub(super) fn usage(&self) -> Usage {
         let quota = self.quota.load(Ordering::Relaxed);
-        Usage { used: self.used.load(Ordering::Relaxed), quota: (quota != u64::MAX).then_some(quota) }
+        Usage {
+            used: self.used.load(Ordering::Relaxed),
+            quota: (quota != u64::MAX).then_some(quota),
+        }
     }
 }

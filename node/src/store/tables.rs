@@ -11,7 +11,8 @@ use redb::{ReadTransaction, ReadableTable, ReadableTableMetadata};
 use super::Store;
 use super::error::DatabaseError;
 use super::meta::{
-    BANS, CAPSULES, FOLLOWS, Hash, PINS, RECORDS, RECORDS_BY_NAME, RECORDS_BY_TARGET, VALUES, decode, rows,
+    BANS, CAPSULES, FOLLOWS, Hash, PINS, RECORDS, RECORDS_BY_NAME, RECORDS_BY_TARGET, VALUES,
+    decode, rows,
 };
 use super::rows::{Ban, Follow, HeldCapsule, PinOrigin, Row};
 
@@ -39,29 +40,42 @@ impl Store {
                 return Ok(false);
             }
             if table.len()? >= MAX_RECORDS {
-                return Err(DatabaseError::TooMany { table: "records", limit: MAX_RECORDS });
+                return Err(DatabaseError::TooMany {
+                    table: "records",
+                    limit: MAX_RECORDS,
+                });
             }
             table.insert(key, record.as_bytes())?;
             let (name, targets) = subjects(record);
             if let Some(name) = name {
-                tx.open_table(RECORDS_BY_NAME)?.insert((&name[..], key), ())?;
+                tx.open_table(RECORDS_BY_NAME)?
+                    .insert((&name[..], key), ())?;
             }
             let mut by_target = tx.open_table(RECORDS_BY_TARGET)?;
-            targets.iter().try_for_each(|target| by_target.insert((target.as_bytes(), key), ()).map(drop))?;
+            targets
+                .iter()
+                .try_for_each(|target| by_target.insert((target.as_bytes(), key), ()).map(drop))?;
             Ok(true)
         })
     }
 
     /// A record's bytes.
     pub fn record(&self, id: &RecordId) -> Result<Option<Vec<u8>>> {
-        self.inner.meta.read(|tx| Ok(tx.open_table(RECORDS)?.get(id.0.as_bytes())?.map(|bytes| bytes.value().to_vec())))
+        self.inner.meta.read(|tx| {
+            Ok(tx
+                .open_table(RECORDS)?
+                .get(id.0.as_bytes())?
+                .map(|bytes| bytes.value().to_vec()))
+        })
     }
 
     /// The ids of all records.
     pub fn record_ids(&self) -> Result<Vec<RecordId>> {
         self.inner.meta.read(|tx| {
             let table = tx.open_table(RECORDS)?;
-            let ids = table.iter()?.map(|entry| Ok(RecordId(RootHash::from_bytes(*entry?.0.value()))));
+            let ids = table
+                .iter()?
+                .map(|entry| Ok(RecordId(RootHash::from_bytes(*entry?.0.value()))));
             ids.collect()
         })
     }
@@ -70,7 +84,10 @@ impl Store {
     pub fn channels(&self) -> Result<Vec<String>> {
         self.inner.meta.read(|tx| {
             let mut channels = Vec::new();
-            for entry in tx.open_table(RECORDS_BY_NAME)?.range((NAME, &[0; 32])..(NAME_END, &[0; 32]))? {
+            for entry in tx
+                .open_table(RECORDS_BY_NAME)?
+                .range((NAME, &[0; 32])..(NAME_END, &[0; 32]))?
+            {
                 let (key, _) = entry?;
                 channels.push(key.value().0[NAME.len()..].to_owned());
             }
@@ -100,7 +117,9 @@ impl Store {
         let key = target.as_bytes();
         self.inner.meta.read(|tx| {
             let table = tx.open_table(RECORDS_BY_TARGET)?;
-            let found = table.range((key, &[0; 32])..=(key, &[0xff; 32]))?.map(|entry| Ok(*entry?.0.value().1));
+            let found = table
+                .range((key, &[0; 32])..=(key, &[0xff; 32]))?
+                .map(|entry| Ok(*entry?.0.value().1));
             records_of(tx, found)
         })
     }
@@ -109,7 +128,11 @@ impl Store {
     pub fn remove_record(&self, id: &RecordId) -> Result<bool> {
         let key = id.0.as_bytes();
         self.inner.meta.write(|tx| {
-            let Some(bytes) = tx.open_table(RECORDS)?.remove(key)?.map(|bytes| bytes.value().to_vec()) else {
+            let Some(bytes) = tx
+                .open_table(RECORDS)?
+                .remove(key)?
+                .map(|bytes| bytes.value().to_vec())
+            else {
                 return Ok(false);
             };
             let (name, targets) = subjects(&decode_record(&bytes)?);
@@ -117,7 +140,9 @@ impl Store {
                 tx.open_table(RECORDS_BY_NAME)?.remove((&name[..], key))?;
             }
             let mut by_target = tx.open_table(RECORDS_BY_TARGET)?;
-            targets.iter().try_for_each(|target| by_target.remove((target.as_bytes(), key)).map(drop))?;
+            targets
+                .iter()
+                .try_for_each(|target| by_target.remove((target.as_bytes(), key)).map(drop))?;
             Ok(true)
         })
     }
@@ -125,7 +150,9 @@ impl Store {
     fn records_by_name(&self, name: &str) -> Result<Vec<SignedRecord>> {
         self.inner.meta.read(|tx| {
             let table = tx.open_table(RECORDS_BY_NAME)?;
-            let found = table.range((name, &[0; 32])..=(name, &[0xff; 32]))?.map(|entry| Ok(*entry?.0.value().1));
+            let found = table
+                .range((name, &[0; 32])..=(name, &[0xff; 32]))?
+                .map(|entry| Ok(*entry?.0.value().1));
             records_of(tx, found)
         })
     }
@@ -141,22 +168,39 @@ const REVOCATION: &str = "revocation";
 /// What a record is found by.
 fn subjects(record: &SignedRecord) -> (Option<String>, Vec<RootHash>) {
     match &record.record().body {
-        Body::Name(name) => (Some(format!("{NAME}{}", name.channel)), vec![name.capsule.0]),
-        Body::Release(release) => (Some(format!("{RELEASE}{}", release.channel)), vec![release.capsule.0]),
-        Body::Layer(layer) => (None, layer.parent.into_iter().chain([layer.target]).collect()),
+        Body::Name(name) => (
+            Some(format!("{NAME}{}", name.channel)),
+            vec![name.capsule.0],
+        ),
+        Body::Release(release) => (
+            Some(format!("{RELEASE}{}", release.channel)),
+            vec![release.capsule.0],
+        ),
+        Body::Layer(layer) => (
+            None,
+            layer.parent.into_iter().chain([layer.target]).collect(),
+        ),
         Body::Prefetch(prefetch) => (None, vec![prefetch.component]),
         Body::Revocation(_) => (Some(REVOCATION.into()), Vec::new()),
     }
 }
 
 fn decode_record(bytes: &[u8]) -> Result<SignedRecord> {
-    SignedRecord::decode(bytes)
-        .map_err(|_| DatabaseError::Row { table: "records", reason: "damaged, or of a newer version" })
+    SignedRecord::decode(bytes).map_err(|_| DatabaseError::Row {
+        table: "records",
+        reason: "damaged, or of a newer version",
+    })
 }
 
-fn records_of(tx: &ReadTransaction, ids: impl Iterator<Item = Result<Hash>>) -> Result<Vec<SignedRecord>> {
+fn records_of(
+    tx: &ReadTransaction,
+    ids: impl Iterator<Item = Result<Hash>>,
+) -> Result<Vec<SignedRecord>> {
     let table = tx.open_table(RECORDS)?;
-    let missing = DatabaseError::Row { table: "records", reason: "an index names a record that is not there" };
+    let missing = DatabaseError::Row {
+        table: "records",
+        reason: "an index names a record that is not there",
+    };
     let mut found = Vec::new();
     for id in ids {
         match table.get(&id?)? {
@@ -173,30 +217,37 @@ impl Store {
     pub fn put_capsule(&self, id: &CapsuleId, held: &HeldCapsule) -> Result<()> {
         let bytes = held.encode();
         self.inner.meta.write(|tx| {
-            tx.open_table(CAPSULES)?.insert(id.0.as_bytes(), &bytes[..])?;
+            tx.open_table(CAPSULES)?
+                .insert(id.0.as_bytes(), &bytes[..])?;
             Ok(())
         })
     }
 
     /// A capsule that is held.
     pub fn capsule(&self, id: &CapsuleId) -> Result<Option<HeldCapsule>> {
-        self.inner.meta.read(|tx| match tx.open_table(CAPSULES)?.get(id.0.as_bytes())? {
-            Some(bytes) => decode(bytes.value()).map(Some),
-            None => Ok(None),
-        })
+        self.inner
+            .meta
+            .read(|tx| match tx.open_table(CAPSULES)?.get(id.0.as_bytes())? {
+                Some(bytes) => decode(bytes.value()).map(Some),
+                None => Ok(None),
+            })
     }
 
     /// All capsules that are held.
     pub fn capsules(&self) -> Result<Vec<(CapsuleId, HeldCapsule)>> {
         let rows = self.inner.meta.read(|tx| rows(tx, CAPSULES))?;
-        Ok(rows.into_iter().map(|(key, held)| (capsule_id(&key), held)).collect())
+        Ok(rows
+            .into_iter()
+            .map(|(key, held)| (capsule_id(&key), held))
+            .collect())
     }
 
     /// Forgets that a capsule is held, with its pins; whether it was known.
     pub fn remove_capsule(&self, id: &CapsuleId) -> Result<bool> {
         let key = id.0.as_bytes();
         self.inner.meta.write(|tx| {
-            tx.open_table(PINS)?.retain(|(capsule, _), ()| capsule != key)?;
+            tx.open_table(PINS)?
+                .retain(|(capsule, _), ()| capsule != key)?;
             Ok(tx.open_table(CAPSULES)?.remove(key)?.is_some())
         })
     }
@@ -204,13 +255,23 @@ impl Store {
     /// Pins a capsule for somebody; whether that is new.
     pub fn pin(&self, id: &CapsuleId, origin: &PinOrigin) -> Result<bool> {
         let key = origin.key();
-        self.inner.meta.write(|tx| Ok(tx.open_table(PINS)?.insert((id.0.as_bytes(), &key[..]), ())?.is_none()))
+        self.inner.meta.write(|tx| {
+            Ok(tx
+                .open_table(PINS)?
+                .insert((id.0.as_bytes(), &key[..]), ())?
+                .is_none())
+        })
     }
 
     /// Takes a pin away; whether there was one.
     pub fn unpin(&self, id: &CapsuleId, origin: &PinOrigin) -> Result<bool> {
         let key = origin.key();
-        self.inner.meta.write(|tx| Ok(tx.open_table(PINS)?.remove((id.0.as_bytes(), &key[..]))?.is_some()))
+        self.inner.meta.write(|tx| {
+            Ok(tx
+                .open_table(PINS)?
+                .remove((id.0.as_bytes(), &key[..]))?
+                .is_some())
+        })
     }
 
     /// All pins.
@@ -220,8 +281,14 @@ impl Store {
             for entry in tx.open_table(PINS)?.iter()? {
                 let (key, _) = entry?;
                 let (capsule, origin) = key.value();
-                let unknown = DatabaseError::Row { table: "pins", reason: "an origin of a newer version" };
-                pins.push((capsule_id(capsule), PinOrigin::from_key(origin).ok_or(unknown)?));
+                let unknown = DatabaseError::Row {
+                    table: "pins",
+                    reason: "an origin of a newer version",
+                };
+                pins.push((
+                    capsule_id(capsule),
+                    PinOrigin::from_key(origin).ok_or(unknown)?,
+                ));
             }
             Ok(pins)
         })
@@ -238,14 +305,17 @@ impl Store {
     pub fn follow(&self, channel: &Channel, follow: &Follow) -> Result<()> {
         let bytes = follow.encode();
         self.inner.meta.write(|tx| {
-            tx.open_table(FOLLOWS)?.insert(channel.as_str(), &bytes[..])?;
+            tx.open_table(FOLLOWS)?
+                .insert(channel.as_str(), &bytes[..])?;
             Ok(())
         })
     }
 
     /// Follows a channel no longer; whether it did.
     pub fn unfollow(&self, channel: &Channel) -> Result<bool> {
-        self.inner.meta.write(|tx| Ok(tx.open_table(FOLLOWS)?.remove(channel.as_str())?.is_some()))
+        self.inner
+            .meta
+            .write(|tx| Ok(tx.open_table(FOLLOWS)?.remove(channel.as_str())?.is_some()))
     }
 
     /// All channels followed.
@@ -254,7 +324,10 @@ impl Store {
             let mut follows = Vec::new();
             for entry in tx.open_table(FOLLOWS)?.iter()? {
                 let (key, value) = entry?;
-                let bad = |_| DatabaseError::Row { table: "follows", reason: "the key is no channel" };
+                let bad = |_| DatabaseError::Row {
+                    table: "follows",
+                    reason: "the key is no channel",
+                };
                 follows.push((key.value().parse().map_err(bad)?, decode(value.value())?));
             }
             Ok(follows)
@@ -268,7 +341,10 @@ impl Store {
         self.inner.meta.write(|tx| {
             let mut table = tx.open_table(BANS)?;
             if table.len()? >= MAX_BANS && table.get(peer)?.is_none() {
-                return Err(DatabaseError::TooMany { table: "bans", limit: MAX_BANS });
+                return Err(DatabaseError::TooMany {
+                    table: "bans",
+                    limit: MAX_BANS,
+                });
             }
             table.insert(peer, &bytes[..])?;
             Ok(())
@@ -277,7 +353,9 @@ impl Store {
 
     /// Lifts a ban; whether there was one.
     pub fn unban(&self, peer: &[u8]) -> Result<bool> {
-        self.inner.meta.write(|tx| Ok(tx.open_table(BANS)?.remove(peer)?.is_some()))
+        self.inner
+            .meta
+            .write(|tx| Ok(tx.open_table(BANS)?.remove(peer)?.is_some()))
     }
 
     /// All bans that hold at a time (seconds since 1970).
@@ -298,7 +376,9 @@ impl Store {
     /// Forgets bans that have ended at a time (seconds since 1970).
     pub fn lift_ended_bans(&self, now: u64) -> Result<()> {
         self.inner.meta.write(|tx| {
-            let ended = |bytes: &[u8]| Ban::decode(bytes).is_ok_and(|ban| ban.until.is_some_and(|until| until <= now));
+            let ended = |bytes: &[u8]| {
+                Ban::decode(bytes).is_ok_and(|ban| ban.until.is_some_and(|until| until <= now))
+            };
             tx.open_table(BANS)?.retain(|_, bytes| !ended(bytes))?;
             Ok(())
         })
@@ -315,7 +395,12 @@ impl Store {
 
     /// A single value of the daemon's.
     pub fn value(&self, key: &str) -> Result<Option<Vec<u8>>> {
-        self.inner.meta.read(|tx| Ok(tx.open_table(VALUES)?.get(key)?.map(|value| value.value().to_vec())))
+        self.inner.meta.read(|tx| {
+            Ok(tx
+                .open_table(VALUES)?
+                .get(key)?
+                .map(|value| value.value().to_vec()))
+        })
     }
 
     /// Raises the newest signed time seen (seconds since 1970): the floor for a clock whose battery is dead.
@@ -326,7 +411,9 @@ impl Store {
         self.inner.meta.write(|tx| {
             let mut table = tx.open_table(VALUES)?;
             // Another thread may have raised it further meanwhile.
-            let known = table.get(NEWEST_TIME)?.map_or(0, |value| time(value.value()));
+            let known = table
+                .get(NEWEST_TIME)?
+                .map_or(0, |value| time(value.value()));
             table.insert(NEWEST_TIME, &seconds.max(known).to_le_bytes()[..])?;
             Ok(())
         })
@@ -343,5 +430,9 @@ fn time(bytes: &[u8]) -> u64 {
 }
 
 fn bounded(table: &'static str, len: usize, limit: usize) -> Result<()> {
-    if len > limit { Err(DatabaseError::TooLong { table, len, limit }) } else { Ok(()) }
+    if len > limit {
+        Err(DatabaseError::TooLong { table, len, limit })
+    } else {
+        Ok(())
+    }
 }

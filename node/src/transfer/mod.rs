@@ -30,6 +30,8 @@ use prepare::{ComponentPlan, Prepared, add, prepare};
 const NAME_PATIENCE: Duration = Duration::from_secs(10);
 /// A peer connected for so long has sent its records.
 const SETTLED: Duration = Duration::from_secs(3);
+/// A record that was signed when the name was asked for has spread through the fleet.
+const SPREAD: Duration = Duration::from_millis(1500);
 /// How often peers are looked at while a name is waited for.
 const LOOK: Duration = Duration::from_millis(300);
 /// Indexes remembered as wrong; beyond, they are found wrong again.
@@ -190,7 +192,7 @@ async fn find(node: &Arc<Node>, reference: &CapsuleRef, wait: Option<u64>, tell:
             other => return other,
         };
         let peers = node.network.peers().await?;
-        let settled = wait.is_none() && peers.iter().any(|peer| peer.connected >= SETTLED);
+        let settled = wait.is_none() && started.elapsed() >= SPREAD && peers.iter().any(|peer| peer.connected >= SETTLED);
         if settled || started.elapsed() >= patience {
             return Err(if peers.is_empty() { nobody(failure) } else { failure });
         }

@@ -25,7 +25,11 @@ impl Sample {
         let mut bytes = vec![0; len];
         SmallRng::seed_from_u64(seed).fill_bytes(&mut bytes);
         let (tree, outboard) = tree_of(&bytes);
-        Self { bytes, tree, outboard }
+        Self {
+            bytes,
+            tree,
+            outboard,
+        }
     }
 
     /// Content of some groups, the last one short.
@@ -61,7 +65,10 @@ impl Content for Sample {
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), ReadError> {
         let range = offset..offset + buf.len() as u64;
         let found = self.bytes.get(range.start as usize..range.end as usize);
-        buf.copy_from_slice(found.ok_or(ReadError::OutOfRange { range, size: self.size() })?);
+        buf.copy_from_slice(found.ok_or(ReadError::OutOfRange {
+            range,
+            size: self.size(),
+        })?);
         Ok(())
     }
 }
@@ -77,6 +84,8 @@ impl ComponentProvider for Samples {
         _: &Component,
     ) -> Result<Arc<dyn Content>, Box<dyn std::error::Error + Send + Sync>> {
         let found = self.0.iter().find(|sample| sample.root() == *root);
-        found.map(|sample| Arc::new(sample.clone()) as Arc<dyn Content>).ok_or_else(|| "no such component".into())
+        found
+            .map(|sample| Arc::new(sample.clone()) as Arc<dyn Content>)
+            .ok_or_else(|| "no such component".into())
     }
 }

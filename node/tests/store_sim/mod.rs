@@ -10,6 +10,8 @@
 #![allow(dead_code)] // Each test file uses its part of this.
 
 pub mod content;
+pub mod script;
+pub mod short;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -94,7 +96,12 @@ impl SimDisk {
 
     /// A copy that shares nothing, with a fault plan of its own.
     pub fn fork(&self, fault: Option<Fault>) -> Self {
-        let machine = Machine { operations: 0, fault, met: false, ..self.machine().clone() };
+        let machine = Machine {
+            operations: 0,
+            fault,
+            met: false,
+            ..self.machine().clone()
+        };
         Self(Arc::new(Mutex::new(machine)))
     }
 
@@ -136,10 +143,19 @@ impl SimDisk {
         let names = machine.surviving_names(&mut rng, odds);
         let survive = |content: &Content| {
             let bytes = content.surviving(&mut rng, odds);
-            Content { live: bytes.clone(), durable: bytes, pending: Vec::new() }
+            Content {
+                live: bytes.clone(),
+                durable: bytes,
+                pending: Vec::new(),
+            }
         };
         let files = machine.files.iter().map(survive).collect();
-        let after = Machine { files, durable: names.clone(), names, ..Machine::default() };
+        let after = Machine {
+            files,
+            durable: names.clone(),
+            names,
+            ..Machine::default()
+        };
         Self(Arc::new(Mutex::new(after)))
     }
 
@@ -163,13 +179,20 @@ impl SimDisk {
 
     /// All files that a running program sees.
     pub fn paths(&self) -> Vec<PathBuf> {
-        self.machine().names.iter().filter(|(_, id)| id.is_some()).map(|(path, _)| path.clone()).collect()
+        self.machine()
+            .names
+            .iter()
+            .filter(|(_, id)| id.is_some())
+            .map(|(path, _)| path.clone())
+            .collect()
     }
 
     /// A file's bytes as a running program sees them.
     pub fn bytes(&self, path: &Path) -> Vec<u8> {
         let machine = self.machine();
-        machine.files[machine.names[path].expect("a file")].live.clone()
+        machine.files[machine.names[path].expect("a file")]
+            .live
+            .clone()
     }
 }
 
@@ -296,7 +319,11 @@ impl Change {
             Self::Write(offset, data) => {
                 for range in sectors(*offset, data.len()) {
                     if rng.random_bool(odds) {
-                        Self::Write(range.start, data[range.start - offset..range.end - offset].to_vec()).apply(bytes);
+                        Self::Write(
+                            range.start,
+                            data[range.start - offset..range.end - offset].to_vec(),
+                        )
+                        .apply(bytes);
                     }
                 }
             }
@@ -313,19 +340,24 @@ impl Change {
 
 fn sectors(offset: usize, len: usize) -> impl Iterator<Item = std::ops::Range<usize>> {
     let end = offset + len;
-    (offset / SECTOR..end.div_ceil(SECTOR)).map(move |i| (i * SECTOR).max(offset)..((i + 1) * SECTOR).min(end))
+    (offset / SECTOR..end.div_ceil(SECTOR))
+        .map(move |i| (i * SECTOR).max(offset)..((i + 1) * SECTOR).min(end))
 }
 
 impl Content {
     fn surviving(&self, rng: &mut SmallRng, odds: f64) -> Vec<u8> {
         let mut bytes = self.durable.clone();
-        self.pending.iter().for_each(|change| change.apply_torn(&mut bytes, rng, odds));
+        self.pending
+            .iter()
+            .for_each(|change| change.apply_torn(&mut bytes, rng, odds));
         bytes
     }
 
     fn sync(&mut self) {
         let durable = &mut self.durable;
-        self.pending.drain(..).for_each(|change| change.apply(durable));
+        self.pending
+            .drain(..)
+            .for_each(|change| change.apply(durable));
     }
 }
 
@@ -345,12 +377,17 @@ impl Disk for SimDisk {
                 machine.operate(true, |machine| {
                     machine.files.push(Content::default());
                     machine.names.insert(path.into(), Some(id));
-                    machine.pending.push(NameChange::Make(path.into(), Some(id)));
+                    machine
+                        .pending
+                        .push(NameChange::Make(path.into(), Some(id)));
                 })?;
                 id
             }
         };
-        Ok(Arc::new(SimFile { disk: self.clone(), id }))
+        Ok(Arc::new(SimFile {
+            disk: self.clone(),
+            id,
+        }))
     }
 
     fn create_dir(&self, path: &Path) -> io::Result<()> {
@@ -369,17 +406,28 @@ impl Disk for SimDisk {
         if !machine.names.contains_key(dir) {
             return Err(io::ErrorKind::NotFound.into());
         }
-        let files = machine.names.iter().filter(|(path, _)| path.parent() == Some(dir));
+        let files = machine
+            .names
+            .iter()
+            .filter(|(path, _)| path.parent() == Some(dir));
         let entry = |(path, id): (&PathBuf, &Option<usize>)| {
             let name = path.file_name()?.to_str()?.to_owned();
-            id.map(|id| FileEntry { name, len: machine.files[id].live.len() as u64 })
+            id.map(|id| FileEntry {
+                name,
+                len: machine.files[id].live.len() as u64,
+            })
         };
         Ok(files.filter_map(entry).collect())
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
         let mut machine = self.machine();
-        let id = machine.names.get(from).copied().flatten().ok_or(io::ErrorKind::NotFound)?;
+        let id = machine
+            .names
+            .get(from)
+            .copied()
+            .flatten()
+            .ok_or(io::ErrorKind::NotFound)?;
         machine.operate(false, |machine| {
             let change = NameChange::Rename(from.into(), to.into(), id);
             change.apply(&mut machine.names);
@@ -389,7 +437,12 @@ impl Disk for SimDisk {
 
     fn remove(&self, path: &Path) -> io::Result<()> {
         let mut machine = self.machine();
-        machine.names.get(path).copied().flatten().ok_or(io::ErrorKind::NotFound)?;
+        machine
+            .names
+            .get(path)
+            .copied()
+            .flatten()
+            .ok_or(io::ErrorKind::NotFound)?;
         machine.operate(false, |machine| {
             machine.names.remove(path);
             machine.pending.push(NameChange::Unlink(path.into()));
@@ -445,7 +498,9 @@ impl DiskFile for SimFile {
 
     fn set_len(&self, len: u64) -> io::Result<()> {
         let mut machine = self.disk.machine();
-        machine.operate(true, |machine| machine.change(self.id, Change::Len(len as usize)))
+        machine.operate(true, |machine| {
+            machine.change(self.id, Change::Len(len as usize))
+        })
     }
 
     fn sync(&self) -> io::Result<()> {
@@ -466,7 +521,9 @@ impl DiskFile for SimFile {
 
     fn punch(&self, offset: u64, len: u64) -> io::Result<bool> {
         let mut machine = self.disk.machine();
-        machine.operate(false, |machine| machine.change(self.id, Change::Punch(offset as usize, len as usize)))?;
+        machine.operate(false, |machine| {
+            machine.change(self.id, Change::Punch(offset as usize, len as usize))
+        })?;
         Ok(true)
     }
 }

@@ -53,7 +53,10 @@ pub enum Packet {
     /// Somebody looks for members; the number tells senders apart.
     Query { nonce: u16 },
     /// A member says where it listens.
-    Answer { peer: PeerId, addresses: Vec<SocketAddr> },
+    Answer {
+        peer: PeerId,
+        addresses: Vec<SocketAddr>,
+    },
 }
 
 /// The packet that asks who of the fleet is there.
@@ -92,7 +95,10 @@ pub fn decode(packet: &[u8], tag: &FleetTag) -> Option<Packet> {
     let word = |at: usize| Some(u16::from_be_bytes(packet.get(at..at + 2)?.try_into().ok()?));
     let is_answer = word(2)? & 0x8000 != 0;
     let questions = word(4)?.min(MAX_RECORDS);
-    let records = word(6)?.saturating_add(word(8)?).saturating_add(word(10)?).min(MAX_RECORDS);
+    let records = word(6)?
+        .saturating_add(word(8)?)
+        .saturating_add(word(10)?)
+        .min(MAX_RECORDS);
     let wanted = join(&subtype(tag));
     let mut at = HEADER_LEN;
     for _ in 0..questions {
@@ -123,15 +129,22 @@ pub fn decode(packet: &[u8], tag: &FleetTag) -> Option<Packet> {
     let text = texts.iter().find(|(name, _)| *name == instance)?.1;
     let label = instance.split(|&b| b == b'.').next()?;
     let peer = std::str::from_utf8(label).ok()?.parse().ok()?;
-    Some(Packet::Answer { peer, addresses: read_addresses(text) })
+    Some(Packet::Answer {
+        peer,
+        addresses: read_addresses(text),
+    })
 }
 
 fn read_addresses(mut text: &[u8]) -> Vec<SocketAddr> {
     let mut addresses = Vec::new();
     while let Some((&len, rest)) = text.split_first() {
-        let Some((entry, after)) = rest.split_at_checked(usize::from(len)) else { break };
+        let Some((entry, after)) = rest.split_at_checked(usize::from(len)) else {
+            break;
+        };
         text = after;
-        let address: Option<SocketAddr> = std::str::from_utf8(entry).ok().and_then(|e| e.strip_prefix("a=")?.parse().ok());
+        let address: Option<SocketAddr> = std::str::from_utf8(entry)
+            .ok()
+            .and_then(|e| e.strip_prefix("a=")?.parse().ok());
         if addresses.len() < MAX_ADDRESSES {
             addresses.extend(address);
         }
@@ -153,7 +166,9 @@ fn header(id: u16, flags: u16, counts: [u16; 4]) -> Vec<u8> {
 }
 
 fn put_u16s(packet: &mut Vec<u8>, words: &[u16]) {
-    words.iter().for_each(|word| packet.extend(word.to_be_bytes()));
+    words
+        .iter()
+        .for_each(|word| packet.extend(word.to_be_bytes()));
 }
 
 fn put_name<L: AsRef<[u8]>>(packet: &mut Vec<u8>, labels: &[L]) {
@@ -173,7 +188,11 @@ fn put_record<L: AsRef<[u8]>>(packet: &mut Vec<u8>, name: &[L], kind: u16, data:
 }
 
 fn join<L: AsRef<[u8]>>(labels: &[L]) -> Vec<u8> {
-    labels.iter().map(AsRef::as_ref).collect::<Vec<_>>().join(&b'.')
+    labels
+        .iter()
+        .map(AsRef::as_ref)
+        .collect::<Vec<_>>()
+        .join(&b'.')
 }
 
 /// Reads a possibly compressed name: its labels joined by dots, and where it ends.
@@ -205,16 +224,24 @@ mod tests {
     use super::*;
 
     fn sample() -> (FleetTag, PeerId, Vec<SocketAddr>) {
-        let addresses = ["10.0.0.7:4001", "[fe80::1]:4001"].map(|a| a.parse().unwrap()).to_vec();
+        let addresses = ["10.0.0.7:4001", "[fe80::1]:4001"]
+            .map(|a| a.parse().unwrap())
+            .to_vec();
         (FleetTag::of(b"fleet"), PeerId::random(), addresses)
     }
 
     #[test]
     fn packets_round_trip_within_their_fleet_only() {
         let (tag, peer, addresses) = sample();
-        let (query, answer) = (encode_query(&tag, 7), encode_answer(&tag, &peer, &addresses));
+        let (query, answer) = (
+            encode_query(&tag, 7),
+            encode_answer(&tag, &peer, &addresses),
+        );
         assert_eq!(decode(&query, &tag), Some(Packet::Query { nonce: 7 }));
-        assert_eq!(decode(&answer, &tag), Some(Packet::Answer { peer, addresses }));
+        assert_eq!(
+            decode(&answer, &tag),
+            Some(Packet::Answer { peer, addresses })
+        );
         let other = FleetTag::of(b"another fleet");
         assert_eq!(decode(&query, &other), None);
         assert_eq!(decode(&answer, &other), None);
@@ -223,17 +250,25 @@ mod tests {
     #[test]
     fn the_longest_answer_fits_a_packet() {
         let (tag, peer, _) = sample();
-        let long: SocketAddr = "[2001:db8:ffff:ffff:ffff:ffff:ffff:ffff]:65535".parse().unwrap();
+        let long: SocketAddr = "[2001:db8:ffff:ffff:ffff:ffff:ffff:ffff]:65535"
+            .parse()
+            .unwrap();
         let answer = encode_answer(&tag, &peer, &[long; 20]);
         assert!(answer.len() <= MAX_PACKET, "{}", answer.len());
         let addresses = vec![long; MAX_ADDRESSES];
-        assert_eq!(decode(&answer, &tag), Some(Packet::Answer { peer, addresses }));
+        assert_eq!(
+            decode(&answer, &tag),
+            Some(Packet::Answer { peer, addresses })
+        );
     }
 
     #[test]
     fn every_truncation_and_bit_flip_is_survived() {
         let (tag, peer, addresses) = sample();
-        for packet in [encode_query(&tag, 7), encode_answer(&tag, &peer, &addresses)] {
+        for packet in [
+            encode_query(&tag, 7),
+            encode_answer(&tag, &peer, &addresses),
+        ] {
             for len in 0..packet.len() {
                 assert_eq!(decode(&packet[..len], &tag), None, "cut to {len}");
             }

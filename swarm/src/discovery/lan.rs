@@ -48,7 +48,9 @@ pub struct Beacon {
 impl Beacon {
     /// Whether anything beyond loopback would be told.
     pub fn is_audible(&self) -> bool {
-        self.listening.iter().any(|address| !address.ip().is_loopback())
+        self.listening
+            .iter()
+            .any(|address| !address.ip().is_loopback())
     }
 
     /// Where peers on an interface with this address reach the node.
@@ -81,7 +83,13 @@ pub async fn run(beacon: Beacon, mut search: watch::Receiver<u64>, found: mpsc::
             }
             match open(address) {
                 Ok(socket) => {
-                    let task = station(beacon.clone(), address, socket, search.clone(), found.clone());
+                    let task = station(
+                        beacon.clone(),
+                        address,
+                        socket,
+                        search.clone(),
+                        found.clone(),
+                    );
                     running.insert(address, stations.spawn(task));
                 }
                 Err(error) => tracing::debug!(%address, %error, "no multicast on this interface"),
@@ -101,7 +109,9 @@ pub async fn run(beacon: Beacon, mut search: watch::Receiver<u64>, found: mpsc::
 /// Addresses of the interfaces that multicast may be tried on.
 fn interfaces() -> Vec<Ipv4Addr> {
     let all = if_addrs::get_if_addrs().unwrap_or_default();
-    let usable = all.into_iter().filter(|interface| !interface.is_loopback() && interface.is_oper_up());
+    let usable = all
+        .into_iter()
+        .filter(|interface| !interface.is_loopback() && interface.is_oper_up());
     usable
         .filter_map(|interface| match interface.ip() {
             IpAddr::V4(address) => Some(address),
@@ -196,9 +206,16 @@ mod tests {
     fn loopback_is_never_told() {
         let interface = Ipv4Addr::new(10, 0, 0, 7);
         assert!(!beacon(&["127.0.0.1:4001", "[::1]:4001"]).is_audible());
-        assert!(beacon(&["127.0.0.1:4001"]).addresses_on(interface).is_empty());
+        assert!(
+            beacon(&["127.0.0.1:4001"])
+                .addresses_on(interface)
+                .is_empty()
+        );
         let all = beacon(&["0.0.0.0:4001", "10.0.0.8:4002", "10.0.0.7:4003"]);
         let told = all.addresses_on(interface);
-        assert_eq!(told, ["10.0.0.7:4001", "10.0.0.7:4003"].map(|a| a.parse().unwrap()));
+        assert_eq!(
+            told,
+            ["10.0.0.7:4001", "10.0.0.7:4003"].map(|a| a.parse().unwrap())
+        );
     }
 }

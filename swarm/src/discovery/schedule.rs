@@ -66,7 +66,9 @@ impl Schedule {
         if self.query_at.is_some() {
             return;
         }
-        let earliest = self.last_query.map_or(now, |last| (last + self.backoff).max(now));
+        let earliest = self
+            .last_query
+            .map_or(now, |last| (last + self.backoff).max(now));
         self.query_at = Some(earliest + self.jitter(QUERY_JITTER));
     }
 
@@ -75,9 +77,15 @@ impl Schedule {
         self.last_query = Some(now);
         let large = self.answers_heard >= LAN_IS_LARGE;
         self.answers_heard = 0;
-        let rests = self.last_answer.is_some_and(|last| now < last + ANSWER_INTERVAL);
+        let rests = self
+            .last_answer
+            .is_some_and(|last| now < last + ANSWER_INTERVAL);
         if self.answer_at.is_none() && !rests {
-            let range = if large { ANSWER_JITTER_LARGE } else { ANSWER_JITTER };
+            let range = if large {
+                ANSWER_JITTER_LARGE
+            } else {
+                ANSWER_JITTER
+            };
             self.answer_at = Some(now + self.jitter(range));
         }
     }
@@ -99,7 +107,7 @@ impl Schedule {
         if self.query_at.is_some_and(|at| at <= now) {
             self.query_at = None;
             self.backoff = (self.backoff * 2).min(QUERY_BACKOFF.end);
-            if !self.last_query.is_some_and(|last| now < last + QUERY_FRESH) {
+            if self.last_query.is_none_or(|last| now >= last + QUERY_FRESH) {
                 self.last_query = Some(now);
                 self.answers_heard = 0;
                 return Some(Send::Query);
@@ -126,13 +134,22 @@ mod tests {
 
     /// Delivers everything at once to everybody else; counts packets.
     fn room(nodes: usize, end: Duration) -> (usize, usize) {
-        let mut room: Vec<_> =
-            (0..nodes as u64).map(|i| Schedule::new(SmallRng::seed_from_u64(i))).collect();
-        room.iter_mut().for_each(|s| s.handle_search(Duration::ZERO));
+        let mut room: Vec<_> = (0..nodes as u64)
+            .map(|i| Schedule::new(SmallRng::seed_from_u64(i)))
+            .collect();
+        room.iter_mut()
+            .for_each(|s| s.handle_search(Duration::ZERO));
         let (mut queries, mut answers) = (0, 0);
-        while let Some(now) = room.iter().filter_map(Schedule::timeout).min().filter(|t| *t < end) {
+        while let Some(now) = room
+            .iter()
+            .filter_map(Schedule::timeout)
+            .min()
+            .filter(|t| *t < end)
+        {
             for sender in 0..nodes {
-                let Some(sent) = room[sender].poll(now) else { continue };
+                let Some(sent) = room[sender].poll(now) else {
+                    continue;
+                };
                 for (i, hearer) in room.iter_mut().enumerate().filter(|(i, _)| *i != sender) {
                     assert_ne!(i, sender);
                     match sent {
@@ -157,7 +174,10 @@ mod tests {
     #[test]
     fn a_room_switched_on_together_stays_quiet() {
         let (queries, answers) = room(500, Duration::from_secs(3));
-        assert!(queries <= 3 && answers <= 30, "{queries} queries, {answers} answers");
+        assert!(
+            queries <= 3 && answers <= 30,
+            "{queries} queries, {answers} answers"
+        );
     }
 
     #[test]

@@ -11,16 +11,31 @@ use super::Engine;
 use crate::api::Provider;
 
 impl Engine {
-    pub(super) fn on_have(&mut self, key: PeerKey, root: RootHash, size: u64, groups: &GroupRanges) {
-        let Some(peer) = self.peers.get_mut(&key) else { return };
+    pub(super) fn on_have(
+        &mut self,
+        key: PeerKey,
+        root: RootHash,
+        size: u64,
+        groups: &GroupRanges,
+    ) {
+        let Some(peer) = self.peers.get_mut(&key) else {
+            return;
+        };
         if !peer.claim(root, size, groups) {
-            return self.fault(key, "it announces more than a peer may, or one blob with two sizes");
+            return self.fault(
+                key,
+                "it announces more than a peer may, or one blob with two sizes",
+            );
         }
         let holds_all = peer.claims[&root].groups == GroupRanges::all(size);
         let now = self.now();
         // What holds all needs no news of what others hold.
-        self.announcements.set_interested(now, key, root, !holds_all);
-        let known = self.transfers.get(&root).and_then(|transfer| transfer.size());
+        self.announcements
+            .set_interested(now, key, root, !holds_all);
+        let known = self
+            .transfers
+            .get(&root)
+            .and_then(|transfer| transfer.size());
         if known.is_some_and(|known| known != size) {
             return tracing::debug!(%root, known, size, "a peer claims another size");
         }
@@ -29,7 +44,9 @@ impl Engine {
     }
 
     pub(super) fn on_drop(&mut self, key: PeerKey, root: RootHash, groups: Option<&GroupRanges>) {
-        let Some(peer) = self.peers.get_mut(&key) else { return };
+        let Some(peer) = self.peers.get_mut(&key) else {
+            return;
+        };
         let gone = peer.disclaim(&root, groups);
         if !gone.is_empty() {
             let now = self.now();
@@ -60,9 +77,16 @@ impl Engine {
     }
 
     pub(super) fn providers(&self, root: &RootHash) -> Vec<Provider> {
-        let claims = self.peers.values().filter_map(|peer| Some((peer.id, peer.claims.get(root)?)));
+        let claims = self
+            .peers
+            .values()
+            .filter_map(|peer| Some((peer.id, peer.claims.get(root)?)));
         claims
-            .map(|(peer, claim)| Provider { peer, size: claim.size, groups: claim.groups.clone() })
+            .map(|(peer, claim)| Provider {
+                peer,
+                size: claim.size,
+                groups: claim.groups.clone(),
+            })
             .collect()
     }
 }

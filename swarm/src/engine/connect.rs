@@ -61,7 +61,9 @@ impl Connector {
         let mut directory = Directory::new(local, rng(config.seed, 1));
         for text in &config.bootstrap {
             if !directory.add_bootstrap(text) {
-                tracing::warn!("bootstrap address {text:?} is ignored: it is not HOST:PORT, or there are too many");
+                tracing::warn!(
+                    "bootstrap address {text:?} is ignored: it is not HOST:PORT, or there are too many"
+                );
             }
         }
         Self {
@@ -81,7 +83,10 @@ impl Connector {
     }
 
     /// One at random.
-    pub(super) fn choose<'a>(&mut self, keys: impl ExactSizeIterator<Item = &'a PeerKey>) -> Option<PeerKey> {
+    pub(super) fn choose<'a>(
+        &mut self,
+        keys: impl ExactSizeIterator<Item = &'a PeerKey>,
+    ) -> Option<PeerKey> {
         let mut keys = keys;
         if keys.len() == 0 {
             return None;
@@ -92,7 +97,8 @@ impl Connector {
     /// Whether this refusal should be told (again).
     fn is_news(&mut self, refusal: &str) -> bool {
         let now = Instant::now();
-        self.refusals.retain(|_, told| now - *told < TELL_REFUSAL_EVERY);
+        self.refusals
+            .retain(|_, told| now - *told < TELL_REFUSAL_EVERY);
         let news = self.refusals.len() < MAX_REFUSALS && !self.refusals.contains_key(refusal);
         if news {
             self.refusals.insert(refusal.to_owned(), now);
@@ -106,7 +112,9 @@ impl Engine {
         if self.connector.directory.add_bootstrap(text) {
             self.connect_more();
         } else {
-            tracing::warn!("address {text:?} is ignored: it is not HOST:PORT, or there are too many");
+            tracing::warn!(
+                "address {text:?} is ignored: it is not HOST:PORT, or there are too many"
+            );
         }
     }
 
@@ -117,11 +125,17 @@ impl Engine {
         let keys = &self.keys;
         let connector = &mut self.connector;
         let busy = self.peers.len() + connector.dials.len() + connector.resolving.len();
-        let lacking = self.limits.connections_wanted.saturating_sub(busy).min(DIALS_AT_ONCE);
+        let lacking = self
+            .limits
+            .connections_wanted
+            .saturating_sub(busy)
+            .min(DIALS_AT_ONCE);
         let mut targets = Vec::new();
         if lacking > 0 {
             let connected = |peer: &PeerId| keys.contains_key(peer);
-            targets = connector.directory.due_bootstrap(since_start, lacking, connected);
+            targets = connector
+                .directory
+                .due_bootstrap(since_start, lacking, connected);
             let left = lacking - targets.len();
             targets.extend(connector.directory.due_peers(since_start, left, connected));
             if connector.searched.is_none_or(|at| now - at >= SEARCH_EVERY) {
@@ -183,27 +197,36 @@ impl Engine {
 
     /// Of several addresses of a name any one: the next attempt takes another.
     fn pick_address(&mut self, addresses: &[SocketAddr]) -> Option<SocketAddr> {
-        let at = (!addresses.is_empty()).then(|| self.connector.rng.random_range(0..addresses.len()))?;
+        let at =
+            (!addresses.is_empty()).then(|| self.connector.rng.random_range(0..addresses.len()))?;
         Some(addresses[at])
     }
 
     pub(super) fn on_dialled(&mut self, id: ConnectionId, reached: PeerId) {
         if let Some(target) = self.connector.dials.remove(&id) {
-            self.connector.directory.dialled(self.start.elapsed(), &target, Some(reached));
+            self.connector
+                .directory
+                .dialled(self.start.elapsed(), &target, Some(reached));
         }
     }
 
     pub(super) fn on_dial_failed(&mut self, id: ConnectionId, error: &DialError) {
-        let Some(target) = self.connector.dials.remove(&id) else { return };
+        let Some(target) = self.connector.dials.remove(&id) else {
+            return;
+        };
         if matches!(error, DialError::LocalPeerId { .. }) {
             self.connector.directory.is_myself(&target);
         }
-        self.connector.directory.dialled(self.start.elapsed(), &target, None);
+        self.connector
+            .directory
+            .dialled(self.start.elapsed(), &target, None);
         let DialError::Transport(failures) = error else {
             return tracing::debug!(?target, %error, "dial failed");
         };
         for (address, failure) in failures {
-            let TransportError::Other(failure) = failure else { continue };
+            let TransportError::Other(failure) = failure else {
+                continue;
+            };
             tracing::debug!(%address, %failure, "dial failed");
             self.report_refusal(address.to_string(), failure);
         }
@@ -219,8 +242,13 @@ impl Engine {
 
     /// Tells the node of refusals, ours and theirs; what is only a broken connection is nobody's news.
     fn report_refusal(&mut self, address: String, error: &std::io::Error) {
-        let Some(error) = transport::admission_error(error) else { return };
-        if !matches!(error, AdmissionError::Refused { .. } | AdmissionError::RefusedByPeer(_)) {
+        let Some(error) = transport::admission_error(error) else {
+            return;
+        };
+        if !matches!(
+            error,
+            AdmissionError::Refused { .. } | AdmissionError::RefusedByPeer(_)
+        ) {
             return;
         }
         let reason = error.to_string();
@@ -231,7 +259,9 @@ impl Engine {
     }
 
     pub(super) fn on_found(&mut self, found: Found) {
-        self.connector.directory.add_peer(found.peer, &found.addresses);
+        self.connector
+            .directory
+            .add_peer(found.peer, &found.addresses);
         self.connect_more();
     }
 
@@ -244,7 +274,8 @@ impl Engine {
         tracing::debug!(peer = %id, address = %connected.address, "connected");
         self.uploads.peer_connected(now, key);
         self.announcements.peer_connected(now, key);
-        if let Some(address) = address::to_socket(&connected.address).filter(|_| connected.dialled) {
+        if let Some(address) = address::to_socket(&connected.address).filter(|_| connected.dialled)
+        {
             self.connector.directory.add_peer(id, &[address]);
         }
         self.peers.insert(key, Peer::new(connected, Instant::now()));
@@ -256,7 +287,9 @@ impl Engine {
     }
 
     pub(super) fn on_disconnected(&mut self, key: PeerKey, id: PeerId) {
-        let Some(peer) = self.peers.remove(&key) else { return };
+        let Some(peer) = self.peers.remove(&key) else {
+            return;
+        };
         tracing::debug!(peer = %id, "disconnected");
         let now = self.now();
         self.keys.remove(&id);
@@ -265,7 +298,9 @@ impl Engine {
         self.announcements.peer_disconnected(now, key);
         self.sync.forget(key);
         self.forget_probes(key);
-        self.connector.directory.disconnected(self.start.elapsed(), &id, peer.since.elapsed());
+        self.connector
+            .directory
+            .disconnected(self.start.elapsed(), &id, peer.since.elapsed());
         self.tell(Event::PeerDisconnected(id));
     }
 
@@ -280,7 +315,12 @@ impl Engine {
             let settling = now - peer.since < SETTLING;
             let working = !peer.asked.is_empty() || !peer.serving.is_empty();
             // Ties are broken at random, so that no peer is always the one.
-            (settling, working, peer.incoming.bytes + peer.outgoing.bytes, key.0 ^ draw)
+            (
+                settling,
+                working,
+                peer.incoming.bytes + peer.outgoing.bytes,
+                key.0 ^ draw,
+            )
         };
         let candidates = self.peers.iter().filter(|(key, _)| **key != newest);
         if let Some((&key, peer)) = candidates.min_by_key(|entry| usefulness(*entry)) {
@@ -291,16 +331,31 @@ impl Engine {
 
     /// Tells a peer where we listen, and where some others do.
     fn send_peers(&mut self, key: PeerKey) {
-        let Some(receiver) = self.peers.get(&key) else { return };
-        let is_local = address::to_socket(&receiver.address).is_some_and(|address| address.ip().is_loopback());
-        let mut others: Vec<_> = self.peers.iter().filter(|(other, _)| **other != key).collect();
+        let Some(receiver) = self.peers.get(&key) else {
+            return;
+        };
+        let is_local =
+            address::to_socket(&receiver.address).is_some_and(|address| address.ip().is_loopback());
+        let mut others: Vec<_> = self
+            .peers
+            .iter()
+            .filter(|(other, _)| **other != key)
+            .collect();
         let mut told: Vec<_> = self.sync.own_address().into_iter().collect();
         while told.len() <= EXCHANGED && !others.is_empty() {
             let (_, other) = others.swap_remove(self.connector.rng.random_range(0..others.len()));
-            let reachable = other.listening.iter().filter(|address| is_local || !address.ip().is_loopback());
-            let addresses: Vec<_> = reachable.map(|a| address::to_multiaddr(*a).to_string()).collect();
+            let reachable = other
+                .listening
+                .iter()
+                .filter(|address| is_local || !address.ip().is_loopback());
+            let addresses: Vec<_> = reachable
+                .map(|a| address::to_multiaddr(*a).to_string())
+                .collect();
             if !addresses.is_empty() {
-                told.push(PeerAddress { machine: other.member.machine, addresses });
+                told.push(PeerAddress {
+                    machine: other.member.machine,
+                    addresses,
+                });
             }
         }
         if !told.is_empty() {
@@ -310,22 +365,36 @@ impl Engine {
 
     /// A peer told where members listen.
     pub(super) fn on_peers(&mut self, key: PeerKey, peers: Vec<PeerAddress>) {
-        let Some(teller) = self.peers.get_mut(&key) else { return };
+        let Some(teller) = self.peers.get_mut(&key) else {
+            return;
+        };
         let was_known = !teller.listening.is_empty();
         let seen = address::to_socket(&teller.address).map(|address| address.ip());
         let is_local = seen.is_some_and(|ip| ip.is_loopback());
         for told in peers {
-            let sockets = told.addresses.iter().filter_map(|text| address::to_socket(&text.parse().ok()?));
+            let sockets = told
+                .addresses
+                .iter()
+                .filter_map(|text| address::to_socket(&text.parse().ok()?));
             if told.machine == teller.member.machine {
                 // It does not know under which of its addresses we see it.
-                let own = sockets.filter_map(|address| match seen {
-                    Some(ip) if address.ip().is_unspecified() => Some(SocketAddr::new(ip, address.port())),
-                    _ => Some(address),
+                let own = sockets.map(|address| match seen {
+                    Some(ip) if address.ip().is_unspecified() => {
+                        SocketAddr::new(ip, address.port())
+                    }
+                    _ => address,
                 });
-                teller.listening = own.filter(|address| is_local || !address.ip().is_loopback()).take(8).collect();
-                self.connector.directory.add_peer(teller.id, &teller.listening);
+                teller.listening = own
+                    .filter(|address| is_local || !address.ip().is_loopback())
+                    .take(8)
+                    .collect();
+                self.connector
+                    .directory
+                    .add_peer(teller.id, &teller.listening);
             } else if let Some(peer) = peer_id_of(&told.machine) {
-                let usable: Vec<_> = sockets.filter(|address| is_local || !address.ip().is_loopback()).collect();
+                let usable: Vec<_> = sockets
+                    .filter(|address| is_local || !address.ip().is_loopback())
+                    .collect();
                 self.connector.directory.add_peer(peer, &usable);
             }
         }
@@ -337,17 +406,29 @@ impl Engine {
 
     /// Tells all others of a newcomer, so that those who lack connections find it.
     fn introduce(&mut self, key: PeerKey) {
-        let Some(newcomer) = self.peers.get(&key) else { return };
-        let public = newcomer.listening.iter().any(|address| !address.ip().is_loopback());
-        let addresses: Vec<_> =
-            newcomer.listening.iter().map(|address| address::to_multiaddr(*address).to_string()).collect();
+        let Some(newcomer) = self.peers.get(&key) else {
+            return;
+        };
+        let public = newcomer
+            .listening
+            .iter()
+            .any(|address| !address.ip().is_loopback());
+        let addresses: Vec<_> = newcomer
+            .listening
+            .iter()
+            .map(|address| address::to_multiaddr(*address).to_string())
+            .collect();
         if addresses.is_empty() {
             return;
         }
-        let introduction = Control::Peers(vec![PeerAddress { machine: newcomer.member.machine, addresses }]);
+        let introduction = Control::Peers(vec![PeerAddress {
+            machine: newcomer.member.machine,
+            addresses,
+        }]);
         let frame = protocol::control_frame(&introduction);
         for (&other, peer) in &self.peers {
-            let is_local = address::to_socket(&peer.address).is_some_and(|address| address.ip().is_loopback());
+            let is_local =
+                address::to_socket(&peer.address).is_some_and(|address| address.ip().is_loopback());
             if other != key && (public || is_local) {
                 self.swarm.behaviour_mut().peers.send(other, frame.clone());
             }
@@ -359,7 +440,9 @@ impl Engine {
         let time = self.now();
         let keys: Vec<_> = self.peers.keys().copied().collect();
         for key in keys {
-            let Some(peer) = self.peers.get_mut(&key) else { continue };
+            let Some(peer) = self.peers.get_mut(&key) else {
+                continue;
+            };
             if let Some((request, bytes)) = peer.progress(now) {
                 let id = capsule_swarm_core::RequestId(request);
                 self.downloads.handle_progress(time, key, id, bytes);
@@ -377,7 +460,9 @@ impl Engine {
 
     /// A lane broke: mostly with its connection.
     pub(super) fn on_lane_fault(&mut self, key: PeerKey, error: &LaneError) {
-        let Some(peer) = self.peers.get(&key) else { return };
+        let Some(peer) = self.peers.get(&key) else {
+            return;
+        };
         if error.is_violation() {
             tracing::warn!(peer = %peer.id, "cut off: {error}");
         } else {
@@ -387,7 +472,9 @@ impl Engine {
 
     /// A peer did something that may be a misunderstanding; too much of it, and it is cut off.
     pub(super) fn fault(&mut self, key: PeerKey, what: &str) {
-        let Some(peer) = self.peers.get_mut(&key) else { return };
+        let Some(peer) = self.peers.get_mut(&key) else {
+            return;
+        };
         peer.faults += 1;
         tracing::debug!(peer = %peer.id, faults = peer.faults, "fault: {what}");
         if peer.faults >= MAX_FAULTS {
@@ -397,7 +484,9 @@ impl Engine {
 
     /// A peer broke the protocol: it is cut off, and may come back (perhaps upgraded).
     pub(super) fn violation(&mut self, key: PeerKey, what: &str) {
-        let Some(peer) = self.peers.get(&key) else { return };
+        let Some(peer) = self.peers.get(&key) else {
+            return;
+        };
         tracing::warn!(peer = %peer.id, "cut off: {what}");
         self.swarm.behaviour_mut().peers.close(key);
     }
@@ -418,6 +507,9 @@ impl Engine {
         let node = self.swarm.behaviour_mut();
         node.gossip.blacklist_peer(&id);
         let _gone = self.swarm.disconnect_peer_id(id);
-        self.tell(Event::PeerBanned { peer: id, reason: reason.to_owned() });
+        self.tell(Event::PeerBanned {
+            peer: id,
+            reason: reason.to_owned(),
+        });
     }
 }

@@ -69,25 +69,38 @@ pub struct Directory {
 impl Attempts {
     fn fail(&mut self, now: Duration, rng: &mut SmallRng) {
         self.failures += 1;
-        let wait = RETRY.0.saturating_mul(1 << self.failures.min(16)).min(RETRY.1);
+        let wait = RETRY
+            .0
+            .saturating_mul(1 << self.failures.min(16))
+            .min(RETRY.1);
         // Spread, so that a fleet whose gateway restarts does not come back all at once.
         self.next = now + wait.mul_f64(rng.random_range(0.5..1.0));
     }
 
     /// A connection lasted: what failed before it no longer counts.
     fn succeed(&mut self, now: Duration) {
-        *self = Self { failures: 0, next: now + RETRY.0 };
+        *self = Self {
+            failures: 0,
+            next: now + RETRY.0,
+        };
     }
 }
 
 impl Directory {
     pub fn new(local: PeerId, rng: SmallRng) -> Self {
-        Self { local, bootstrap: Vec::new(), peers: BTreeMap::new(), rng }
+        Self {
+            local,
+            bootstrap: Vec::new(),
+            peers: BTreeMap::new(),
+            rng,
+        }
     }
 
     /// Adds a bootstrap address; false if the text is none, or there are too many.
     pub fn add_bootstrap(&mut self, text: &str) -> bool {
-        let Some(place) = address::parse(text) else { return false };
+        let Some(place) = address::parse(text) else {
+            return false;
+        };
         if self.bootstrap.iter().any(|known| known.place == place) {
             return true;
         }
@@ -95,14 +108,24 @@ impl Directory {
             return false;
         }
         let attempts = Attempts::default();
-        self.bootstrap.push(Bootstrap { place, attempts, dialling: false, peer: None });
+        self.bootstrap.push(Bootstrap {
+            place,
+            attempts,
+            dialling: false,
+            peer: None,
+        });
         true
     }
 
     /// Remembers where a peer listens; the newest hints come first.
     pub fn add_peer(&mut self, peer: PeerId, addresses: &[SocketAddr]) {
         let usable = |address: &&SocketAddr| !address.ip().is_unspecified() && address.port() != 0;
-        let fresh: Vec<_> = addresses.iter().filter(usable).copied().take(MAX_ADDRESSES).collect();
+        let fresh: Vec<_> = addresses
+            .iter()
+            .filter(usable)
+            .copied()
+            .take(MAX_ADDRESSES)
+            .collect();
         if peer == self.local || fresh.is_empty() {
             return;
         }
@@ -138,7 +161,12 @@ impl Directory {
             entry.dialling = true;
             Some(Target::Bootstrap(number, entry.place.clone()))
         };
-        self.bootstrap.iter_mut().enumerate().filter_map(due).take(count).collect()
+        self.bootstrap
+            .iter_mut()
+            .enumerate()
+            .filter_map(due)
+            .take(count)
+            .collect()
     }
 
     /// Up to `count` peers to dial now, at random among those that are due and not connected.
@@ -178,7 +206,9 @@ impl Directory {
                 }
             }
             Target::Peer(peer, _) => {
-                let Some(known) = self.peers.get_mut(peer) else { return };
+                let Some(known) = self.peers.get_mut(peer) else {
+                    return;
+                };
                 known.dialling = false;
                 if reached.is_none() {
                     known.attempts.fail(now, &mut self.rng);
@@ -201,9 +231,19 @@ impl Directory {
     /// is dialled ever more rarely.
     pub fn disconnected(&mut self, now: Duration, peer: &PeerId, lasted: Duration) {
         let known = self.peers.get_mut(peer).map(|known| &mut known.attempts);
-        let bootstrap = self.bootstrap.iter_mut().find(|entry| entry.peer == Some(*peer));
-        for attempts in known.into_iter().chain(bootstrap.map(|entry| &mut entry.attempts)) {
-            if lasted < LASTING { attempts.fail(now, &mut self.rng) } else { attempts.succeed(now) }
+        let bootstrap = self
+            .bootstrap
+            .iter_mut()
+            .find(|entry| entry.peer == Some(*peer));
+        for attempts in known
+            .into_iter()
+            .chain(bootstrap.map(|entry| &mut entry.attempts))
+        {
+            if lasted < LASTING {
+                attempts.fail(now, &mut self.rng)
+            } else {
+                attempts.succeed(now)
+            }
         }
     }
 }
@@ -233,7 +273,11 @@ mod tests {
                 directory.dialled(now, &target, None);
             }
         }
-        assert!(tries[3] < seconds(10) && (60..150).contains(&tries.len()), "{}", tries.len());
+        assert!(
+            tries[3] < seconds(10) && (60..150).contains(&tries.len()),
+            "{}",
+            tries.len()
+        );
         assert!(tries.last().unwrap() > &seconds(3500));
     }
 
@@ -242,10 +286,17 @@ mod tests {
         let mut directory = directory();
         directory.add_bootstrap("10.0.0.1:1");
         let target = directory.due_bootstrap(seconds(0), 9, |_| false).remove(0);
-        assert!(directory.due_bootstrap(seconds(0), 9, |_| false).is_empty(), "being dialled");
+        assert!(
+            directory.due_bootstrap(seconds(0), 9, |_| false).is_empty(),
+            "being dialled"
+        );
         let peer = PeerId::random();
         directory.dialled(seconds(0), &target, Some(peer));
-        assert!(directory.due_bootstrap(seconds(9), 9, |id| *id == peer).is_empty());
+        assert!(
+            directory
+                .due_bootstrap(seconds(9), 9, |id| *id == peer)
+                .is_empty()
+        );
         assert_eq!(directory.due_bootstrap(seconds(9), 9, |_| false), [target]);
     }
 
@@ -261,7 +312,9 @@ mod tests {
         let mut now = Duration::ZERO;
         for _ in 0..=MAX_FAILURES {
             let targets = directory.due_peers(now, usize::MAX, |_| false);
-            targets.iter().for_each(|target| directory.dialled(now, target, None));
+            targets
+                .iter()
+                .for_each(|target| directory.dialled(now, target, None));
             now += RETRY.1;
         }
         assert_eq!(directory.peers.len(), 0);

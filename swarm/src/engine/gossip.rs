@@ -9,7 +9,8 @@ use std::time::Duration;
 use capsule_proto::RootHash;
 use capsule_proto::record::MAX_RECORD_LEN;
 use libp2p::gossipsub::{
-    self, Behaviour, ConfigBuilder, IdentTopic, Message, MessageAuthenticity, MessageId, ValidationMode,
+    self, Behaviour, ConfigBuilder, IdentTopic, Message, MessageAuthenticity, MessageId,
+    ValidationMode,
 };
 use libp2p::identity::Keypair;
 
@@ -54,7 +55,9 @@ pub fn behaviour(identity: &Keypair, topics: &Topics) -> Result<Behaviour, Strin
     let authenticity = MessageAuthenticity::Signed(identity.clone());
     let mut behaviour = Behaviour::new(authenticity, config).map_err(str::to_owned)?;
     for topic in [&topics.records, &topics.status] {
-        behaviour.subscribe(topic).map_err(|error| error.to_string())?;
+        behaviour
+            .subscribe(topic)
+            .map_err(|error| error.to_string())?;
     }
     Ok(behaviour)
 }

@@ -5,7 +5,8 @@
 //!
 //! | file | what |
 //! |---|---|
-//! | `transfers` | what this node fetches |
+//! | `start` | setting all of it up |
+//! | `transfers`, `sizing` | what this node fetches |
 //! | `serve` | what it serves, and announces |
 //! | `claims` | what peers announce |
 //! | `sync` | records and status, by gossip and anti-entropy |
@@ -19,23 +20,20 @@ mod gossip;
 mod peer;
 mod pool;
 mod serve;
+mod sizing;
+mod start;
 mod sync;
 mod transfers;
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use capsule_proto::credential::CredentialError;
 use capsule_proto::wire::Control;
 use capsule_proto::{CapsuleId, GroupRanges, RootHash};
-use capsule_swarm_core::{
-    AnnounceConfig, Announcements, DownloadConfig, Downloads, PeerKey, Time, UploadConfig, Uploads,
-};
+use capsule_swarm_core::{Announcements, Downloads, PeerKey, Time, Uploads};
 use futures::StreamExt;
-use libp2p::connection_limits::{self, ConnectionLimits};
-use libp2p::identity::Keypair;
+use libp2p::connection_limits::{self};
 use libp2p::swarm::{NetworkBehaviour, Swarm, SwarmEvent};
 use libp2p::{PeerId, gossipsub};
 use rand::SeedableRng;
@@ -43,50 +41,65 @@ use rand::rngs::SmallRng;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio::time::{sleep_until, timeout};
 
-use crate::address;
 use crate::api::{
-    BlobStore, BlobTotals, Event, FetchError, FetchProgress, FetchSpec, Limits, NetworkConfig,
-    NetworkHandle, PeerInfo, Provider, RecordStore, StartError,
+    BlobTotals, Event, FetchError, FetchProgress, FetchSpec, Limits, PeerInfo, Provider,
 };
-use crate::discovery::dns::FleetTag;
-use crate::discovery::lan::{self, Beacon, Found};
+use crate::discovery::lan::Found;
 use crate::protocol::{self, Buffers};
-use crate::transport::{self, Gatekeeper};
+use crate::transport::Gatekeeper;
 use connect::Connector;
 use peer::Peer;
 use pool::{Done, Pool};
+pub use start::Network;
 use sync::Sync;
 use transfers::Transfer;
 
-/// Commands that may wait for the engine; more make their senders wait.
-const MAX_COMMANDS: usize = 1024;
-/// Events ready for the node, and kept for it while it is behind; then the oldest that can be spared are lost.
-const EVENTS_READY: usize = 256;
+/// Events kept for the node while it is behind; then the oldest that can be spared are lost.
 const MAX_EVENTS: usize = 4096;
-/// Members found on the LAN that wait to be taken in.
-const MAX_FOUND: usize = 256;
 /// How often figures are renewed while content moves, and otherwise.
 const BUSY_TICK: Duration = Duration::from_millis(200);
 const IDLE_TICK: Duration = Duration::from_secs(1);
-/// Connections that may be in their handshake: strangers hold a place for 10 s at most.
-const MAX_PENDING: u32 = 64;
 /// Time that listening and shutting down may take.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// What a handle asks of the engine.
 #[derive(Debug)]
 pub enum Command {
-    Announce { root: RootHash, size: u64, ranges: GroupRanges },
-    Withdraw { root: RootHash },
+    Announce {
+        root: RootHash,
+        size: u64,
+        ranges: GroupRanges,
+    },
+    Withdraw {
+        root: RootHash,
+    },
     Fetch(FetchCommand),
-    Demand { root: RootHash, groups: GroupRanges },
-    PublishRecord { bytes: Vec<u8> },
-    SetCapsules { capsules: Vec<(CapsuleId, bool)> },
-    AddAddress { address: String },
-    Providers { root: RootHash, reply: oneshot::Sender<Vec<Provider>> },
-    Peers { reply: oneshot::Sender<Vec<PeerInfo>> },
-    Totals { reply: oneshot::Sender<Vec<(RootHash, BlobTotals)>> },
-    Shutdown { reply: oneshot::Sender<()> },
+    Demand {
+        root: RootHash,
+        groups: GroupRanges,
+    },
+    PublishRecord {
+        bytes: Vec<u8>,
+    },
+    SetCapsules {
+        capsules: Vec<(CapsuleId, bool)>,
+    },
+    AddAddress {
+        address: String,
+    },
+    Providers {
+        root: RootHash,
+        reply: oneshot::Sender<Vec<Provider>>,
+    },
+    Peers {
+        reply: oneshot::Sender<Vec<PeerInfo>>,
+    },
+    Totals {
+        reply: oneshot::Sender<Vec<(RootHash, BlobTotals)>>,
+    },
+    Shutdown {
+        reply: oneshot::Sender<()>,
+    },
 }
 
 /// A fetch, and where to report.
@@ -104,148 +117,6 @@ struct Node {
     limits: connection_limits::Behaviour,
     gossip: gossipsub::Behaviour,
     peers: protocol::Behaviour,
-}
-
-/// The network of a node; see [`Network::start`].
-pub struct Network;
-
-impl Network {
-    /// Starts listening, looking for the fleet and serving; returns when the listeners are bound.
-    ///
-    /// Must be called within a tokio runtime, whose threads then carry the network. It runs until
-    /// [`NetworkHandle::shutdown`], or until all handles are dropped.
-    pub async fn start(
-        config: NetworkConfig,
-        store: Arc<dyn BlobStore>,
-        records: Arc<dyn RecordStore>,
-    ) -> Result<(NetworkHandle, mpsc::Receiver<Event>), StartError> {
-        let (identity, machine_name) = check_credential(&config)?;
-        let local = identity.public().to_peer_id();
-        let gatekeeper = Arc::new(Gatekeeper::new(
-            local,
-            &config.credential,
-            records.clone(),
-            config.unix_time.clone(),
-            config.banned.iter().copied(),
-        ));
-        let half = config.limits.buffered_bytes / 2;
-        let inbound = Buffers::new(half.max(2 * protocol::MAX_CONTENT_FRAME));
-        let outbound = Buffers::new(half.max(2 * protocol::MAX_CONTENT_FRAME));
-        let transport = transport::build(&identity, gatekeeper.clone()).map_err(StartError::Tls)?;
-        let topics = gossip::Topics::new();
-        let limits = ConnectionLimits::default()
-            .with_max_pending_incoming(Some(MAX_PENDING))
-            .with_max_pending_outgoing(Some(MAX_PENDING));
-        let node = Node {
-            limits: connection_limits::Behaviour::new(limits),
-            gossip: gossip::behaviour(&identity, &topics).map_err(StartError::Tls)?,
-            peers: protocol::Behaviour::new(local, gatekeeper.clone(), inbound),
-        };
-        let swarm_config = libp2p::swarm::Config::with_tokio_executor()
-            .with_idle_connection_timeout(Duration::from_secs(3600));
-        let mut swarm = Swarm::new(transport, node, local, swarm_config);
-        let listening = listen(&mut swarm, &config.listen).await?;
-
-        let (commands, command_receiver) = mpsc::channel(MAX_COMMANDS);
-        let (events, event_receiver) = mpsc::channel(EVENTS_READY);
-        let dropped = Arc::new(Notify::new());
-        let pool = Pool::start(config.limits.store_threads, store, records);
-        let (search, found) = start_lan(&config, local, &listening);
-        let engine = Engine {
-            start: Instant::now(),
-            unix_time: config.unix_time.clone(),
-            limits: config.limits.clone(),
-            gatekeeper,
-            pool,
-            outbound,
-            commands: command_receiver,
-            dropped: dropped.clone(),
-            events,
-            unsent: VecDeque::new(),
-            downloads: Downloads::new(DownloadConfig::default(), config.seed),
-            uploads: Uploads::new(UploadConfig::default()),
-            announcements: Announcements::new(AnnounceConfig::default()),
-            peers: BTreeMap::new(),
-            keys: HashMap::new(),
-            held: HashMap::new(),
-            transfers: BTreeMap::new(),
-            totals: BTreeMap::new(),
-            next_probe: transfers::FIRST_PROBE,
-            next_transfer: 0,
-            sync: Sync::new(topics, &config.credential, listening.clone()),
-            machine_name,
-            connector: Connector::new(local, &config, search),
-            found,
-            ticked: Instant::now(),
-            shutdown: None,
-            swarm,
-        };
-        tokio::spawn(engine.run());
-        Ok((NetworkHandle::new(local, listening.into(), commands, dropped), event_receiver))
-    }
-}
-
-/// The identity that the credential certifies, and the name in it.
-fn check_credential(config: &NetworkConfig) -> Result<(Keypair, String), StartError> {
-    let refuse = |reason: &dyn ToString| StartError::Credential(reason.to_string());
-    let credential = &config.credential;
-    if credential.machine() != config.machine.machine() {
-        return Err(refuse(&"it was made for another machine key"));
-    }
-    let checked = credential.verify(&credential.fleet(), (config.unix_time)(), &Default::default());
-    let name = match checked {
-        Ok(member) => member.name,
-        // The node still serves its own machine; peers refuse it, and say why.
-        Err(error @ CredentialError::Expired { .. }) => {
-            tracing::warn!("{error}");
-            String::new()
-        }
-        Err(error) => return Err(refuse(&error)),
-    };
-    let identity = Keypair::ed25519_from_bytes(config.machine.secret());
-    Ok((identity.map_err(|error| refuse(&error))?, name))
-}
-
-/// Binds all addresses; returns them with the ports that the system chose.
-async fn listen(swarm: &mut Swarm<Node>, on: &[SocketAddr]) -> Result<Vec<SocketAddr>, StartError> {
-    let mut listening = Vec::new();
-    for &address in on {
-        let failed = |reason: &dyn ToString| StartError::Listen { address, reason: reason.to_string() };
-        let id = swarm.listen_on(address::to_multiaddr(address)).map_err(|error| failed(&error))?;
-        let bound = timeout(PATIENCE, async {
-            loop {
-                match swarm.select_next_some().await {
-                    SwarmEvent::NewListenAddr { listener_id, address } if listener_id == id => {
-                        return address::to_socket(&address).ok_or_else(|| "not a TCP address".to_owned());
-                    }
-                    SwarmEvent::ListenerClosed { listener_id, reason: Err(error), .. } if listener_id == id => {
-                        return Err(error.to_string());
-                    }
-                    _ => {}
-                }
-            }
-        });
-        let bound = bound.await.map_err(|_| failed(&"the system did not answer"))?.map_err(|error| failed(&error))?;
-        // For an unspecified address libp2p tells each interface's; we keep the one that means them all.
-        listening.push(SocketAddr::new(address.ip(), bound.port()));
-    }
-    Ok(listening)
-}
-
-/// Starts LAN discovery where it is wanted and would be heard.
-fn start_lan(
-    config: &NetworkConfig,
-    local: PeerId,
-    listening: &[SocketAddr],
-) -> (watch::Sender<u64>, mpsc::Receiver<Found>) {
-    let (search, search_receiver) = watch::channel(0);
-    let (found_sender, found) = mpsc::channel(MAX_FOUND);
-    let tag = FleetTag::of(&config.credential.fleet().0);
-    let beacon = Beacon { tag, peer: local, listening: listening.to_vec(), seed: config.seed };
-    if config.lan_discovery && beacon.is_audible() {
-        tokio::spawn(lan::run(beacon, search_receiver, found_sender));
-    }
-    (search, found)
 }
 
 /// What this node holds of a blob, and announces.
@@ -328,14 +199,22 @@ impl Engine {
     }
 
     fn tick_length(&self) -> Duration {
-        let busy = !self.transfers.is_empty() || self.peers.values().any(|peer| !peer.serving.is_empty());
+        let busy =
+            !self.transfers.is_empty() || self.peers.values().any(|peer| !peer.serving.is_empty());
         if busy { BUSY_TICK } else { IDLE_TICK }
     }
 
     fn wake_at(&self) -> Instant {
-        let due = [self.downloads.poll_timeout(), self.uploads.poll_timeout(), self.announcements.poll_timeout()];
+        let due = [
+            self.downloads.poll_timeout(),
+            self.uploads.poll_timeout(),
+            self.announcements.poll_timeout(),
+        ];
         let tick = self.ticked + self.tick_length();
-        due.into_iter().flatten().map(|at| self.start + at.since_start()).fold(tick, Instant::min)
+        due.into_iter()
+            .flatten()
+            .map(|at| self.start + at.since_start())
+            .fold(tick, Instant::min)
     }
 
     /// Carries out all that the scheduler wants done by now.
@@ -374,7 +253,12 @@ impl Engine {
                 let _gone = reply.send(self.peers.values().map(|peer| peer.info(now)).collect());
             }
             Command::Totals { reply } => {
-                let _gone = reply.send(self.totals.iter().map(|(root, totals)| (*root, *totals)).collect());
+                let _gone = reply.send(
+                    self.totals
+                        .iter()
+                        .map(|(root, totals)| (*root, *totals))
+                        .collect(),
+                );
             }
             Command::Shutdown { reply } => self.shutdown = Some(reply),
         }
@@ -395,13 +279,25 @@ impl Engine {
         match event {
             SwarmEvent::Behaviour(NodeEvent::Peers(event)) => self.on_peer_event(event),
             SwarmEvent::Behaviour(NodeEvent::Gossip(event)) => self.on_gossip(event),
-            SwarmEvent::ConnectionEstablished { connection_id, peer_id, .. } => {
+            SwarmEvent::ConnectionEstablished {
+                connection_id,
+                peer_id,
+                ..
+            } => {
                 self.on_dialled(connection_id, peer_id);
             }
-            SwarmEvent::OutgoingConnectionError { connection_id, error, .. } => {
+            SwarmEvent::OutgoingConnectionError {
+                connection_id,
+                error,
+                ..
+            } => {
                 self.on_dial_failed(connection_id, &error);
             }
-            SwarmEvent::IncomingConnectionError { send_back_addr, error, .. } => {
+            SwarmEvent::IncomingConnectionError {
+                send_back_addr,
+                error,
+                ..
+            } => {
                 self.on_refused(send_back_addr.to_string(), &error);
             }
             _ => {}
@@ -425,7 +321,12 @@ impl Engine {
                     self.on_content(key, response);
                 }
             }
-            protocol::Event::Sent { key, request, bytes, finished } => {
+            protocol::Event::Sent {
+                key,
+                request,
+                bytes,
+                finished,
+            } => {
                 self.on_sent(key, request, bytes, finished);
             }
             protocol::Event::Fault { key, error } => self.on_lane_fault(key, &error),
@@ -456,13 +357,19 @@ impl Engine {
 
     /// Sends a control message to one peer.
     fn send(&mut self, key: PeerKey, message: &Control) {
-        self.swarm.behaviour_mut().peers.send(key, protocol::control_frame(message));
+        self.swarm
+            .behaviour_mut()
+            .peers
+            .send(key, protocol::control_frame(message));
     }
 
     /// Keeps an event for the node.
     fn tell(&mut self, event: Event) {
         if self.unsent.len() >= MAX_EVENTS {
-            let spare = self.unsent.iter().position(|event| !matches!(event, Event::PeerBanned { .. }));
+            let spare = self
+                .unsent
+                .iter()
+                .position(|event| !matches!(event, Event::PeerBanned { .. }));
             tracing::warn!("the node does not take its events: one is lost");
             match spare {
                 Some(at) => drop(self.unsent.remove(at)),

@@ -148,7 +148,9 @@ impl Peer {
 
     /// It answered a ping.
     pub fn pong(&mut self, now: Instant, nonce: u64) {
-        let Some((expected, sent)) = self.ping else { return };
+        let Some((expected, sent)) = self.ping else {
+            return;
+        };
         if nonce == expected {
             let sample = now - sent;
             self.rtt = Some(self.rtt.map_or(sample, |rtt| (rtt * 3 + sample) / 4));
@@ -192,7 +194,10 @@ impl Peer {
         if !self.claims.contains_key(&root) && self.claims.len() >= MAX_CLAIMS {
             return false;
         }
-        let claim = self.claims.entry(root).or_insert_with(|| Claim { size, groups: GroupRanges::new() });
+        let claim = self.claims.entry(root).or_insert_with(|| Claim {
+            size,
+            groups: GroupRanges::new(),
+        });
         if claim.size != size {
             return false;
         }
@@ -204,8 +209,13 @@ impl Peer {
 
     /// Takes in that it no longer holds some (or all) of a blob; returns what it did hold of that.
     pub fn disclaim(&mut self, root: &RootHash, groups: Option<&GroupRanges>) -> GroupRanges {
-        let Some(claim) = self.claims.get_mut(root) else { return GroupRanges::new() };
-        let gone = groups.map_or_else(|| claim.groups.clone(), |groups| claim.groups.intersection(groups));
+        let Some(claim) = self.claims.get_mut(root) else {
+            return GroupRanges::new();
+        };
+        let gone = groups.map_or_else(
+            || claim.groups.clone(),
+            |groups| claim.groups.intersection(groups),
+        );
         self.claimed_runs -= claim.groups.runs().len();
         claim.groups = claim.groups.difference(&gone);
         self.claimed_runs += claim.groups.runs().len();

@@ -60,12 +60,30 @@ pub enum Job {
 /// What came of it.
 #[derive(Debug)]
 pub enum Done {
-    Presence { root: RootHash, presence: Option<(u64, GroupRanges)> },
-    Read { part: Part, result: Result<Buffer, ServeError> },
-    Write { part: Part, result: Result<(), StoreError> },
-    RecordIds { ids: Vec<RecordId> },
-    Records { peer: PeerKey, records: Vec<Vec<u8>> },
-    Offer { bytes: Vec<u8>, via: Via, offer: Offer },
+    Presence {
+        root: RootHash,
+        presence: Option<(u64, GroupRanges)>,
+    },
+    Read {
+        part: Part,
+        result: Result<Buffer, ServeError>,
+    },
+    Write {
+        part: Part,
+        result: Result<(), StoreError>,
+    },
+    RecordIds {
+        ids: Vec<RecordId>,
+    },
+    Records {
+        peer: PeerKey,
+        records: Vec<Vec<u8>>,
+    },
+    Offer {
+        bytes: Vec<u8>,
+        via: Via,
+        offer: Offer,
+    },
 }
 
 struct Queue {
@@ -82,7 +100,10 @@ pub struct Pool {
 impl Pool {
     /// Starts the threads.
     pub fn start(threads: usize, store: Arc<dyn BlobStore>, records: Arc<dyn RecordStore>) -> Self {
-        let queue = Arc::new(Queue { jobs: Mutex::default(), wake: Condvar::new() });
+        let queue = Arc::new(Queue {
+            jobs: Mutex::default(),
+            wake: Condvar::new(),
+        });
         let (sender, done) = mpsc::channel(DONE_READY);
         for number in 0..threads.max(1) {
             let (queue, sender) = (queue.clone(), sender.clone());
@@ -96,7 +117,12 @@ impl Pool {
 
     /// Queues a job.
     pub fn submit(&self, job: Job) {
-        self.queue.jobs.lock().unwrap_or_else(PoisonError::into_inner).0.push_back(job);
+        self.queue
+            .jobs
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .0
+            .push_back(job);
         self.queue.wake.notify_one();
     }
 
@@ -108,7 +134,11 @@ impl Pool {
 
 impl Drop for Pool {
     fn drop(&mut self) {
-        let mut jobs = self.queue.jobs.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut jobs = self
+            .queue
+            .jobs
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         jobs.0.clear();
         jobs.1 = true;
         self.queue.wake.notify_all();
@@ -129,7 +159,12 @@ fn work(
             }
             match jobs.0.pop_front() {
                 Some(job) => break job,
-                None => jobs = queue.wake.wait(jobs).unwrap_or_else(PoisonError::into_inner),
+                None => {
+                    jobs = queue
+                        .wake
+                        .wait(jobs)
+                        .unwrap_or_else(PoisonError::into_inner)
+                }
             }
         };
         drop(jobs);
@@ -141,12 +176,19 @@ fn work(
 
 fn carry_out(job: Job, store: &dyn BlobStore, records: &dyn RecordStore) -> Done {
     match job {
-        Job::Presence { root } => Done::Presence { root, presence: store.presence(&root) },
+        Job::Presence { root } => Done::Presence {
+            root,
+            presence: store.presence(&root),
+        },
         Job::Read { part, mut frame } => {
             protocol::reserve_content_header(&mut frame);
             let result = store.read_encoded(&part.root, part.groups.clone(), &mut frame);
             let groups = (part.groups.end - part.groups.start) as u32;
-            let header = DataHeader { request: part.request, groups, compressed: false };
+            let header = DataHeader {
+                request: part.request,
+                groups,
+                compressed: false,
+            };
             let result = result.map(|()| {
                 protocol::fill_content_header(&mut frame, &header);
                 frame
@@ -165,12 +207,18 @@ fn carry_out(job: Job, store: &dyn BlobStore, records: &dyn RecordStore) -> Done
         }
         Job::Records { peer, ids } => {
             let mut left = RECORDS_PER_READ;
-            let read = ids.iter().filter_map(|id| records.get(id)).take_while(|record| {
-                let fits = record.len() <= left;
-                left = left.saturating_sub(record.len());
-                fits
-            });
-            Done::Records { peer, records: read.collect() }
+            let read = ids
+                .iter()
+                .filter_map(|id| records.get(id))
+                .take_while(|record| {
+                    let fits = record.len() <= left;
+                    left = left.saturating_sub(record.len());
+                    fits
+                });
+            Done::Records {
+                peer,
+                records: read.collect(),
+            }
         }
         Job::Offer { bytes, via } => {
             let offer = records.offer(&bytes);

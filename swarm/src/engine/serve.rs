@@ -5,8 +5,8 @@ use capsule_proto::wire::{Control, MAX_RUNS_PER_HAVE, Reject, RejectReason, Requ
 use capsule_proto::{GroupRanges, RootHash};
 use capsule_swarm_core::{Change, IncomingRequest, PeerKey, Refusal, RequestId};
 
-use super::pool::{Job, Part};
 use super::peer::Serving;
+use super::pool::{Job, Part};
 use super::{Engine, Held};
 use crate::api::{Event, ServeError};
 use crate::protocol::{self, Buffer};
@@ -17,7 +17,10 @@ impl Engine {
         if groups.is_empty() {
             return;
         }
-        let held = self.held.entry(root).or_insert_with(|| Held { size, groups: GroupRanges::new() });
+        let held = self.held.entry(root).or_insert_with(|| Held {
+            size,
+            groups: GroupRanges::new(),
+        });
         if held.size != size {
             tracing::warn!(%root, known = held.size, size, "announced with two sizes: the first counts");
             return;
@@ -29,7 +32,9 @@ impl Engine {
 
     /// Takes a blob back.
     pub(super) fn withdraw(&mut self, root: RootHash) {
-        let Some(held) = self.held.remove(&root) else { return };
+        let Some(held) = self.held.remove(&root) else {
+            return;
+        };
         let now = self.now();
         self.announcements.handle_dropped(now, root, &held.groups);
         for (key, id) in self.uploads.remove_blob(&root) {
@@ -71,7 +76,9 @@ impl Engine {
         let now = self.now();
         match self.uploads.handle_request(now, key, incoming) {
             Ok(()) => {}
-            Err(Refusal::Busy | Refusal::UnknownPeer) => self.reject(key, request.id, RejectReason::Busy),
+            Err(Refusal::Busy | Refusal::UnknownPeer) => {
+                self.reject(key, request.id, RejectReason::Busy)
+            }
             Err(error @ (Refusal::Malformed | Refusal::Duplicate)) => {
                 self.violation(key, &format!("its request is refused: {error}"));
             }
@@ -93,13 +100,23 @@ impl Engine {
     pub(super) fn pump_uploads(&mut self) {
         let now = self.now();
         while let Some(mut frame) = self.outbound.try_empty(protocol::MAX_CONTENT_FRAME) {
-            let Some(serve) = self.uploads.poll_serve(now) else { return };
+            let Some(serve) = self.uploads.poll_serve(now) else {
+                return;
+            };
             let bytes = group_bytes(&serve.groups, serve.size);
             let bytes = bytes.end - bytes.start;
             let encoded = capsule_chunker::bao::encoded_len(serve.size, &serve.groups);
             frame.claim_only(protocol::CONTENT_HEADER + encoded as usize);
-            let Some(peer) = self.peers.get_mut(&serve.peer) else { continue };
-            peer.serving.insert(serve.id.0, Serving { root: serve.root, bytes });
+            let Some(peer) = self.peers.get_mut(&serve.peer) else {
+                continue;
+            };
+            peer.serving.insert(
+                serve.id.0,
+                Serving {
+                    root: serve.root,
+                    bytes,
+                },
+            );
             let part = Part {
                 peer: serve.peer,
                 peer_id: peer.id,
@@ -116,20 +133,32 @@ impl Engine {
     pub(super) fn on_read(&mut self, part: Part, result: Result<Buffer, ServeError>) {
         let (key, request) = (part.peer, part.request);
         match result {
-            Ok(frame) => self.swarm.behaviour_mut().peers.respond(key, request, frame),
+            Ok(frame) => self
+                .swarm
+                .behaviour_mut()
+                .peers
+                .respond(key, request, frame),
             Err(error) => {
                 let now = self.now();
-                self.uploads.handle_finished(now, key, RequestId(request), false);
+                self.uploads
+                    .handle_finished(now, key, RequestId(request), false);
                 if let Some(peer) = self.peers.get_mut(&key) {
                     peer.serving.remove(&request);
                 }
                 let missing = matches!(error, ServeError::Missing { .. });
-                let reason = if missing { RejectReason::NotHeld } else { RejectReason::Damaged };
+                let reason = if missing {
+                    RejectReason::NotHeld
+                } else {
+                    RejectReason::Damaged
+                };
                 self.reject(key, request, reason);
                 if !missing {
                     // Nobody else is to ask in vain; the node finds out what is left of it and announces that.
                     self.withdraw(part.root);
-                    self.tell(Event::StoreDamaged { root: part.root, reason: error.to_string() });
+                    self.tell(Event::StoreDamaged {
+                        root: part.root,
+                        reason: error.to_string(),
+                    });
                 }
             }
         }
@@ -137,12 +166,16 @@ impl Engine {
 
     pub(super) fn on_sent(&mut self, key: PeerKey, request: u64, bytes: usize, finished: bool) {
         let now = self.now();
-        self.uploads.handle_sent(now, key, RequestId(request), bytes as u64);
+        self.uploads
+            .handle_sent(now, key, RequestId(request), bytes as u64);
         if !finished {
             return;
         }
-        self.uploads.handle_finished(now, key, RequestId(request), true);
-        let Some(peer) = self.peers.get_mut(&key) else { return };
+        self.uploads
+            .handle_finished(now, key, RequestId(request), true);
+        let Some(peer) = self.peers.get_mut(&key) else {
+            return;
+        };
         if let Some(serving) = peer.serving.remove(&request) {
             peer.outgoing.bytes += serving.bytes;
             self.totals.entry(serving.root).or_default().sent += serving.bytes;
@@ -152,14 +185,24 @@ impl Engine {
 
 /// The messages that announce groups of a blob, each within its bound.
 pub(super) fn haves(root: RootHash, size: u64, groups: &GroupRanges) -> Vec<Control> {
-    split(groups).map(|groups| Control::Have { root, size, groups }).collect()
+    split(groups)
+        .map(|groups| Control::Have { root, size, groups })
+        .collect()
 }
 
 /// The messages that take groups of a blob back.
 fn drops(root: RootHash, groups: &GroupRanges) -> Vec<Control> {
-    split(groups).map(|groups| Control::Drop { root, groups: Some(groups) }).collect()
+    split(groups)
+        .map(|groups| Control::Drop {
+            root,
+            groups: Some(groups),
+        })
+        .collect()
 }
 
 fn split(groups: &GroupRanges) -> impl Iterator<Item = GroupRanges> {
-    groups.runs().chunks(MAX_RUNS_PER_HAVE).map(|runs| runs.iter().cloned().collect())
+    groups
+        .runs()
+        .chunks(MAX_RUNS_PER_HAVE)
+        .map(|runs| runs.iter().cloned().collect())
 }

@@ -112,14 +112,20 @@ impl Sync {
 
     fn summary(&self) -> Option<Control> {
         let count = self.ids.as_ref()?.len() as u64;
-        Some(Control::RecordSummary { count, digest: self.digest })
+        Some(Control::RecordSummary {
+            count,
+            digest: self.digest,
+        })
     }
 
     /// Where this node listens, for others to dial; an unspecified address means "as you see me".
     pub(super) fn own_address(&self) -> Option<PeerAddress> {
         let text = |address: &SocketAddr| address::to_multiaddr(*address).to_string();
         let addresses: Vec<_> = self.listening.iter().map(text).collect();
-        (!addresses.is_empty()).then_some(PeerAddress { machine: self.machine, addresses })
+        (!addresses.is_empty()).then_some(PeerAddress {
+            machine: self.machine,
+            addresses,
+        })
     }
 
     pub(super) fn forget(&mut self, key: PeerKey) {
@@ -181,23 +187,46 @@ impl Engine {
 
     pub(super) fn on_record_summary(&mut self, key: PeerKey, digest: RootHash) {
         let now = Instant::now();
-        let Some(ids) = self.sync.ids.as_ref().filter(|_| digest != self.sync.digest) else { return };
-        if self.sync.told.get(&key).is_some_and(|at| now - *at < TELL_IDS) {
+        let Some(ids) = self
+            .sync
+            .ids
+            .as_ref()
+            .filter(|_| digest != self.sync.digest)
+        else {
+            return;
+        };
+        if self
+            .sync
+            .told
+            .get(&key)
+            .is_some_and(|at| now - *at < TELL_IDS)
+        {
             self.sync.deferred.insert(key, digest);
             return;
         }
         self.sync.deferred.remove(&key);
         self.sync.told.insert(key, now);
-        let chunks: Vec<_> = ids.chunks(MAX_RECORD_IDS).map(<[RecordId]>::to_vec).collect();
+        let chunks: Vec<_> = ids
+            .chunks(MAX_RECORD_IDS)
+            .map(<[RecordId]>::to_vec)
+            .collect();
         let count = chunks.len();
         for (number, ids) in chunks.into_iter().enumerate() {
-            self.send(key, &Control::RecordIds { ids, last: number + 1 == count });
+            self.send(
+                key,
+                &Control::RecordIds {
+                    ids,
+                    last: number + 1 == count,
+                },
+            );
         }
     }
 
     pub(super) fn on_record_ids(&mut self, key: PeerKey, ids: Vec<RecordId>) {
         let now = Instant::now();
-        let Some(peer) = self.peers.get_mut(&key) else { return };
+        let Some(peer) = self.peers.get_mut(&key) else {
+            return;
+        };
         peer.ids_told += ids.len();
         if peer.ids_told > MAX_IDS_TOLD {
             return self.fault(key, "it tells more records than a fleet has");
@@ -206,7 +235,9 @@ impl Engine {
         // Not read yet: then what we have in truth is asked for in vain, once.
         let ours = sync.ids.as_deref().unwrap_or_default();
         let lacking = |id: &RecordId| {
-            ours.binary_search(id).is_err() && !sync.settled.contains(id) && !sync.asked.contains_key(id)
+            ours.binary_search(id).is_err()
+                && !sync.settled.contains(id)
+                && !sync.asked.contains_key(id)
         };
         let wanted: Vec<_> = ids.into_iter().filter(lacking).collect();
         if !wanted.is_empty() {
@@ -216,7 +247,9 @@ impl Engine {
     }
 
     pub(super) fn on_record_want(&mut self, key: PeerKey, ids: Vec<RecordId>) {
-        let Some(peer) = self.peers.get_mut(&key) else { return };
+        let Some(peer) = self.peers.get_mut(&key) else {
+            return;
+        };
         if peer.record_reads >= MAX_READS {
             return self.fault(key, "it asks for more records before it got the last");
         }
@@ -225,7 +258,9 @@ impl Engine {
     }
 
     pub(super) fn on_records_read(&mut self, key: PeerKey, records: Vec<Vec<u8>>) {
-        let Some(peer) = self.peers.get_mut(&key) else { return };
+        let Some(peer) = self.peers.get_mut(&key) else {
+            return;
+        };
         peer.record_reads -= 1;
         let (mut batch, mut bytes) = (Vec::new(), 0);
         for record in records {
@@ -243,14 +278,19 @@ impl Engine {
     }
 
     pub(super) fn on_records(&mut self, key: PeerKey, records: Vec<Vec<u8>>) {
-        let Some(peer) = self.peers.get_mut(&key) else { return };
+        let Some(peer) = self.peers.get_mut(&key) else {
+            return;
+        };
         for bytes in records {
             if peer.offers + bytes.len() > MAX_OFFERED {
                 tracing::debug!(peer = %peer.id, "records lost: more than were asked for");
                 break;
             }
             peer.offers += bytes.len();
-            self.pool.submit(Job::Offer { bytes, via: Via::Peer(key) });
+            self.pool.submit(Job::Offer {
+                bytes,
+                via: Via::Peer(key),
+            });
         }
     }
 
@@ -262,7 +302,9 @@ impl Engine {
         };
         let from = match via {
             Via::Peer(key) => {
-                let Some(peer) = self.peers.get_mut(&key) else { return self.after_offer(bytes, offer, None) };
+                let Some(peer) = self.peers.get_mut(&key) else {
+                    return self.after_offer(bytes, offer, None);
+                };
                 peer.offers -= bytes.len();
                 Some(peer.id)
             }
@@ -285,7 +327,10 @@ impl Engine {
             (Offer::Rejected(reason), from) => {
                 self.sync.settle(&bytes);
                 if let Some(&key) = from.and_then(|id| self.keys.get(&id)) {
-                    self.fault(key, &format!("it sent a record that is not valid: {reason}"));
+                    self.fault(
+                        key,
+                        &format!("it sent a record that is not valid: {reason}"),
+                    );
                 }
             }
         }
@@ -298,7 +343,9 @@ impl Engine {
         match self.swarm.behaviour_mut().gossip.publish(topic, bytes) {
             // Without listeners it spreads by anti-entropy.
             Ok(_) | Err(PublishError::Duplicate | PublishError::NoPeersSubscribedToTopic) => {}
-            Err(error) => tracing::warn!(%error, "a record could not be gossiped: it spreads more slowly"),
+            Err(error) => {
+                tracing::warn!(%error, "a record could not be gossiped: it spreads more slowly")
+            }
         }
     }
 
@@ -316,12 +363,22 @@ impl Engine {
             machine: self.sync.machine,
             sequence: self.sync.sequence,
             capsules: self.sync.capsules.clone(),
-            addresses: self.sync.listening.iter().filter(reachable).map(text).collect(),
+            addresses: self
+                .sync
+                .listening
+                .iter()
+                .filter(reachable)
+                .map(text)
+                .collect(),
             name: self.machine_name.clone(),
             site: String::new(),
         };
         let topic = self.sync.topics.status.clone();
-        let published = self.swarm.behaviour_mut().gossip.publish(topic, status.encode());
+        let published = self
+            .swarm
+            .behaviour_mut()
+            .gossip
+            .publish(topic, status.encode());
         let jitter = self.connector.rng().random_range(0.7..1.3);
         self.sync.status_at = match published {
             Ok(_) => now + STATUS_EVERY.mul_f64(jitter),
@@ -330,14 +387,27 @@ impl Engine {
     }
 
     pub(super) fn on_gossip(&mut self, event: gossipsub::Event) {
-        let gossipsub::Event::Message { propagation_source: from, message_id, message } = event else { return };
+        let gossipsub::Event::Message {
+            propagation_source: from,
+            message_id,
+            message,
+        } = event
+        else {
+            return;
+        };
         if message.topic == self.sync.topics.records.hash() {
             if self.sync.gossiped >= MAX_GOSSIPED {
                 return self.judge_message(from, &message_id, MessageAcceptance::Ignore);
             }
             self.sync.gossiped += 1;
-            let via = Via::Gossip { from, message: message_id };
-            self.pool.submit(Job::Offer { bytes: message.data, via });
+            let via = Via::Gossip {
+                from,
+                message: message_id,
+            };
+            self.pool.submit(Job::Offer {
+                bytes: message.data,
+                via,
+            });
         } else {
             let acceptance = self.on_status(message.source, &message.data);
             self.judge_message(from, &message_id, acceptance);
@@ -346,23 +416,43 @@ impl Engine {
 
     /// Takes in another member's status.
     fn on_status(&mut self, source: Option<PeerId>, bytes: &[u8]) -> MessageAcceptance {
-        let Ok(status) = Status::decode(bytes) else { return MessageAcceptance::Reject };
-        let Some(peer) = source.filter(|source| peer_id_of(&status.machine) == Some(*source)) else {
+        let Ok(status) = Status::decode(bytes) else {
+            return MessageAcceptance::Reject;
+        };
+        let Some(peer) = source.filter(|source| peer_id_of(&status.machine) == Some(*source))
+        else {
             return MessageAcceptance::Reject;
         };
         let heard = &mut self.sync.heard;
-        if heard.get(&status.machine).is_some_and(|newest| *newest >= status.sequence) {
+        if heard
+            .get(&status.machine)
+            .is_some_and(|newest| *newest >= status.sequence)
+        {
             return MessageAcceptance::Ignore;
         }
         if heard.len() >= MAX_MEMBERS && !heard.contains_key(&status.machine) {
             heard.pop_first();
         }
         heard.insert(status.machine, status.sequence);
-        let sockets = status.addresses.iter().filter_map(|text| address::to_socket(&text.parse().ok()?));
-        let usable: Vec<_> = sockets.filter(|address| !address.ip().is_loopback()).collect();
+        let sockets = status
+            .addresses
+            .iter()
+            .filter_map(|text| address::to_socket(&text.parse().ok()?));
+        let usable: Vec<_> = sockets
+            .filter(|address| !address.ip().is_loopback())
+            .collect();
         self.connector.directory.add_peer(peer, &usable);
-        let capsules = status.capsules.iter().map(|held| (held.id, held.complete)).collect();
-        self.tell(Event::Status { peer, machine: status.machine, name: status.name, capsules });
+        let capsules = status
+            .capsules
+            .iter()
+            .map(|held| (held.id, held.complete))
+            .collect();
+        self.tell(Event::Status {
+            peer,
+            machine: status.machine,
+            name: status.name,
+            capsules,
+        });
         MessageAcceptance::Accept
     }
 

@@ -1,37 +1,30 @@
 //! What this node fetches: from a person's wish to requests, and from responses to the store.
 //!
-//! A transfer goes through three stages. *Asking*: what does the store hold of it already? *Sizing*, only where the size is
-//! not known: a peer that claims to hold the last group is asked for it, under the size that it claims; if that verifies, the size
-//! is proved, else that peer lied. *Active*: the scheduler has it.
+//! A transfer goes through three stages. *Asking*: what does the store hold of it already? *Sizing*, only where the
+//! size is not known: see `sizing`. *Active*: the scheduler has it.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::ops::Range;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use capsule_proto::ranges::{MAX_CONTENT_LEN, group_bytes, group_count};
+use capsule_proto::ranges::{MAX_CONTENT_LEN, group_bytes};
 use capsule_proto::wire::{Control, Reject, RejectReason, Request};
 use capsule_proto::{GroupRanges, RootHash};
-use capsule_swarm_core::{
-    AddBlobError, BanReason, BlobSpec, Failure, MAX_REQUEST_GROUPS, Output, PeerKey, RequestId,
-};
+use capsule_swarm_core::{AddBlobError, BanReason, BlobSpec, Failure, Output, PeerKey, RequestId};
 use libp2p::PeerId;
 use tokio::sync::{oneshot, watch};
 
 use super::peer::Asked;
 use super::pool::{Job, Part};
+use super::sizing::FIRST_PROBE;
 use super::{Engine, FetchCommand};
 use crate::api::{FetchError, FetchProgress, FetchSpec, Priority, StoreError};
 use crate::protocol::Response;
 
-/// Numbers of requests that do not come from the scheduler, which counts from 0.
-pub(super) const FIRST_PROBE: u64 = 1 << 63;
-/// Time that a peer has to prove the size that it claims.
-const PROBE_PATIENCE: Duration = Duration::from_secs(4);
 /// Most fetches that wait for one blob.
 const MAX_WAITERS: usize = 64;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Stage {
+pub(super) enum Stage {
     Asking,
     Sizing,
     Active,
@@ -42,16 +35,16 @@ enum Stage {
 pub(super) struct Transfer {
     /// Tells this transfer from an earlier one of the same blob, whose last responses may still be on their way.
     number: u64,
-    size: Option<u64>,
-    stage: Stage,
+    pub(super) size: Option<u64>,
+    pub(super) stage: Stage,
     priority: Priority,
     waiters: Vec<Waiter>,
     by_peer: BTreeMap<PeerId, u64>,
     /// Demanded before the scheduler had it.
     demanded: GroupRanges,
-    probe: Option<(PeerKey, Instant)>,
+    pub(super) probe: Option<(PeerKey, Instant)>,
     /// Peers that did not prove their claim when asked.
-    unproved: BTreeSet<PeerKey>,
+    pub(super) unproved: BTreeSet<PeerKey>,
 }
 
 /// One fetch.
@@ -72,12 +65,16 @@ impl Transfer {
 
     /// Ends all its fetches with an error.
     pub(super) fn fail_all(self, error: impl Fn() -> FetchError) {
-        self.waiters.into_iter().for_each(|waiter| waiter.end(Err(error())));
+        self.waiters
+            .into_iter()
+            .for_each(|waiter| waiter.end(Err(error())));
     }
 
     fn want(&self, size: u64) -> GroupRanges {
         let mut want = GroupRanges::new();
-        self.waiters.iter().for_each(|waiter| want.union_with(&waiter.want(size)));
+        self.waiters
+            .iter()
+            .for_each(|waiter| want.union_with(&waiter.want(size)));
         want
     }
 }
@@ -85,7 +82,10 @@ impl Transfer {
 impl Waiter {
     fn want(&self, size: u64) -> GroupRanges {
         let all = GroupRanges::all(size);
-        self.spec.want.as_ref().map_or_else(|| all.clone(), |want| want.intersection(&all))
+        self.spec
+            .want
+            .as_ref()
+            .map_or_else(|| all.clone(), |want| want.intersection(&all))
     }
 
     /// Bytes wanted that are not held.
@@ -107,9 +107,18 @@ impl Waiter {
 
 impl Engine {
     pub(super) fn start_fetch(&mut self, command: FetchCommand) {
-        let FetchCommand { spec, progress, done } = command;
+        let FetchCommand {
+            spec,
+            progress,
+            done,
+        } = command;
         let (root, asked) = (spec.root, spec.size);
-        let waiter = Waiter { spec, lacking: None, progress, done };
+        let waiter = Waiter {
+            spec,
+            lacking: None,
+            progress,
+            done,
+        };
         if let Some(asked) = asked.filter(|size| *size > MAX_CONTENT_LEN) {
             return waiter.end(Err(FetchError::TooLarge { root, size: asked }));
         }
@@ -135,7 +144,11 @@ impl Engine {
     }
 
     fn start_transfer(&mut self, root: RootHash, waiter: Waiter) {
-        let (size, have, priority) = (waiter.spec.size, waiter.spec.have.clone(), waiter.spec.priority);
+        let (size, have, priority) = (
+            waiter.spec.size,
+            waiter.spec.have.clone(),
+            waiter.spec.priority,
+        );
         self.next_transfer += 1;
         let transfer = Transfer {
             number: self.next_transfer,
@@ -157,7 +170,9 @@ impl Engine {
 
     /// The store said what it holds of a blob.
     pub(super) fn on_presence(&mut self, root: RootHash, presence: Option<(u64, GroupRanges)>) {
-        let Some(transfer) = self.transfers.get_mut(&root) else { return };
+        let Some(transfer) = self.transfers.get_mut(&root) else {
+            return;
+        };
         if transfer.stage != Stage::Asking {
             return;
         }
@@ -179,31 +194,31 @@ impl Engine {
         }
     }
 
-    /// Asks a peer to prove the size that it claims.
-    pub(super) fn try_probe(&mut self, root: RootHash) {
-        let Some(transfer) = self.transfers.get_mut(&root) else { return };
-        if transfer.stage != Stage::Sizing || transfer.probe.is_some() {
+    pub(super) fn ask(&mut self, key: PeerKey, request: Request, probe: bool) {
+        let Some(peer) = self.peers.get_mut(&key) else {
             return;
-        }
-        let bound = self.limits.unsized_blob_max;
-        let candidate = self.peers.iter().find_map(|(&key, peer)| {
-            let claim = peer.claims.get(&root)?;
-            let last = group_count(claim.size) - 1;
-            let usable = claim.size <= bound && !transfer.unproved.contains(&key) && claim.groups.contains(last);
-            usable.then_some((key, claim.size, probe_groups(claim.size, &claim.groups)))
-        });
-        let Some((key, size, groups)) = candidate else { return };
-        transfer.probe = Some((key, Instant::now()));
-        let id = self.next_probe;
-        self.next_probe += 1;
-        self.ask(key, Request { id, root, size, groups, demand: true, compress: false }, true);
-    }
-
-    fn ask(&mut self, key: PeerKey, request: Request, probe: bool) {
-        let Some(peer) = self.peers.get_mut(&key) else { return };
-        let Request { id, root, size, ref groups, .. } = request;
-        let transfer = self.transfers.get(&root).map_or(0, |transfer| transfer.number);
-        peer.asked.insert(id, Asked { root, size, groups: groups.clone(), probe, transfer });
+        };
+        let Request {
+            id,
+            root,
+            size,
+            ref groups,
+            ..
+        } = request;
+        let transfer = self
+            .transfers
+            .get(&root)
+            .map_or(0, |transfer| transfer.number);
+        peer.asked.insert(
+            id,
+            Asked {
+                root,
+                size,
+                groups: groups.clone(),
+                probe,
+                transfer,
+            },
+        );
         self.send(key, &Control::Request(request));
     }
 
@@ -211,7 +226,9 @@ impl Engine {
     fn activate(&mut self, root: RootHash, size: u64, have: GroupRanges) {
         let have = have.intersection(&GroupRanges::all(size));
         self.forget_other_sizes(root, size);
-        let Some(transfer) = self.transfers.get_mut(&root) else { return };
+        let Some(transfer) = self.transfers.get_mut(&root) else {
+            return;
+        };
         transfer.size = Some(size);
         transfer.stage = Stage::Active;
         for waiter in &mut transfer.waiters {
@@ -220,9 +237,17 @@ impl Engine {
         let priority = transfer.priority as u8;
         let (want, demanded) = (transfer.want(size), std::mem::take(&mut transfer.demanded));
         let now = self.now();
-        let spec = BlobSpec { root, size, have: have.clone(), want, priority };
+        let spec = BlobSpec {
+            root,
+            size,
+            have: have.clone(),
+            want,
+            priority,
+        };
         if let Err(error) = self.downloads.add_blob(now, spec) {
-            let Some(transfer) = self.transfers.remove(&root) else { return };
+            let Some(transfer) = self.transfers.remove(&root) else {
+                return;
+            };
             return transfer.fail_all(|| match error {
                 AddBlobError::TooLarge { root, size } => FetchError::TooLarge { root, size },
                 AddBlobError::TooMany(count) => FetchError::TooMany(count),
@@ -236,9 +261,15 @@ impl Engine {
     /// Another fetch joined a transfer that the scheduler has.
     fn want_more(&mut self, root: RootHash, size: u64) {
         let now = self.now();
-        let Some(transfer) = self.transfers.get_mut(&root) else { return };
+        let Some(transfer) = self.transfers.get_mut(&root) else {
+            return;
+        };
         let held = self.downloads.held(&root).cloned().unwrap_or_default();
-        for waiter in transfer.waiters.iter_mut().filter(|waiter| waiter.lacking.is_none()) {
+        for waiter in transfer
+            .waiters
+            .iter_mut()
+            .filter(|waiter| waiter.lacking.is_none())
+        {
             waiter.lacking = Some(waiter.lacking(size, &held));
         }
         let want = transfer.want(size);
@@ -249,7 +280,9 @@ impl Engine {
     /// Somebody waits for these groups.
     pub(super) fn demand(&mut self, root: RootHash, groups: GroupRanges) {
         let now = self.now();
-        let Some(transfer) = self.transfers.get_mut(&root) else { return };
+        let Some(transfer) = self.transfers.get_mut(&root) else {
+            return;
+        };
         match transfer.size() {
             None => transfer.demanded.union_with(&groups),
             Some(size) => {
@@ -265,16 +298,33 @@ impl Engine {
         let now = self.now();
         while let Some(output) = self.downloads.poll_output(now) {
             match output {
-                Output::Request { peer, id, root, size, groups, demand } => {
-                    let request = Request { id: id.0, root, size, groups, demand, compress: false };
+                Output::Request {
+                    peer,
+                    id,
+                    root,
+                    size,
+                    groups,
+                    demand,
+                } => {
+                    let request = Request {
+                        id: id.0,
+                        root,
+                        size,
+                        groups,
+                        demand,
+                        compress: false,
+                    };
                     self.ask(peer, request, false);
                 }
                 Output::Cancel { peer, id } => self.send(peer, &Control::Cancel { id: id.0 }),
-                Output::Complete { root } => self.complete(root),
-                Output::Ban { peer, reason } => self.ban(peer, match reason {
-                    BanReason::Corrupt => "it sent content that does not match its hash",
-                    BanReason::Malformed => "it sent something else than it was asked for",
-                }),
+                Output::Complete { root } => self.end_complete(root),
+                Output::Ban { peer, reason } => self.ban(
+                    peer,
+                    match reason {
+                        BanReason::Corrupt => "it sent content that does not match its hash",
+                        BanReason::Malformed => "it sent something else than it was asked for",
+                    },
+                ),
             }
         }
     }
@@ -283,7 +333,9 @@ impl Engine {
     pub(super) fn on_content(&mut self, key: PeerKey, response: Response) {
         let Response { header, encoded } = response;
         let (id, now) = (header.request, self.now());
-        let Some(peer) = self.peers.get_mut(&key) else { return };
+        let Some(peer) = self.peers.get_mut(&key) else {
+            return;
+        };
         let Some(asked) = peer.asked.get_mut(&id) else {
             return self.violation(key, "it answers what was not asked");
         };
@@ -293,7 +345,9 @@ impl Engine {
             if id >= FIRST_PROBE {
                 return self.violation(key, "it answers with more than was asked");
             }
-            return self.downloads.handle_failed(now, key, RequestId(id), Failure::Malformed);
+            return self
+                .downloads
+                .handle_failed(now, key, RequestId(id), Failure::Malformed);
         }
         let part = Part {
             peer: key,
@@ -324,14 +378,21 @@ impl Engine {
             }
             Err(error) => {
                 tracing::warn!(root = %part.root, %error, "fetch ends");
-                self.downloads.handle_failed(now, key, id, Failure::NotStored);
+                self.downloads
+                    .handle_failed(now, key, id, Failure::NotStored);
                 self.fail_transfer(&part, error);
             }
         }
     }
 
     fn on_verified(&mut self, part: &Part) {
-        let Part { peer: key, root, size, ref groups, .. } = *part;
+        let Part {
+            peer: key,
+            root,
+            size,
+            ref groups,
+            ..
+        } = *part;
         let bytes = group_bytes(groups, size);
         let bytes = bytes.end - bytes.start;
         self.totals.entry(root).or_default().received += bytes;
@@ -340,7 +401,9 @@ impl Engine {
         }
         let now = self.now();
         self.hold(root, size, &groups.clone().into());
-        let Some(transfer) = self.transfers.get_mut(&root) else { return };
+        let Some(transfer) = self.transfers.get_mut(&root) else {
+            return;
+        };
         *transfer.by_peer.entry(part.peer_id).or_default() += bytes;
         if part.request >= FIRST_PROBE {
             transfer.probe = None;
@@ -349,8 +412,13 @@ impl Engine {
             }
             return;
         }
-        let partial = transfer.waiters.iter().any(|waiter| waiter.spec.want.is_some());
-        let rare = self.downloads.handle_received(now, key, RequestId(part.request), groups);
+        let partial = transfer
+            .waiters
+            .iter()
+            .any(|waiter| waiter.spec.want.is_some());
+        let rare = self
+            .downloads
+            .handle_received(now, key, RequestId(part.request), groups);
         if rare {
             self.announcements.hurry(now, &root);
         }
@@ -361,8 +429,12 @@ impl Engine {
 
     pub(super) fn on_reject(&mut self, key: PeerKey, reject: Reject) {
         let now = self.now();
-        let Some(peer) = self.peers.get_mut(&key) else { return };
-        let Some(asked) = peer.asked.remove(&reject.id) else { return };
+        let Some(peer) = self.peers.get_mut(&key) else {
+            return;
+        };
+        let Some(asked) = peer.asked.remove(&reject.id) else {
+            return;
+        };
         let failure = match reject.reason {
             RejectReason::NotHeld | RejectReason::Damaged => Failure::NotHeld,
             RejectReason::Busy => Failure::Busy,
@@ -374,45 +446,29 @@ impl Engine {
         if asked.probe {
             self.probe_failed(asked.root, key);
         } else {
-            self.downloads.handle_failed(now, key, RequestId(reject.id), failure);
+            self.downloads
+                .handle_failed(now, key, RequestId(reject.id), failure);
         }
-    }
-
-    /// A peer did not prove the size that it claims: another is asked.
-    pub(super) fn probe_failed(&mut self, root: RootHash, key: PeerKey) {
-        let Some(transfer) = self.transfers.get_mut(&root) else { return };
-        if transfer.probe.is_some_and(|(asked, _)| asked == key) {
-            transfer.probe = None;
-            transfer.unproved.insert(key);
-            self.try_probe(root);
-        }
-    }
-
-    /// A peer is gone: nobody waits for its proofs.
-    pub(super) fn forget_probes(&mut self, key: PeerKey) {
-        let roots: Vec<_> = self.transfers.keys().copied().collect();
-        for root in roots {
-            self.probe_failed(root, key);
-            if let Some(transfer) = self.transfers.get_mut(&root) {
-                transfer.unproved.remove(&key);
-            }
-        }
-    }
-
-    /// All that is wanted of a blob is held.
-    fn complete(&mut self, root: RootHash) {
-        self.end_complete(root);
     }
 
     /// Ends those fetches of a blob that have all they want, and the transfer with the last of them.
     fn end_complete(&mut self, root: RootHash) {
         let now = self.now();
-        let Some(transfer) = self.transfers.get_mut(&root) else { return };
-        let (Some(size), Some(held)) = (transfer.size(), self.downloads.held(&root)) else { return };
-        let (ended, waiting): (Vec<_>, Vec<_>) =
-            std::mem::take(&mut transfer.waiters).into_iter().partition(|waiter| waiter.is_complete(size, held));
+        let Some(transfer) = self.transfers.get_mut(&root) else {
+            return;
+        };
+        let (Some(size), Some(held)) = (transfer.size(), self.downloads.held(&root)) else {
+            return;
+        };
+        let (ended, waiting): (Vec<_>, Vec<_>) = std::mem::take(&mut transfer.waiters)
+            .into_iter()
+            .partition(|waiter| waiter.is_complete(size, held));
         transfer.waiters = waiting;
-        let by_peer: Vec<_> = transfer.by_peer.iter().map(|(peer, bytes)| (*peer, *bytes)).collect();
+        let by_peer: Vec<_> = transfer
+            .by_peer
+            .iter()
+            .map(|(peer, bytes)| (*peer, *bytes))
+            .collect();
         let is_last = transfer.waiters.is_empty();
         for waiter in ended {
             let total = waiter.lacking.unwrap_or_default();
@@ -434,17 +490,28 @@ impl Engine {
 
     fn fail_transfer(&mut self, part: &Part, error: StoreError) {
         let (root, now) = (part.root, self.now());
-        if self.transfers.get(&root).is_none_or(|transfer| transfer.number != part.transfer) {
+        if self
+            .transfers
+            .get(&root)
+            .is_none_or(|transfer| transfer.number != part.transfer)
+        {
             return;
         }
-        let Some(transfer) = self.transfers.remove(&root) else { return };
+        let Some(transfer) = self.transfers.remove(&root) else {
+            return;
+        };
         self.downloads.remove_blob(now, &root);
         let again = || match &error {
             StoreError::Full => StoreError::Full,
-            StoreError::Io(error) => StoreError::Io(std::io::Error::new(error.kind(), error.to_string())),
+            StoreError::Io(error) => {
+                StoreError::Io(std::io::Error::new(error.kind(), error.to_string()))
+            }
             StoreError::Invalid { group } => StoreError::Invalid { group: *group },
         };
-        transfer.fail_all(|| FetchError::Store { root, source: again() });
+        transfer.fail_all(|| FetchError::Store {
+            root,
+            source: again(),
+        });
     }
 
     /// Ends transfers that nobody waits for any more.
@@ -464,15 +531,11 @@ impl Engine {
     pub(super) fn tick_transfers(&mut self) {
         let roots: Vec<_> = self.transfers.keys().copied().collect();
         for root in roots {
-            let Some(transfer) = self.transfers.get_mut(&root) else { continue };
-            if let Some((key, since)) = transfer.probe
-                && since.elapsed() > PROBE_PATIENCE
-            {
-                self.probe_failed(root, key);
-            } else if transfer.stage == Stage::Sizing && transfer.probe.is_none() {
-                // All were asked: perhaps one of them is better by now.
-                transfer.unproved.clear();
-                self.try_probe(root);
+            let Some(transfer) = self.transfers.get_mut(&root) else {
+                continue;
+            };
+            if transfer.stage == Stage::Sizing {
+                self.tick_probe(root);
             } else {
                 self.report_progress(root);
             }
@@ -480,12 +543,20 @@ impl Engine {
     }
 
     fn report_progress(&mut self, root: RootHash) {
-        let Some(transfer) = self.transfers.get(&root) else { return };
-        let Some(size) = transfer.size() else { return };
-        let (Some(stats), Some(held)) = (self.downloads.blob_stats(&root), self.downloads.held(&root)) else {
+        let Some(transfer) = self.transfers.get(&root) else {
             return;
         };
-        let by_peer: Vec<_> = transfer.by_peer.iter().map(|(peer, bytes)| (*peer, *bytes)).collect();
+        let Some(size) = transfer.size() else { return };
+        let (Some(stats), Some(held)) =
+            (self.downloads.blob_stats(&root), self.downloads.held(&root))
+        else {
+            return;
+        };
+        let by_peer: Vec<_> = transfer
+            .by_peer
+            .iter()
+            .map(|(peer, bytes)| (*peer, *bytes))
+            .collect();
         for waiter in &transfer.waiters {
             let total = waiter.lacking.unwrap_or_default();
             waiter.progress.send_replace(FetchProgress {
@@ -498,11 +569,4 @@ impl Engine {
             });
         }
     }
-}
-
-/// What proves a size: all of a small blob, else its last group.
-fn probe_groups(size: u64, claimed: &GroupRanges) -> Range<u64> {
-    let count = group_count(size);
-    let all = count <= MAX_REQUEST_GROUPS && claimed.contains_run(&(0..count));
-    if all { 0..count } else { count - 1..count }
 }

@@ -46,15 +46,32 @@ pub struct Connected {
 #[derive(Debug)]
 pub enum Event {
     Connected(Connected),
-    Disconnected { key: PeerKey, peer: PeerId },
+    Disconnected {
+        key: PeerKey,
+        peer: PeerId,
+    },
     /// A control message came.
-    Control { key: PeerKey, message: Box<Control> },
+    Control {
+        key: PeerKey,
+        message: Box<Control>,
+    },
     /// Content came.
-    Content { key: PeerKey, response: Response },
+    Content {
+        key: PeerKey,
+        response: Response,
+    },
     /// The connection took more of a response.
-    Sent { key: PeerKey, request: u64, bytes: usize, finished: bool },
+    Sent {
+        key: PeerKey,
+        request: u64,
+        bytes: usize,
+        finished: bool,
+    },
     /// The connection is unusable; it is being closed.
-    Fault { key: PeerKey, error: LaneError },
+    Fault {
+        key: PeerKey,
+        error: LaneError,
+    },
 }
 
 #[derive(Debug)]
@@ -123,7 +140,9 @@ impl Behaviour {
     }
 
     fn notify(&mut self, key: PeerKey, event: FromBehaviour) {
-        let Some(&id) = self.keys.get(&key) else { return };
+        let Some(&id) = self.keys.get(&key) else {
+            return;
+        };
         let peer_id = self.links[&id].peer;
         self.actions.push_back(ToSwarm::NotifyHandler {
             peer_id,
@@ -135,7 +154,10 @@ impl Behaviour {
     fn close_connection(&mut self, id: ConnectionId) {
         if let Some(link) = self.links.get(&id) {
             let (peer_id, connection) = (link.peer, CloseConnection::One(id));
-            self.actions.push_back(ToSwarm::CloseConnection { peer_id, connection });
+            self.actions.push_back(ToSwarm::CloseConnection {
+                peer_id,
+                connection,
+            });
         }
     }
 
@@ -146,19 +168,30 @@ impl Behaviour {
         let arriving = Arriving::default();
         let key = PeerKey(self.next_key);
         self.next_key += 1;
-        let link = Link { key, peer, arriving: arriving.clone(), established: None };
+        let link = Link {
+            key,
+            peer,
+            arriving: arriving.clone(),
+            established: None,
+        };
         self.links.insert(id, link);
         Ok(Handler::new(self.inbound.clone(), arriving))
     }
 
     fn established(&mut self, event: ConnectionEstablished<'_>) {
         let (id, peer) = (event.connection_id, event.peer_id);
-        let Some(link) = self.links.get_mut(&id) else { return };
+        let Some(link) = self.links.get_mut(&id) else {
+            return;
+        };
         let (dialled, address) = match event.endpoint {
             ConnectedPoint::Dialer { address, .. } => (true, address.clone()),
             ConnectedPoint::Listener { send_back_addr, .. } => (false, send_back_addr.clone()),
         };
-        let new = Established { since: Instant::now(), dialled, address };
+        let new = Established {
+            since: Instant::now(),
+            dialled,
+            address,
+        };
         link.established = Some(new.clone());
         let old = self.active.get(&peer).copied();
         let old_established = old.and_then(|old| self.links.get(&old)?.established.clone());
@@ -192,14 +225,15 @@ impl Behaviour {
         };
         self.active.insert(link.peer, id);
         self.keys.insert(link.key, id);
-        self.actions.push_back(ToSwarm::GenerateEvent(Event::Connected(Connected {
-            key: link.key,
-            peer: link.peer,
-            address: established.address,
-            dialled: established.dialled,
-            member,
-            arriving: link.arriving.clone(),
-        })));
+        self.actions
+            .push_back(ToSwarm::GenerateEvent(Event::Connected(Connected {
+                key: link.key,
+                peer: link.peer,
+                address: established.address,
+                dialled: established.dialled,
+                member,
+                arriving: link.arriving.clone(),
+            })));
     }
 
     fn deactivate(&mut self, id: ConnectionId) {
@@ -208,7 +242,8 @@ impl Behaviour {
         if self.active.get(&peer) == Some(&id) {
             self.active.remove(&peer);
             self.keys.remove(&key);
-            self.actions.push_back(ToSwarm::GenerateEvent(Event::Disconnected { key, peer }));
+            self.actions
+                .push_back(ToSwarm::GenerateEvent(Event::Disconnected { key, peer }));
         }
     }
 
@@ -265,9 +300,16 @@ impl NetworkBehaviour for Behaviour {
         let event = match event {
             ToBehaviour::Control(message) => Event::Control { key, message },
             ToBehaviour::Content(response) => Event::Content { key, response },
-            ToBehaviour::Sent { request, bytes, finished } => {
-                Event::Sent { key, request, bytes, finished }
-            }
+            ToBehaviour::Sent {
+                request,
+                bytes,
+                finished,
+            } => Event::Sent {
+                key,
+                request,
+                bytes,
+                finished,
+            },
             ToBehaviour::Fault(error) => {
                 self.close_connection(id);
                 Event::Fault { key, error }

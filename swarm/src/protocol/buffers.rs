@@ -32,7 +32,10 @@ impl Buffers {
     /// A budget of `bytes`.
     pub fn new(bytes: usize) -> Arc<Self> {
         let budget = Arc::new(Semaphore::new(bytes.div_ceil(UNIT)));
-        Arc::new(Self { budget, idle: Mutex::default() })
+        Arc::new(Self {
+            budget,
+            idle: Mutex::default(),
+        })
     }
 
     /// Waits for room for `len` bytes. Content is whatever the buffer held before; its length is `len`.
@@ -45,15 +48,27 @@ impl Buffers {
 
     /// An empty buffer with a claim to `len` bytes, if there is room now.
     pub fn try_empty(self: &Arc<Self>, len: usize) -> Option<Buffer> {
-        let permit = self.budget.clone().try_acquire_many_owned(units(len)).ok()?;
+        let permit = self
+            .budget
+            .clone()
+            .try_acquire_many_owned(units(len))
+            .ok()?;
         let mut buffer = self.take(permit);
         buffer.bytes.clear();
         Some(buffer)
     }
 
     fn take(self: &Arc<Self>, permit: OwnedSemaphorePermit) -> Buffer {
-        let bytes = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        Buffer { bytes: bytes.unwrap_or_default(), home: self.clone(), permit }
+        let bytes = self
+            .idle
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .pop();
+        Buffer {
+            bytes: bytes.unwrap_or_default(),
+            home: self.clone(),
+            permit,
+        }
     }
 }
 
@@ -85,7 +100,11 @@ impl DerefMut for Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        let mut idle = self.home.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut idle = self
+            .home
+            .idle
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         if idle.len() < MAX_IDLE {
             idle.push(std::mem::take(&mut self.bytes));
         }

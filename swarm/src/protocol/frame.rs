@@ -18,8 +18,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 use capsule_proto::wire::{
-    Control, DATA_HEADER_LEN, DataHeader, FRAME_HEADER_LEN, FrameHeader, FrameKind, MAX_DATA_GROUPS,
-    MAX_DATA_LEN, WireError,
+    Control, DATA_HEADER_LEN, DataHeader, FRAME_HEADER_LEN, FrameHeader, FrameKind,
+    MAX_DATA_GROUPS, MAX_DATA_LEN, WireError,
 };
 use capsule_swarm_core::MAX_REQUEST_GROUPS;
 use futures::io::{AsyncRead, AsyncReadExt};
@@ -100,7 +100,10 @@ impl Arriving {
 /// Makes a control frame; shared by all the peers it goes to.
 pub fn control_frame(message: &Control) -> Bytes {
     let message = message.encode();
-    let header = FrameHeader { kind: FrameKind::Control, len: message.len() };
+    let header = FrameHeader {
+        kind: FrameKind::Control,
+        len: message.len(),
+    };
     let mut frame = Vec::with_capacity(FRAME_HEADER_LEN + message.len());
     frame.extend(header.encode());
     frame.extend(message);
@@ -115,7 +118,10 @@ pub fn reserve_content_header(buffer: &mut Vec<u8>) {
 /// Fills the header in, when the encoding is complete.
 pub fn fill_content_header(buffer: &mut [u8], header: &DataHeader) {
     let len = buffer.len() - FRAME_HEADER_LEN;
-    let frame = FrameHeader { kind: FrameKind::Data, len };
+    let frame = FrameHeader {
+        kind: FrameKind::Data,
+        len,
+    };
     buffer[..FRAME_HEADER_LEN].copy_from_slice(&frame.encode());
     buffer[FRAME_HEADER_LEN..CONTENT_HEADER].copy_from_slice(&header.encode());
 }
@@ -158,7 +164,11 @@ async fn read_header(
     let mut header = [0; FRAME_HEADER_LEN];
     lane.read_exact(&mut header).await?;
     let header = FrameHeader::decode(&header)?;
-    if header.kind == kind { Ok(header.len) } else { Err(LaneError::WrongKind(header.kind)) }
+    if header.kind == kind {
+        Ok(header.len)
+    } else {
+        Err(LaneError::WrongKind(header.kind))
+    }
 }
 
 #[cfg(test)]
@@ -173,23 +183,37 @@ mod tests {
     fn control_frames_round_trip_and_every_truncation_is_refused() {
         let message = Control::Ping { nonce: 300 };
         let frame = control_frame(&message);
-        assert_eq!(block_on(read_control(&mut Cursor::new(&frame))).unwrap(), message);
+        assert_eq!(
+            block_on(read_control(&mut Cursor::new(&frame))).unwrap(),
+            message
+        );
         for len in 0..frame.len() {
             let result = block_on(read_control(&mut Cursor::new(&frame[..len])));
-            assert!(matches!(result, Err(LaneError::Closed)), "cut to {len}: {result:?}");
+            assert!(
+                matches!(result, Err(LaneError::Closed)),
+                "cut to {len}: {result:?}"
+            );
         }
     }
 
     #[test]
     fn content_frames_round_trip_and_report_progress() {
-        let header = DataHeader { request: 99, groups: 1, compressed: false };
+        let header = DataHeader {
+            request: 99,
+            groups: 1,
+            compressed: false,
+        };
         let mut frame = Vec::new();
         reserve_content_header(&mut frame);
         frame.extend([7; 1000]);
         fill_content_header(&mut frame, &header);
         let (buffers, arriving) = (Buffers::new(1 << 20), Arriving::default());
-        let response = block_on(read_content(&mut Cursor::new(&frame), &buffers, &arriving)).unwrap();
-        assert_eq!((response.header, &response.encoded[..]), (header, &[7; 1000][..]));
+        let response =
+            block_on(read_content(&mut Cursor::new(&frame), &buffers, &arriving)).unwrap();
+        assert_eq!(
+            (response.header, &response.encoded[..]),
+            (header, &[7; 1000][..])
+        );
         assert_eq!(arriving.get(), (99, 1000));
     }
 
@@ -197,12 +221,18 @@ mod tests {
     fn frames_that_do_not_belong_are_violations() {
         let read = |bytes: &[u8]| block_on(read_control(&mut Cursor::new(bytes))).unwrap_err();
         let long = [&(MAX_CONTROL_LEN as u32 + 1).to_be_bytes()[..], &[0]].concat();
-        for bytes in [&long[..], &[0, 0, 0, 20, 1], &[0, 0, 0, 0, 9], &[0, 0, 0, 1, 0, 255]] {
+        for bytes in [
+            &long[..],
+            &[0, 0, 0, 20, 1],
+            &[0, 0, 0, 0, 9],
+            &[0, 0, 0, 1, 0, 255],
+        ] {
             assert!(read(bytes).is_violation(), "{bytes:?}");
         }
         let (buffers, arriving) = (Buffers::new(1 << 20), Arriving::default());
         let short = [0, 0, 0, 12, 1];
-        let error = block_on(read_content(&mut Cursor::new(&short), &buffers, &arriving)).unwrap_err();
+        let error =
+            block_on(read_content(&mut Cursor::new(&short), &buffers, &arriving)).unwrap_err();
         assert!(error.is_violation());
     }
 }

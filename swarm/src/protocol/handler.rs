@@ -19,6 +19,7 @@ use futures::channel::mpsc;
 use futures::future::BoxFuture;
 use futures::io::{AsyncWriteExt, BufReader};
 use futures::{FutureExt, SinkExt, StreamExt};
+use libp2p::StreamProtocol;
 use libp2p::core::upgrade::ReadyUpgrade;
 use libp2p::core::{InboundUpgrade, UpgradeInfo};
 use libp2p::swarm::handler::{
@@ -26,7 +27,6 @@ use libp2p::swarm::handler::{
     FullyNegotiatedInbound, FullyNegotiatedOutbound,
 };
 use libp2p::swarm::{Stream, SubstreamProtocol};
-use libp2p::StreamProtocol;
 
 use super::buffers::{Buffer, Buffers};
 use super::frame::{self, Arriving, CONTENT_HEADER, LaneError, Response};
@@ -42,8 +42,10 @@ const REPORT_EVERY: usize = 256 << 10;
 /// Read-ahead of the control lane, so that small messages come several to a read.
 const CONTROL_READ_AHEAD: usize = 8 << 10;
 
-const PROTOCOLS: [StreamProtocol; 2] =
-    [StreamProtocol::new("/capsule/control/1"), StreamProtocol::new("/capsule/data/1")];
+const PROTOCOLS: [StreamProtocol; 2] = [
+    StreamProtocol::new("/capsule/control/1"),
+    StreamProtocol::new("/capsule/data/1"),
+];
 
 /// What a substream is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,7 +73,11 @@ pub enum ToBehaviour {
     /// Content came.
     Content(Response),
     /// The connection took `bytes` more of the encoding of a response.
-    Sent { request: u64, bytes: usize, finished: bool },
+    Sent {
+        request: u64,
+        bytes: usize,
+        finished: bool,
+    },
     /// A lane ended or was abused; nothing more will come.
     Fault(LaneError),
 }
@@ -101,8 +107,12 @@ impl Handler {
     /// A connection that takes its buffers for content from `buffers` and notes progress in `arriving`.
     pub fn new(buffers: Arc<Buffers>, arriving: Arriving) -> Self {
         let (events_in, events_out) = mpsc::channel(EVENTS_READY);
-        let outbound =
-            LANES.map(|_| Outbound { opening: false, queue: VecDeque::new(), writer: None, task: None });
+        let outbound = LANES.map(|_| Outbound {
+            opening: false,
+            queue: VecDeque::new(),
+            writer: None,
+            task: None,
+        });
         Self {
             outbound,
             inbound: [None, None],
@@ -182,7 +192,9 @@ fn feed(
             // The writer's end is reported by its task.
             Poll::Ready(Err(_)) | Poll::Pending => break,
         }
-        let Some(frame) = queue.pop_front() else { break };
+        let Some(frame) = queue.pop_front() else {
+            break;
+        };
         if let FromBehaviour::Control(bytes) = &frame {
             *queued_control -= bytes.len();
         }
@@ -208,7 +220,13 @@ async fn write_lane(
                         stream.write_all(part).await?;
                         left -= part.len();
                         let (bytes, finished) = (part.len(), left == 0);
-                        let _gone = events.send(ToBehaviour::Sent { request, bytes, finished }).await;
+                        let _gone = events
+                            .send(ToBehaviour::Sent {
+                                request,
+                                bytes,
+                                finished,
+                            })
+                            .await;
                     }
                 }
             }
@@ -284,10 +302,15 @@ impl ConnectionHandler for Handler {
         event: ConnectionEvent<'_, AnyLane, ReadyUpgrade<StreamProtocol>, (), Lane>,
     ) {
         match event {
-            ConnectionEvent::FullyNegotiatedInbound(FullyNegotiatedInbound { protocol, .. }) => {
+            ConnectionEvent::FullyNegotiatedInbound(FullyNegotiatedInbound {
+                protocol, ..
+            }) => {
                 self.inbound_opened(protocol.0, protocol.1);
             }
-            ConnectionEvent::FullyNegotiatedOutbound(FullyNegotiatedOutbound { protocol, info }) => {
+            ConnectionEvent::FullyNegotiatedOutbound(FullyNegotiatedOutbound {
+                protocol,
+                info,
+            }) => {
                 self.outbound_opened(info, protocol);
             }
             ConnectionEvent::DialUpgradeError(DialUpgradeError { error, .. }) => {
@@ -345,7 +368,11 @@ impl<S> InboundUpgrade<S> for AnyLane {
     type Future = Ready<Result<Self::Output, Infallible>>;
 
     fn upgrade_inbound(self, stream: S, protocol: StreamProtocol) -> Self::Future {
-        let lane = if protocol == PROTOCOLS[Lane::Data as usize] { Lane::Data } else { Lane::Control };
+        let lane = if protocol == PROTOCOLS[Lane::Data as usize] {
+            Lane::Data
+        } else {
+            Lane::Control
+        };
         ready(Ok((lane, stream)))
     }
 }

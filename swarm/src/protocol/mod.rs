@@ -8,6 +8,6 @@ mod handler;
 pub use behaviour::{Behaviour, Connected, Event};
 pub use buffers::{Buffer, Buffers};
 pub use frame::{
-    Arriving, CONTENT_HEADER, LaneError, MAX_CONTENT_FRAME, Response, control_frame, fill_content_header,
-    reserve_content_header,
+    Arriving, CONTENT_HEADER, LaneError, MAX_CONTENT_FRAME, Response, control_frame,
+    fill_content_header, reserve_content_header,
 };

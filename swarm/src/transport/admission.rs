@@ -107,7 +107,10 @@ impl Gatekeeper {
         unix_time: Arc<dyn Fn() -> u64 + Send + Sync>,
         banned: impl IntoIterator<Item = PeerId>,
     ) -> Self {
-        let state = State { banned: banned.into_iter().collect(), ..State::default() };
+        let state = State {
+            banned: banned.into_iter().collect(),
+            ..State::default()
+        };
         Self {
             fleet: credential.fleet(),
             local,
@@ -130,7 +133,12 @@ impl Gatekeeper {
 
     /// What the credential of an admitted peer said. Leaves it in place: two connections may race.
     pub fn member(&self, peer: &PeerId) -> Option<Member> {
-        self.lock().admitted.iter().rev().find(|(id, _)| id == peer).map(|(_, member)| member.clone())
+        self.lock()
+            .admitted
+            .iter()
+            .rev()
+            .find(|(id, _)| id == peer)
+            .map(|(_, member)| member.clone())
     }
 
     /// Runs the exchange on a connection whose other end proved to be `peer`.
@@ -262,7 +270,9 @@ async fn read_verdict(stream: &mut (impl AsyncRead + Unpin)) -> Result<(), Admis
 }
 
 async fn write_message(stream: &mut (impl AsyncWrite + Unpin), message: &[u8]) -> io::Result<()> {
-    stream.write_all(&(message.len() as u32).to_be_bytes()).await?;
+    stream
+        .write_all(&(message.len() as u32).to_be_bytes())
+        .await?;
     stream.write_all(message).await?;
     stream.flush().await
 }
@@ -272,7 +282,12 @@ async fn read_message(stream: &mut (impl AsyncRead + Unpin)) -> Result<Vec<u8>, 
     stream.read_exact(&mut len).await?;
     let (value, bound) = (u32::from_be_bytes(len) as usize, MAX_GREETING_LEN);
     if value > bound {
-        return Err(WireError::TooLong { what: "greeting", value, bound }.into());
+        return Err(WireError::TooLong {
+            what: "greeting",
+            value,
+            bound,
+        }
+        .into());
     }
     let mut message = vec![0; value];
     stream.read_exact(&mut message).await?;

@@ -34,7 +34,12 @@ pub struct Coalesce<S> {
 
 impl<S> Coalesce<S> {
     pub fn new(inner: S) -> Self {
-        Self { inner, gathered: Vec::new(), taken: 0, written_since_flush: false }
+        Self {
+            inner,
+            gathered: Vec::new(),
+            taken: 0,
+            written_since_flush: false,
+        }
     }
 }
 

@@ -32,10 +32,14 @@ pub fn build(
     let tcp = tcp::tokio::Transport::new(tcp::Config::default().nodelay(true));
     let upgraded = tcp.and_then(move |socket, endpoint| async move {
         let upgrade = upgrade(socket, endpoint, tls, gatekeeper);
-        tokio::time::timeout(admission::TIMEOUT, upgrade).await.unwrap_or(Err(AdmissionError::Timeout))
+        tokio::time::timeout(admission::TIMEOUT, upgrade)
+            .await
+            .unwrap_or(Err(AdmissionError::Timeout))
     });
     // One type for all, so that `admission_error` finds it again.
-    Ok(upgraded.map_err(|error| error.either(AdmissionError::Socket, |error| error)).boxed())
+    Ok(upgraded
+        .map_err(|error| error.either(AdmissionError::Socket, |error| error))
+        .boxed())
 }
 
 async fn upgrade<S>(
@@ -54,7 +58,11 @@ where
         ConnectedPoint::Dialer { role_override, .. } => role_override == Endpoint::Listener,
     };
     let mut secured: futures_rustls::TlsStream<_> = if is_server {
-        tls.acceptor.accept(socket).await.map_err(AdmissionError::Tls)?.into()
+        tls.acceptor
+            .accept(socket)
+            .await
+            .map_err(AdmissionError::Tls)?
+            .into()
     } else {
         let connect = tls.connector.connect(tls::no_server_name(), socket);
         connect.await.map_err(AdmissionError::Tls)?.into()
@@ -82,7 +90,10 @@ pub fn admission_error<'a>(
             return Some(found);
         }
         // An `io::Error` hides the error that it carries behind that error's own source.
-        next = match error.downcast_ref::<std::io::Error>().and_then(|io| io.get_ref()) {
+        next = match error
+            .downcast_ref::<std::io::Error>()
+            .and_then(|io| io.get_ref())
+        {
             Some(inner) => Some(inner),
             None => error.source(),
         };

@@ -43,8 +43,14 @@ impl Tls {
             ..rustls::crypto::ring::default_provider()
         });
         // Set up as a resolver: the direct way would refuse the libp2p extension, which is marked critical.
-        let key = provider.key_provider.load_private_key(key).map_err(|e| e.to_string())?;
-        let certified = Arc::new(SingleCertAndKey::from(CertifiedKey::new(vec![certificate], key)));
+        let key = provider
+            .key_provider
+            .load_private_key(key)
+            .map_err(|e| e.to_string())?;
+        let certified = Arc::new(SingleCertAndKey::from(CertifiedKey::new(
+            vec![certificate],
+            key,
+        )));
         let mut server = rustls::ServerConfig::builder_with_provider(provider.clone())
             .with_protocol_versions(&[&rustls::version::TLS13])
             .map_err(|e| e.to_string())?
@@ -86,13 +92,16 @@ pub fn peer_id(state: &CommonState) -> Result<PeerId, Error> {
 fn cipher_suites() -> Vec<SupportedCipherSuite> {
     let (aes_128, aes_256) = (TLS13_AES_128_GCM_SHA256, TLS13_AES_256_GCM_SHA384);
     let chacha = TLS13_CHACHA20_POLY1305_SHA256;
-    if has_aes() { vec![aes_128, aes_256, chacha] } else { vec![chacha, aes_128, aes_256] }
+    if has_aes() {
+        vec![aes_128, aes_256, chacha]
+    } else {
+        vec![chacha, aes_128, aes_256]
+    }
 }
 
 #[cfg(any(target_arch = "x86", target_arch = "x86_64"))]
 fn has_aes() -> bool {
-    std::arch::is_x86_feature_detected!("aes")
-        && std::arch::is_x86_feature_detected!("pclmulqdq")
+    std::arch::is_x86_feature_detected!("aes") && std::arch::is_x86_feature_detected!("pclmulqdq")
 }
 
 #[cfg(target_arch = "aarch64")]

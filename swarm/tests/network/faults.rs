@@ -23,7 +23,11 @@ async fn a_liar_is_banned_and_the_transfer_goes_on() {
     let mut puller = Start::new(fleet.enrol()).to(&honest).to(&liar).go().await;
     puller.connected(2).await;
     let done = puller.pull(tree.root, Some(tree.size)).await;
-    assert_eq!(done.by_peer, [(honest.net.local_peer(), tree.size)], "nothing of the liar's was stored");
+    assert_eq!(
+        done.by_peer,
+        [(honest.net.local_peer(), tree.size)],
+        "nothing of the liar's was stored"
+    );
     let banned = |event| match event {
         Event::PeerBanned { peer, .. } => Some(peer),
         _ => None,
@@ -41,14 +45,29 @@ async fn a_wrong_size_is_the_claimants_fault() {
     let liar = Start::new(fleet.enrol()).go().await;
     let data = content(2, 40_000);
     let tree = liar.store.add(&data);
-    liar.net.announce(tree.root, tree.size + 1, GroupRanges::all(tree.size + 1)).await.unwrap();
+    liar.net
+        .announce(tree.root, tree.size + 1, GroupRanges::all(tree.size + 1))
+        .await
+        .unwrap();
     let puller = Start::new(fleet.enrol()).to(&liar).go().await;
-    puller.until(async || !puller.net.providers(tree.root).await.unwrap().is_empty()).await;
-    let mut fetch = puller.net.fetch(FetchSpec::whole(tree.root, None)).await.unwrap();
-    puller.until(async || puller.net.peers().await.unwrap().is_empty()).await;
+    puller
+        .until(async || !puller.net.providers(tree.root).await.unwrap().is_empty())
+        .await;
+    let mut fetch = puller
+        .net
+        .fetch(FetchSpec::whole(tree.root, None))
+        .await
+        .unwrap();
+    puller
+        .until(async || puller.net.peers().await.unwrap().is_empty())
+        .await;
     let honest = Start::new(fleet.enrol()).go().await;
     honest.share(&data).await;
-    puller.net.add_address(honest.address().to_string()).await.unwrap();
+    puller
+        .net
+        .add_address(honest.address().to_string())
+        .await
+        .unwrap();
     assert_eq!(within(fetch.done()).await.unwrap().size, Some(tree.size));
 }
 
@@ -61,7 +80,11 @@ async fn a_provider_that_never_answers_does_not_hold_up_the_rest() {
     let tree = honest.share(&data).await;
     stalled.share(&data).await;
     stalled.store.faults.stalls.store(true, Ordering::Relaxed);
-    let puller = Start::new(fleet.enrol()).to(&honest).to(&stalled).go().await;
+    let puller = Start::new(fleet.enrol())
+        .to(&honest)
+        .to(&stalled)
+        .go()
+        .await;
     puller.connected(2).await;
     puller.pull(tree.root, Some(tree.size)).await;
 }
@@ -115,9 +138,22 @@ async fn a_full_store_ends_the_fetch_and_says_so() {
     let puller = Start::new(fleet.enrol()).to(&publisher).go().await;
     puller.store.faults.full.store(true, Ordering::Relaxed);
     let tree = publisher.share(&content(5, 5 << 20)).await;
-    let mut fetch = puller.net.fetch(FetchSpec::whole(tree.root, Some(tree.size))).await.unwrap();
+    let mut fetch = puller
+        .net
+        .fetch(FetchSpec::whole(tree.root, Some(tree.size)))
+        .await
+        .unwrap();
     let error = within(fetch.done()).await.unwrap_err();
-    assert!(matches!(error, FetchError::Store { source: StoreError::Full, .. }), "{error}");
+    assert!(
+        matches!(
+            error,
+            FetchError::Store {
+                source: StoreError::Full,
+                ..
+            }
+        ),
+        "{error}"
+    );
     // Nobody is to blame, and it works when there is room.
     puller.store.faults.full.store(false, Ordering::Relaxed);
     puller.pull(tree.root, Some(tree.size)).await;
@@ -132,7 +168,11 @@ async fn a_provider_whose_blob_is_gone_says_so_and_others_are_asked() {
     let tree = honest.share(&data).await;
     forgetful.share(&data).await;
     forgetful.store.remove(&tree.root);
-    let puller = Start::new(fleet.enrol()).to(&honest).to(&forgetful).go().await;
+    let puller = Start::new(fleet.enrol())
+        .to(&honest)
+        .to(&forgetful)
+        .go()
+        .await;
     puller.connected(2).await;
     let done = puller.pull(tree.root, Some(tree.size)).await;
     assert_eq!(done.by_peer, [(honest.net.local_peer(), tree.size)]);

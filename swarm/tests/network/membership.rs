@@ -22,8 +22,14 @@ async fn a_member_of_another_fleet_is_refused() {
     let mut ours = Start::new(Fleet::new(1).enrol()).go().await;
     let mut theirs = Start::new(Fleet::new(2).enrol()).to(&ours).go().await;
     let (reason, told) = (ours.event(refusal).await, theirs.event(refusal).await);
-    assert!(reason.contains("we refused peer") && reason.contains("another fleet"), "{reason}");
-    assert!(told.contains("the peer refused us") && told.contains("another fleet"), "{told}");
+    assert!(
+        reason.contains("we refused peer") && reason.contains("another fleet"),
+        "{reason}"
+    );
+    assert!(
+        told.contains("the peer refused us") && told.contains("another fleet"),
+        "{told}"
+    );
     assert!(ours.net.peers().await.unwrap().is_empty());
 }
 
@@ -34,7 +40,10 @@ async fn an_expired_credential_is_refused_and_its_owner_told() {
     let mut expired = Start::new(fleet.enrol_until(NOW - 1)).to(&node).go().await;
     let (reason, told) = (node.event(refusal).await, expired.event(refusal).await);
     assert!(reason.contains("expired"), "{reason}");
-    assert!(told.contains("the peer refused us: the credential expired"), "{told}");
+    assert!(
+        told.contains("the peer refused us: the credential expired"),
+        "{told}"
+    );
     // It is refused too where it is the one that is dialled.
     let expired_listener = Start::new(fleet.enrol_until(NOW - 1)).go().await;
     let mut dialler = Start::new(fleet.enrol()).to(&expired_listener).go().await;
@@ -46,7 +55,10 @@ async fn a_revocation_travels_with_the_handshake() {
     let fleet = Fleet::new(1);
     let (admin, revoked) = (fleet.enrol(), fleet.enrol());
     let machines = [revoked.key.machine()].into();
-    let revocation = admin.sign(Body::Revocation(Revoked { machines, ..Revoked::default() }));
+    let revocation = admin.sign(Body::Revocation(Revoked {
+        machines,
+        ..Revoked::default()
+    }));
     let records = Arc::new(Records::new(&admin));
     records.insert(&revocation);
     let knows = Start::new(admin).go_with(records).await;
@@ -64,7 +76,10 @@ async fn a_revoked_token_ends_all_its_machines() {
     let admin = fleet.enrol();
     let records = Arc::new(Records::new(&admin));
     let tokens = [TokenId([1; 8])].into();
-    records.insert(&admin.sign(Body::Revocation(Revoked { tokens, ..Revoked::default() })));
+    records.insert(&admin.sign(Body::Revocation(Revoked {
+        tokens,
+        ..Revoked::default()
+    })));
     let node = Start::new(admin).go_with(records).await;
     let mut other = Start::new(fleet.enrol()).to(&node).go().await;
     assert!(other.event(refusal).await.contains("revoked"));
@@ -95,8 +110,15 @@ async fn a_peer_that_restarts_is_found_again() {
     let second = Start::new(fleet.enrol()).to(&first).go().await;
     second.connected(1).await;
     within(first.net.shutdown()).await;
-    second.until(async || second.net.peers().await.unwrap().is_empty()).await;
-    let again = Start { listen: Some(address), ..Start::new(machine) }.go().await;
+    second
+        .until(async || second.net.peers().await.unwrap().is_empty())
+        .await;
+    let again = Start {
+        listen: Some(address),
+        ..Start::new(machine)
+    }
+    .go()
+    .await;
     let tree = again.share(&content(1, 50_000)).await;
     second.pull(tree.root, Some(tree.size)).await;
 }
@@ -126,7 +148,13 @@ async fn a_full_node_lets_newcomers_in() {
     // None of them listens, so each depends on the hub.
     let mut nodes = Vec::new();
     for _ in 0..5 {
-        let node = Start { listen: None, ..Start::new(fleet.enrol()) }.to(&hub).go().await;
+        let node = Start {
+            listen: None,
+            ..Start::new(fleet.enrol())
+        }
+        .to(&hub)
+        .go()
+        .await;
         node.pull(tree.root, Some(tree.size)).await;
         nodes.push(node);
     }

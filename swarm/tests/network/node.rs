@@ -11,8 +11,8 @@ use capsule_chunker::bao::{self, DecodeError, Tree};
 use capsule_proto::credential::{
     Channels, Credential, FleetKey, Grant, MachineKey, Revoked, Roles, Token, TokenId,
 };
-use capsule_proto::record::{Body, Layer, BlobRef, Record, RecordError, RecordId, SignedRecord};
 use capsule_proto::index::Space;
+use capsule_proto::record::{BlobRef, Body, Layer, Record, RecordError, RecordId, SignedRecord};
 use capsule_proto::{GroupRanges, RootHash};
 use capsule_swarm::{
     BlobStore, Event, FetchProgress, FetchSpec, Limits, Network, NetworkConfig, NetworkHandle,
@@ -33,12 +33,24 @@ pub struct Fleet {
 
 impl Fleet {
     pub fn new(secret: u8) -> Self {
-        Self { root: FleetKey::from_secret([secret; 32]), machines: AtomicU64::new(0) }
+        Self {
+            root: FleetKey::from_secret([secret; 32]),
+            machines: AtomicU64::new(0),
+        }
     }
 
     pub fn token(&self, expires: u64) -> Token {
-        let roles = Roles { publisher: true, admin: true };
-        let grant = Grant { id: TokenId([1; 8]), roles, channels: Channels::All, issued: 1, expires };
+        let roles = Roles {
+            publisher: true,
+            admin: true,
+        };
+        let grant = Grant {
+            id: TokenId([1; 8]),
+            roles,
+            channels: Channels::All,
+            issued: 1,
+            expires,
+        };
         self.root.invite(grant, [2; 32], &[])
     }
 
@@ -52,7 +64,9 @@ impl Fleet {
         let mut secret = self.root.secret();
         secret[..8].copy_from_slice(&number.to_le_bytes());
         let key = MachineKey::from_secret(secret);
-        let credential = self.token(expires).enrol(key.machine(), &format!("pc-{number}"), 2);
+        let credential = self
+            .token(expires)
+            .enrol(key.machine(), &format!("pc-{number}"), 2);
         Machine { key, credential }
     }
 }
@@ -66,7 +80,10 @@ pub struct Machine {
 impl Machine {
     /// A record about nothing in particular.
     pub fn record(&self, number: u64) -> SignedRecord {
-        let blob = BlobRef { root: RootHash::of(&number.to_le_bytes()), size: number + 1 };
+        let blob = BlobRef {
+            root: RootHash::of(&number.to_le_bytes()),
+            size: number + 1,
+        };
         let layer = Layer {
             space: Space::Stream,
             parent: None,
@@ -79,7 +96,12 @@ impl Machine {
     }
 
     pub fn sign(&self, body: Body) -> SignedRecord {
-        let record = Record { issued: NOW, expires: None, sequence: 1, body };
+        let record = Record {
+            issued: NOW,
+            expires: None,
+            sequence: 1,
+            body,
+        };
         SignedRecord::sign(record, &self.credential, &self.key).unwrap()
     }
 }
@@ -115,7 +137,12 @@ impl Memory {
     pub fn add(&self, content: &[u8]) -> Tree {
         let (tree, outboard) = bao::tree_of(content);
         let groups = GroupRanges::all(tree.size);
-        let blob = Blob { size: tree.size, data: content.to_vec(), outboard, groups };
+        let blob = Blob {
+            size: tree.size,
+            data: content.to_vec(),
+            outboard,
+            groups,
+        };
         self.blobs.lock().unwrap().insert(tree.root, blob);
         tree
     }
@@ -127,30 +154,53 @@ impl Memory {
     /// A whole blob's content, checked.
     pub fn content(&self, root: &RootHash) -> Option<Vec<u8>> {
         let blobs = self.blobs.lock().unwrap();
-        let blob = blobs.get(root).filter(|blob| blob.groups == GroupRanges::all(blob.size))?;
+        let blob = blobs
+            .get(root)
+            .filter(|blob| blob.groups == GroupRanges::all(blob.size))?;
         assert_eq!(RootHash::of(&blob.data), *root);
         Some(blob.data.clone())
     }
 
     pub fn held(&self, root: &RootHash) -> GroupRanges {
-        self.blobs.lock().unwrap().get(root).map(|blob| blob.groups.clone()).unwrap_or_default()
+        self.blobs
+            .lock()
+            .unwrap()
+            .get(root)
+            .map(|blob| blob.groups.clone())
+            .unwrap_or_default()
     }
 }
 
 impl BlobStore for Memory {
     fn presence(&self, root: &RootHash) -> Option<(u64, GroupRanges)> {
-        self.blobs.lock().unwrap().get(root).map(|blob| (blob.size, blob.groups.clone()))
+        self.blobs
+            .lock()
+            .unwrap()
+            .get(root)
+            .map(|blob| (blob.size, blob.groups.clone()))
     }
 
-    fn read_encoded(&self, root: &RootHash, groups: Range<u64>, out: &mut Vec<u8>) -> Result<(), ServeError> {
+    fn read_encoded(
+        &self,
+        root: &RootHash,
+        groups: Range<u64>,
+        out: &mut Vec<u8>,
+    ) -> Result<(), ServeError> {
         if self.faults.stalls.load(Ordering::Relaxed) {
             let (lock, condition) = &self.faults.stall;
-            drop(condition.wait_timeout(lock.lock().unwrap(), PATIENCE * 2).unwrap());
+            drop(
+                condition
+                    .wait_timeout(lock.lock().unwrap(), PATIENCE * 2)
+                    .unwrap(),
+            );
         }
         let missing = || ServeError::Missing { root: *root };
         let blobs = self.blobs.lock().unwrap();
         let blob = blobs.get(root).ok_or_else(missing)?;
-        let tree = Tree { root: *root, size: blob.size };
+        let tree = Tree {
+            root: *root,
+            size: blob.size,
+        };
         bao::encode_range(&tree, groups, &blob.data, &blob.outboard, out).map_err(|_| missing())?;
         if self.faults.lies.load(Ordering::Relaxed) {
             *out.last_mut().unwrap() ^= 1;
@@ -179,7 +229,9 @@ impl BlobStore for Memory {
         );
         decoded.map_err(|error| match error {
             DecodeError::Mismatch { group } => StoreError::Invalid { group },
-            _ => StoreError::Invalid { group: groups.start },
+            _ => StoreError::Invalid {
+                group: groups.start,
+            },
         })?;
         let mut blobs = self.blobs.lock().unwrap();
         let blob = blobs.entry(*root).or_insert_with(|| Blob {
@@ -188,8 +240,12 @@ impl BlobStore for Memory {
             outboard: vec![0; bao::outboard_len(size) as usize],
             groups: GroupRanges::new(),
         });
-        parents.iter().for_each(|(at, pair)| blob.outboard[*at..*at + pair.len()].copy_from_slice(*pair));
-        leaves.iter().for_each(|(at, leaf)| blob.data[*at..*at + leaf.len()].copy_from_slice(leaf));
+        parents
+            .iter()
+            .for_each(|(at, pair)| blob.outboard[*at..*at + pair.len()].copy_from_slice(*pair));
+        leaves
+            .iter()
+            .for_each(|(at, leaf)| blob.data[*at..*at + leaf.len()].copy_from_slice(leaf));
         blob.groups.insert(groups);
         Ok(())
     }
@@ -203,11 +259,17 @@ pub struct Records {
 
 impl Records {
     pub fn new(machine: &Machine) -> Self {
-        Self { fleet: machine.credential.fleet(), records: Mutex::default() }
+        Self {
+            fleet: machine.credential.fleet(),
+            records: Mutex::default(),
+        }
     }
 
     pub fn insert(&self, record: &SignedRecord) {
-        self.records.lock().unwrap().insert(record.id(), record.clone());
+        self.records
+            .lock()
+            .unwrap()
+            .insert(record.id(), record.clone());
     }
 
     pub fn len(&self) -> usize {
@@ -216,7 +278,9 @@ impl Records {
 
     fn newest_revocation(&self) -> Option<SignedRecord> {
         let records = self.records.lock().unwrap();
-        let revocations = records.values().filter(|r| matches!(r.record().body, Body::Revocation(_)));
+        let revocations = records
+            .values()
+            .filter(|r| matches!(r.record().body, Body::Revocation(_)));
         revocations.max_by_key(|r| r.record().sequence).cloned()
     }
 }
@@ -227,14 +291,20 @@ impl RecordStore for Records {
     }
 
     fn get(&self, id: &RecordId) -> Option<Vec<u8>> {
-        self.records.lock().unwrap().get(id).map(|record| record.as_bytes().to_vec())
+        self.records
+            .lock()
+            .unwrap()
+            .get(id)
+            .map(|record| record.as_bytes().to_vec())
     }
 
     fn offer(&self, bytes: &[u8]) -> Offer {
-        let checked = SignedRecord::decode(bytes).map_err(RecordError::from).and_then(|record| {
-            record.verify(&self.fleet, NOW, &Revoked::default())?;
-            Ok(record)
-        });
+        let checked = SignedRecord::decode(bytes)
+            .map_err(RecordError::from)
+            .and_then(|record| {
+                record.verify(&self.fleet, NOW, &Revoked::default())?;
+                Ok(record)
+            });
         match checked {
             Err(error) => Offer::Rejected(error.to_string()),
             Ok(record) => match self.records.lock().unwrap().insert(record.id(), record) {
@@ -245,11 +315,15 @@ impl RecordStore for Records {
     }
 
     fn revocation_head(&self) -> Option<Vec<u8>> {
-        self.newest_revocation().map(|record| record.as_bytes().to_vec())
+        self.newest_revocation()
+            .map(|record| record.as_bytes().to_vec())
     }
 
     fn revoked(&self) -> Revoked {
-        match self.newest_revocation().map(|record| record.record().body.clone()) {
+        match self
+            .newest_revocation()
+            .map(|record| record.record().body.clone())
+        {
             Some(Body::Revocation(revoked)) => revoked,
             _ => Revoked::default(),
         }
@@ -277,7 +351,13 @@ pub struct Start {
 impl Start {
     pub fn new(machine: Machine) -> Self {
         let listen = Some("127.0.0.1:0".parse().unwrap());
-        Self { machine, listen, bootstrap: Vec::new(), store: Arc::default(), limits: Limits::default() }
+        Self {
+            machine,
+            listen,
+            bootstrap: Vec::new(),
+            store: Arc::default(),
+            limits: Limits::default(),
+        }
     }
 
     pub fn to(mut self, other: &Node) -> Self {
@@ -303,8 +383,16 @@ impl Start {
             seed: 7,
         };
         let (store, machine) = (self.store, self.machine);
-        let (net, events) = Network::start(config, store.clone(), records.clone()).await.unwrap();
-        Node { net, events, store, records, machine }
+        let (net, events) = Network::start(config, store.clone(), records.clone())
+            .await
+            .unwrap();
+        Node {
+            net,
+            events,
+            store,
+            records,
+            machine,
+        }
     }
 }
 
@@ -316,7 +404,10 @@ impl Node {
     /// Adds a blob and announces it.
     pub async fn share(&self, content: &[u8]) -> Tree {
         let tree = self.store.add(content);
-        self.net.announce(tree.root, tree.size, GroupRanges::all(tree.size)).await.unwrap();
+        self.net
+            .announce(tree.root, tree.size, GroupRanges::all(tree.size))
+            .await
+            .unwrap();
         tree
     }
 
@@ -342,7 +433,8 @@ impl Node {
 
     /// Waits until this many peers are connected.
     pub async fn connected(&self, count: usize) {
-        self.until(async || self.net.peers().await.unwrap().len() >= count).await;
+        self.until(async || self.net.peers().await.unwrap().len() >= count)
+            .await;
     }
 
     /// Waits until something holds.
@@ -358,7 +450,9 @@ impl Node {
 
 /// Fails rather than hang.
 pub async fn within<T>(work: impl Future<Output = T>) -> T {
-    tokio::time::timeout(PATIENCE, work).await.expect("done in time")
+    tokio::time::timeout(PATIENCE, work)
+        .await
+        .expect("done in time")
 }
 
 /// Content that does not compress and has no two equal groups.
@@ -370,5 +464,8 @@ pub fn content(seed: u64, len: usize) -> Vec<u8> {
         state ^= state << 17;
         state.to_le_bytes()
     };
-    (0..len.div_ceil(8)).flat_map(|_| next()).take(len).collect()
+    (0..len.div_ceil(8))
+        .flat_map(|_| next())
+        .take(len)
+        .collect()
 }

@@ -13,7 +13,10 @@ async fn one_node_pulls_from_another() {
     let fleet = Fleet::new(1);
     let publisher = Start::new(fleet.enrol()).go().await;
     let puller = Start::new(fleet.enrol()).to(&publisher).go().await;
-    for (seed, len) in [0, 1, 16 << 10, (16 << 10) + 1, 3_000_000, 20 << 20].into_iter().enumerate() {
+    for (seed, len) in [0, 1, 16 << 10, (16 << 10) + 1, 3_000_000, 20 << 20]
+        .into_iter()
+        .enumerate()
+    {
         let data = content(seed as u64, len);
         let tree = publisher.share(&data).await;
         let done = puller.pull(tree.root, Some(tree.size)).await;
@@ -23,7 +26,10 @@ async fn one_node_pulls_from_another() {
     }
     let peers = puller.net.peers().await.unwrap();
     assert_eq!((peers.len(), peers[0].member.name.as_str()), (1, "pc-1"));
-    assert_eq!(peers[0].bytes_in, publisher.net.peers().await.unwrap()[0].bytes_out);
+    assert_eq!(
+        peers[0].bytes_in,
+        publisher.net.peers().await.unwrap()[0].bytes_out
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -53,7 +59,12 @@ async fn eight_nodes_help_each_other() {
     let tree = publisher.share(&content(1, 24 << 20)).await;
     let mut fetches = Vec::new();
     for node in &pullers {
-        fetches.push(node.net.fetch(FetchSpec::whole(tree.root, Some(tree.size))).await.unwrap());
+        fetches.push(
+            node.net
+                .fetch(FetchSpec::whole(tree.root, Some(tree.size)))
+                .await
+                .unwrap(),
+        );
     }
     for fetch in &mut fetches {
         within(fetch.done()).await.unwrap();
@@ -62,10 +73,23 @@ async fn eight_nodes_help_each_other() {
         assert!(node.store.content(&tree.root).is_some());
     }
     let totals = publisher.net.totals().await.unwrap();
-    let sent = totals.iter().find(|(root, _)| *root == tree.root).unwrap().1.sent;
-    assert!(sent < 4 * tree.size, "the publisher sent {:.2} copies", sent as f64 / tree.size as f64);
+    let sent = totals
+        .iter()
+        .find(|(root, _)| *root == tree.root)
+        .unwrap()
+        .1
+        .sent;
+    assert!(
+        sent < 4 * tree.size,
+        "the publisher sent {:.2} copies",
+        sent as f64 / tree.size as f64
+    );
     let providers = pullers[0].net.providers(tree.root).await.unwrap();
-    assert!(providers.iter().any(|provider| provider.peer == publisher.net.local_peer()));
+    assert!(
+        providers
+            .iter()
+            .any(|provider| provider.peer == publisher.net.local_peer())
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -74,14 +98,24 @@ async fn a_cancelled_fetch_keeps_what_it_verified_and_resumes() {
     let publisher = Start::new(fleet.enrol()).go().await;
     let puller = Start::new(fleet.enrol()).to(&publisher).go().await;
     let tree = publisher.share(&content(3, 32 << 20)).await;
-    let fetch = puller.net.fetch(FetchSpec::whole(tree.root, Some(tree.size))).await.unwrap();
+    let fetch = puller
+        .net
+        .fetch(FetchSpec::whole(tree.root, Some(tree.size)))
+        .await
+        .unwrap();
     let root = tree.root;
-    puller.until(async || puller.store.held(&root).count() >= 64).await;
+    puller
+        .until(async || puller.store.held(&root).count() >= 64)
+        .await;
     drop(fetch);
     tokio::time::sleep(Duration::from_millis(300)).await;
     let kept = puller.store.held(&root).bytes(tree.size);
     let done = puller.pull(root, Some(tree.size)).await;
-    assert!(kept > 0 && done.bytes_total <= tree.size - kept, "{kept} kept, {} fetched", done.bytes_total);
+    assert!(
+        kept > 0 && done.bytes_total <= tree.size - kept,
+        "{kept} kept, {} fetched",
+        done.bytes_total
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -91,7 +125,10 @@ async fn a_part_can_be_wanted_and_demanded() {
     let puller = Start::new(fleet.enrol()).to(&publisher).go().await;
     let tree = publisher.share(&content(3, 8 << 20)).await;
     let want = GroupRanges::from(100..110);
-    let spec = FetchSpec { want: Some(want.clone()), ..FetchSpec::whole(tree.root, Some(tree.size)) };
+    let spec = FetchSpec {
+        want: Some(want.clone()),
+        ..FetchSpec::whole(tree.root, Some(tree.size))
+    };
     let mut fetch = puller.net.fetch(spec).await.unwrap();
     fetch.demand(GroupRanges::from(105..107)).await.unwrap();
     let done = within(fetch.done()).await.unwrap();
@@ -107,9 +144,17 @@ async fn what_nobody_has_is_waited_for_until_somebody_has_it() {
     puller.connected(1).await;
     let data = content(5, 100_000);
     let root = RootHash::of(&data);
-    let mut known = puller.net.fetch(FetchSpec::whole(root, Some(100_000))).await.unwrap();
+    let mut known = puller
+        .net
+        .fetch(FetchSpec::whole(root, Some(100_000)))
+        .await
+        .unwrap();
     let other = content(6, 100_000);
-    let mut unknown = puller.net.fetch(FetchSpec::whole(RootHash::of(&other), None)).await.unwrap();
+    let mut unknown = puller
+        .net
+        .fetch(FetchSpec::whole(RootHash::of(&other), None))
+        .await
+        .unwrap();
     tokio::time::sleep(Duration::from_millis(200)).await;
     publisher.share(&data).await;
     publisher.share(&other).await;
@@ -133,9 +178,16 @@ async fn what_was_withdrawn_is_not_asked_for() {
 async fn shutdown_ends_fetches() {
     let fleet = Fleet::new(1);
     let node = Start::new(fleet.enrol()).go().await;
-    let mut fetch = node.net.fetch(FetchSpec::whole(RootHash::of(b"nowhere"), Some(7))).await.unwrap();
+    let mut fetch = node
+        .net
+        .fetch(FetchSpec::whole(RootHash::of(b"nowhere"), Some(7)))
+        .await
+        .unwrap();
     within(node.net.shutdown()).await;
-    assert!(matches!(within(fetch.done()).await, Err(FetchError::Closed)));
+    assert!(matches!(
+        within(fetch.done()).await,
+        Err(FetchError::Closed)
+    ));
     assert!(node.net.peers().await.is_err());
 }
 
@@ -150,13 +202,26 @@ async fn records_reach_everybody_early_and_late() {
     // What was there before arrives on connecting ...
     second.until(async || second.records.len() == 300).await;
     // ... also at a third that is connected to the second only ...
-    let third = Start { listen: None, ..Start::new(fleet.enrol()) }.to(&second).go().await;
+    let third = Start {
+        listen: None,
+        ..Start::new(fleet.enrol())
+    }
+    .to(&second)
+    .go()
+    .await;
     third.until(async || third.records.len() == 300).await;
     // ... and what is made later by gossip, or anti-entropy.
     let news = first.machine.record(1000);
     first.records.insert(&news);
-    first.net.publish_record(news.as_bytes().to_vec()).await.unwrap();
-    let heard = |event| matches!(event, Event::RecordReceived { bytes, .. } if bytes == news.as_bytes()).then_some(());
+    first
+        .net
+        .publish_record(news.as_bytes().to_vec())
+        .await
+        .unwrap();
+    let heard = |event| {
+        matches!(event, Event::RecordReceived { bytes, .. } if bytes == news.as_bytes())
+            .then_some(())
+    };
     second.event(heard).await;
     third.until(async || third.records.len() == 301).await;
 }
@@ -169,8 +234,13 @@ async fn status_is_heard() {
     let capsule = CapsuleId(RootHash::of(b"capsule"));
     first.net.set_capsules(vec![(capsule, true)]).await.unwrap();
     let told = |event| match event {
-        Event::Status { machine, capsules, .. } if !capsules.is_empty() => Some((machine, capsules)),
+        Event::Status {
+            machine, capsules, ..
+        } if !capsules.is_empty() => Some((machine, capsules)),
         _ => None,
     };
-    assert_eq!(second.event(told).await, (first.machine.key.machine(), vec![(capsule, true)]));
+    assert_eq!(
+        second.event(told).await,
+        (first.machine.key.machine(), vec![(capsule, true)])
+    );
 }

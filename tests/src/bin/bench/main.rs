@@ -72,12 +72,20 @@ fn main() -> Result<()> {
     };
     let (name, report) = match args.bench {
         Bench::Pair { mib } => ("pair", pair::run(scratch.path(), mib << 20, args.runs)?),
-        Bench::Publish { mib } => ("publish", publish::run(scratch.path(), mib << 20, args.runs)?),
-        Bench::Swarm { mib, pullers } => ("swarm", swarm::run(scratch.path(), mib << 20, pullers, args.runs)?),
+        Bench::Publish { mib } => (
+            "publish",
+            publish::run(scratch.path(), mib << 20, args.runs)?,
+        ),
+        Bench::Swarm { mib, pullers } => (
+            "swarm",
+            swarm::run(scratch.path(), mib << 20, pullers, args.runs)?,
+        ),
         Bench::Idle { seconds } => ("idle", idle::run(scratch.path(), seconds)?),
     };
     report.print();
-    let path = args.json.unwrap_or_else(|| format!("bench-{name}.json").into());
+    let path = args
+        .json
+        .unwrap_or_else(|| format!("bench-{name}.json").into());
     report.write(&path)?;
     println!("\nwritten to {}", path.display());
     Ok(())

@@ -20,19 +20,54 @@ pub fn run(scratch: &Path, bytes: u64, runs: usize) -> Result<Report> {
     let tree = scratch.join("tree");
     let held = real_files(&tree, bytes)?;
     let tar = scratch.join("tree.tar");
-    let status = Command::new("tar").arg("-cf").arg(&tar).arg("-C").arg(&tree).arg(".").status()?;
+    let status = Command::new("tar")
+        .arg("-cf")
+        .arg(&tar)
+        .arg("-C")
+        .arg(&tree)
+        .arg(".")
+        .status()?;
     ensure!(status.success(), "tar failed");
     let mut report = Report::new();
-    let compress_tar = format!("exec zstd -q -f -T0 {LEVEL} '{}' -o '{}/out.zst'", tar.display(), scratch.display());
+    let compress_tar = format!(
+        "exec zstd -q -f -T0 {LEVEL} '{}' -o '{}/out.zst'",
+        tar.display(),
+        scratch.display()
+    );
     let hash_tar = format!("exec b3sum '{}'", tar.display());
-    report.tables.push(compare("one tar", &tar, [&compress_tar, &hash_tar], scratch, held, runs)?);
-    let compress_tree = format!("tar -cf - -C '{}' . | zstd -q -f -T0 {LEVEL} -o '{}/out.zst'", tree.display(), scratch.display());
+    report.tables.push(compare(
+        "one tar",
+        &tar,
+        [&compress_tar, &hash_tar],
+        scratch,
+        held,
+        runs,
+    )?);
+    let compress_tree = format!(
+        "tar -cf - -C '{}' . | zstd -q -f -T0 {LEVEL} -o '{}/out.zst'",
+        tree.display(),
+        scratch.display()
+    );
     let hash_tree = format!("find '{}' -type f -print0 | xargs -0 b3sum", tree.display());
-    report.tables.push(compare("a tree", &tree, [&compress_tree, &hash_tree], scratch, held, runs)?);
+    report.tables.push(compare(
+        "a tree",
+        &tree,
+        [&compress_tree, &hash_tree],
+        scratch,
+        held,
+        runs,
+    )?);
     Ok(report)
 }
 
-fn compare(what: &str, source: &Path, others: [&str; 2], scratch: &Path, held: u64, runs: usize) -> Result<Table> {
+fn compare(
+    what: &str,
+    source: &Path,
+    others: [&str; 2],
+    scratch: &Path,
+    held: u64,
+    runs: usize,
+) -> Result<Table> {
     let mut ours: Vec<Cost> = vec![];
     let (mut zstd, mut b3sum) = (vec![], vec![]);
     let mut pack = 0;
@@ -52,19 +87,40 @@ fn compare(what: &str, source: &Path, others: [&str; 2], scratch: &Path, held: u
         let started = std::time::Instant::now();
         let published = fleet[0].publish(source, "lab:1");
         let wall = started.elapsed().as_secs_f64();
-        ours.push(Cost { wall, cpu: measure::cpu_of(pid) - before, peak: peak_of(pid) });
+        ours.push(Cost {
+            wall,
+            cpu: measure::cpu_of(pid) - before,
+            peak: peak_of(pid),
+        });
         pack = published["pack_bytes"].as_u64().unwrap_or(0);
     }
-    let mut table = Table::new(format!("publish {what}: {} MiB of real files", mib(held)), &["wall s", "CPU s", "peak MiB", "out MiB"]);
+    let mut table = Table::new(
+        format!("publish {what}: {} MiB of real files", mib(held)),
+        &["wall s", "CPU s", "peak MiB", "out MiB"],
+    );
     let out = fs::metadata(scratch.join("out.zst"))?.len();
     let row = |cost: Cost, out: String| {
-        vec![format!("{:.2}", cost.wall), format!("{:.2}", cost.cpu), mib(cost.peak), out]
+        vec![
+            format!("{:.2}", cost.wall),
+            format!("{:.2}", cost.cpu),
+            mib(cost.peak),
+            out,
+        ]
     };
     table.row("capsule publish", row(median_cost(&ours), mib(pack)));
-    table.row(format!("zstd -T0 {LEVEL}"), row(median_cost(&zstd), mib(out)));
+    table.row(
+        format!("zstd -T0 {LEVEL}"),
+        row(median_cost(&zstd), mib(out)),
+    );
     table.row("b3sum", row(median_cost(&b3sum), "-".into()));
-    let ratios = ours.iter().zip(zstd.iter().zip(&b3sum)).map(|(ours, (zstd, b3sum))| ours.wall / (zstd.wall + b3sum.wall));
-    table.note(format!("wall against the sum of both, run by run: median {:.2} (to reach: 1.35)", median(ratios.collect())));
+    let ratios = ours
+        .iter()
+        .zip(zstd.iter().zip(&b3sum))
+        .map(|(ours, (zstd, b3sum))| ours.wall / (zstd.wall + b3sum.wall));
+    table.note(format!(
+        "wall against the sum of both, run by run: median {:.2} (to reach: 1.35)",
+        median(ratios.collect())
+    ));
     table.note("peak memory to reach: under 512 MiB; the CPU of a pipeline of tools counts its shell's children");
     Ok(table)
 }
@@ -78,7 +134,10 @@ pub fn real_files(to: &Path, bytes: u64) -> Result<u64> {
         let base = to.join(format!("round{round}"));
         let mut open: Vec<PathBuf> = vec!["/usr".into()];
         while let Some(dir) = open.pop().filter(|_| held < bytes) {
-            let mut entries: Vec<_> = fs::read_dir(&dir).with_context(|| format!("{}", dir.display()))?.flatten().collect();
+            let mut entries: Vec<_> = fs::read_dir(&dir)
+                .with_context(|| format!("{}", dir.display()))?
+                .flatten()
+                .collect();
             entries.sort_by_key(fs::DirEntry::path);
             for entry in entries {
                 let kind = entry.file_type()?;

@@ -31,9 +31,18 @@ impl Report {
     /// A report of this machine.
     pub fn new() -> Self {
         let cpu = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-        let model = cpu.lines().find_map(|line| line.strip_prefix("model name")).unwrap_or("unknown CPU");
+        let model = cpu
+            .lines()
+            .find_map(|line| line.strip_prefix("model name"))
+            .unwrap_or("unknown CPU");
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        Self { machine: format!("{}, {cores} cores", model.trim_start_matches([' ', '\t', ':'])), tables: vec![] }
+        Self {
+            machine: format!(
+                "{}, {cores} cores",
+                model.trim_start_matches([' ', '\t', ':'])
+            ),
+            tables: vec![],
+        }
     }
 
     /// Prints the tables.
@@ -55,7 +64,12 @@ impl Table {
     /// An empty table.
     pub fn new(title: impl Into<String>, columns: &[&str]) -> Self {
         let columns = columns.iter().map(|&column| column.to_owned()).collect();
-        Self { title: title.into(), columns, rows: vec![], notes: vec![] }
+        Self {
+            title: title.into(),
+            columns,
+            rows: vec![],
+            notes: vec![],
+        }
     }
 
     /// Adds a row.
@@ -71,16 +85,34 @@ impl Table {
     fn print(&self) {
         println!("\n{}", self.title);
         let width = |i: usize| {
-            let cells = self.rows.iter().filter_map(|(_, figures)| figures.get(i)).map(|figure| figure.chars().count());
-            cells.chain([self.columns[i].chars().count()]).max().unwrap_or(0)
+            let cells = self
+                .rows
+                .iter()
+                .filter_map(|(_, figures)| figures.get(i))
+                .map(|figure| figure.chars().count());
+            cells
+                .chain([self.columns[i].chars().count()])
+                .max()
+                .unwrap_or(0)
         };
-        let first = self.rows.iter().map(|(name, _)| name.chars().count()).max().unwrap_or(0);
+        let first = self
+            .rows
+            .iter()
+            .map(|(name, _)| name.chars().count())
+            .max()
+            .unwrap_or(0);
         let line = |name: &str, cells: &[String]| {
-            let cells: Vec<_> = cells.iter().enumerate().map(|(i, cell)| format!("{cell:>0$}", width(i))).collect();
+            let cells: Vec<_> = cells
+                .iter()
+                .enumerate()
+                .map(|(i, cell)| format!("{cell:>0$}", width(i)))
+                .collect();
             println!("  {name:<first$}  {}", cells.join("  "));
         };
         line("", &self.columns);
-        self.rows.iter().for_each(|(name, figures)| line(name, figures));
+        self.rows
+            .iter()
+            .for_each(|(name, figures)| line(name, figures));
         self.notes.iter().for_each(|note| println!("  - {note}"));
     }
 }

@@ -16,20 +16,39 @@ const PATIENCE: Duration = Duration::from_secs(600);
 
 /// Installs Debian packages that are missing; the package `transmission-cli` and its like are known by their programs.
 pub fn install(packages: &[&str]) -> Result<()> {
-    let lacking: Vec<_> = packages.iter().filter(|package| {
-        let program = if **package == "aria2" { "aria2c" } else { package };
-        !Command::new("sh").args(["-c", &format!("command -v {program}")]).stdout(Stdio::null()).status().is_ok_and(|s| s.success())
-    }).collect();
+    let lacking: Vec<_> = packages
+        .iter()
+        .filter(|package| {
+            let program = if **package == "aria2" {
+                "aria2c"
+            } else {
+                package
+            };
+            !Command::new("sh")
+                .args(["-c", &format!("command -v {program}")])
+                .stdout(Stdio::null())
+                .status()
+                .is_ok_and(|s| s.success())
+        })
+        .collect();
     if lacking.is_empty() {
         return Ok(());
     }
     let apt = |args: &[&str]| {
-        Command::new("apt-get").args(args).env("DEBIAN_FRONTEND", "noninteractive").stdin(Stdio::null()).stdout(Stdio::null()).status()
+        Command::new("apt-get")
+            .args(args)
+            .env("DEBIAN_FRONTEND", "noninteractive")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .status()
     };
     apt(&["update", "-qq"])?;
     let mut args = vec!["install", "-y", "-qq", "--no-install-recommends"];
     args.extend(lacking);
-    ensure!(apt(&args)?.success(), "apt-get install failed: run as root, or install {packages:?}");
+    ensure!(
+        apt(&args)?.success(),
+        "apt-get install failed: run as root, or install {packages:?}"
+    );
     Ok(())
 }
 
@@ -39,8 +58,14 @@ pub struct Server(Child);
 impl Server {
     /// Starts it.
     pub fn start(command: &mut Command) -> Result<Self> {
-        let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn();
-        Ok(Self(child.with_context(|| format!("starting {command:?}"))?))
+        let child = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn();
+        Ok(Self(
+            child.with_context(|| format!("starting {command:?}"))?,
+        ))
     }
 
     fn pid(&self) -> u32 {
@@ -68,10 +93,17 @@ pub fn tcp_copy(address: Ipv4Addr, source: &Path, target: &Path) -> Result<Cost>
         copy(&mut fs::File::open(source)?, &mut stream)
     });
     let mut file = fs::File::create(target)?;
-    copy(&mut std::net::TcpStream::connect((address, port))?, &mut file)?;
+    copy(
+        &mut std::net::TcpStream::connect((address, port))?,
+        &mut file,
+    )?;
     sender.join().expect("the sender does not panic")?;
     file.sync_all()?;
-    Ok(Cost { wall: started.elapsed().as_secs_f64(), cpu: cpu_of(me) - before, peak: 2 << 20 })
+    Ok(Cost {
+        wall: started.elapsed().as_secs_f64(),
+        cpu: cpu_of(me) - before,
+        peak: 2 << 20,
+    })
 }
 
 /// Through a buffer, as a program would that looks at the bytes; no splice.
@@ -89,16 +121,38 @@ fn copy(from: &mut impl std::io::Read, to: &mut impl std::io::Write) -> Result<(
 pub fn rsync(address: Ipv4Addr, scratch: &Path, source: &Path, target: &Path) -> Result<Cost> {
     let config = scratch.join("rsyncd.conf");
     let dir = source.parent().context("the source lies in a directory")?;
-    fs::write(&config, format!("use chroot = no\n[data]\npath = {}\nread only = yes\nuid = root\ngid = root\n", dir.display()))?;
+    fs::write(
+        &config,
+        format!(
+            "use chroot = no\n[data]\npath = {}\nread only = yes\nuid = root\ngid = root\n",
+            dir.display()
+        ),
+    )?;
     let port = free_port(address)?;
     let mut server = Command::new("rsync");
-    server.args(["--daemon", "--no-detach", "--address", &address.to_string(), "--port", &port.to_string()]);
+    server.args([
+        "--daemon",
+        "--no-detach",
+        "--address",
+        &address.to_string(),
+        "--port",
+        &port.to_string(),
+    ]);
     let server = Server::start(server.arg("--config").arg(&config))?;
     wait_for_port(address, port)?;
     let before = cpu_of(server.pid());
-    let name = source.file_name().context("the source has a name")?.to_string_lossy().into_owned();
+    let name = source
+        .file_name()
+        .context("the source has a name")?
+        .to_string_lossy()
+        .into_owned();
     let mut client = Command::new("rsync");
-    client.args(["--whole-file", &format!("rsync://{address}:{port}/data/{name}")]).arg(target);
+    client
+        .args([
+            "--whole-file",
+            &format!("rsync://{address}:{port}/data/{name}"),
+        ])
+        .arg(target);
     let mut cost = measure::command(&mut client, target.parent())?;
     // The daemon's child for this transfer has ended by now; its time is in the daemon's account once it is reaped.
     std::thread::sleep(Duration::from_millis(300));
@@ -109,10 +163,19 @@ pub fn rsync(address: Ipv4Addr, scratch: &Path, source: &Path, target: &Path) ->
 
 /// A torrent of the source, announced to a tracker of ours.
 pub fn torrent(address: Ipv4Addr, scratch: &Path, source: &Path) -> Result<std::path::PathBuf> {
-    let torrent = scratch.join(format!("{}.torrent", source.file_name().context("a name")?.to_string_lossy()));
+    let torrent = scratch.join(format!(
+        "{}.torrent",
+        source.file_name().context("a name")?.to_string_lossy()
+    ));
     let url = tracker::start(address)?;
     let mut create = Command::new("transmission-create");
-    let status = create.arg("-o").arg(&torrent).args(["-t", &url]).arg(source).stdout(Stdio::null()).status()?;
+    let status = create
+        .arg("-o")
+        .arg(&torrent)
+        .args(["-t", &url])
+        .arg(source)
+        .stdout(Stdio::null())
+        .status()?;
     ensure!(status.success(), "transmission-create failed");
     Ok(torrent)
 }
@@ -121,9 +184,23 @@ pub fn torrent(address: Ipv4Addr, scratch: &Path, source: &Path) -> Result<std::
 pub fn aria2(address: Ipv4Addr, torrent: &Path, source: &Path, into: &Path) -> Result<Cost> {
     let common = |dir: &Path, port: u16| {
         let mut aria2 = Command::new("aria2c");
-        aria2.args(["--enable-dht=false", "--bt-enable-lpd=false", "--enable-peer-exchange=false", "--file-allocation=none"]);
-        aria2.args(["--bt-max-peers=8", "--summary-interval=0", "--quiet", &format!("--listen-port={port}")]);
-        aria2.arg(format!("--interface={address}")).arg("--dir").arg(dir).arg(torrent);
+        aria2.args([
+            "--enable-dht=false",
+            "--bt-enable-lpd=false",
+            "--enable-peer-exchange=false",
+            "--file-allocation=none",
+        ]);
+        aria2.args([
+            "--bt-max-peers=8",
+            "--summary-interval=0",
+            "--quiet",
+            &format!("--listen-port={port}"),
+        ]);
+        aria2
+            .arg(format!("--interface={address}"))
+            .arg("--dir")
+            .arg(dir)
+            .arg(torrent);
         aria2
     };
     let dir = source.parent().context("the source lies in a directory")?;
@@ -144,13 +221,25 @@ pub fn aria2(address: Ipv4Addr, torrent: &Path, source: &Path, into: &Path) -> R
 }
 
 /// transmission from a transmission seeder.
-pub fn transmission(address: Ipv4Addr, scratch: &Path, torrent: &Path, source: &Path, into: &Path) -> Result<Cost> {
+pub fn transmission(
+    address: Ipv4Addr,
+    scratch: &Path,
+    torrent: &Path,
+    source: &Path,
+    into: &Path,
+) -> Result<Cost> {
     let common = |dir: &Path, config: &str, port: u16| -> Result<Command> {
         let config = scratch.join(config);
         fs::create_dir_all(&config)?;
         fs::write(config.join("settings.json"), settings(address, port))?;
         let mut transmission = Command::new("transmission-cli");
-        transmission.arg("-g").arg(config).arg("-w").arg(dir).args(["-p", &port.to_string(), "-et"]).arg(torrent);
+        transmission
+            .arg("-g")
+            .arg(config)
+            .arg("-w")
+            .arg(dir)
+            .args(["-p", &port.to_string(), "-et"])
+            .arg(torrent);
         Ok(transmission)
     };
     let dir = source.parent().context("the source lies in a directory")?;
@@ -162,7 +251,10 @@ pub fn transmission(address: Ipv4Addr, scratch: &Path, torrent: &Path, source: &
     let finished = scratch.join("transmission-finished");
     let _ = fs::remove_file(&finished);
     let script = scratch.join("finish");
-    fs::write(&script, format!("#!/bin/sh\ntouch '{}'\n", finished.display()))?;
+    fs::write(
+        &script,
+        format!("#!/bin/sh\ntouch '{}'\n", finished.display()),
+    )?;
     std::os::unix::fs::chown(&script, None, None)?;
     fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
     let mut command = common(into, "transmission-leecher", free_port(address)?)?;
@@ -171,7 +263,10 @@ pub fn transmission(address: Ipv4Addr, scratch: &Path, torrent: &Path, source: &
     let started = Instant::now();
     let leecher = Server::start(&mut command)?;
     while !finished.exists() {
-        ensure!(started.elapsed() < PATIENCE, "transmission did not finish within {PATIENCE:?}");
+        ensure!(
+            started.elapsed() < PATIENCE,
+            "transmission did not finish within {PATIENCE:?}"
+        );
         std::thread::sleep(Duration::from_millis(5));
     }
     sync_file_system(into)?;
@@ -201,13 +296,18 @@ fn settings(address: Ipv4Addr, port: u16) -> String {
 }
 
 fn free_port(address: Ipv4Addr) -> Result<u16> {
-    Ok(std::net::TcpListener::bind((address, 0))?.local_addr()?.port())
+    Ok(std::net::TcpListener::bind((address, 0))?
+        .local_addr()?
+        .port())
 }
 
 fn wait_for_port(address: Ipv4Addr, port: u16) -> Result<()> {
     let deadline = Instant::now() + PATIENCE;
     while std::net::TcpStream::connect((address, port)).is_err() {
-        ensure!(Instant::now() < deadline, "nothing listens on {address}:{port}");
+        ensure!(
+            Instant::now() < deadline,
+            "nothing listens on {address}:{port}"
+        );
         std::thread::sleep(Duration::from_millis(20));
     }
     Ok(())

@@ -17,13 +17,23 @@ pub fn start(address: Ipv4Addr) -> Result<String> {
             let mut request = [0; 4096];
             let len = stream.read(&mut request).unwrap_or(0);
             let text = String::from_utf8_lossy(&request[..len]).into_owned();
-            let port = text.split(['?', '&', ' ']).find_map(|field| field.strip_prefix("port=")?.parse().ok());
+            let port = text
+                .split(['?', '&', ' '])
+                .find_map(|field| field.strip_prefix("port=")?.parse().ok());
             let mut peers = peers.lock().expect("no thread panics with it");
             if let (Some(port), Ok(IpAddr::V4(from))) = (port, stream.peer_addr().map(|a| a.ip())) {
-                if text.contains("event=stopped") { peers.remove(&(from, port)) } else { peers.insert((from, port)) };
+                if text.contains("event=stopped") {
+                    peers.remove(&(from, port))
+                } else {
+                    peers.insert((from, port))
+                };
             }
-            let compact: Vec<u8> = peers.iter().flat_map(|(ip, port)| [&ip.octets()[..], &port.to_be_bytes()].concat()).collect();
-            let mut body = format!("d8:intervali2e12:min intervali1e5:peers{}:", compact.len()).into_bytes();
+            let compact: Vec<u8> = peers
+                .iter()
+                .flat_map(|(ip, port)| [&ip.octets()[..], &port.to_be_bytes()].concat())
+                .collect();
+            let mut body =
+                format!("d8:intervali2e12:min intervali1e5:peers{}:", compact.len()).into_bytes();
             body.extend(compact);
             body.push(b'e');
             let head = format!("HTTP/1.0 200 OK\r\nContent-Length: {}\r\n\r\n", body.len());

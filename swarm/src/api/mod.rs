@@ -4,21 +4,23 @@
 //! Deliberately absent: anything of libp2p beyond [`PeerId`] and [`Multiaddr`]; how a transfer is
 //! scheduled (`capsule-swarm-core`); what a blob means (the node).
 
+mod fetch;
+mod stores;
+
 use std::fmt;
-use std::io;
 use std::net::SocketAddr;
-use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-use capsule_proto::credential::{Credential, MachineId, MachineKey, Member, Revoked};
-pub use capsule_proto::record::RecordId;
+use capsule_proto::credential::{Credential, MachineId, MachineKey, Member};
 use capsule_proto::{CapsuleId, GroupRanges, RootHash};
 pub use libp2p::{Multiaddr, PeerId};
 use thiserror::Error;
-use tokio::sync::{Notify, mpsc, oneshot, watch};
+use tokio::sync::{Notify, mpsc, oneshot};
 
-use crate::engine::{Command, FetchCommand};
+use crate::engine::Command;
+pub use fetch::{Fetch, FetchError, FetchProgress, FetchSpec, Priority};
+pub use stores::{BlobStore, Offer, RecordId, RecordStore, ServeError, StoreError};
 
 /// How a node takes part in its fleet's network.
 #[derive(Clone)]
@@ -68,229 +70,6 @@ impl Default for Limits {
             store_threads: 2,
             unsized_blob_max: 1 << 30,
         }
-    }
-}
-
-/// Why content could not be read for a peer.
-#[derive(Debug, Error)]
-pub enum ServeError {
-    /// The store does not hold that range (any more).
-    #[error("the store does not hold this range of {root}")]
-    Missing {
-        /// The blob asked for.
-        root: RootHash,
-    },
-    /// What lies on the disk no longer matches the hash.
-    #[error("chunk group {group} of {root} is damaged on the disk: run `capsule verify`")]
-    Damaged {
-        /// The blob asked for.
-        root: RootHash,
-        /// The first group that does not match.
-        group: u64,
-    },
-    /// Reading failed.
-    #[error("reading {root}: {source}")]
-    Io {
-        /// The blob asked for.
-        root: RootHash,
-        /// What the system said.
-        source: io::Error,
-    },
-}
-
-/// Why received content was not stored.
-#[derive(Debug, Error)]
-pub enum StoreError {
-    /// The bytes do not match the hash, or are no encoding of the range: the sender's fault.
-    #[error("chunk group {group} does not match the hash: the sender is at fault")]
-    Invalid {
-        /// The first group that does not match.
-        group: u64,
-    },
-    /// No room: the disk or the quota is full. Our fault; the fetch ends.
-    #[error("no room for more content: free space, raise the quota or run `capsule gc`")]
-    Full,
-    /// Writing failed. Our fault; the fetch ends.
-    #[error("writing content: {0}")]
-    Io(#[from] io::Error),
-}
-
-/// Blobs of the node, as the network reads and writes them. All calls block; they come from the
-/// network's own few threads, several at once.
-pub trait BlobStore: Send + Sync + 'static {
-    /// Size and held groups of a blob; `None` if nothing of it is known.
-    fn presence(&self, root: &RootHash) -> Option<(u64, GroupRanges)>;
-
-    /// Appends the bao encoding of a run of groups to `out` (see `capsule_chunker::bao::encode_range`).
-    fn read_encoded(
-        &self,
-        root: &RootHash,
-        groups: Range<u64>,
-        out: &mut Vec<u8>,
-    ) -> Result<(), ServeError>;
-
-    /// Verifies the bao encoding of a run of groups and stores it. The blob may be new to the store:
-    /// nothing is kept of it before something verified.
-    fn write_encoded(
-        &self,
-        root: &RootHash,
-        size: u64,
-        groups: Range<u64>,
-        encoded: &[u8],
-    ) -> Result<(), StoreError>;
-}
-
-/// What became of a record that a peer sent.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Offer {
-    /// Valid and not seen before: it is stored, and spreads on.
-    New,
-    /// Already held, or superseded by what is held: no fault of the sender's.
-    Known,
-    /// Malformed, or not signed by a member who may: counts against the sender.
-    Rejected(String),
-}
-
-/// Records of the node, as the network compares and exchanges them. Calls block for at most a short
-/// while (a database lookup); they come from the network's own threads.
-pub trait RecordStore: Send + Sync + 'static {
-    /// Every record that should spread.
-    fn ids(&self) -> Vec<RecordId>;
-    /// The bytes of one record.
-    fn get(&self, id: &RecordId) -> Option<Vec<u8>>;
-    /// Checks and stores a record that a peer sent.
-    fn offer(&self, bytes: &[u8]) -> Offer;
-    /// The newest revocation record, sent to peers before they are let in.
-    fn revocation_head(&self) -> Option<Vec<u8>>;
-    /// Tokens and machines revoked, by the revocation record that counts.
-    fn revoked(&self) -> Revoked;
-}
-
-/// How urgent a fetch is.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Priority {
-    /// Nobody waits (a headless node's prefetch).
-    Background,
-    /// A person or a pull waits for the whole.
-    #[default]
-    Normal,
-    /// A reader waits for these very bytes.
-    Demand,
-}
-
-/// What to fetch.
-#[derive(Clone, Debug)]
-pub struct FetchSpec {
-    /// The blob.
-    pub root: RootHash,
-    /// Its size in bytes; `None` takes it from a provider, bounded by [`Limits::unsized_blob_max`] and proved by the hash.
-    pub size: Option<u64>,
-    /// Groups already held; asked of the store at the start where `None`.
-    pub have: Option<GroupRanges>,
-    /// Groups wanted; `None` is all.
-    pub want: Option<GroupRanges>,
-    /// How urgent it is.
-    pub priority: Priority,
-}
-
-impl FetchSpec {
-    /// The whole blob at normal priority.
-    pub fn whole(root: RootHash, size: Option<u64>) -> Self {
-        Self { root, size, have: None, want: None, priority: Priority::Normal }
-    }
-}
-
-/// How far a fetch has come.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct FetchProgress {
-    /// Size of the blob, once known.
-    pub size: Option<u64>,
-    /// Bytes of content wanted that were lacking at the start.
-    pub bytes_total: u64,
-    /// Of these, bytes verified and stored.
-    pub bytes_done: u64,
-    /// Bytes a second, smoothed over the last few seconds.
-    pub rate: u64,
-    /// Connected peers that hold something we still lack.
-    pub providers: usize,
-    /// Verified content bytes by the peer that sent them.
-    pub by_peer: Vec<(PeerId, u64)>,
-}
-
-/// Why a fetch ended without all of it.
-#[derive(Debug, Error)]
-pub enum FetchError {
-    /// The store could not take more.
-    #[error("storing {root}: {source}")]
-    Store {
-        /// The blob.
-        root: RootHash,
-        /// What the store said.
-        source: StoreError,
-    },
-    /// Two fetches of one blob disagree on its size.
-    #[error("{root} is being fetched as {known} bytes, not {asked}: one of the two sizes is wrong")]
-    SizeConflict {
-        /// The blob.
-        root: RootHash,
-        /// Size of the fetch under way.
-        known: u64,
-        /// Size in the refused one.
-        asked: u64,
-    },
-    /// Larger than any blob may be.
-    #[error("{root}: {size} bytes are more than a blob may have")]
-    TooLarge {
-        /// The blob.
-        root: RootHash,
-        /// Its alleged size.
-        size: u64,
-    },
-    /// More fetches at once than the network schedules.
-    #[error("{0} fetches are under way: wait for some of them")]
-    TooMany(usize),
-    /// The network has been shut down.
-    #[error("the network has been shut down")]
-    Closed,
-}
-
-/// A fetch under way. Dropping it cancels; what is verified stays in the store.
-#[derive(Debug)]
-pub struct Fetch {
-    root: RootHash,
-    progress: watch::Receiver<FetchProgress>,
-    done: oneshot::Receiver<Result<FetchProgress, FetchError>>,
-    demand: mpsc::Sender<Command>,
-    /// Told when the receiver of `done` goes, so that the engine looks for abandoned fetches at once.
-    dropped: Arc<Notify>,
-}
-
-impl Fetch {
-    /// The blob.
-    pub fn root(&self) -> RootHash {
-        self.root
-    }
-
-    /// Progress, renewed a few times a second.
-    pub fn progress(&self) -> watch::Receiver<FetchProgress> {
-        self.progress.clone()
-    }
-
-    /// Waits for the end. Cancel-safe; not to be called again after it returned.
-    pub async fn done(&mut self) -> Result<FetchProgress, FetchError> {
-        (&mut self.done).await.unwrap_or(Err(FetchError::Closed))
-    }
-
-    /// Asks for some groups before everything else: a reader waits for them.
-    pub async fn demand(&self, groups: GroupRanges) -> Result<(), NetworkClosed> {
-        send(&self.demand, Command::Demand { root: self.root, groups }).await
-    }
-}
-
-impl Drop for Fetch {
-    fn drop(&mut self) {
-        self.done.close();
-        self.dropped.notify_one();
     }
 }
 
@@ -424,7 +203,9 @@ pub struct NetworkHandle {
 
 impl fmt::Debug for NetworkHandle {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("NetworkHandle").field("local_peer", &self.local_peer).finish_non_exhaustive()
+        f.debug_struct("NetworkHandle")
+            .field("local_peer", &self.local_peer)
+            .finish_non_exhaustive()
     }
 }
 
@@ -435,7 +216,12 @@ impl NetworkHandle {
         commands: mpsc::Sender<Command>,
         dropped: Arc<Notify>,
     ) -> Self {
-        Self { local_peer, listening, commands, dropped }
+        Self {
+            local_peer,
+            listening,
+            commands,
+            dropped,
+        }
     }
 
     /// This node's id.
@@ -465,14 +251,10 @@ impl NetworkHandle {
 
     /// Starts fetching a blob. It waits for providers as long as it takes: time out by dropping it.
     pub async fn fetch(&self, spec: FetchSpec) -> Result<Fetch, FetchError> {
-        let root = spec.root;
-        let (done_sender, done) = oneshot::channel();
-        let (progress_sender, progress) = watch::channel(FetchProgress::default());
-        let command = FetchCommand { spec, progress: progress_sender, done: done_sender };
-        let command = Command::Fetch(command);
-        send(&self.commands, command).await.map_err(|NetworkClosed| FetchError::Closed)?;
-        let (demand, dropped) = (self.commands.clone(), self.dropped.clone());
-        Ok(Fetch { root, progress, done, demand, dropped })
+        let (fetch, command) = Fetch::new(spec, self.commands.clone(), self.dropped.clone());
+        let sent = send(&self.commands, Command::Fetch(command)).await;
+        sent.map_err(|NetworkClosed| FetchError::Closed)?;
+        Ok(fetch)
     }
 
     /// Spreads a record that this node made and has already put into its record store.
@@ -481,7 +263,10 @@ impl NetworkHandle {
     }
 
     /// Says which capsules this node holds, and whether complete; the fleet hears it by gossip.
-    pub async fn set_capsules(&self, capsules: Vec<(CapsuleId, bool)>) -> Result<(), NetworkClosed> {
+    pub async fn set_capsules(
+        &self,
+        capsules: Vec<(CapsuleId, bool)>,
+    ) -> Result<(), NetworkClosed> {
         send(&self.commands, Command::SetCapsules { capsules }).await
     }
 

@@ -1,0 +1,281 @@
+//! The daemon: opens a home, takes part in the fleet, answers clients, and stops in order.
+//!
+//! Order of starting: the store (whose lock keeps a second daemon away), the records, the network, what is held is announced,
+//! then the control socket. Stopping goes the other way round, and ends with what was received being durable. A daemon that is killed instead loses at
+//! most what was in flight (`node/docs/store.md`).
+
+mod events;
+pub mod memory;
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use capsule_proto::manifest::MAX_MANIFEST_LEN;
+use capsule_swarm::{Event, Limits, Network, NetworkConfig, PeerId, StartError};
+use thiserror::Error;
+use tokio::net::UnixListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+
+use crate::blobs::Blobs;
+use crate::clock::Clock;
+use crate::control::{ServerError, listen, serve};
+use crate::follow;
+use crate::home::{Home, HomeError, socket};
+use crate::layers::Components;
+use crate::node::{Answers, Node, Parts};
+use crate::records::Records;
+use crate::store::{ComponentProvider, Damage, DatabaseError, OpenError, Store, StoreOptions, WriteError};
+
+/// Threads that run tasks: the network's work is on its own threads, long work on blocking ones.
+const WORKER_THREADS: usize = 2;
+/// Threads for blocking work: two long works, and look-ups for as many clients as ask at a time.
+const BLOCKING_THREADS: usize = 16;
+/// A blocking thread without work ends after this.
+const THREAD_IDLE: Duration = Duration::from_secs(5);
+/// Reports of damage that may wait; beyond, the next `verify` finds it again.
+const DAMAGE_QUEUE: usize = 256;
+/// How long stopping may take for the network.
+const STOP_PATIENCE: Duration = Duration::from_secs(5);
+
+/// What the command line sets for one run.
+#[derive(Debug, Clone, Default)]
+pub struct NodeOptions {
+    /// Where to listen, in place of the home's setting; empty: as set.
+    pub listen: Vec<SocketAddr>,
+    /// More addresses where the fleet may be found.
+    pub bootstrap: Vec<String>,
+    /// Whether to look for the fleet on the LAN, in place of the home's setting.
+    pub lan_discovery: Option<bool>,
+}
+
+/// A daemon that is ready.
+#[derive(Debug, Clone)]
+pub struct Ready {
+    /// Addresses that accept connections, with the ports that the system chose.
+    pub listening: Vec<SocketAddr>,
+    /// The control socket.
+    pub socket: PathBuf,
+    /// This node's network id.
+    pub peer: String,
+    /// What opening the store found and put right, in words; empty after an orderly stop.
+    pub recovered: Vec<String>,
+}
+
+/// Why the daemon did not start, or did not stop in order.
+#[derive(Debug, Error)]
+pub enum NodeError {
+    /// The home could not be used.
+    #[error(transparent)]
+    Home(#[from] HomeError),
+    /// The store could not be opened.
+    #[error(transparent)]
+    Store(#[from] OpenError),
+    /// The database could not be read.
+    #[error(transparent)]
+    Database(#[from] DatabaseError),
+    /// The network did not start.
+    #[error(transparent)]
+    Network(#[from] StartError),
+    /// The control socket could not be made.
+    #[error(transparent)]
+    Control(#[from] ServerError),
+    /// The system gave no threads, or no signals.
+    #[error("starting: {0}")]
+    System(#[from] std::io::Error),
+    /// Starting failed for another reason.
+    #[error(transparent)]
+    Failed(#[from] crate::control::Failure),
+    /// What was received could not all be made durable at the end.
+    #[error("stopping: {0}; what was not durable is fetched again")]
+    Flush(#[from] WriteError),
+}
+
+/// Runs a node until SIGTERM or SIGINT. Blocks; makes its own threads.
+pub fn run(home: Home, options: NodeOptions, on_ready: impl FnOnce(&Ready)) -> Result<(), NodeError> {
+    memory::limit_arenas();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(WORKER_THREADS)
+        .max_blocking_threads(BLOCKING_THREADS)
+        .thread_keep_alive(THREAD_IDLE)
+        .thread_name("capsule")
+        .enable_all()
+        .build()?;
+    let result = runtime.block_on(async {
+        // Before anything else, so that no signal is lost while starting.
+        let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+        let daemon = Daemon::start(home, options).await?;
+        on_ready(&daemon.ready);
+        let serving = daemon.serve();
+        tokio::select! {
+            () = serving => {}
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        daemon.stop().await
+    });
+    // Work that was told to stop ends within about a megabyte.
+    runtime.shutdown_timeout(STOP_PATIENCE);
+    result
+}
+
+/// A daemon that has started.
+struct Daemon {
+    node: Arc<Node>,
+    ready: Ready,
+    parts: tokio::sync::Mutex<Option<Running>>,
+}
+
+/// What a daemon listens to.
+struct Running {
+    clients: UnixListener,
+    events: mpsc::Receiver<Event>,
+    damage: mpsc::Receiver<Damage>,
+}
+
+impl Daemon {
+    async fn start(home: Home, options: NodeOptions) -> Result<Self, NodeError> {
+        let (settings, identity) = (home.settings()?, home.identity()?);
+        let store_options = StoreOptions { quota: settings.quota, ..StoreOptions::default() };
+        let store = Store::open(&home.store_dir(), store_options)?;
+        let recovered = recovered(&store);
+        // Its own credential was signed in the past.
+        let floor = store.newest_time()?.max(identity.credential.grant().issued);
+        let clock = Arc::new(Clock::new(floor));
+        let fleet = identity.credential.fleet();
+        let records = Arc::new(Records::open(store.clone(), fleet, clock.clone())?);
+        let blobs = Arc::new(Blobs::new(store.clone()));
+        let components = Arc::new(Components::new(store.clone()));
+        store.set_component_provider(&(components.clone() as Arc<dyn ComponentProvider>));
+        let (damaged, damage) = mpsc::channel(DAMAGE_QUEUE);
+        store.on_damage(Arc::new(move |found: &Damage| {
+            // Handed on: the finder holds the blob's lock.
+            let _ = damaged.try_send(found.clone());
+        }));
+
+        let now = clock.clone();
+        let mut bootstrap = [identity.addresses.clone(), settings.bootstrap.clone(), options.bootstrap].concat();
+        bootstrap.extend(events::known_addresses(&store));
+        let mut seed = [0; 8];
+        crate::home::system_entropy(&mut seed);
+        let config = NetworkConfig {
+            machine: identity.machine.clone(),
+            credential: identity.credential.clone(),
+            listen: if options.listen.is_empty() { settings.listen.clone() } else { options.listen },
+            bootstrap,
+            lan_discovery: options.lan_discovery.unwrap_or(settings.lan_discovery),
+            banned: banned(&store, clock.now())?,
+            // Only manifests are fetched without knowing their size.
+            limits: Limits { unsized_blob_max: MAX_MANIFEST_LEN as u64, ..Limits::default() },
+            unix_time: Arc::new(move || now.now()),
+            seed: u64::from_le_bytes(seed),
+        };
+        let (network, events) = Network::start(config, blobs.clone(), records.clone()).await?;
+        let listening = network.listening().to_vec();
+        home.save_listening(&reachable(&listening))?;
+        let socket = socket::prepare(home.dir())?;
+        let peer = network.local_peer().to_string();
+        let node = Node::new(Parts { home, settings, identity, store, records, network, clock, blobs, components });
+        announce_all(&node).await?;
+        follow::resume(&node).await?;
+        let clients = listen(&socket)?;
+        let ready = Ready { listening, socket, peer, recovered };
+        Ok(Self { node, ready, parts: tokio::sync::Mutex::new(Some(Running { clients, events, damage })) })
+    }
+
+    /// Serves until dropped.
+    async fn serve(&self) {
+        let Some(Running { clients, events, damage }) = self.parts.lock().await.take() else { return };
+        let node = &self.node;
+        let mut tasks = JoinSet::new();
+        tasks.spawn(serve(clients, Arc::new(Answers(node.clone()))));
+        tasks.spawn(events::watch_network(node.clone(), events));
+        tasks.spawn(events::watch_damage(node.clone(), damage));
+        tasks.spawn(events::purge_records(node.clone()));
+        let components = node.components.clone();
+        tasks.spawn(async move { components.close_idle().await });
+        // None of them ends by itself but with the network, which ends when the node is told to.
+        while let Some(ended) = tasks.join_next().await {
+            if let Err(error) = ended {
+                tracing::error!(%error, "a part of the node failed; it goes on without");
+            }
+        }
+    }
+
+    async fn stop(self) -> Result<(), NodeError> {
+        let node = self.node;
+        node.follower.stop_all();
+        // What cannot be removed is replaced at the next start.
+        let _ = std::fs::remove_file(&self.ready.socket);
+        events::save_addresses(&node).await;
+        if tokio::time::timeout(STOP_PATIENCE, node.network.shutdown()).await.is_err() {
+            tracing::warn!("the network did not stop in time");
+        }
+        let store = node.store.clone();
+        let flushed = tokio::task::spawn_blocking(move || store.flush_all()).await;
+        flushed.map_err(std::io::Error::other)?.map_err(NodeError::from)
+    }
+}
+
+/// Announces everything that is here, and tells the fleet which capsules.
+async fn announce_all(node: &Node) -> Result<(), NodeError> {
+    let roots = node.store.blobs().into_iter().map(|blob| blob.root);
+    let components = node.store.components().into_iter().map(|(root, _)| root);
+    node.announce(roots.chain(components)).await?;
+    node.tell_capsules().await?;
+    Ok(())
+}
+
+fn banned(store: &Store, now: u64) -> Result<Vec<PeerId>, NodeError> {
+    store.lift_ended_bans(now)?;
+    Ok(store.bans(now)?.into_iter().filter_map(|(peer, _)| PeerId::from_bytes(&peer).ok()).collect())
+}
+
+fn recovered(store: &Store) -> Vec<String> {
+    let recovery = store.recovery();
+    let mut words = Vec::new();
+    if !recovery.removed.is_empty() {
+        words.push(format!("removed {} files of work that was cut short", recovery.removed.len()));
+    }
+    for (root, groups) in &recovery.lost {
+        words.push(format!("{} chunk groups of {root} are no longer on the disk: pull what needs them again", groups.count()));
+    }
+    words
+}
+
+/// Addresses to put into tokens: of sockets that listen everywhere, each interface's; loopback only where there is nothing else.
+fn reachable(listening: &[SocketAddr]) -> Vec<String> {
+    let interfaces = if_addrs::get_if_addrs().unwrap_or_default();
+    let mut addresses: Vec<SocketAddr> = Vec::new();
+    for address in listening {
+        if !address.ip().is_unspecified() {
+            addresses.push(*address);
+            continue;
+        }
+        let same_kind = interfaces.iter().filter(|i| i.ip().is_ipv4() == address.is_ipv4());
+        // Link-local addresses mean nothing without the interface, which differs from machine to machine.
+        let usable = same_kind.filter(|i| !i.is_link_local());
+        addresses.extend(usable.map(|interface| SocketAddr::new(interface.ip(), address.port())));
+    }
+    if addresses.iter().any(|address| !address.ip().is_loopback()) {
+        addresses.retain(|address| !address.ip().is_loopback());
+    }
+    addresses.iter().map(ToString::to_string).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tokens_get_addresses_that_lead_somewhere() {
+        let given = ["10.1.2.3:5".parse().unwrap(), "127.0.0.1:6".parse().unwrap()];
+        assert_eq!(reachable(&given), ["10.1.2.3:5"]);
+        assert_eq!(reachable(&given[1..]), ["127.0.0.1:6"]);
+        let everywhere = reachable(&["0.0.0.0:7".parse().unwrap()]);
+        assert!(everywhere.iter().all(|address| address.ends_with(":7") && !address.starts_with("0.0.0.0")));
+    }
+}

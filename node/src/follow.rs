@@ -1,0 +1,201 @@
+//! Following channels: each new version is pulled by itself, and the newest two are kept pinned.
+//!
+//! One task a channel. It sleeps until records change, or, after a failure, until its next try; nothing polls.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use capsule_proto::name::Channel;
+use capsule_swarm::Priority;
+use tokio::task::AbortHandle;
+
+use crate::control::{Failure, FailureCode, Follow, FollowInfo, Followed, Holding, Unfollow, Unfollowed};
+use crate::node::Node;
+use crate::records::{KnownName, Resolution};
+use crate::store::{Follow as FollowRow, PinOrigin};
+use crate::transfer::{fetch_capsule, manner};
+use crate::work::blocking;
+
+/// Versions of a followed channel that stay pinned: the current one, and the one to go back to.
+const KEEP: u32 = 2;
+/// Most channels followed: each has a task.
+const MAX_FOLLOWS: usize = 256;
+/// First wait after a failure; doubled each time.
+const RETRY_FIRST: Duration = Duration::from_secs(5);
+/// Longest wait after failures: a provider that comes back is noticed within it.
+const RETRY_MAX: Duration = Duration::from_secs(300);
+
+/// The tasks that follow.
+#[derive(Debug, Default)]
+pub struct Follower {
+    channels: Mutex<HashMap<Channel, Task>>,
+}
+
+#[derive(Debug)]
+struct Task {
+    abort: AbortHandle,
+    trouble: Option<String>,
+}
+
+impl Drop for Task {
+    fn drop(&mut self) {
+        self.abort.abort();
+    }
+}
+
+impl Follower {
+    fn channels(&self) -> MutexGuard<'_, HashMap<Channel, Task>> {
+        self.channels.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn start(&self, node: &Arc<Node>, channel: Channel, follow: FollowRow) {
+        // A weak reference: a node that is put down does not wait for its followers.
+        let (weak, followed) = (Arc::downgrade(node), channel.clone());
+        let task = tokio::spawn(async move {
+            let mut wait = None;
+            let Some(mut changes) = weak.upgrade().map(|node| node.records.changes()) else { return };
+            loop {
+                changes.borrow_and_update();
+                let Some(node) = weak.upgrade() else { return };
+                wait = match catch_up(&node, &followed, &follow).await {
+                    Ok(()) => None,
+                    Err(failure) => {
+                        node.follower.note(&followed, Some(failure.message));
+                        Some(wait.map_or(RETRY_FIRST, |wait: Duration| (wait * 2).min(RETRY_MAX)))
+                    }
+                };
+                drop(node);
+                let changed = changes.changed();
+                let gone = match wait {
+                    Some(wait) => matches!(tokio::time::timeout(wait, changed).await, Ok(Err(_))),
+                    None => changed.await.is_err(),
+                };
+                if gone {
+                    return;
+                }
+            }
+        });
+        let abort = task.abort_handle();
+        self.channels().insert(channel, Task { abort, trouble: None });
+    }
+
+    fn note(&self, channel: &Channel, trouble: Option<String>) {
+        if let Some(task) = self.channels().get_mut(channel) {
+            task.trouble = trouble;
+        }
+    }
+
+    fn stop(&self, channel: &Channel) {
+        self.channels().remove(channel);
+    }
+
+    /// Stops following, without forgetting what is followed.
+    pub fn stop_all(&self) {
+        self.channels().clear();
+    }
+}
+
+/// Takes up the channels that the store says are followed.
+pub async fn resume(node: &Arc<Node>) -> Result<(), Failure> {
+    let store = node.store.clone();
+    for (channel, follow) in blocking(move || Ok(store.follows()?)).await? {
+        node.follower.start(node, channel, follow);
+    }
+    Ok(())
+}
+
+/// Follows a channel.
+pub async fn follow(node: &Arc<Node>, request: Follow) -> Result<Followed, Failure> {
+    let channel = request.channel;
+    let (shared, followed) = (node.clone(), channel.clone());
+    let (new, newest, row) = blocking(move || {
+        let known = shared.store.follows()?;
+        let row = FollowRow { keep: KEEP, since: shared.clock.now() };
+        let new = !known.iter().any(|(channel, _)| *channel == followed);
+        if new && known.len() >= MAX_FOLLOWS {
+            let message = format!("{MAX_FOLLOWS} channels are followed already");
+            return Err(Failure::new(FailureCode::Refused, message).hint("`capsule unfollow` some of them"));
+        }
+        if new {
+            shared.store.follow(&followed, &row)?;
+        }
+        Ok((new, shared.records.newest(&followed)?, row))
+    })
+    .await?;
+    if new {
+        node.follower.start(node, channel.clone(), row);
+    }
+    let newest = newest.map(|newest| newest.name.to_string());
+    Ok(Followed { channel: channel.to_string(), new, newest })
+}
+
+/// Follows a channel no longer; its pins go, its content stays until collected.
+pub async fn unfollow(node: &Arc<Node>, request: Unfollow) -> Result<Unfollowed, Failure> {
+    let channel = request.channel;
+    node.follower.stop(&channel);
+    let (shared, unfollowed) = (node.clone(), channel.clone());
+    let followed = blocking(move || {
+        let followed = shared.store.unfollow(&unfollowed)?;
+        let ours = PinOrigin::Follow(unfollowed.to_string());
+        for (capsule, _) in shared.store.pins()?.into_iter().filter(|(_, origin)| *origin == ours) {
+            shared.store.unpin(&capsule, &ours)?;
+        }
+        Ok(followed)
+    })
+    .await?;
+    Ok(Unfollowed { channel: channel.to_string(), followed })
+}
+
+/// Channels followed, for `status`. Blocks.
+pub fn list(node: &Node) -> Result<Vec<FollowInfo>, Failure> {
+    let mut follows = Vec::new();
+    for (channel, follow) in node.store.follows()? {
+        let newest = node.records.newest(&channel)?;
+        let holding = newest.as_ref().map_or(Ok(Holding::Absent), |newest| node.holdings.holding(&newest.capsule))?;
+        let trouble = node.follower.channels().get(&channel).and_then(|task| task.trouble.clone());
+        let (channel, newest) = (channel.to_string(), newest.map(|newest| newest.name.to_string()));
+        follows.push(FollowInfo { channel, newest, holding, since: follow.since, trouble });
+    }
+    Ok(follows)
+}
+
+/// Brings the newest version here, and pins the newest that are.
+async fn catch_up(node: &Arc<Node>, channel: &Channel, follow: &FollowRow) -> Result<(), Failure> {
+    let (shared, asked) = (node.clone(), channel.clone());
+    let names = blocking(move || Ok(shared.records.names_of(&asked)?)).await?;
+    let Some(newest) = names.first().cloned() else { return Ok(()) };
+    let resolution =
+        Resolution { capsule: newest.capsule, name: Some(newest.name.clone()), manifest_size: Some(newest.manifest_size) };
+    let shared = node.clone();
+    let held = blocking(move || Ok(shared.holdings.holding(&newest.capsule)?)).await?;
+    if held != Holding::Complete {
+        let manner = manner(&resolution, None, Priority::Background);
+        fetch_capsule(node, resolution, manner, &(|_| ())).await?;
+    }
+    node.follower.note(channel, None);
+    let (shared, channel, keep) = (node.clone(), channel.clone(), follow.keep as usize);
+    blocking(move || pin_newest(&shared, &channel, &names, keep)).await
+}
+
+/// Pins the newest versions that are here, and takes the pins of older ones away.
+fn pin_newest(node: &Node, channel: &Channel, names: &[KnownName], keep: usize) -> Result<(), Failure> {
+    let mut kept = Vec::new();
+    for name in names {
+        let fresh = kept.len() < keep && !kept.contains(&name.capsule);
+        if fresh && node.holdings.holding(&name.capsule)? == Holding::Complete {
+            kept.push(name.capsule);
+        }
+    }
+    let ours = PinOrigin::Follow(channel.to_string());
+    // New pins first, so that at no time less is kept than should be.
+    for capsule in &kept {
+        node.store.pin(capsule, &ours)?;
+    }
+    for (capsule, origin) in node.store.pins()? {
+        if origin == ours && !kept.contains(&capsule) {
+            node.store.unpin(&capsule, &ours)?;
+        }
+    }
+    Ok(())
+}

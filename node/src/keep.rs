@@ -1,0 +1,144 @@
+//! What stays and what goes: pins, collection, removal.
+//!
+//! A capsule is wanted while somebody pins it (the user, its publication here, a followed channel) or a pull of it runs. The store
+//! removes blobs; which of them are needed is decided here.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use capsule_proto::{CapsuleId, RootHash};
+
+use crate::control::{CapsuleRef, Collected, Failure, FailureCode, Gc, Pin, Pinned, Removed, Rm, Unpin};
+use crate::node::{Node, spelled};
+use crate::store::{DatabaseError, GcMode, GcReport, PinOrigin};
+use crate::work::blocking;
+
+/// A pin's owner in answers.
+pub fn origin_word(origin: &PinOrigin) -> String {
+    match origin {
+        PinOrigin::User => "user".to_owned(),
+        PinOrigin::Publication => "publication".to_owned(),
+        PinOrigin::Follow(channel) => format!("follow:{channel}"),
+    }
+}
+
+/// Who pins a capsule.
+pub fn pins_of(node: &Node, capsule: &CapsuleId) -> Result<Vec<String>, DatabaseError> {
+    let pins = node.store.pins()?;
+    Ok(pins.iter().filter(|(id, _)| id == capsule).map(|(_, origin)| origin_word(origin)).collect())
+}
+
+/// Pins a capsule for the user.
+pub async fn pin(node: &Arc<Node>, request: Pin) -> Result<Pinned, Failure> {
+    change_pins(node, request.capsule, |node, capsule| node.store.pin(capsule, &PinOrigin::User)).await
+}
+
+/// Takes the user's pin and the publication's away; a followed channel keeps its own.
+pub async fn unpin(node: &Arc<Node>, request: Unpin) -> Result<Pinned, Failure> {
+    change_pins(node, request.capsule, |node, capsule| {
+        let user = node.store.unpin(capsule, &PinOrigin::User)?;
+        Ok(node.store.unpin(capsule, &PinOrigin::Publication)? || user)
+    })
+    .await
+}
+
+async fn change_pins(
+    node: &Arc<Node>,
+    reference: CapsuleRef,
+    change: impl FnOnce(&Node, &CapsuleId) -> Result<bool, DatabaseError> + Send + 'static,
+) -> Result<Pinned, Failure> {
+    let node = node.clone();
+    blocking(move || {
+        let capsule = node.resolve(&reference)?.capsule;
+        let changed = change(&node, &capsule)?;
+        Ok(Pinned { capsule, changed, pins: pins_of(&node, &capsule)? })
+    })
+    .await
+}
+
+/// Removes what nobody pins.
+pub async fn gc(node: &Arc<Node>, request: Gc) -> Result<Collected, Failure> {
+    let shared = node.clone();
+    let (dead, report) = blocking(move || collect(&shared, request.dry_run)).await?;
+    if !request.dry_run {
+        withdraw(node, &report).await?;
+    }
+    Ok(Collected {
+        dry_run: request.dry_run,
+        capsules: dead,
+        blobs: (report.blobs.len() + report.components.len()) as u64,
+        bytes: report.freed,
+        busy: report.in_use.len() as u64,
+    })
+}
+
+fn collect(node: &Node, dry_run: bool) -> Result<(Vec<CapsuleId>, GcReport), Failure> {
+    let pinned: BTreeSet<CapsuleId> = node.store.pins()?.into_iter().map(|(id, _)| id).collect();
+    let held: Vec<CapsuleId> = node.store.capsules()?.into_iter().map(|(id, _)| id).collect();
+    let stays = |id: &CapsuleId| pinned.contains(id) || node.transfers.is_running(id);
+    let (living, dead): (Vec<CapsuleId>, Vec<CapsuleId>) = held.into_iter().partition(stays);
+    let live = live_blobs(node, living.iter().chain(&pinned))?;
+    if !dry_run {
+        // First they are not held any more, then their blobs go: the other way round, a crash would leave capsules without content.
+        dead.iter().try_for_each(|id| node.store.remove_capsule(id).map(drop))?;
+        node.components.close_all();
+    }
+    let mode = if dry_run { GcMode::DryRun } else { GcMode::Collect };
+    Ok((dead, node.store.gc(&|root| live.contains(root), mode)?))
+}
+
+fn live_blobs<'a>(node: &Node, capsules: impl Iterator<Item = &'a CapsuleId>) -> Result<BTreeSet<RootHash>, Failure> {
+    let mut live = BTreeSet::new();
+    for id in capsules {
+        live.extend(node.holdings.blobs_of(id, &node.records)?);
+    }
+    Ok(live)
+}
+
+/// Removes one capsule; what others need stays.
+pub async fn rm(node: &Arc<Node>, request: Rm) -> Result<Removed, Failure> {
+    let shared = node.clone();
+    let (capsule, report) = blocking(move || remove(&shared, &request)).await?;
+    withdraw(node, &report).await?;
+    Ok(Removed {
+        capsule,
+        blobs: (report.blobs.len() + report.components.len()) as u64,
+        bytes: report.freed,
+        busy: report.in_use.len() as u64,
+    })
+}
+
+fn remove(node: &Node, request: &Rm) -> Result<(CapsuleId, GcReport), Failure> {
+    let resolution = node.resolve(&request.capsule)?;
+    let (capsule, name) = (resolution.capsule, spelled(&resolution));
+    let Some(_) = node.store.capsule(&capsule)? else {
+        let message = format!("nothing of {name} is here");
+        return Err(Failure::new(FailureCode::NotFound, message).hint("`capsule ls --held` lists what is here"));
+    };
+    if node.transfers.is_running(&capsule) {
+        let message = format!("{name} is being pulled");
+        return Err(Failure::new(FailureCode::Refused, message).hint("stop that pull first, or unfollow its channel"));
+    }
+    let pins = pins_of(node, &capsule)?;
+    if !pins.is_empty() && !request.force {
+        let message = format!("{name} is pinned ({})", pins.join(", "));
+        let hint = format!("`capsule unpin {name}` (a followed channel: `capsule unfollow`), or remove it all the same with --force");
+        return Err(Failure::new(FailureCode::Refused, message).hint(hint));
+    }
+    let candidates = node.holdings.blobs_of(&capsule, &node.records)?;
+    let others: Vec<CapsuleId> = node.store.capsules()?.into_iter().map(|(id, _)| id).filter(|id| *id != capsule).collect();
+    let needed = live_blobs(node, others.iter())?;
+    node.store.remove_capsule(&capsule)?;
+    node.components.close_all();
+    // Everything lives but what this capsule alone needed.
+    let live = |root: &RootHash| !candidates.contains(root) || needed.contains(root);
+    Ok((capsule, node.store.gc(&live, GcMode::Collect)?))
+}
+
+/// Takes back what was announced, and tells the fleet.
+async fn withdraw(node: &Node, report: &GcReport) -> Result<(), Failure> {
+    for root in report.blobs.iter().map(|(root, _, _)| root).chain(&report.components) {
+        node.network.withdraw(*root).await?;
+    }
+    node.tell_capsules().await
+}
