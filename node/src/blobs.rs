@@ -24,7 +24,10 @@ pub struct Blobs {
 impl Blobs {
     /// Nothing expected.
     pub fn new(store: Store) -> Self {
-        Self { store, expected: Mutex::default() }
+        Self {
+            store,
+            expected: Mutex::default(),
+        }
     }
 
     /// Says of which kind a blob of unknown size will be.
@@ -44,30 +47,57 @@ impl Blobs {
 
 impl BlobStore for Blobs {
     fn presence(&self, root: &RootHash) -> Option<(u64, GroupRanges)> {
-        self.store.present(root).map(|presence| (presence.size, presence.ranges))
+        self.store
+            .present(root)
+            .map(|presence| (presence.size, presence.ranges))
     }
 
-    fn read_encoded(&self, root: &RootHash, groups: Range<u64>, out: &mut Vec<u8>) -> Result<(), ServeError> {
-        self.store.read_encoded(root, groups, out).map_err(|error| match error {
-            ReadError::Damaged { root, groups } => {
-                ServeError::Damaged { root, group: groups.runs().first().map_or(0, |run| run.start) }
-            }
-            ReadError::Io(fault) => ServeError::Io { root: *root, source: std::io::Error::other(fault) },
-            ReadError::Component { .. } | ReadError::Database(_) => {
-                ServeError::Io { root: *root, source: std::io::Error::other(error) }
-            }
-            ReadError::Unknown(_) | ReadError::Absent { .. } | ReadError::TooLong { .. } => ServeError::Missing { root: *root },
-        })
+    fn read_encoded(
+        &self,
+        root: &RootHash,
+        groups: Range<u64>,
+        out: &mut Vec<u8>,
+    ) -> Result<(), ServeError> {
+        self.store
+            .read_encoded(root, groups, out)
+            .map_err(|error| match error {
+                ReadError::Damaged { root, groups } => ServeError::Damaged {
+                    root,
+                    group: groups.runs().first().map_or(0, |run| run.start),
+                },
+                ReadError::Io(fault) => ServeError::Io {
+                    root: *root,
+                    source: std::io::Error::other(fault),
+                },
+                ReadError::Component { .. } | ReadError::Database(_) => ServeError::Io {
+                    root: *root,
+                    source: std::io::Error::other(error),
+                },
+                ReadError::Unknown(_) | ReadError::Absent { .. } | ReadError::TooLong { .. } => {
+                    ServeError::Missing { root: *root }
+                }
+            })
     }
 
-    fn write_encoded(&self, root: &RootHash, size: u64, groups: Range<u64>, encoded: &[u8]) -> Result<(), StoreError> {
+    fn write_encoded(
+        &self,
+        root: &RootHash,
+        size: u64,
+        groups: Range<u64>,
+        encoded: &[u8],
+    ) -> Result<(), StoreError> {
         let first = groups.start;
         let written = match self.store.write_encoded(root, groups.clone(), encoded) {
             // A size that a peer claims is not noted before something verified with it.
             Err(WriteError::Unknown(_)) => {
                 let tree = Tree { root: *root, size };
-                decode_range(&tree, groups.clone(), encoded, |_, _| {}, |_, _| {}).map_err(|e| invalid(&e, first))?;
-                let kind = self.expected().get(root).copied().unwrap_or(BlobKind::Other);
+                decode_range(&tree, groups.clone(), encoded, |_, _| {}, |_, _| {})
+                    .map_err(|e| invalid(&e, first))?;
+                let kind = self
+                    .expected()
+                    .get(root)
+                    .copied()
+                    .unwrap_or(BlobKind::Other);
                 let made = self.store.create_partial(root, size, kind);
                 made.and_then(|()| self.store.write_encoded(root, groups, encoded))
             }

@@ -25,7 +25,10 @@ impl Clock {
 
     /// Another clock in the system's place.
     pub fn with_system(system: fn() -> u64, floor: u64) -> Self {
-        Self { system, floor: AtomicU64::new(floor) }
+        Self {
+            system,
+            floor: AtomicU64::new(floor),
+        }
     }
 
     /// Seconds since 1970.
@@ -37,12 +40,20 @@ impl Clock {
     /// the statement's word for the present.
     pub fn now_for(&self, issued: u64) -> u64 {
         let now = self.now();
-        if self.is_known_wrong() { now.max(issued) } else { now }
+        if self.is_known_wrong() {
+            now.max(issued)
+        } else {
+            now
+        }
     }
 
     /// Takes note of a valid statement's time; the floor now, to be kept.
     pub fn note(&self, issued: u64) -> u64 {
-        let bound = if self.is_known_wrong() { issued } else { issued.min((self.system)()) };
+        let bound = if self.is_known_wrong() {
+            issued
+        } else {
+            issued.min((self.system)())
+        };
         self.floor.fetch_max(bound, Ordering::Relaxed).max(bound)
     }
 
@@ -53,7 +64,9 @@ impl Clock {
 
 /// The system's clock, 0 where it stands before 1970.
 pub fn system_seconds() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_secs())
 }
 
 #[cfg(test)]

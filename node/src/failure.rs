@@ -32,7 +32,9 @@ impl From<ReadError> for Failure {
     fn from(error: ReadError) -> Self {
         let code = match &error {
             ReadError::Unknown(_) | ReadError::Absent { .. } => Code::NotFound,
-            ReadError::Damaged { .. } | ReadError::Component { .. } | ReadError::TooLong { .. } => Code::Damaged,
+            ReadError::Damaged { .. } | ReadError::Component { .. } | ReadError::TooLong { .. } => {
+                Code::Damaged
+            }
             ReadError::Io(_) | ReadError::Database(_) => Code::Io,
         };
         Self::new(code, error.to_string())
@@ -41,7 +43,11 @@ impl From<ReadError> for Failure {
 
 impl From<DatabaseError> for Failure {
     fn from(error: DatabaseError) -> Self {
-        let code = if matches!(error, DatabaseError::Full(_)) { Code::Full } else { Code::Io };
+        let code = if matches!(error, DatabaseError::Full(_)) {
+            Code::Full
+        } else {
+            Code::Io
+        };
         Self::new(code, error.to_string())
     }
 }
@@ -95,11 +101,15 @@ impl From<EncodeError> for Failure {
     fn from(error: EncodeError) -> Self {
         let code = match error {
             EncodeError::Read(error) => return error.into(),
-            EncodeError::Cancelled => return Self::new(Code::Cancelled, "stopped; nothing was published"),
+            EncodeError::Cancelled => {
+                return Self::new(Code::Cancelled, "stopped; nothing was published");
+            }
             EncodeError::Pack { ref source, .. } => io_code(source),
             EncodeError::Parts { .. } => Code::Changed,
             EncodeError::Extents { .. } => Code::Invalid,
-            EncodeError::Hash(_) | EncodeError::Compress { .. } | EncodeError::Index(_) => Code::Internal,
+            EncodeError::Hash(_) | EncodeError::Compress { .. } | EncodeError::Index(_) => {
+                Code::Internal
+            }
         };
         Self::new(code, error.to_string())
     }
@@ -127,7 +137,10 @@ impl From<LayerRestoreError> for Failure {
 fn of_sink(offset: u64, error: io::Error) -> Failure {
     let code = io_code(&error);
     let message = format!("writing at byte {offset}: {error}");
-    match error.into_inner().map(|inner| inner.downcast::<TreeRestoreError>()) {
+    match error
+        .into_inner()
+        .map(|inner| inner.downcast::<TreeRestoreError>())
+    {
         Some(Ok(inner)) => (*inner).into(),
         Some(Err(other)) => match other.downcast::<Failure>() {
             Ok(failure) => *failure,
@@ -142,7 +155,9 @@ impl From<TreeRestoreError> for Failure {
         let code = match error {
             TreeRestoreError::Read(error) => return error.into(),
             TreeRestoreError::Cancelled => return Self::cancelled(),
-            TreeRestoreError::NotEmpty { .. } | TreeRestoreError::NotADirectory { .. } | TreeRestoreError::NotRemoved { .. } => Code::Exists,
+            TreeRestoreError::NotEmpty { .. }
+            | TreeRestoreError::NotADirectory { .. }
+            | TreeRestoreError::NotRemoved { .. } => Code::Exists,
             TreeRestoreError::Io { ref source, .. } => io_code(source),
             TreeRestoreError::Damaged { .. } => Code::Damaged,
             TreeRestoreError::NoProc => Code::Refused,
@@ -155,7 +170,10 @@ impl From<TreeRestoreError> for Failure {
 impl From<FetchError> for Failure {
     fn from(error: FetchError) -> Self {
         let code = match &error {
-            FetchError::Store { source: StoreError::Full, .. } => Code::Full,
+            FetchError::Store {
+                source: StoreError::Full,
+                ..
+            } => Code::Full,
             FetchError::Store { .. } => Code::Io,
             FetchError::SizeConflict { .. } | FetchError::TooLarge { .. } => Code::Damaged,
             FetchError::TooMany(_) => Code::Busy,
@@ -168,7 +186,8 @@ impl From<FetchError> for Failure {
 
 impl From<NetworkClosed> for Failure {
     fn from(_: NetworkClosed) -> Self {
-        Self::new(Code::Cancelled, "the node is stopping").hint("start it again with `capsule node`")
+        Self::new(Code::Cancelled, "the node is stopping")
+            .hint("start it again with `capsule node`")
     }
 }
 

@@ -10,7 +10,9 @@ use capsule_proto::name::Channel;
 use capsule_swarm::Priority;
 use tokio::task::AbortHandle;
 
-use crate::control::{Failure, FailureCode, Follow, FollowInfo, Followed, Holding, Unfollow, Unfollowed};
+use crate::control::{
+    Failure, FailureCode, Follow, FollowInfo, Followed, Holding, Unfollow, Unfollowed,
+};
 use crate::node::Node;
 use crate::records::{KnownName, Resolution};
 use crate::store::{Follow as FollowRow, PinOrigin};
@@ -54,7 +56,9 @@ impl Follower {
         let (weak, followed) = (Arc::downgrade(node), channel.clone());
         let task = tokio::spawn(async move {
             let mut wait = None;
-            let Some(mut changes) = weak.upgrade().map(|node| node.records.changes()) else { return };
+            let Some(mut changes) = weak.upgrade().map(|node| node.records.changes()) else {
+                return;
+            };
             loop {
                 changes.borrow_and_update();
                 let Some(node) = weak.upgrade() else { return };
@@ -77,7 +81,13 @@ impl Follower {
             }
         });
         let abort = task.abort_handle();
-        self.channels().insert(channel, Task { abort, trouble: None });
+        self.channels().insert(
+            channel,
+            Task {
+                abort,
+                trouble: None,
+            },
+        );
     }
 
     fn note(&self, channel: &Channel, trouble: Option<String>) {
@@ -111,11 +121,16 @@ pub async fn follow(node: &Arc<Node>, request: Follow) -> Result<Followed, Failu
     let (shared, followed) = (node.clone(), channel.clone());
     let (new, newest, row) = blocking(move || {
         let known = shared.store.follows()?;
-        let row = FollowRow { keep: KEEP, since: shared.clock.now() };
+        let row = FollowRow {
+            keep: KEEP,
+            since: shared.clock.now(),
+        };
         let new = !known.iter().any(|(channel, _)| *channel == followed);
         if new && known.len() >= MAX_FOLLOWS {
             let message = format!("{MAX_FOLLOWS} channels are followed already");
-            return Err(Failure::new(FailureCode::Refused, message).hint("`capsule unfollow` some of them"));
+            return Err(
+                Failure::new(FailureCode::Refused, message).hint("`capsule unfollow` some of them")
+            );
         }
         if new {
             shared.store.follow(&followed, &row)?;
@@ -127,7 +142,11 @@ pub async fn follow(node: &Arc<Node>, request: Follow) -> Result<Followed, Failu
         node.follower.start(node, channel.clone(), row);
     }
     let newest = newest.map(|newest| newest.name.to_string());
-    Ok(Followed { channel: channel.to_string(), new, newest })
+    Ok(Followed {
+        channel: channel.to_string(),
+        new,
+        newest,
+    })
 }
 
 /// Follows a channel no longer; its pins go, its content stays until collected.
@@ -138,13 +157,21 @@ pub async fn unfollow(node: &Arc<Node>, request: Unfollow) -> Result<Unfollowed,
     let followed = blocking(move || {
         let followed = shared.store.unfollow(&unfollowed)?;
         let ours = PinOrigin::Follow(unfollowed.to_string());
-        for (capsule, _) in shared.store.pins()?.into_iter().filter(|(_, origin)| *origin == ours) {
+        for (capsule, _) in shared
+            .store
+            .pins()?
+            .into_iter()
+            .filter(|(_, origin)| *origin == ours)
+        {
             shared.store.unpin(&capsule, &ours)?;
         }
         Ok(followed)
     })
     .await?;
-    Ok(Unfollowed { channel: channel.to_string(), followed })
+    Ok(Unfollowed {
+        channel: channel.to_string(),
+        followed,
+    })
 }
 
 /// Channels followed, for `status`. Blocks.
@@ -152,10 +179,25 @@ pub fn list(node: &Node) -> Result<Vec<FollowInfo>, Failure> {
     let mut follows = Vec::new();
     for (channel, follow) in node.store.follows()? {
         let newest = node.records.newest(&channel)?;
-        let holding = newest.as_ref().map_or(Ok(Holding::Absent), |newest| node.holdings.holding(&newest.capsule))?;
-        let trouble = node.follower.channels().get(&channel).and_then(|task| task.trouble.clone());
-        let (channel, newest) = (channel.to_string(), newest.map(|newest| newest.name.to_string()));
-        follows.push(FollowInfo { channel, newest, holding, since: follow.since, trouble });
+        let holding = newest.as_ref().map_or(Ok(Holding::Absent), |newest| {
+            node.holdings.holding(&newest.capsule)
+        })?;
+        let trouble = node
+            .follower
+            .channels()
+            .get(&channel)
+            .and_then(|task| task.trouble.clone());
+        let (channel, newest) = (
+            channel.to_string(),
+            newest.map(|newest| newest.name.to_string()),
+        );
+        follows.push(FollowInfo {
+            channel,
+            newest,
+            holding,
+            since: follow.since,
+            trouble,
+        });
     }
     Ok(follows)
 }
@@ -164,9 +206,14 @@ pub fn list(node: &Node) -> Result<Vec<FollowInfo>, Failure> {
 async fn catch_up(node: &Arc<Node>, channel: &Channel, follow: &FollowRow) -> Result<(), Failure> {
     let (shared, asked) = (node.clone(), channel.clone());
     let names = blocking(move || Ok(shared.records.names_of(&asked)?)).await?;
-    let Some(newest) = names.first().cloned() else { return Ok(()) };
-    let resolution =
-        Resolution { capsule: newest.capsule, name: Some(newest.name.clone()), manifest_size: Some(newest.manifest_size) };
+    let Some(newest) = names.first().cloned() else {
+        return Ok(());
+    };
+    let resolution = Resolution {
+        capsule: newest.capsule,
+        name: Some(newest.name.clone()),
+        manifest_size: Some(newest.manifest_size),
+    };
     let shared = node.clone();
     let held = blocking(move || Ok(shared.holdings.holding(&newest.capsule)?)).await?;
     if held != Holding::Complete {
@@ -179,7 +226,12 @@ async fn catch_up(node: &Arc<Node>, channel: &Channel, follow: &FollowRow) -> Re
 }
 
 /// Pins the newest versions that are here, and takes the pins of older ones away.
-fn pin_newest(node: &Node, channel: &Channel, names: &[KnownName], keep: usize) -> Result<(), Failure> {
+fn pin_newest(
+    node: &Node,
+    channel: &Channel,
+    names: &[KnownName],
+    keep: usize,
+) -> Result<(), Failure> {
     let mut kept = Vec::new();
     for name in names {
         let fresh = kept.len() < keep && !kept.contains(&name.capsule);

@@ -38,14 +38,19 @@ pub trait Known {
     /// Bytes of a blob that are not here.
     fn missing(&self, blob: &BlobRef) -> u64;
 
-    /// Whether somebody is known to serve the component under its own root, so that it may be fetched as a blob.
-    fn is_blob(&self, root: &RootHash) -> bool;
+    /// What fetching a component as a blob of its own counts as, in bytes; none if nobody is known to serve it so.
+    fn blob_cost(&self, blob: &BlobRef) -> Option<u64>;
 }
 
 /// The cheapest way to a component, in bytes to be fetched; of equals the one with the fewest layers. None: no way is known.
 ///
 /// `size` is the length of what the root names; only a stream's root names its bytes, so only streams come as blobs.
-pub fn cheapest<K: Known>(known: &K, space: Space, root: RootHash, size: u64) -> Result<Option<Way>, K::Error> {
+pub fn cheapest<K: Known>(
+    known: &K,
+    space: Space,
+    root: RootHash,
+    size: u64,
+) -> Result<Option<Way>, K::Error> {
     // Cost and number of layers from a node to the goal, and the layer that leads on from it.
     let mut best: HashMap<Option<RootHash>, (u64, usize)> = HashMap::new();
     let mut onward: HashMap<Option<RootHash>, Layer> = HashMap::new();
@@ -53,8 +58,11 @@ pub fn cheapest<K: Known>(known: &K, space: Space, root: RootHash, size: u64) ->
     best.insert(Some(root), (0, 0));
     queue.push(Reverse(((0, 0), Some(root))));
     let blob = BlobRef { root, size };
-    let as_blob = space == Space::Stream && known.is_blob(&root);
-    let blob_cost = as_blob.then(|| known.missing(&blob));
+    let blob_cost = if space == Space::Stream {
+        known.blob_cost(&blob)
+    } else {
+        None
+    };
     while let Some(Reverse((cost, node))) = queue.pop() {
         if best.get(&node).is_some_and(|known| *known < cost) {
             continue;
@@ -67,14 +75,23 @@ pub fn cheapest<K: Known>(known: &K, space: Space, root: RootHash, size: u64) ->
         };
         if known.is_held(space, &component)? {
             let layers = walk(&onward, Some(component), root);
-            return Ok(Some(if layers.is_empty() { Way::Held } else { Way::Layers(layers) }));
+            return Ok(Some(if layers.is_empty() {
+                Way::Held
+            } else {
+                Way::Layers(layers)
+            }));
         }
         if best.len() >= MAX_VISITED {
             continue;
         }
         for layer in known.layers_to(space, &component)? {
             let pack = layer.pack.as_ref().map_or(0, |pack| known.missing(pack));
-            let next = (cost.0.saturating_add(known.missing(&layer.index)).saturating_add(pack), cost.1 + 1);
+            let next = (
+                cost.0
+                    .saturating_add(known.missing(&layer.index))
+                    .saturating_add(pack),
+                cost.1 + 1,
+            );
             if best.get(&layer.parent).is_none_or(|known| next < *known) {
                 best.insert(layer.parent, next);
                 queue.push(Reverse((next, layer.parent)));
@@ -82,11 +99,15 @@ pub fn cheapest<K: Known>(known: &K, space: Space, root: RootHash, size: u64) ->
             }
         }
     }
-    Ok(as_blob.then_some(Way::Blob(blob)))
+    Ok(blob_cost.map(|_| Way::Blob(blob)))
 }
 
 /// The layers from a node to the goal, in order.
-fn walk(onward: &HashMap<Option<RootHash>, Layer>, from: Option<RootHash>, goal: RootHash) -> Vec<Layer> {
+fn walk(
+    onward: &HashMap<Option<RootHash>, Layer>,
+    from: Option<RootHash>,
+    goal: RootHash,
+) -> Vec<Layer> {
     let mut layers = Vec::new();
     let mut at = from;
     while at != Some(goal)
@@ -124,7 +145,10 @@ mod tests {
     }
 
     fn layer((from, to, bytes): (u8, u8, u64)) -> Layer {
-        let blob = |salt: u8, size| BlobRef { root: RootHash::of(&[from, to, salt, bytes as u8]), size };
+        let blob = |salt: u8, size| BlobRef {
+            root: RootHash::of(&[from, to, salt, bytes as u8]),
+            size,
+        };
         Layer {
             space: Space::Stream,
             parent: (from != 255).then(|| hash(from)),
@@ -143,15 +167,21 @@ mod tests {
         }
 
         fn layers_to(&self, _: Space, root: &RootHash) -> Result<Vec<Layer>, Infallible> {
-            Ok(self.layers.iter().filter(|(_, to, _)| *to == node(root)).copied().map(layer).collect())
+            Ok(self
+                .layers
+                .iter()
+                .filter(|(_, to, _)| *to == node(root))
+                .copied()
+                .map(layer)
+                .collect())
         }
 
         fn missing(&self, blob: &BlobRef) -> u64 {
             blob.size
         }
 
-        fn is_blob(&self, root: &RootHash) -> bool {
-            self.blobs.contains(&node(root))
+        fn blob_cost(&self, blob: &BlobRef) -> Option<u64> {
+            self.blobs.contains(&node(&blob.root)).then_some(blob.size)
         }
     }
 
@@ -162,28 +192,49 @@ mod tests {
     fn cost(way: &Way) -> u64 {
         match way {
             Way::Held => 0,
-            Way::Layers(layers) => layers.iter().map(|l| l.index.size + l.pack.map_or(0, |p| p.size)).sum(),
+            Way::Layers(layers) => layers
+                .iter()
+                .map(|l| l.index.size + l.pack.map_or(0, |p| p.size))
+                .sum(),
             Way::Blob(blob) => blob.size,
         }
     }
 
     #[test]
     fn the_cheapest_of_layers_chains_and_blob_is_taken() {
-        let mut graph = Graph { layers: vec![(255, 1, 500), (1, 2, 20), (255, 2, 510)], ..Graph::default() };
-        assert_eq!(find(&graph, 2).map(|way| cost(&way)), Some(511), "one layer: the two by way of 1 cost 522");
+        let mut graph = Graph {
+            layers: vec![(255, 1, 500), (1, 2, 20), (255, 2, 510)],
+            ..Graph::default()
+        };
+        assert_eq!(
+            find(&graph, 2).map(|way| cost(&way)),
+            Some(511),
+            "one layer: the two by way of 1 cost 522"
+        );
         graph.held.insert(1);
-        let Some(Way::Layers(layers)) = find(&graph, 2) else { panic!("a chain") };
+        let Some(Way::Layers(layers)) = find(&graph, 2) else {
+            panic!("a chain")
+        };
         assert_eq!(layers, [layer((1, 2, 20))]);
         graph.held.insert(2);
         assert_eq!(find(&graph, 2), Some(Way::Held));
         assert_eq!(find(&graph, 9), None);
         graph.blobs.insert(9);
-        assert_eq!(find(&graph, 9), Some(Way::Blob(BlobRef { root: hash(9), size: 1000 })));
+        assert_eq!(
+            find(&graph, 9),
+            Some(Way::Blob(BlobRef {
+                root: hash(9),
+                size: 1000
+            }))
+        );
     }
 
     #[test]
     fn circles_end() {
-        let graph = Graph { layers: vec![(1, 2, 1), (2, 1, 1)], ..Graph::default() };
+        let graph = Graph {
+            layers: vec![(1, 2, 1), (2, 1, 1)],
+            ..Graph::default()
+        };
         assert_eq!(find(&graph, 2), None);
     }
 
@@ -195,7 +246,11 @@ mod tests {
         }
         for _ in 0..8 {
             for (from, to, bytes) in &graph.layers {
-                let before = if *from == 255 { Some(0) } else { cost[usize::from(*from)] };
+                let before = if *from == 255 {
+                    Some(0)
+                } else {
+                    cost[usize::from(*from)]
+                };
                 let through = before.map(|before| before + bytes + 1);
                 let known = &mut cost[usize::from(*to)];
                 *known = known.iter().chain(&through).min().copied();

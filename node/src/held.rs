@@ -16,7 +16,7 @@ use capsule_proto::{CapsuleId, RootHash};
 
 use crate::control::{ComponentInfo, Failure, FailureCode, Holding};
 use crate::records::Records;
-use crate::store::{BlobKind, DatabaseError, LayerBlobs, MAX_LAYERS, Store};
+use crate::store::{BlobKind, DatabaseError, LayerBlobs, MAX_LAYERS, Presence, Store};
 
 /// How a component is read here.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -56,14 +56,23 @@ impl TreeWay {
     fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
         let mut input = Reader::new(bytes);
         if input.u8("version")? != WAY_VERSION {
-            return Err(DecodeError::Format { what: "way to a tree", version: WAY_VERSION });
+            return Err(DecodeError::Format {
+                what: "way to a tree",
+                version: WAY_VERSION,
+            });
         }
         let mut layers = || {
             input.list("layers", MAX_LAYERS, 33, |input| {
-                Ok(LayerBlobs { index: input.hash("index")?, pack: input.option("pack", |input| input.hash("pack"))? })
+                Ok(LayerBlobs {
+                    index: input.hash("index")?,
+                    pack: input.option("pack", |input| input.hash("pack"))?,
+                })
             })
         };
-        let way = Self { listing: layers()?, contents: layers()? };
+        let way = Self {
+            listing: layers()?,
+            contents: layers()?,
+        };
         input.finish()?;
         Ok(way)
     }
@@ -71,12 +80,18 @@ impl TreeWay {
 
 /// The blobs of layers.
 pub fn blobs_of(layers: &[LayerBlobs]) -> impl Iterator<Item = RootHash> + '_ {
-    layers.iter().flat_map(|layer| [Some(layer.index), layer.pack]).flatten()
+    layers
+        .iter()
+        .flat_map(|layer| [Some(layer.index), layer.pack])
+        .flatten()
 }
 
 /// The blobs of a layer as a record names them.
 pub fn layer_blobs(layer: &Layer) -> LayerBlobs {
-    LayerBlobs { index: layer.index.root, pack: layer.pack.map(|pack| pack.root) }
+    LayerBlobs {
+        index: layer.index.root,
+        pack: layer.pack.map(|pack| pack.root),
+    }
 }
 
 fn tree_key(root: &RootHash) -> String {
@@ -89,7 +104,9 @@ impl HeldWay {
         match self {
             Self::Blob => BTreeSet::new(),
             Self::Layers(layers) => blobs_of(layers).collect(),
-            Self::Tree(way) => blobs_of(&way.listing).chain(blobs_of(&way.contents)).collect(),
+            Self::Tree(way) => blobs_of(&way.listing)
+                .chain(blobs_of(&way.contents))
+                .collect(),
         }
     }
 }
@@ -108,7 +125,10 @@ impl Holdings {
 
     /// A capsule's manifest, if it is here and fine.
     pub fn manifest(&self, capsule: &CapsuleId) -> Option<Manifest> {
-        let bytes = self.store.read_whole(&capsule.0, MAX_MANIFEST_LEN as u64).ok()?;
+        let bytes = self
+            .store
+            .read_whole(&capsule.0, MAX_MANIFEST_LEN as u64)
+            .ok()?;
         Manifest::decode(&bytes).ok()
     }
 
@@ -117,9 +137,14 @@ impl Holdings {
         match (self.holding(capsule)?, self.manifest(capsule)) {
             (Holding::Complete, Some(manifest)) => Ok(manifest),
             (holding, _) => {
-                let what = if holding == Holding::Absent { "is not here" } else { "is here only in part" };
+                let what = if holding == Holding::Absent {
+                    "is not here"
+                } else {
+                    "is here only in part"
+                };
                 let message = format!("{name} {what}");
-                Err(Failure::new(FailureCode::Refused, message).hint(format!("fetch it with `capsule pull {name}`")))
+                Err(Failure::new(FailureCode::Refused, message)
+                    .hint(format!("fetch it with `capsule pull {name}`")))
             }
         }
     }
@@ -139,7 +164,9 @@ impl Holdings {
         let is_blob = self.is_complete(root);
         if component.kind == ComponentKind::Tree {
             let way = self.tree_way(root)?;
-            let held = |way: &TreeWay| is_blob && blobs_of(&way.contents).all(|blob| self.is_complete(&blob));
+            let held = |way: &TreeWay| {
+                is_blob && blobs_of(&way.contents).all(|blob| self.is_complete(&blob))
+            };
             return Ok(way.filter(held).map(HeldWay::Tree));
         }
         if let Some(known) = self.store.component(root) {
@@ -153,9 +180,15 @@ impl Holdings {
 
     /// The layers through which a tree was checked here.
     pub fn tree_way(&self, root: &RootHash) -> Result<Option<TreeWay>, DatabaseError> {
-        let value = self.store.value(&tree_key(root))?.filter(|value| !value.is_empty());
+        let value = self
+            .store
+            .value(&tree_key(root))?
+            .filter(|value| !value.is_empty());
         let decode = |value: Vec<u8>| TreeWay::decode(&value);
-        let bad = |_| DatabaseError::Row { table: "values", reason: "a tree's layers are damaged, or of a newer version" };
+        let bad = |_| DatabaseError::Row {
+            table: "values",
+            reason: "a tree's layers are damaged, or of a newer version",
+        };
         value.map(decode).transpose().map_err(bad)
     }
 
@@ -166,23 +199,34 @@ impl Holdings {
 
     /// A tree's listing.
     pub fn listing(&self, component: &Component) -> Result<Listing, Failure> {
-        let bytes = self.store.read_whole(&component.root, MAX_LISTING_LEN as u64)?;
+        let bytes = self
+            .store
+            .read_whole(&component.root, MAX_LISTING_LEN as u64)?;
         Listing::decode(&bytes).map_err(|e| {
-            Failure::new(FailureCode::Damaged, format!("the listing of tree {} is malformed: {e}", component.root))
-                .hint("its publisher made it wrong: publish it again with this version of capsule")
+            Failure::new(
+                FailureCode::Damaged,
+                format!("the listing of tree {} is malformed: {e}", component.root),
+            )
+            .hint("its publisher made it wrong: publish it again with this version of capsule")
         })
     }
 
     /// Every blob that a capsule takes here, whether all of it is here or not.
-    pub fn blobs_of(&self, capsule: &CapsuleId, records: &Records) -> Result<BTreeSet<RootHash>, DatabaseError> {
+    pub fn blobs_of(
+        &self,
+        capsule: &CapsuleId,
+        records: &Records,
+    ) -> Result<BTreeSet<RootHash>, DatabaseError> {
         let mut blobs = BTreeSet::from([capsule.0]);
-        let Some(manifest) = self.manifest(capsule) else { return Ok(blobs) };
+        let Some(manifest) = self.manifest(capsule) else {
+            return Ok(blobs);
+        };
         for component in &manifest.components {
             blobs.insert(component.root);
             match self.way_to(component)? {
-                Some(way) => blobs.extend(way.blobs()),
-                // Begun: whatever layers are known to lead there.
-                None => {
+                Some(way @ (HeldWay::Layers(_) | HeldWay::Tree(_))) => blobs.extend(way.blobs()),
+                // Begun, or its own pack: whatever layers are known to lead there.
+                Some(HeldWay::Blob) | None => {
                     let layers = records.layers_to(&component.root)?;
                     blobs.extend(layers.iter().flat_map(|known| {
                         let blobs = layer_blobs(&known.layer);
@@ -194,10 +238,17 @@ impl Holdings {
         Ok(blobs)
     }
 
-    /// Bytes of these blobs that are here.
+    /// Bytes of these blobs that are here, durable or about to be: what a fetch does not fetch.
     pub fn bytes_here(&self, blobs: impl IntoIterator<Item = RootHash>) -> u64 {
-        // A component's root is not a blob: its bytes are its layers'.
-        let here = |root| self.store.durable(&root).map_or(0, |here| here.ranges.bytes(here.size));
+        let bytes = |here: Presence| here.ranges.bytes(here.size);
+        let here = |root| match self.store.durable(&root) {
+            // A component's root is no blob: its bytes are its layers'.
+            None => 0,
+            Some(durable) => self
+                .store
+                .present(&root)
+                .map_or_else(|| bytes(durable), bytes),
+        };
         blobs.into_iter().map(here).sum()
     }
 
@@ -253,8 +304,14 @@ mod tests {
     fn ways_round_trip_and_cut_ones_are_refused() {
         let hash = |n| RootHash::from_bytes([n; 32]);
         let way = TreeWay {
-            listing: vec![LayerBlobs { index: hash(1), pack: Some(hash(2)) }],
-            contents: vec![LayerBlobs { index: hash(3), pack: None }],
+            listing: vec![LayerBlobs {
+                index: hash(1),
+                pack: Some(hash(2)),
+            }],
+            contents: vec![LayerBlobs {
+                index: hash(3),
+                pack: None,
+            }],
         };
         let bytes = way.encode();
         assert_eq!(TreeWay::decode(&bytes), Ok(way));

@@ -8,7 +8,9 @@ use std::sync::Arc;
 
 use capsule_proto::{CapsuleId, RootHash};
 
-use crate::control::{CapsuleRef, Collected, Failure, FailureCode, Gc, Pin, Pinned, Removed, Rm, Unpin};
+use crate::control::{
+    CapsuleRef, Collected, Failure, FailureCode, Gc, Pin, Pinned, Removed, Rm, Unpin,
+};
 use crate::node::{Node, spelled};
 use crate::store::{DatabaseError, GcMode, GcReport, PinOrigin};
 use crate::work::blocking;
@@ -25,12 +27,19 @@ pub fn origin_word(origin: &PinOrigin) -> String {
 /// Who pins a capsule.
 pub fn pins_of(node: &Node, capsule: &CapsuleId) -> Result<Vec<String>, DatabaseError> {
     let pins = node.store.pins()?;
-    Ok(pins.iter().filter(|(id, _)| id == capsule).map(|(_, origin)| origin_word(origin)).collect())
+    Ok(pins
+        .iter()
+        .filter(|(id, _)| id == capsule)
+        .map(|(_, origin)| origin_word(origin))
+        .collect())
 }
 
 /// Pins a capsule for the user.
 pub async fn pin(node: &Arc<Node>, request: Pin) -> Result<Pinned, Failure> {
-    change_pins(node, request.capsule, |node, capsule| node.store.pin(capsule, &PinOrigin::User)).await
+    change_pins(node, request.capsule, |node, capsule| {
+        node.store.pin(capsule, &PinOrigin::User)
+    })
+    .await
 }
 
 /// Takes the user's pin and the publication's away; a followed channel keeps its own.
@@ -51,7 +60,11 @@ async fn change_pins(
     blocking(move || {
         let capsule = node.resolve(&reference)?.capsule;
         let changed = change(&node, &capsule)?;
-        Ok(Pinned { capsule, changed, pins: pins_of(&node, &capsule)? })
+        Ok(Pinned {
+            capsule,
+            changed,
+            pins: pins_of(&node, &capsule)?,
+        })
     })
     .await
 }
@@ -74,20 +87,33 @@ pub async fn gc(node: &Arc<Node>, request: Gc) -> Result<Collected, Failure> {
 
 fn collect(node: &Node, dry_run: bool) -> Result<(Vec<CapsuleId>, GcReport), Failure> {
     let pinned: BTreeSet<CapsuleId> = node.store.pins()?.into_iter().map(|(id, _)| id).collect();
-    let held: Vec<CapsuleId> = node.store.capsules()?.into_iter().map(|(id, _)| id).collect();
+    let held: Vec<CapsuleId> = node
+        .store
+        .capsules()?
+        .into_iter()
+        .map(|(id, _)| id)
+        .collect();
     let stays = |id: &CapsuleId| pinned.contains(id) || node.transfers.is_running(id);
     let (living, dead): (Vec<CapsuleId>, Vec<CapsuleId>) = held.into_iter().partition(stays);
     let live = live_blobs(node, living.iter().chain(&pinned))?;
     if !dry_run {
         // First they are not held any more, then their blobs go: the other way round, a crash would leave capsules without content.
-        dead.iter().try_for_each(|id| node.store.remove_capsule(id).map(drop))?;
+        dead.iter()
+            .try_for_each(|id| node.store.remove_capsule(id).map(drop))?;
         node.components.close_all();
     }
-    let mode = if dry_run { GcMode::DryRun } else { GcMode::Collect };
+    let mode = if dry_run {
+        GcMode::DryRun
+    } else {
+        GcMode::Collect
+    };
     Ok((dead, node.store.gc(&|root| live.contains(root), mode)?))
 }
 
-fn live_blobs<'a>(node: &Node, capsules: impl Iterator<Item = &'a CapsuleId>) -> Result<BTreeSet<RootHash>, Failure> {
+fn live_blobs<'a>(
+    node: &Node,
+    capsules: impl Iterator<Item = &'a CapsuleId>,
+) -> Result<BTreeSet<RootHash>, Failure> {
     let mut live = BTreeSet::new();
     for id in capsules {
         live.extend(node.holdings.blobs_of(id, &node.records)?);
@@ -113,20 +139,30 @@ fn remove(node: &Node, request: &Rm) -> Result<(CapsuleId, GcReport), Failure> {
     let (capsule, name) = (resolution.capsule, spelled(&resolution));
     let Some(_) = node.store.capsule(&capsule)? else {
         let message = format!("nothing of {name} is here");
-        return Err(Failure::new(FailureCode::NotFound, message).hint("`capsule ls --held` lists what is here"));
+        return Err(Failure::new(FailureCode::NotFound, message)
+            .hint("`capsule ls --held` lists what is here"));
     };
     if node.transfers.is_running(&capsule) {
         let message = format!("{name} is being pulled");
-        return Err(Failure::new(FailureCode::Refused, message).hint("stop that pull first, or unfollow its channel"));
+        return Err(Failure::new(FailureCode::Refused, message)
+            .hint("stop that pull first, or unfollow its channel"));
     }
     let pins = pins_of(node, &capsule)?;
     if !pins.is_empty() && !request.force {
         let message = format!("{name} is pinned ({})", pins.join(", "));
-        let hint = format!("`capsule unpin {name}` (a followed channel: `capsule unfollow`), or remove it all the same with --force");
+        let hint = format!(
+            "`capsule unpin {name}` (a followed channel: `capsule unfollow`), or remove it all the same with --force"
+        );
         return Err(Failure::new(FailureCode::Refused, message).hint(hint));
     }
     let candidates = node.holdings.blobs_of(&capsule, &node.records)?;
-    let others: Vec<CapsuleId> = node.store.capsules()?.into_iter().map(|(id, _)| id).filter(|id| *id != capsule).collect();
+    let others: Vec<CapsuleId> = node
+        .store
+        .capsules()?
+        .into_iter()
+        .map(|(id, _)| id)
+        .filter(|id| *id != capsule)
+        .collect();
     let needed = live_blobs(node, others.iter())?;
     node.store.remove_capsule(&capsule)?;
     node.components.close_all();
@@ -137,7 +173,12 @@ fn remove(node: &Node, request: &Rm) -> Result<(CapsuleId, GcReport), Failure> {
 
 /// Takes back what was announced, and tells the fleet.
 async fn withdraw(node: &Node, report: &GcReport) -> Result<(), Failure> {
-    for root in report.blobs.iter().map(|(root, _, _)| root).chain(&report.components) {
+    for root in report
+        .blobs
+        .iter()
+        .map(|(root, _, _)| root)
+        .chain(&report.components)
+    {
         node.network.withdraw(*root).await?;
     }
     node.tell_capsules().await

@@ -26,12 +26,21 @@ const SERVING_CACHE: usize = 4 << 20;
 pub const IDLE: Duration = Duration::from_secs(10);
 
 /// Opens a component through its layers, the one that starts from nothing first.
-pub fn open(store: &Store, layers: &[LayerBlobs], options: &ReadOptions) -> Result<Arc<LayerContent>, Failure> {
+pub fn open(
+    store: &Store,
+    layers: &[LayerBlobs],
+    options: &ReadOptions,
+) -> Result<Arc<LayerContent>, Failure> {
     let mut below: Option<Arc<LayerContent>> = None;
     for layer in layers {
         below = Some(Arc::new(open_one(store, layer, below, options)?));
     }
-    below.ok_or_else(|| Failure::new(FailureCode::Internal, "a component without layers cannot be read"))
+    below.ok_or_else(|| {
+        Failure::new(
+            FailureCode::Internal,
+            "a component without layers cannot be read",
+        )
+    })
 }
 
 fn open_one(
@@ -48,9 +57,14 @@ fn open_one(
     let directory = read_directory(&*index)?;
     let sources = match (&directory.header().sources[..], parent) {
         ([], _) => Vec::new(),
-        ([source], Some(parent)) if source.kind == SourceKind::Parent => vec![parent as Arc<dyn Content>],
+        ([source], Some(parent)) if source.kind == SourceKind::Parent => {
+            vec![parent as Arc<dyn Content>]
+        }
         _ => {
-            let message = format!("layer {} reads other components, which this version of capsule does not", layer.index);
+            let message = format!(
+                "layer {} reads other components, which this version of capsule does not",
+                layer.index
+            );
             return Err(Failure::new(FailureCode::Refused, message).hint("use a newer capsule"));
         }
     };
@@ -59,7 +73,12 @@ fn open_one(
 
 /// Reads the directory of an index that lies in the store.
 pub fn read_directory(index: &dyn ReadAt) -> Result<Directory, Failure> {
-    let damaged = |e: &dyn std::fmt::Display| Failure::new(FailureCode::Damaged, format!("a layer's index cannot be read: {e}"));
+    let damaged = |e: &dyn std::fmt::Display| {
+        Failure::new(
+            FailureCode::Damaged,
+            format!("a layer's index cannot be read: {e}"),
+        )
+    };
     let mut head = [0; 9];
     let len = read_up_to(index, &mut head).map_err(|e| damaged(&e))?;
     let needed = Directory::needed(&head[..len]).map_err(|e| damaged(&e))?;
@@ -96,7 +115,11 @@ struct Open {
 impl Components {
     /// Nothing open.
     pub fn new(store: Store) -> Self {
-        Self { store, open: Mutex::default(), opened: Notify::new() }
+        Self {
+            store,
+            open: Mutex::default(),
+            opened: Notify::new(),
+        }
     }
 
     /// Closes what nobody asked for lately, as long as anything is open. Runs for ever.
@@ -121,18 +144,31 @@ impl Components {
 }
 
 impl ComponentProvider for Components {
-    fn open(&self, root: &RootHash, component: &Component) -> Result<Arc<dyn Content>, Box<dyn Error + Send + Sync>> {
-        if let Some(open) = Components::open(self).iter_mut().find(|open| open.root == *root) {
+    fn open(
+        &self,
+        root: &RootHash,
+        component: &Component,
+    ) -> Result<Arc<dyn Content>, Box<dyn Error + Send + Sync>> {
+        if let Some(open) = Components::open(self)
+            .iter_mut()
+            .find(|open| open.root == *root)
+        {
             open.used = Instant::now();
             return Ok(open.content.clone());
         }
-        let options = ReadOptions { cache_len: SERVING_CACHE };
+        let options = ReadOptions {
+            cache_len: SERVING_CACHE,
+        };
         let content = open(&self.store, &component.recipe.layers, &options)?;
         let mut kept = Components::open(self);
         if kept.len() == OPEN_COMPONENTS {
             kept.pop_front();
         }
-        kept.push_back(Open { root: *root, content: content.clone(), used: Instant::now() });
+        kept.push_back(Open {
+            root: *root,
+            content: content.clone(),
+            used: Instant::now(),
+        });
         self.opened.notify_one();
         Ok(content)
     }

@@ -100,7 +100,17 @@ pub struct Parts {
 impl Node {
     /// Puts the parts together; nothing runs yet.
     pub fn new(parts: Parts) -> Arc<Self> {
-        let Parts { home, settings, identity, store, records, network, clock, blobs, components } = parts;
+        let Parts {
+            home,
+            settings,
+            identity,
+            store,
+            records,
+            network,
+            clock,
+            blobs,
+            components,
+        } = parts;
         Arc::new(Self {
             holdings: Holdings::new(store.clone()),
             home,
@@ -123,7 +133,12 @@ impl Node {
 
     /// What a reference means, by what is known now.
     pub fn resolve(&self, reference: &CapsuleRef) -> Result<Resolution, Failure> {
-        let held: Vec<CapsuleId> = self.store.capsules()?.into_iter().map(|(id, _)| id).collect();
+        let held: Vec<CapsuleId> = self
+            .store
+            .capsules()?
+            .into_iter()
+            .map(|(id, _)| id)
+            .collect();
         Ok(self.records.resolve(reference, &held)?)
     }
 
@@ -131,13 +146,27 @@ impl Node {
     pub async fn tell_capsules(&self) -> Result<(), Failure> {
         let store = self.store.clone();
         let held = crate::work::blocking(move || Ok(store.capsules()?)).await?;
-        Ok(self.network.set_capsules(held.into_iter().map(|(id, held)| (id, held.complete)).collect()).await?)
+        Ok(self
+            .network
+            .set_capsules(
+                held.into_iter()
+                    .map(|(id, held)| (id, held.complete))
+                    .collect(),
+            )
+            .await?)
     }
 
     /// Announces all that is here of some roots; what is not here is passed over.
-    pub async fn announce(&self, roots: impl IntoIterator<Item = capsule_proto::RootHash>) -> Result<(), Failure> {
+    pub async fn announce(
+        &self,
+        roots: impl IntoIterator<Item = capsule_proto::RootHash>,
+    ) -> Result<(), Failure> {
         for root in roots {
-            if let Some(here) = self.store.present(&root).filter(|here| !here.ranges.is_empty()) {
+            if let Some(here) = self
+                .store
+                .present(&root)
+                .filter(|here| !here.ranges.is_empty())
+            {
                 self.network.announce(root, here.size, here.ranges).await?;
             }
         }
@@ -193,7 +222,9 @@ impl Node {
     pub fn holders(&self, capsule: &CapsuleId) -> Vec<(PeerId, bool)> {
         let memory = self.memory();
         let holder = |(peer, held): (&PeerId, &Vec<(CapsuleId, bool)>)| {
-            held.iter().find(|(id, _)| id == capsule).map(|(_, complete)| (*peer, *complete))
+            held.iter()
+                .find(|(id, _)| id == capsule)
+                .map(|(_, complete)| (*peer, *complete))
         };
         memory.capsules.iter().filter_map(holder).collect()
     }
@@ -208,12 +239,18 @@ pub fn machine_of(peer: &PeerId) -> Option<MachineId> {
     // An identity multihash of a protobuf: type Ed25519, 32 bytes (libp2p's peer id specification).
     const HEAD: [u8; 6] = [0x00, 0x24, 0x08, 0x01, 0x12, 0x20];
     let bytes = peer.to_bytes();
-    bytes.strip_prefix(&HEAD).and_then(|key| key.try_into().ok()).map(MachineId)
+    bytes
+        .strip_prefix(&HEAD)
+        .and_then(|key| key.try_into().ok())
+        .map(MachineId)
 }
 
 /// How a reference reads in messages: the name where there is one.
 pub fn spelled(resolution: &Resolution) -> String {
-    resolution.name.as_ref().map_or_else(|| resolution.capsule.to_string(), ToString::to_string)
+    resolution
+        .name
+        .as_ref()
+        .map_or_else(|| resolution.capsule.to_string(), ToString::to_string)
 }
 
 /// Versions of a channel that have several capsules.
@@ -250,11 +287,17 @@ impl From<ResolveError> for Failure {
 pub struct Answers(pub Arc<Node>);
 
 impl Handler for Answers {
-    fn handle(&self, request: Request, reporter: Reporter) -> impl Future<Output = Result<serde_json::Value, Failure>> + Send {
+    fn handle(
+        &self,
+        request: Request,
+        reporter: Reporter,
+    ) -> impl Future<Output = Result<serde_json::Value, Failure>> + Send {
         let node = self.0.clone();
         async move {
             match request {
-                Request::Publish(request) => json(publish::publish(&node, request, &reporter).await),
+                Request::Publish(request) => {
+                    json(publish::publish(&node, request, &reporter).await)
+                }
                 Request::Plan(request) => json(transfer::plan(&node, request, &reporter).await),
                 Request::Pull(request) => json(transfer::pull(&node, request, &reporter).await),
                 Request::Export(request) => json(export::export(&node, request, &reporter).await),

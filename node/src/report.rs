@@ -9,8 +9,9 @@ use capsule_proto::manifest::Manifest;
 use capsule_swarm::PeerInfo;
 
 use crate::control::{
-    BlobStatus, ConnectedPeer, Failure, HashList, HeldHash, HolderInfo, LayerInfo, LayerList, Layers, Listed, ListedCapsule, Ls,
-    NameInfo, NodeStatus, PeerList, Peers, Show, Shown, TransferInfo,
+    BlobStatus, ConnectedPeer, Failure, HashList, HeldHash, HolderInfo, LayerInfo, LayerList,
+    Layers, Listed, ListedCapsule, Ls, NameInfo, NodeStatus, PeerList, Peers, Show, Shown,
+    TransferInfo,
 };
 use crate::follow;
 use crate::held::{component_info, kind_word, space_word};
@@ -30,13 +31,23 @@ pub async fn ls(node: &Arc<Node>, request: Ls) -> Result<Listed, Failure> {
         for (id, origin) in node.store.pins()? {
             pins.entry(id).or_default().push(origin_word(&origin));
         }
-        let ids: BTreeSet<CapsuleId> = names.iter().map(|name| name.capsule).chain(held.keys().copied()).collect();
+        let ids: BTreeSet<CapsuleId> = names
+            .iter()
+            .map(|name| name.capsule)
+            .chain(held.keys().copied())
+            .collect();
         let mut capsules = Vec::new();
         for capsule in ids {
-            let mut own: Vec<&KnownName> = names.iter().filter(|name| name.capsule == capsule).collect();
+            let mut own: Vec<&KnownName> = names
+                .iter()
+                .filter(|name| name.capsule == capsule)
+                .collect();
             own.sort_by_key(|name| std::cmp::Reverse((name.issued, name.sequence)));
             let in_channel = |channel| own.iter().any(|name| name.name.channel == channel);
-            let left_out = request.channel.clone().is_some_and(|channel| !in_channel(channel));
+            let left_out = request
+                .channel
+                .clone()
+                .is_some_and(|channel| !in_channel(channel));
             if left_out || (request.held && !held.contains_key(&capsule)) {
                 continue;
             }
@@ -46,8 +57,14 @@ pub async fn ls(node: &Arc<Node>, request: Ls) -> Result<Listed, Failure> {
                 names: own.iter().map(|name| name.name.to_string()).collect(),
                 holding: node.holdings.holding(&capsule)?,
                 content_bytes: manifest.as_ref().map(Manifest::content_size),
-                stored_bytes: node.holdings.bytes_here(node.holdings.blobs_of(&capsule, &node.records)?),
-                kinds: manifest.iter().flat_map(|m| &m.components).map(|c| c.kind.word().to_owned()).collect(),
+                stored_bytes: node
+                    .holdings
+                    .bytes_here(node.holdings.blobs_of(&capsule, &node.records)?),
+                kinds: manifest
+                    .iter()
+                    .flat_map(|m| &m.components)
+                    .map(|c| c.kind.word().to_owned())
+                    .collect(),
                 pins: pins.get(&capsule).cloned().unwrap_or_default(),
                 conflict: own.iter().any(|name| conflicts(&names, name)),
                 issued: own.first().map(|name| name.issued),
@@ -71,16 +88,28 @@ pub async fn show(node: &Arc<Node>, request: Show) -> Result<Shown, Failure> {
         let capsule = node.resolve(&reference)?.capsule;
         let manifest = node.holdings.manifest(&capsule);
         let names = node.records.names_for(&capsule)?;
-        let manifest_bytes = manifest.as_ref().map(|m| m.encode().len() as u64).or(names.first().map(|n| n.manifest_size));
+        let manifest_bytes = manifest
+            .as_ref()
+            .map(|m| m.encode().len() as u64)
+            .or(names.first().map(|n| n.manifest_size));
         Ok(Shown {
             capsule,
-            names: names.iter().map(|name| name_info(&node, name)).collect::<Result<_, Failure>>()?,
+            names: names
+                .iter()
+                .map(|name| name_info(&node, name))
+                .collect::<Result<_, Failure>>()?,
             holding: node.holdings.holding(&capsule)?,
             manifest_bytes,
-            components: manifest.iter().flat_map(|m| &m.components).map(component_info).collect(),
+            components: manifest
+                .iter()
+                .flat_map(|m| &m.components)
+                .map(component_info)
+                .collect(),
             content_bytes: manifest.as_ref().map(Manifest::content_size),
             layers: layers_of(&node, manifest.as_ref())?,
-            stored_bytes: node.holdings.bytes_here(node.holdings.blobs_of(&capsule, &node.records)?),
+            stored_bytes: node
+                .holdings
+                .bytes_here(node.holdings.blobs_of(&capsule, &node.records)?),
             pins: pins_of(&node, &capsule)?,
             added: node.store.capsule(&capsule)?.map(|held| held.added),
             holders: Vec::new(),
@@ -89,8 +118,13 @@ pub async fn show(node: &Arc<Node>, request: Show) -> Result<Shown, Failure> {
     .await?;
     node.remember_names(&node.network.peers().await?);
     let holders = node.holders(&shown.capsule).into_iter();
-    shown.holders =
-        holders.map(|(peer, complete)| HolderInfo { peer: peer.to_string(), name: node.name_of(&peer), complete }).collect();
+    shown.holders = holders
+        .map(|(peer, complete)| HolderInfo {
+            peer: peer.to_string(),
+            name: node.name_of(&peer),
+            complete,
+        })
+        .collect();
     Ok(shown)
 }
 
@@ -103,7 +137,9 @@ fn name_info(node: &Node, name: &KnownName) -> Result<NameInfo, Failure> {
         issued: name.issued,
         expires: name.expires,
         signer: name.signer.to_string(),
-        newest: of_channel.first().is_some_and(|newest| newest.sequence == name.sequence),
+        newest: of_channel
+            .first()
+            .is_some_and(|newest| newest.sequence == name.sequence),
         conflict: conflicts(&of_channel, name),
     })
 }
@@ -114,7 +150,10 @@ pub async fn layers(node: &Arc<Node>, request: Layers) -> Result<LayerList, Fail
     blocking(move || {
         let capsule = node.resolve(&request.capsule)?.capsule;
         let manifest = node.holdings.manifest(&capsule);
-        Ok(LayerList { capsule, layers: layers_of(&node, manifest.as_ref())? })
+        Ok(LayerList {
+            capsule,
+            layers: layers_of(&node, manifest.as_ref())?,
+        })
     })
     .await
 }
@@ -123,7 +162,10 @@ fn layers_of(node: &Node, manifest: Option<&Manifest>) -> Result<Vec<LayerInfo>,
     let status = |blob: &capsule_proto::record::BlobRef| BlobStatus {
         root: blob.root,
         size: blob.size,
-        have: node.store.durable(&blob.root).map_or(0, |here| here.ranges.bytes(here.size)),
+        have: node
+            .store
+            .durable(&blob.root)
+            .map_or(0, |here| here.ranges.bytes(here.size)),
     };
     let mut layers = Vec::new();
     for component in manifest.iter().flat_map(|manifest| &manifest.components) {
@@ -149,7 +191,11 @@ pub async fn status(node: &Arc<Node>) -> Result<NodeStatus, Failure> {
     let peers = node.network.peers().await?;
     let totals = node.network.totals().await?;
     node.remember_names(&peers);
-    let transfers = node.transfers.list().into_iter().map(|(capsule, progress)| TransferInfo { capsule, progress });
+    let transfers = node
+        .transfers
+        .list()
+        .into_iter()
+        .map(|(capsule, progress)| TransferInfo { capsule, progress });
     let transfers = transfers.collect();
     let shared = node.clone();
     blocking(move || {
@@ -159,7 +205,8 @@ pub async fn status(node: &Arc<Node>) -> Result<NodeStatus, Failure> {
         let capsules = node.store.capsules()?;
         let complete = capsules.iter().filter(|(_, held)| held.complete).count();
         let usage = node.store.usage();
-        let free = rustix::fs::statvfs(node.home.dir()).map_or(0, |stat| stat.f_bavail.saturating_mul(stat.f_frsize));
+        let free = rustix::fs::statvfs(node.home.dir())
+            .map_or(0, |stat| stat.f_bavail.saturating_mul(stat.f_frsize));
         // Its own signature was checked when it was read; the name is in what was verified.
         let own = credential.verify(&credential.fleet(), grant.issued, &Default::default());
         Ok(NodeStatus {
@@ -172,11 +219,18 @@ pub async fn status(node: &Arc<Node>) -> Result<NodeStatus, Failure> {
             roles: roles(&grant.roles),
             channels: match &grant.channels {
                 Channels::All => None,
-                Channels::Only(channels) => Some(channels.iter().map(ToString::to_string).collect()),
+                Channels::Only(channels) => {
+                    Some(channels.iter().map(ToString::to_string).collect())
+                }
             },
             credential_expires: grant.expires,
             site: node.settings.site.clone(),
-            listening: node.network.listening().iter().map(ToString::to_string).collect(),
+            listening: node
+                .network
+                .listening()
+                .iter()
+                .map(ToString::to_string)
+                .collect(),
             uptime: node.started.elapsed().as_secs(),
             peers: peers.len(),
             banned: node.store.bans(node.clock.now())?.len(),
@@ -198,7 +252,10 @@ pub async fn status(node: &Arc<Node>) -> Result<NodeStatus, Failure> {
 
 fn roles(roles: &Roles) -> Vec<String> {
     let all = [(roles.publisher, "publisher"), (roles.admin, "admin")];
-    all.into_iter().filter(|(has, _)| *has).map(|(_, word)| word.to_owned()).collect()
+    all.into_iter()
+        .filter(|(has, _)| *has)
+        .map(|(_, word)| word.to_owned())
+        .collect()
 }
 
 /// Lists connected peers.
@@ -210,9 +267,15 @@ pub async fn peers(node: &Arc<Node>, request: Peers) -> Result<PeerList, Failure
         Some(root) => {
             let mut having = Vec::new();
             for provider in node.network.providers(root).await? {
-                let Some(peer) = connected.iter().find(|peer| peer.id == provider.peer) else { continue };
+                let Some(peer) = connected.iter().find(|peer| peer.id == provider.peer) else {
+                    continue;
+                };
                 let have = Some(provider.groups.bytes(provider.size));
-                having.push(ConnectedPeer { have, have_of: Some(provider.size), ..connected_peer(peer) });
+                having.push(ConnectedPeer {
+                    have,
+                    have_of: Some(provider.size),
+                    ..connected_peer(peer)
+                });
             }
             having
         }
@@ -250,7 +313,14 @@ pub async fn hashes(node: &Arc<Node>) -> Result<HashList, Failure> {
         let mut add = |root, kind: &str, size, have| {
             let totals = totals.get(&root).copied().unwrap_or_default();
             let (sent, received) = (totals.sent, totals.received);
-            hashes.entry(root).or_insert(HeldHash { root, kind: kind.to_owned(), size, have, sent, received });
+            hashes.entry(root).or_insert(HeldHash {
+                root,
+                kind: kind.to_owned(),
+                size,
+                have,
+                sent,
+                received,
+            });
         };
         for blob in store.blobs() {
             let have = blob.presence.ranges.bytes(blob.presence.size);
@@ -259,10 +329,14 @@ pub async fn hashes(node: &Arc<Node>) -> Result<HashList, Failure> {
             }
         }
         for (root, component) in store.components() {
-            let have = store.present(&root).map_or(0, |here| here.ranges.bytes(here.size));
+            let have = store
+                .present(&root)
+                .map_or(0, |here| here.ranges.bytes(here.size));
             add(root, "component", component.size, have);
         }
-        Ok(HashList { hashes: hashes.into_values().collect() })
+        Ok(HashList {
+            hashes: hashes.into_values().collect(),
+        })
     })
     .await
 }

@@ -7,7 +7,9 @@ use std::time::Instant;
 use capsule_proto::{CapsuleId, RootHash};
 use capsule_swarm::Priority;
 
-use crate::control::{CapsuleRef, DamageInfo, Failure, FailureCode, Phase, Reporter, Verified, Verify};
+use crate::control::{
+    CapsuleRef, DamageInfo, Failure, FailureCode, Phase, Reporter, Verified, Verify,
+};
 use crate::held::kind_word;
 use crate::node::{Node, spelled};
 use crate::store::{BlobKind, HeldCapsule};
@@ -27,15 +29,26 @@ struct Held {
 }
 
 /// Verifies what is held, or what a capsule takes.
-pub async fn verify(node: &Arc<Node>, request: Verify, reporter: &Reporter) -> Result<Verified, Failure> {
+pub async fn verify(
+    node: &Arc<Node>,
+    request: Verify,
+    reporter: &Reporter,
+) -> Result<Verified, Failure> {
     let started = Instant::now();
     let (asked, reference) = (node.clone(), request.capsule.clone());
     let held = blocking(move || list(&asked, reference.as_ref())).await?;
     let _guard = node.store.guard(held.iter().map(|held| held.root));
     let checked_bytes = held.iter().map(|held| held.have).sum();
-    let task = Task { phase: Phase::Verifying, total: Some(checked_bytes), what: None };
+    let task = Task {
+        phase: Phase::Verifying,
+        total: Some(checked_bytes),
+        what: None,
+    };
     let (store, reading) = (node.store.clone(), held.clone());
-    let damaged = node.works.run(task, reporter, move |work| read_all(&store, &reading, work)).await?;
+    let damaged = node
+        .works
+        .run(task, reporter, move |work| read_all(&store, &reading, work))
+        .await?;
     let hurt = hurt_capsules(node, &damaged).await?;
     let mut answer = Verified {
         checked: held.len() as u64,
@@ -45,10 +58,14 @@ pub async fn verify(node: &Arc<Node>, request: Verify, reporter: &Reporter) -> R
         repaired_bytes: 0,
         seconds: 0.0,
     };
-    if request.repair && !damaged.is_empty() {
+    if request.repair {
+        let hurt = [hurt, begun_capsules(node, request.capsule.clone()).await?].concat();
         repair(node, &damaged, hurt, reporter).await?;
         for (info, (held, bytes)) in answer.damaged.iter_mut().zip(&damaged) {
-            let here = node.store.present(&held.root).map_or(0, |here| here.ranges.bytes(here.size));
+            let here = node
+                .store
+                .present(&held.root)
+                .map_or(0, |here| here.ranges.bytes(here.size));
             info.repaired = (*bytes).min(here.saturating_sub(held.have - bytes));
             answer.repaired_bytes += info.repaired;
         }
@@ -59,7 +76,12 @@ pub async fn verify(node: &Arc<Node>, request: Verify, reporter: &Reporter) -> R
 
 fn describe((held, bytes): &(Held, u64)) -> DamageInfo {
     let kind = held.kind.map_or("component", kind_word).to_owned();
-    DamageInfo { root: held.root, kind, bytes: *bytes, repaired: 0 }
+    DamageInfo {
+        root: held.root,
+        kind,
+        bytes: *bytes,
+        repaired: 0,
+    }
 }
 
 /// What is to be read: blobs first, as components are read through them.
@@ -69,32 +91,50 @@ fn list(node: &Node, reference: Option<&CapsuleRef>) -> Result<Vec<Held>, Failur
             let resolution = node.resolve(reference)?;
             if node.store.capsule(&resolution.capsule)?.is_none() {
                 let message = format!("nothing of {} is here to be verified", spelled(&resolution));
-                return Err(Failure::new(FailureCode::NotFound, message).hint("`capsule ls --held` lists what is here"));
+                return Err(Failure::new(FailureCode::NotFound, message)
+                    .hint("`capsule ls --held` lists what is here"));
             }
             Some(node.holdings.blobs_of(&resolution.capsule, &node.records)?)
         }
         None => None,
     };
     let is_wanted = |root: &RootHash| wanted.as_ref().is_none_or(|wanted| wanted.contains(root));
-    let blobs = node.store.blobs().into_iter().filter(|blob| is_wanted(&blob.root)).map(|blob| Held {
-        root: blob.root,
-        size: blob.presence.size,
-        have: blob.presence.ranges.bytes(blob.presence.size),
-        kind: Some(blob.kind),
-    });
+    let blobs = node
+        .store
+        .blobs()
+        .into_iter()
+        .filter(|blob| is_wanted(&blob.root))
+        .map(|blob| Held {
+            root: blob.root,
+            size: blob.presence.size,
+            have: blob.presence.ranges.bytes(blob.presence.size),
+            kind: Some(blob.kind),
+        });
     let mut held: Vec<Held> = blobs.collect();
     let is_blob: BTreeSet<RootHash> = held.iter().map(|held| held.root).collect();
     for (root, component) in node.store.components() {
         if is_wanted(&root) && !is_blob.contains(&root) {
-            let have = node.store.present(&root).map_or(0, |here| here.ranges.bytes(here.size));
-            held.push(Held { root, size: component.size, have, kind: None });
+            let have = node
+                .store
+                .present(&root)
+                .map_or(0, |here| here.ranges.bytes(here.size));
+            held.push(Held {
+                root,
+                size: component.size,
+                have,
+                kind: None,
+            });
         }
     }
     Ok(held)
 }
 
 /// Reads all; what was damaged, and how many bytes of it.
-fn read_all(store: &crate::store::Store, held: &[Held], work: &Work) -> Result<Vec<(Held, u64)>, Failure> {
+fn read_all(
+    store: &crate::store::Store,
+    held: &[Held],
+    work: &Work,
+) -> Result<Vec<(Held, u64)>, Failure> {
     let mut damaged: Vec<(Held, u64)> = Vec::new();
     for held in held {
         work.check()?;
@@ -114,7 +154,10 @@ fn read_all(store: &crate::store::Store, held: &[Held], work: &Work) -> Result<V
 }
 
 /// Capsules that are no longer whole; notes that.
-async fn hurt_capsules(node: &Arc<Node>, damaged: &[(Held, u64)]) -> Result<Vec<CapsuleId>, Failure> {
+async fn hurt_capsules(
+    node: &Arc<Node>,
+    damaged: &[(Held, u64)],
+) -> Result<Vec<CapsuleId>, Failure> {
     let roots: BTreeSet<RootHash> = damaged.iter().map(|(held, _)| held.root).collect();
     if roots.is_empty() {
         return Ok(Vec::new());
@@ -123,6 +166,27 @@ async fn hurt_capsules(node: &Arc<Node>, damaged: &[(Held, u64)]) -> Result<Vec<
     let hurt = blocking(move || mark_hurt(&shared, &roots)).await?;
     node.tell_capsules().await?;
     Ok(hurt)
+}
+
+/// Capsules that lack something already: what was found damaged earlier, while serving it, say.
+async fn begun_capsules(
+    node: &Arc<Node>,
+    only: Option<CapsuleRef>,
+) -> Result<Vec<CapsuleId>, Failure> {
+    let node = node.clone();
+    blocking(move || {
+        let only = only
+            .map(|only| node.resolve(&only))
+            .transpose()?
+            .map(|found| found.capsule);
+        let held = node
+            .store
+            .capsules()?
+            .into_iter()
+            .filter(|(id, held)| !held.complete && only.is_none_or(|only| only == *id));
+        Ok(held.map(|(id, _)| id).collect())
+    })
+    .await
 }
 
 /// Notes which capsules are no longer complete without some roots.
@@ -135,7 +199,13 @@ pub fn mark_hurt(node: &Node, roots: &BTreeSet<RootHash>) -> Result<Vec<CapsuleI
             continue;
         }
         if held.complete {
-            node.store.put_capsule(&id, &HeldCapsule { complete: false, ..held })?;
+            node.store.put_capsule(
+                &id,
+                &HeldCapsule {
+                    complete: false,
+                    ..held
+                },
+            )?;
         }
         hurt.push(id);
     }
@@ -143,18 +213,44 @@ pub fn mark_hurt(node: &Node, roots: &BTreeSet<RootHash>) -> Result<Vec<CapsuleI
 }
 
 /// Fetches what is missing: of capsules by pulling them, of other blobs directly.
-async fn repair(node: &Arc<Node>, damaged: &[(Held, u64)], hurt: Vec<CapsuleId>, reporter: &Reporter) -> Result<(), Failure> {
+async fn repair(
+    node: &Arc<Node>,
+    damaged: &[(Held, u64)],
+    hurt: Vec<CapsuleId>,
+    reporter: &Reporter,
+) -> Result<(), Failure> {
+    let hurt: BTreeSet<CapsuleId> = hurt.into_iter().collect();
     for id in hurt {
         let asked = node.clone();
         let resolution = blocking(move || asked.resolve(&CapsuleRef(id.to_string()))).await?;
-        let manner = Manner { phase: Phase::Repairing, ..manner(&resolution, None, Priority::Normal) };
+        let manner = Manner {
+            phase: Phase::Repairing,
+            ..manner(&resolution, None, Priority::Normal)
+        };
         fetch_capsule(node, resolution, manner, reporter).await?;
     }
-    let left = damaged.iter().filter_map(|(held, _)| held.kind.map(|kind| (held, kind)));
-    let left = left.filter(|(held, _)| node.store.present(&held.root).is_some_and(|here| !here.complete));
-    let wanted: Vec<Wanted> = left.map(|(held, kind)| Wanted { root: held.root, size: Some(held.size), kind }).collect();
+    let left = damaged
+        .iter()
+        .filter_map(|(held, _)| held.kind.map(|kind| (held, kind)));
+    let left = left.filter(|(held, _)| {
+        node.store
+            .present(&held.root)
+            .is_some_and(|here| !here.complete)
+    });
+    let wanted: Vec<Wanted> = left
+        .map(|(held, kind)| Wanted {
+            root: held.root,
+            size: Some(held.size),
+            kind,
+        })
+        .collect();
     let name = "what was damaged".to_owned();
-    let manner = Manner { phase: Phase::Repairing, name, priority: Priority::Normal, patience: DEFAULT_PATIENCE };
+    let manner = Manner {
+        phase: Phase::Repairing,
+        name,
+        priority: Priority::Normal,
+        patience: DEFAULT_PATIENCE,
+    };
     fetch(node, wanted, &manner, reporter).await?;
     Ok(())
 }

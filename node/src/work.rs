@@ -49,7 +49,9 @@ pub struct Task {
 impl Works {
     /// All places free.
     pub fn new() -> Self {
-        Self { places: Arc::new(Semaphore::new(PLACES)) }
+        Self {
+            places: Arc::new(Semaphore::new(PLACES)),
+        }
     }
 
     /// Does work on a blocking thread, and tells how far it is.
@@ -58,9 +60,16 @@ impl Works {
         T: Send + 'static,
         F: FnOnce(&Work) -> Result<T, Failure> + Send + 'static,
     {
-        let place = self.places.clone().acquire_owned().await.map_err(|_| Failure::cancelled())?;
+        let place = self
+            .places
+            .clone()
+            .acquire_owned()
+            .await
+            .map_err(|_| Failure::cancelled())?;
         let state = Arc::new(Work::default());
-        state.total.store(task.total.unwrap_or(0), Ordering::Relaxed);
+        state
+            .total
+            .store(task.total.unwrap_or(0), Ordering::Relaxed);
         let _stop = StopOnDrop(state.clone());
         let shared = state.clone();
         let mut thread = tokio::task::spawn_blocking(move || {
@@ -93,14 +102,21 @@ where
     T: Send + 'static,
     F: FnOnce() -> Result<T, Failure> + Send + 'static,
 {
-    tokio::task::spawn_blocking(work).await.unwrap_or_else(|panic| Err(panicked(&panic)))
+    tokio::task::spawn_blocking(work)
+        .await
+        .unwrap_or_else(|panic| Err(panicked(&panic)))
 }
 
-fn panicked(error: &tokio::task::JoinError) -> Failure {
+/// What is told of a task that did not end by itself.
+pub fn panicked(error: &tokio::task::JoinError) -> Failure {
     if error.is_cancelled() {
         return Failure::cancelled();
     }
-    Failure::new(FailureCode::Internal, "a fault of the program stopped this command").hint("report it, with the node's log")
+    Failure::new(
+        FailureCode::Internal,
+        "a fault of the program stopped this command",
+    )
+    .hint("report it, with the node's log")
 }
 
 /// Hears progress.
@@ -134,14 +150,25 @@ impl Work {
 
     /// Fails where the work is to stop.
     pub fn check(&self) -> Result<(), Failure> {
-        if self.cancelled.load(Ordering::Relaxed) { Err(Failure::cancelled()) } else { Ok(()) }
+        if self.cancelled.load(Ordering::Relaxed) {
+            Err(Failure::cancelled())
+        } else {
+            Ok(())
+        }
     }
 
     fn progress(&self, task: &Task, meter: &mut Meter) -> Progress {
         let total = self.total.load(Ordering::Relaxed);
-        let (read, written) = (self.read.load(Ordering::Relaxed), self.written.load(Ordering::Relaxed));
+        let (read, written) = (
+            self.read.load(Ordering::Relaxed),
+            self.written.load(Ordering::Relaxed),
+        );
         // Publishing counts what it reads; restoring, which reads nothing, what it writes.
-        let (done, written) = if task.phase == Phase::Publishing { (read, written) } else { (read.max(written), 0) };
+        let (done, written) = if task.phase == Phase::Publishing {
+            (read, written)
+        } else {
+            (read.max(written), 0)
+        };
         Progress {
             phase: task.phase,
             done,
@@ -184,7 +211,9 @@ struct Meter {
 
 impl Meter {
     fn new() -> Self {
-        Self { seen: std::collections::VecDeque::with_capacity(RATE_WINDOW + 1) }
+        Self {
+            seen: std::collections::VecDeque::with_capacity(RATE_WINDOW + 1),
+        }
     }
 
     fn rate(&mut self, now: Instant, done: u64) -> u64 {
@@ -192,9 +221,15 @@ impl Meter {
         if self.seen.len() > RATE_WINDOW {
             self.seen.pop_front();
         }
-        let Some(&(then, before)) = self.seen.front() else { return 0 };
+        let Some(&(then, before)) = self.seen.front() else {
+            return 0;
+        };
         let seconds = now.duration_since(then).as_secs_f64();
-        if seconds > 0.0 { (done.saturating_sub(before) as f64 / seconds) as u64 } else { 0 }
+        if seconds > 0.0 {
+            (done.saturating_sub(before) as f64 / seconds) as u64
+        } else {
+            0
+        }
     }
 }
 
@@ -203,7 +238,11 @@ mod tests {
     use super::*;
 
     fn task() -> Task {
-        Task { phase: Phase::Verifying, total: Some(10), what: None }
+        Task {
+            phase: Phase::Verifying,
+            total: Some(10),
+            what: None,
+        }
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -211,25 +250,41 @@ mod tests {
         let works = Works::new();
         let (ended, end) = std::sync::mpsc::channel();
         {
-            let endless = works.run(task(), &Reporter::silent(), move |work| {
+            let silent = Reporter::silent();
+            let endless = works.run(task(), &silent, move |work| {
                 while work.check().is_ok() {
                     std::thread::sleep(Duration::from_millis(1));
                 }
                 ended.send(()).unwrap();
                 Err::<(), _>(Failure::cancelled())
             });
-            assert!(tokio::time::timeout(Duration::from_millis(50), endless).await.is_err());
+            assert!(
+                tokio::time::timeout(Duration::from_millis(50), endless)
+                    .await
+                    .is_err()
+            );
         }
         end.recv_timeout(Duration::from_secs(5)).unwrap();
         // All places can be taken again.
         let again = |n| works.run(task(), &(|_| ()), move |_| Ok(n));
-        assert_eq!((again(1).await.unwrap(), again(2).await.unwrap(), again(3).await.unwrap()), (1, 2, 3));
+        assert_eq!(
+            (
+                again(1).await.unwrap(),
+                again(2).await.unwrap(),
+                again(3).await.unwrap()
+            ),
+            (1, 2, 3)
+        );
     }
 
     #[tokio::test]
     async fn a_panic_is_a_failure_with_a_code() {
         let works = Works::new();
-        let result = works.run(task(), &(|_| ()), |_| -> Result<(), Failure> { panic!("a test's") }).await;
+        let result = works
+            .run(task(), &(|_| ()), |_| -> Result<(), Failure> {
+                panic!("a test's")
+            })
+            .await;
         assert_eq!(result.unwrap_err().code, FailureCode::Internal);
     }
 }

@@ -155,8 +155,8 @@ impl BlobStore for HostileStore {
         bao::encode_range(
             &self.tree,
             groups,
-            &self.content[..],
-            &self.outboard[..],
+            &&self.content[..],
+            &&self.outboard[..],
             out,
         )
         .expect("its copy is right");

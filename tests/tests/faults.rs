@@ -43,7 +43,7 @@ fn names_and_ids_that_do_not_exist() {
         let said = fleet[0].fails(1, &["show", name]);
         assert!(said.contains(name), "{said}");
     }
-    let said = fleet[0].fails(1, &["pull", "nowhere:1", "--wait", "1"]);
+    let said = fleet[0].fails(1, &["pull", "nowhere:1", "--wait", "1s"]);
     assert!(said.contains("nowhere:1"), "{said}");
     let said = fleet[0].fails(1, &["publish", "/nonexistent/file", "--name", "lab:1"]);
     assert!(said.contains("/nonexistent/file"), "{said}");

@@ -22,6 +22,13 @@ pub struct Output {
 }
 
 impl Output {
+    /// Says on standard error that a list is empty: for people only, who could think that nothing happened.
+    pub fn empty(self, text: &str) {
+        if !self.json {
+            eprintln!("{}", Style::stderr().dim(text));
+        }
+    }
+
     /// Prints an answer: as it is for programs, or as `render` writes it for people.
     ///
     /// # Errors

@@ -138,7 +138,6 @@ impl From<ClientError> for Exit {
 /// What helps with a kind of failure, where the daemon named nothing better.
 const fn way_out(code: FailureCode) -> Option<&'static str> {
     match code {
-        FailureCode::NotFound => Some("`capsule ls` lists what is known here"),
         FailureCode::Unreachable => Some("`capsule peers` lists who is connected"),
         FailureCode::Full => Some("`capsule gc` frees what nothing pinned needs"),
         FailureCode::Internal => {
@@ -183,15 +182,12 @@ mod tests {
 
     #[test]
     fn a_failure_keeps_its_own_hint_before_the_general_one() {
-        let failure = Failure::new(FailureCode::NotFound, "nothing is named lab:1");
+        let failure = Failure::new(FailureCode::Unreachable, "nobody has lab:1");
         let general = Exit::from(ClientError::Failed(failure.clone())).text(Style::PLAIN);
-        assert!(general.contains("hint: `capsule ls`"), "{general}");
+        assert!(general.contains("hint: `capsule peers`"), "{general}");
         let own =
             Exit::from(ClientError::Failed(failure.hint("publish it first"))).text(Style::PLAIN);
-        assert_eq!(
-            own,
-            "error: nothing is named lab:1\nhint: publish it first\n"
-        );
+        assert_eq!(own, "error: nobody has lab:1\nhint: publish it first\n");
     }
 
     #[test]

@@ -45,9 +45,12 @@ fn three_digits(value: f64) -> String {
     format!("{value:.decimals$}")
 }
 
-/// A duration in its two largest units: `0.8 s`, `12 s`, `3 min 05 s`, `2 h 14 min`, `3 d 4 h`.
+/// A duration in its two largest units: `84 ms`, `1.8 s`, `12 s`, `3 min 05 s`, `2 h 14 min`, `3 d 4 h`.
 pub fn duration(duration: Duration) -> String {
     let seconds = duration.as_secs();
+    if duration < Duration::from_secs(1) {
+        return format!("{} ms", duration.as_millis());
+    }
     if duration < Duration::from_millis(9950) {
         return format!("{:.1} s", duration.as_secs_f64());
     }
@@ -203,8 +206,9 @@ mod tests {
     #[test]
     fn durations_show_two_units() {
         for (millis, text) in [
-            (0, "0.0 s"),
-            (840, "0.8 s"),
+            (0, "0 ms"),
+            (999, "999 ms"),
+            (1_840, "1.8 s"),
             (9_949, "9.9 s"),
             (9_999, "9 s"),
             (59_999, "59 s"),

@@ -48,6 +48,10 @@ pub fn ls(args: LsArgs, context: &Context) -> Result<(), Exit> {
         channel: args.channel,
         held: args.held,
     })?;
+    if listed.capsules.is_empty() {
+        args.output
+            .empty("no capsules: names arrive from connected peers; `capsule publish` makes one");
+    }
     args.output.print(&listed, |listed, style| {
         render_list(listed, style, args.long, now())
     })

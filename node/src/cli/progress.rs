@@ -15,6 +15,8 @@ use super::style::printable;
 const LINE_EVERY: Duration = Duration::from_secs(5);
 /// Between drawings of a bar: smooth, and cheap beside the work.
 const DRAW_HZ: u8 = 10;
+/// Characters in a bar: leaves room for the figures on a terminal of 80 columns.
+const GAUGE: usize = 20;
 
 /// Where progress goes.
 #[derive(Debug)]
@@ -81,58 +83,56 @@ pub struct Bar(ProgressBar);
 
 impl Bar {
     fn alone() -> Self {
-        Self(ProgressBar::with_draw_target(
-            None,
-            ProgressDrawTarget::stderr_with_hz(DRAW_HZ),
-        ))
+        let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr_with_hz(DRAW_HZ));
+        Self::styled(bar)
     }
 
     /// A bar with a label among others.
     pub fn among(bars: &MultiProgress, label: &str) -> Self {
-        let bar = bars.add(ProgressBar::no_length());
-        bar.set_prefix(format!("{label}  "));
+        let bar = Self::styled(bars.add(ProgressBar::no_length()));
+        bar.0.set_prefix(format!("{label}  "));
+        bar
+    }
+
+    /// The whole line is text of ours, so that amounts, bar and rate are always drawn together; the spinner moves with
+    /// each, so that people see that it lives.
+    fn styled(bar: ProgressBar) -> Self {
+        let style = ProgressStyle::with_template("{prefix}{spinner} {wide_msg}");
+        // The template is a constant; the default is only for the type.
+        bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_spinner()));
         Self(bar)
     }
 
     /// Shows how far the work has come.
     pub fn update(&self, progress: &Progress) {
-        let bar = &self.0;
-        match progress.total {
-            // A bar of length 0 would show as complete.
-            Some(total) if total > 0 => {
-                bar.set_style(bar_style());
-                bar.set_length(total);
-                bar.set_position(progress.done.min(total));
+        let gauge = match progress.total {
+            Some(total) if total > 0 && progress.phase != Phase::Waiting => {
+                gauge(progress.done, total) + " "
             }
-            _ => bar.set_style(waiting_style()),
-        }
-        bar.set_message(format!("{}  {}", phase(progress.phase), details(progress)));
+            _ => String::new(),
+        };
+        self.0.set_message(gauge + &line(progress));
+        self.0.tick();
     }
 
     /// Leaves the bar full, with a last word.
     pub fn finish(&self, message: &str) {
-        self.0.set_style(bar_style());
-        self.0.set_length(1);
-        self.0.set_position(1);
-        self.0.finish_with_message(message.to_owned());
+        self.0.finish_with_message(gauge(1, 1) + " " + message);
     }
 }
 
-fn bar_style() -> ProgressStyle {
-    style("{prefix}[{bar:28}] {percent:>3} %  {msg}").progress_chars("=> ")
-}
-
-fn waiting_style() -> ProgressStyle {
-    style("{prefix}{spinner} {msg}")
-}
-
-fn style(template: &str) -> ProgressStyle {
-    // The templates are constants; the default is only for the type.
-    ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar())
+/// `[=====>    ]`
+fn gauge(done: u64, total: u64) -> String {
+    let filled = (u128::from(done.min(total)) * GAUGE as u128 / u128::from(total.max(1))) as usize;
+    let head = if filled < GAUGE { ">" } else { "" };
+    format!("[{:<GAUGE$}]", "=".repeat(filled) + head)
 }
 
 /// A line for a log: `fetching  42 %  126 MiB of 300 MiB  93.0 MiB/s  5 peers  1.9 s left`.
 pub fn line(progress: &Progress) -> String {
+    if let (Phase::Waiting, Some(what)) = (progress.phase, &progress.what) {
+        return format!("waiting for {}", printable(what));
+    }
     let share = progress
         .total
         .filter(|&total| total > 0)
@@ -225,6 +225,11 @@ mod tests {
             ..progress
         };
         assert_eq!(line(&progress).trim_end(), "waiting");
+        let news = Progress {
+            what: Some("lab:1".into()),
+            ..progress.clone()
+        };
+        assert_eq!(line(&news), "waiting for lab:1");
         progress = Progress {
             phase: Phase::Publishing,
             total: Some(0),

@@ -51,22 +51,31 @@ pub fn status(args: StatusArgs, context: &Context) -> Result<(), Exit> {
 
 /// Runs `peers`.
 pub fn peers(args: PeersArgs, context: &Context) -> Result<(), Exit> {
+    let peers = context.ask(Peers { have: args.have })?;
+    if peers.peers.is_empty() {
+        args.output.empty(match args.have {
+            Some(_) => "no connected peer announces it",
+            None => "no peer is connected: `capsule status` tells of troubles",
+        });
+    }
     args.output
-        .print(&context.ask(Peers { have: args.have })?, |peers, style| {
-            render_peers(peers, style, args.long)
-        })
+        .print(&peers, |peers, style| render_peers(peers, style, args.long))
 }
 
 /// Runs `hashes`.
 pub fn hashes(args: HashesArgs, context: &Context) -> Result<(), Exit> {
-    args.output.print(&context.ask(Hashes {})?, render_hashes)
+    let hashes = context.ask(Hashes {})?;
+    if hashes.hashes.is_empty() {
+        args.output.empty("nothing is held");
+    }
+    args.output.print(&hashes, render_hashes)
 }
 
 fn render_status(status: &NodeStatus, style: Style, now: u64) -> String {
-    let mut sections = vec![
-        fields(style, &identity(status)),
-        fields(style, &activity(status)),
-    ];
+    let mut sections = vec![fields(
+        style,
+        &[&identity(status)[..], &activity(status)].concat(),
+    )];
     if !status.transfers.is_empty() {
         let line = |transfer: &capsule_node::control::TransferInfo| {
             format!(
@@ -121,7 +130,7 @@ fn identity(status: &NodeStatus) -> [(&'static str, String); 9] {
         ("home", shell_word(&status.home)),
         (
             "machine",
-            format!("{} {}", status.machine_name, short(&status.machine)),
+            format!("{} ({})", status.machine_name, short(&status.machine)),
         ),
         ("fleet", status.fleet.clone()),
         ("network id", status.peer.clone()),
@@ -186,7 +195,7 @@ fn render_peers(list: &PeerList, style: Style, long: bool) -> String {
         ">SENT",
         ">BLOBS",
         ">HAS",
-        ">SINCE",
+        ">FOR",
     ]);
     for peer in &list.peers {
         let has = match (peer.have, peer.have_of) {

@@ -45,7 +45,7 @@ pub fn run(args: VerifyArgs, context: &Context) -> Result<(), Exit> {
     let hint = if args.repair {
         "somebody who has it whole must be connected: `capsule peers` lists who is"
     } else {
-        "`capsule verify --repair` fetches it again from peers"
+        "`capsule ls --held` tells what is partial now; `capsule pull` fetches again what it lacks"
     };
     Err(Exit::failed(format!("{} of what this node held are damaged", size(left))).or_hint(hint))
 }

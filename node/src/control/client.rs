@@ -7,10 +7,10 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
+use super::MAX_REPLY_LEN;
 use super::error::Failure;
 use super::event::{Progress, Reply};
 use super::request::Command;
-use super::MAX_REPLY_LEN;
 use crate::home::socket;
 
 /// A connection to a home's daemon, good for one request.
@@ -41,10 +41,14 @@ pub enum ClientError {
         source: io::Error,
     },
     /// The connection ended early: the daemon was stopped.
-    #[error("the node ended before it answered; what it verified is kept: start it again with `capsule node`")]
+    #[error(
+        "the node ended before it answered; what it verified is kept: start it again with `capsule node`"
+    )]
     Lost,
     /// The daemon speaks another version.
-    #[error("the node's answer cannot be read ({0}): it runs another version of capsule; restart it")]
+    #[error(
+        "the node's answer cannot be read ({0}): it runs another version of capsule; restart it"
+    )]
     Protocol(String),
     /// The daemon refused or failed.
     #[error(transparent)]
@@ -52,7 +56,11 @@ pub enum ClientError {
 }
 
 fn home_option(home: &Path) -> String {
-    if std::env::var_os("CAPSULE_HOME").is_some() { String::new() } else { format!(" --home {}", home.display()) }
+    if std::env::var_os("CAPSULE_HOME").is_some() {
+        String::new()
+    } else {
+        format!(" --home {}", home.display())
+    }
 }
 
 impl Client {
@@ -61,7 +69,12 @@ impl Client {
         let path = socket::find(home);
         match UnixStream::connect(&path) {
             Ok(stream) => Ok(Self { stream }),
-            Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
+            Err(e)
+                if matches!(
+                    e.kind(),
+                    io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
+                ) =>
+            {
                 Err(ClientError::NoDaemon { home: home.into() })
             }
             Err(source) => Err(ClientError::Connect { path, source }),
@@ -80,9 +93,12 @@ impl Client {
         mut on_progress: impl FnMut(Progress),
         mut on_notice: impl FnMut(String),
     ) -> Result<C::Answer, ClientError> {
-        let mut line = serde_json::to_vec(&command.into_request()).map_err(|e| ClientError::Protocol(e.to_string()))?;
+        let mut line = serde_json::to_vec(&command.into_request())
+            .map_err(|e| ClientError::Protocol(e.to_string()))?;
         line.push(b'\n');
-        (&self.stream).write_all(&line).map_err(|_| ClientError::Lost)?;
+        (&self.stream)
+            .write_all(&line)
+            .map_err(|_| ClientError::Lost)?;
         let mut lines = BufReader::new(&self.stream);
         loop {
             match read_reply::<C::Answer>(&mut lines)? {
@@ -108,11 +124,20 @@ impl Canceller {
     }
 }
 
-fn read_reply<A: serde::de::DeserializeOwned>(lines: &mut impl BufRead) -> Result<Reply<A>, ClientError> {
+fn read_reply<A: serde::de::DeserializeOwned>(
+    lines: &mut impl BufRead,
+) -> Result<Reply<A>, ClientError> {
     let mut line = Vec::new();
-    lines.take(MAX_REPLY_LEN as u64 + 1).read_until(b'\n', &mut line).map_err(|_| ClientError::Lost)?;
+    lines
+        .take(MAX_REPLY_LEN as u64 + 1)
+        .read_until(b'\n', &mut line)
+        .map_err(|_| ClientError::Lost)?;
     if line.last() != Some(&b'\n') {
-        return Err(if line.len() > MAX_REPLY_LEN { ClientError::Protocol("too long".into()) } else { ClientError::Lost });
+        return Err(if line.len() > MAX_REPLY_LEN {
+            ClientError::Protocol("too long".into())
+        } else {
+            ClientError::Lost
+        });
     }
     serde_json::from_slice(&line).map_err(|e| ClientError::Protocol(e.to_string()))
 }

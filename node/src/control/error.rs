@@ -52,7 +52,11 @@ pub enum FailureCode {
 impl Failure {
     /// A failure without a hint.
     pub fn new(code: FailureCode, message: impl Into<String>) -> Self {
-        Self { code, message: message.into(), hint: None }
+        Self {
+            code,
+            message: message.into(),
+            hint: None,
+        }
     }
 
     /// Adds the way out.

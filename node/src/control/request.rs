@@ -140,7 +140,7 @@ pub struct Verify {
     /// Only this capsule; everything in the store where absent.
     #[serde(default)]
     pub capsule: Option<CapsuleRef>,
-    /// Fetches again from peers what was damaged.
+    /// Fetches again from peers what was damaged, now or before, and whatever else a capsule that was begun lacks.
     #[serde(default)]
     pub repair: bool,
 }
@@ -245,12 +245,19 @@ mod text {
 
     use super::{Deserialize, Deserializer, Serializer};
 
-    pub fn serialize<T: Display, S: Serializer>(value: &T, serializer: S) -> Result<S::Ok, S::Error> {
+    pub fn serialize<T: Display, S: Serializer>(
+        value: &T,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
         serializer.collect_str(value)
     }
 
-    pub fn deserialize<'de, T: FromStr<Err: Display>, D: Deserializer<'de>>(deserializer: D) -> Result<T, D::Error> {
-        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+    pub fn deserialize<'de, T: FromStr<Err: Display>, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<T, D::Error> {
+        String::deserialize(deserializer)?
+            .parse()
+            .map_err(serde::de::Error::custom)
     }
 }
 
@@ -271,7 +278,9 @@ mod effort {
             "fast" => Ok(Effort::Fast),
             "default" => Ok(Effort::Default),
             "max" => Ok(Effort::Max),
-            other => Err(serde::de::Error::custom(format_args!("no such effort as {other:?}: use fast, default or max"))),
+            other => Err(serde::de::Error::custom(format_args!(
+                "no such effort as {other:?}: use fast, default or max"
+            ))),
         }
     }
 }

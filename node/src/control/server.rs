@@ -10,8 +10,8 @@ use std::time::Duration;
 use serde::Serialize;
 use thiserror::Error;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
-use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::UnixListener;
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{Semaphore, mpsc};
 
 use super::error::{Failure, FailureCode};
@@ -31,7 +31,11 @@ const WRITE_TIMEOUT: Duration = Duration::from_secs(60);
 /// Answers requests.
 pub trait Handler: Send + Sync + 'static {
     /// Works on a request until its answer, which is dropped when the client goes away.
-    fn handle(&self, request: Request, reporter: Reporter) -> impl Future<Output = Result<serde_json::Value, Failure>> + Send;
+    fn handle(
+        &self,
+        request: Request,
+        reporter: Reporter,
+    ) -> impl Future<Output = Result<serde_json::Value, Failure>> + Send;
 }
 
 /// Tells the client how far its request has come. Clones tell the same client.
@@ -54,7 +58,9 @@ pub struct ServerError {
 impl Reporter {
     /// One that nobody hears, for work that the node does by itself.
     pub fn silent() -> Self {
-        Self { replies: mpsc::channel(1).0 }
+        Self {
+            replies: mpsc::channel(1).0,
+        }
     }
 
     /// Tells progress; dropped where the client is slow, as the next one says more.
@@ -70,7 +76,10 @@ impl Reporter {
 
 /// Listens on a socket, which only this user may use. The caller holds the home's lock, so an old socket is left over.
 pub fn listen(path: &Path) -> Result<UnixListener, ServerError> {
-    let failed = |source| ServerError { path: path.into(), source };
+    let failed = |source| ServerError {
+        path: path.into(),
+        source,
+    };
     match std::fs::remove_file(path) {
         Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(failed(e)),
         _ => {}
@@ -107,8 +116,15 @@ pub async fn serve(listener: UnixListener, handler: Arc<impl Handler>) {
             match place {
                 Some(_place) => serve_client(read, write, &*handler).await,
                 None => {
-                    let failure = Failure::new(FailureCode::Busy, format!("the node serves {MAX_CLIENTS} commands already"));
-                    let _ = send(&mut write, &Reply::<()>::Failed(failure.hint("wait for some of them to end"))).await;
+                    let failure = Failure::new(
+                        FailureCode::Busy,
+                        format!("the node serves {MAX_CLIENTS} commands already"),
+                    );
+                    let _ = send(
+                        &mut write,
+                        &Reply::<()>::Failed(failure.hint("wait for some of them to end")),
+                    )
+                    .await;
                 }
             }
         });
@@ -153,14 +169,25 @@ async fn serve_client(read: OwnedReadHalf, mut write: OwnedWriteHalf, handler: &
 
 async fn read_request(read: &mut BufReader<OwnedReadHalf>) -> Result<Option<Request>, Failure> {
     let mut line = Vec::new();
-    let invalid = |why: String| Failure::new(FailureCode::Invalid, format!("the request cannot be read: {why}"));
-    match read.take(MAX_REQUEST_LEN as u64 + 1).read_until(b'\n', &mut line).await {
+    let invalid = |why: String| {
+        Failure::new(
+            FailureCode::Invalid,
+            format!("the request cannot be read: {why}"),
+        )
+    };
+    match read
+        .take(MAX_REQUEST_LEN as u64 + 1)
+        .read_until(b'\n', &mut line)
+        .await
+    {
         Ok(0) | Err(_) => return Ok(None),
         Ok(_) if line.len() > MAX_REQUEST_LEN => return Err(invalid("it is too long".into())),
         Ok(_) => {}
     }
     let request = serde_json::from_slice(&line);
-    request.map(Some).map_err(|e| invalid(e.to_string()).hint("the node runs another version of capsule: restart it"))
+    request.map(Some).map_err(|e| {
+        invalid(e.to_string()).hint("the node runs another version of capsule: restart it")
+    })
 }
 
 /// Returns when the client has closed its end. Whatever else it says is not listened to.
@@ -172,11 +199,11 @@ async fn client_gone(read: &mut BufReader<OwnedReadHalf>) {
 async fn send<A: Serialize>(write: &mut OwnedWriteHalf, reply: &Reply<A>) -> io::Result<()> {
     let mut line = serde_json::to_vec(reply)?;
     if line.len() >= MAX_REPLY_LEN {
-        let failure = Failure::new(FailureCode::Refused, "the answer is too long").hint("ask for less");
+        let failure =
+            Failure::new(FailureCode::Refused, "the answer is too long").hint("ask for less");
         line = serde_json::to_vec(&Reply::<A>::Failed(failure))?;
     }
     line.push(b'\n');
     let written = tokio::time::timeout(WRITE_TIMEOUT, write.write_all(&line)).await;
     written.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
 }
-

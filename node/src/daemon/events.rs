@@ -21,6 +21,8 @@ const ADDRESSES: &str = "peer addresses";
 const MAX_ADDRESSES: usize = 64;
 /// How often addresses are saved while peers come and go; also at the end.
 const SAVE_EVERY: Duration = Duration::from_secs(600);
+/// Without content moved for so long, the network is quiet. Looking costs microseconds.
+const QUIET: Duration = Duration::from_secs(15);
 /// Longest sleep between looks at which records have ended: a clock may be set.
 const PURGE_EVERY: Duration = Duration::from_secs(3600);
 /// Shortest.
@@ -39,20 +41,40 @@ pub async fn watch_network(node: Arc<Node>, mut events: mpsc::Receiver<Event>) {
                     save_addresses(&node).await;
                 }
             }
-            Event::PeerDisconnected(_) => memory::trim(),
+            Event::PeerDisconnected(_) => {}
             Event::PeerBanned { peer, reason } => ban(&node, peer, reason).await,
-            Event::Refused { address, reason } => node.trouble(format!("{address} was refused: {reason}")),
-            Event::StoreDamaged { root, reason } => node.trouble(format!("{root} could not be served: {reason}")),
-            Event::Status { peer, name, capsules, .. } => node.heard(peer, name, capsules),
+            Event::Refused { address, reason } => {
+                node.trouble(format!("{address} was refused: {reason}"))
+            }
+            Event::StoreDamaged { root, reason } => {
+                node.trouble(format!("{root} could not be served: {reason}"))
+            }
+            Event::Status {
+                peer,
+                name,
+                capsules,
+                ..
+            } => node.heard(peer, name, capsules),
         }
     }
 }
 
 async fn ban(node: &Arc<Node>, peer: PeerId, reason: String) {
-    let who = node.name_of(&peer).map_or_else(|| peer.to_string(), |name| format!("{name} ({peer})"));
+    let who = node
+        .name_of(&peer)
+        .map_or_else(|| peer.to_string(), |name| format!("{name} ({peer})"));
     node.trouble(format!("{who} is banned for a week: {reason}"));
     let (store, until) = (node.store.clone(), node.clock.now() + BAN);
-    let kept = blocking(move || Ok(store.ban(&peer.to_bytes(), &Ban { reason, until: Some(until) })?)).await;
+    let kept = blocking(move || {
+        Ok(store.ban(
+            &peer.to_bytes(),
+            &Ban {
+                reason,
+                until: Some(until),
+            },
+        )?)
+    })
+    .await;
     if let Err(failure) = kept {
         tracing::warn!(%failure, "the ban holds only until the node is restarted");
     }
@@ -76,25 +98,57 @@ async fn take_back(node: &Arc<Node>, found: Damage) -> Result<(), crate::control
     node.announce([found.root]).await?;
     let shared = node.clone();
     blocking(move || mark_hurt(&shared, &BTreeSet::from([found.root]))).await?;
+    // Followers look whether what they follow is still whole, and fetch what is not.
+    node.records.touch();
     node.tell_capsules().await
+}
+
+/// Gives memory back when the network has become quiet. Runs for ever.
+pub async fn trim_when_quiet(node: Arc<Node>) {
+    let (mut moved, mut busy) = (0, true);
+    loop {
+        tokio::time::sleep(QUIET).await;
+        let Ok(totals) = node.network.totals().await else {
+            return;
+        };
+        let now: u64 = totals
+            .iter()
+            .map(|(_, totals)| totals.sent + totals.received)
+            .sum();
+        let quiet = now == moved;
+        if quiet && busy {
+            memory::trim();
+        }
+        (moved, busy) = (now, !quiet);
+    }
 }
 
 /// Drops records when they end. Runs for ever.
 pub async fn purge_records(node: Arc<Node>) {
     loop {
         let records = node.records.clone();
-        let next = blocking(move || Ok(records.purge()?)).await.unwrap_or_default();
-        let wait = next.map_or(PURGE_EVERY, |end| Duration::from_secs(end.saturating_sub(node.clock.now())));
+        let next = blocking(move || Ok(records.purge()?))
+            .await
+            .unwrap_or_default();
+        let wait = next.map_or(PURGE_EVERY, |end| {
+            Duration::from_secs(end.saturating_sub(node.clock.now()))
+        });
         tokio::time::sleep(wait.clamp(PURGE_AT_MOST, PURGE_EVERY)).await;
     }
 }
 
 /// Keeps the addresses of peers that answer, for the next start.
 pub async fn save_addresses(node: &Node) {
-    let Ok(peers) = node.network.peers().await else { return };
+    let Ok(peers) = node.network.peers().await else {
+        return;
+    };
     node.remember_names(&peers);
     // Where a peer dialled us from says nothing about where it listens.
-    let mut addresses: Vec<String> = peers.iter().filter(|peer| peer.dialled).map(|peer| peer.address.to_string()).collect();
+    let mut addresses: Vec<String> = peers
+        .iter()
+        .filter(|peer| peer.dialled)
+        .map(|peer| peer.address.to_string())
+        .collect();
     if addresses.is_empty() {
         return;
     }
@@ -112,5 +166,8 @@ pub async fn save_addresses(node: &Node) {
 /// Addresses of peers kept by earlier runs. What cannot be read is done without.
 pub fn known_addresses(store: &Store) -> Vec<String> {
     let value = store.value(ADDRESSES).ok().flatten().unwrap_or_default();
-    String::from_utf8_lossy(&value).lines().map(str::to_owned).collect()
+    String::from_utf8_lossy(&value)
+        .lines()
+        .map(str::to_owned)
+        .collect()
 }

@@ -28,7 +28,9 @@ use crate::home::{Home, HomeError, socket};
 use crate::layers::Components;
 use crate::node::{Answers, Node, Parts};
 use crate::records::Records;
-use crate::store::{ComponentProvider, Damage, DatabaseError, OpenError, Store, StoreOptions, WriteError};
+use crate::store::{
+    ComponentProvider, Damage, DatabaseError, OpenError, Store, StoreOptions, WriteError,
+};
 
 /// Threads that run tasks: the network's work is on its own threads, long work on blocking ones.
 const WORKER_THREADS: usize = 2;
@@ -95,7 +97,11 @@ pub enum NodeError {
 }
 
 /// Runs a node until SIGTERM or SIGINT. Blocks; makes its own threads.
-pub fn run(home: Home, options: NodeOptions, on_ready: impl FnOnce(&Ready)) -> Result<(), NodeError> {
+pub fn run(
+    home: Home,
+    options: NodeOptions,
+    on_ready: impl FnOnce(&Ready),
+) -> Result<(), NodeError> {
     memory::limit_arenas();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(WORKER_THREADS)
@@ -106,7 +112,10 @@ pub fn run(home: Home, options: NodeOptions, on_ready: impl FnOnce(&Ready)) -> R
         .build()?;
     let result = runtime.block_on(async {
         // Before anything else, so that no signal is lost while starting.
-        let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+        let (mut terminate, mut interrupt) = (
+            signal(SignalKind::terminate())?,
+            signal(SignalKind::interrupt())?,
+        );
         let daemon = Daemon::start(home, options).await?;
         on_ready(&daemon.ready);
         let serving = daemon.serve();
@@ -139,7 +148,10 @@ struct Running {
 impl Daemon {
     async fn start(home: Home, options: NodeOptions) -> Result<Self, NodeError> {
         let (settings, identity) = (home.settings()?, home.identity()?);
-        let store_options = StoreOptions { quota: settings.quota, ..StoreOptions::default() };
+        let store_options = StoreOptions {
+            quota: settings.quota,
+            ..StoreOptions::default()
+        };
         let store = Store::open(&home.store_dir(), store_options)?;
         let recovered = recovered(&store);
         // Its own credential was signed in the past.
@@ -157,19 +169,31 @@ impl Daemon {
         }));
 
         let now = clock.clone();
-        let mut bootstrap = [identity.addresses.clone(), settings.bootstrap.clone(), options.bootstrap].concat();
+        let mut bootstrap = [
+            identity.addresses.clone(),
+            settings.bootstrap.clone(),
+            options.bootstrap,
+        ]
+        .concat();
         bootstrap.extend(events::known_addresses(&store));
         let mut seed = [0; 8];
         crate::home::system_entropy(&mut seed);
         let config = NetworkConfig {
             machine: identity.machine.clone(),
             credential: identity.credential.clone(),
-            listen: if options.listen.is_empty() { settings.listen.clone() } else { options.listen },
+            listen: if options.listen.is_empty() {
+                settings.listen.clone()
+            } else {
+                options.listen
+            },
             bootstrap,
             lan_discovery: options.lan_discovery.unwrap_or(settings.lan_discovery),
             banned: banned(&store, clock.now())?,
             // Only manifests are fetched without knowing their size.
-            limits: Limits { unsized_blob_max: MAX_MANIFEST_LEN as u64, ..Limits::default() },
+            limits: Limits {
+                unsized_blob_max: MAX_MANIFEST_LEN as u64,
+                ..Limits::default()
+            },
             unix_time: Arc::new(move || now.now()),
             seed: u64::from_le_bytes(seed),
         };
@@ -178,23 +202,54 @@ impl Daemon {
         home.save_listening(&reachable(&listening))?;
         let socket = socket::prepare(home.dir())?;
         let peer = network.local_peer().to_string();
-        let node = Node::new(Parts { home, settings, identity, store, records, network, clock, blobs, components });
+        let node = Node::new(Parts {
+            home,
+            settings,
+            identity,
+            store,
+            records,
+            network,
+            clock,
+            blobs,
+            components,
+        });
         announce_all(&node).await?;
         follow::resume(&node).await?;
         let clients = listen(&socket)?;
-        let ready = Ready { listening, socket, peer, recovered };
-        Ok(Self { node, ready, parts: tokio::sync::Mutex::new(Some(Running { clients, events, damage })) })
+        let ready = Ready {
+            listening,
+            socket,
+            peer,
+            recovered,
+        };
+        Ok(Self {
+            node,
+            ready,
+            parts: tokio::sync::Mutex::new(Some(Running {
+                clients,
+                events,
+                damage,
+            })),
+        })
     }
 
     /// Serves until dropped.
     async fn serve(&self) {
-        let Some(Running { clients, events, damage }) = self.parts.lock().await.take() else { return };
+        let Some(Running {
+            clients,
+            events,
+            damage,
+        }) = self.parts.lock().await.take()
+        else {
+            return;
+        };
         let node = &self.node;
         let mut tasks = JoinSet::new();
         tasks.spawn(serve(clients, Arc::new(Answers(node.clone()))));
         tasks.spawn(events::watch_network(node.clone(), events));
         tasks.spawn(events::watch_damage(node.clone(), damage));
         tasks.spawn(events::purge_records(node.clone()));
+        tasks.spawn(events::trim_when_quiet(node.clone()));
         let components = node.components.clone();
         tasks.spawn(async move { components.close_idle().await });
         // None of them ends by itself but with the network, which ends when the node is told to.
@@ -211,12 +266,17 @@ impl Daemon {
         // What cannot be removed is replaced at the next start.
         let _ = std::fs::remove_file(&self.ready.socket);
         events::save_addresses(&node).await;
-        if tokio::time::timeout(STOP_PATIENCE, node.network.shutdown()).await.is_err() {
+        if tokio::time::timeout(STOP_PATIENCE, node.network.shutdown())
+            .await
+            .is_err()
+        {
             tracing::warn!("the network did not stop in time");
         }
         let store = node.store.clone();
         let flushed = tokio::task::spawn_blocking(move || store.flush_all()).await;
-        flushed.map_err(std::io::Error::other)?.map_err(NodeError::from)
+        flushed
+            .map_err(std::io::Error::other)?
+            .map_err(NodeError::from)
     }
 }
 
@@ -231,17 +291,27 @@ async fn announce_all(node: &Node) -> Result<(), NodeError> {
 
 fn banned(store: &Store, now: u64) -> Result<Vec<PeerId>, NodeError> {
     store.lift_ended_bans(now)?;
-    Ok(store.bans(now)?.into_iter().filter_map(|(peer, _)| PeerId::from_bytes(&peer).ok()).collect())
+    Ok(store
+        .bans(now)?
+        .into_iter()
+        .filter_map(|(peer, _)| PeerId::from_bytes(&peer).ok())
+        .collect())
 }
 
 fn recovered(store: &Store) -> Vec<String> {
     let recovery = store.recovery();
     let mut words = Vec::new();
     if !recovery.removed.is_empty() {
-        words.push(format!("removed {} files of work that was cut short", recovery.removed.len()));
+        words.push(format!(
+            "removed {} files of work that was cut short",
+            recovery.removed.len()
+        ));
     }
     for (root, groups) in &recovery.lost {
-        words.push(format!("{} chunk groups of {root} are no longer on the disk: pull what needs them again", groups.count()));
+        words.push(format!(
+            "{} chunk groups of {root} are no longer on the disk: pull what needs them again",
+            groups.count()
+        ));
     }
     words
 }
@@ -255,7 +325,9 @@ fn reachable(listening: &[SocketAddr]) -> Vec<String> {
             addresses.push(*address);
             continue;
         }
-        let same_kind = interfaces.iter().filter(|i| i.ip().is_ipv4() == address.is_ipv4());
+        let same_kind = interfaces
+            .iter()
+            .filter(|i| i.ip().is_ipv4() == address.is_ipv4());
         // Link-local addresses mean nothing without the interface, which differs from machine to machine.
         let usable = same_kind.filter(|i| !i.is_link_local());
         addresses.extend(usable.map(|interface| SocketAddr::new(interface.ip(), address.port())));
@@ -272,10 +344,17 @@ mod tests {
 
     #[test]
     fn tokens_get_addresses_that_lead_somewhere() {
-        let given = ["10.1.2.3:5".parse().unwrap(), "127.0.0.1:6".parse().unwrap()];
+        let given = [
+            "10.1.2.3:5".parse().unwrap(),
+            "127.0.0.1:6".parse().unwrap(),
+        ];
         assert_eq!(reachable(&given), ["10.1.2.3:5"]);
         assert_eq!(reachable(&given[1..]), ["127.0.0.1:6"]);
         let everywhere = reachable(&["0.0.0.0:7".parse().unwrap()]);
-        assert!(everywhere.iter().all(|address| address.ends_with(":7") && !address.starts_with("0.0.0.0")));
+        assert!(
+            everywhere
+                .iter()
+                .all(|address| address.ends_with(":7") && !address.starts_with("0.0.0.0"))
+        );
     }
 }

@@ -21,7 +21,9 @@ mod report;
 mod steps;
 mod watch;
 
+use std::fs;
 use std::path::Path;
+use std::thread;
 
 use anyhow::{Context as _, Result, ensure};
 use clap::Args;
@@ -96,19 +98,22 @@ pub fn run(args: &DemoArgs) -> Result<(), Exit> {
         })
     };
     let kept = args.keep && interrupt.signal().is_none();
-    let report = match (report, interrupt.signal()) {
+    let outcome = match (report, interrupt.signal()) {
         (_, Some(signal)) => Err(Exit::Interrupted {
             signal,
             message: STOPPED,
         }),
-        (report, None) => report.map_err(Exit::from),
+        (report, None) => report
+            .map_err(Exit::from)
+            .and_then(|report| conclude(&report, args.json)),
     };
-    finish(dir, kept)?;
-    conclude(&report?, args.json)
+    // Last, as it may take as long as the rest where the disk discards what is freed.
+    finish(dir, kept);
+    outcome
 }
 
 /// Removes the directory, or says where it is.
-fn finish(dir: TempDir, keep: bool) -> Result<()> {
+fn finish(dir: TempDir, keep: bool) {
     if keep {
         let dir = dir.keep();
         let home = shell_word(&dir.join("publisher"));
@@ -116,11 +121,34 @@ fn finish(dir: TempDir, keep: bool) -> Result<()> {
             "kept {}; go on with: capsule --home {home} node",
             dir.display()
         );
-        return Ok(());
+        return;
     }
+    remove_entries(dir.path());
     let path = dir.path().to_owned();
-    dir.close()
-        .with_context(|| format!("cannot remove {}: remove it by hand", path.display()))
+    if let Err(error) = dir.close() {
+        eprintln!(
+            "warning: cannot remove {}: {error}: remove it by hand",
+            path.display()
+        );
+    }
+}
+
+/// Removes what is in the directory, all at once: on file systems that discard what they free, each removal waits for
+/// the disk, and the waits then overlap (measured: 1 to 3 s in place of 7 to 17).
+fn remove_entries(dir: &Path) {
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    thread::scope(|scope| {
+        for path in entries.map(|entry| entry.path()) {
+            // What stays is tried again, and told, by whoever removes the directory itself.
+            scope.spawn(move || {
+                if path.is_dir() {
+                    fs::remove_dir_all(&path)
+                } else {
+                    fs::remove_file(&path)
+                }
+            });
+        }
+    });
 }
 
 fn conclude(report: &Report, json: bool) -> Result<(), Exit> {

@@ -55,6 +55,12 @@ pub struct NodePull {
     pub node: String,
     /// From the request to everything verified, durable and checked.
     pub seconds: f64,
+    /// Of these, finding the name, manifest and indexes.
+    pub planning_seconds: f64,
+    /// Of these, from the first request for packs until they are verified and durable.
+    pub fetch_seconds: f64,
+    /// Of these, checking the tree against its root hash.
+    pub check_seconds: f64,
     /// Bytes fetched.
     pub bytes: u64,
     /// Bytes fetched by seconds.
@@ -133,6 +139,9 @@ mod tests {
         let pull = NodePull {
             node: "pc-1".into(),
             seconds: 2.0,
+            planning_seconds: 0.1,
+            fetch_seconds: 1.5,
+            check_seconds: 0.4,
             bytes: 200_000_000,
             bytes_per_second: 100_000_000,
             from_publisher: 1 << 20,

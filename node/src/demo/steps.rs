@@ -2,11 +2,12 @@
 
 use std::cell::RefCell;
 use std::path::{Path, PathBuf};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use capsule_node::control::{
-    CapsuleRef, Export, Publish, PublishAs, Published, Pull, Pulled, Status, Verified, Verify,
+    CapsuleRef, Export, Ls, Publish, PublishAs, Published, Pull, Pulled, Status, Verified, Verify,
 };
 use capsule_proto::CapsuleId;
 
@@ -24,6 +25,11 @@ use crate::cli::style::Style;
 const NAME: &str = "demo:1";
 /// How long a node may wait for the name and for providers, in seconds. On loopback either comes at once or never.
 const WAIT: u64 = 30;
+/// How long the news and the nodes' finding each other may take.
+const SPREAD: Duration = Duration::from_secs(30);
+/// A node that knows this many others has been found by the discovery, not only told of the publisher.
+const ENOUGH_PEERS: usize = 4;
+const POLL: Duration = Duration::from_millis(50);
 
 /// What the steps share.
 pub struct Demo<'a> {
@@ -52,6 +58,7 @@ impl Demo<'_> {
         let gathered = self.gather(&tree)?;
         let fleet = self.start()?;
         let published = self.publish(&fleet, &tree)?;
+        self.spread(&fleet, published.capsule)?;
         let before = fleet.ask(fleet.publisher(), Status {})?.sent_bytes;
         let pulling = Instant::now();
         let pulled = self.pull(&fleet)?;
@@ -131,6 +138,37 @@ impl Demo<'_> {
             &format!("{NAME}, packed to {packed} ({share:.0} %), in {time} ({speed})"),
         );
         Ok(published)
+    }
+
+    /// Waits until all others have heard of the name and found each other: they are to pull at once, not one after the
+    /// other as the news comes. Only the publisher's address was given to them.
+    fn spread(&self, fleet: &Fleet, capsule: CapsuleId) -> Result<()> {
+        let (connections, took) = self.timed(|| {
+            let deadline = Instant::now() + SPREAD;
+            let mut connections = 0;
+            for node in fleet.others() {
+                loop {
+                    let known = fleet.ask(node, Ls::default())?.capsules.iter().any(|known| known.capsule == capsule);
+                    let peers = fleet.ask(node, Status {})?.peers;
+                    if known && peers >= (self.nodes - 1).min(ENOUGH_PEERS) {
+                        connections += peers;
+                        break;
+                    }
+                    let name = &node.name;
+                    ensure!(Instant::now() < deadline, "{name} has heard of {NAME}: {known}, and has {peers} peers, after {SPREAD:?}");
+                    thread::sleep(POLL);
+                }
+            }
+            Ok(connections)
+        })?;
+        let each = connections as f64 / fleet.others().len().max(1) as f64;
+        self.tell(
+            "known",
+            &format!(
+                "to all nodes, which found each other ({each:.0} connections each), after {took}"
+            ),
+        );
+        Ok(())
     }
 
     /// All others pull at once.
@@ -267,6 +305,9 @@ fn node_pull(node: &Node, pulled: &Pulled, publisher: &str) -> NodePull {
     NodePull {
         node: node.name.clone(),
         seconds: pulled.seconds,
+        planning_seconds: pulled.planning_seconds,
+        fetch_seconds: pulled.fetch_seconds,
+        check_seconds: pulled.check_seconds,
         bytes: pulled.fetched_bytes,
         bytes_per_second: (pulled.fetched_bytes as f64 / pulled.seconds.max(1e-9)) as u64,
         from_publisher: from(true),

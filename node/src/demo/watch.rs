@@ -38,7 +38,9 @@ impl Watch {
     pub fn new(names: &[String], json: bool) -> Self {
         Self(if io::stderr().is_terminal() {
             let all = MultiProgress::with_draw_target(ProgressDrawTarget::stderr_with_hz(DRAW_HZ));
-            let bars = names.iter().map(|name| Bar::among(&all, name)).collect();
+            let wide = names.iter().map(String::len).max().unwrap_or(0);
+            let bar = |name| Bar::among(&all, &format!("{name:<wide$}"));
+            let bars = names.iter().map(bar).collect();
             Shown::Bars { all, bars }
         } else if json {
             Shown::Nothing

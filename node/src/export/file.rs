@@ -41,15 +41,33 @@ impl Target {
     pub fn create(to: &Path, force: bool) -> Result<Self, Failure> {
         check_place(to, force)?;
         let (dir, name) = (parent(to), to.file_name().unwrap_or_default());
-        let suffix = format!(".capsule-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        let suffix = format!(
+            ".capsule-{}-{}",
+            std::process::id(),
+            NEXT.fetch_add(1, Ordering::Relaxed)
+        );
         let mut long = std::ffi::OsString::from(".");
         long.push(name);
         long.push(&suffix);
         // Long names leave no room for a suffix.
-        let beside = if long.len() > MAX_NAME { dir.join(&suffix) } else { dir.join(long) };
-        let file = OpenOptions::new().write(true).create_new(true).mode(0o666).open(&beside);
+        let beside = if long.len() > MAX_NAME {
+            dir.join(&suffix)
+        } else {
+            dir.join(long)
+        };
+        let file = OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o666)
+            .open(&beside);
         let file = file.map_err(|e| failed("making a file in", &dir, &e))?;
-        Ok(Self { file, beside, to: to.into(), force, placed: false })
+        Ok(Self {
+            file,
+            beside,
+            to: to.into(),
+            force,
+            placed: false,
+        })
     }
 
     /// The directory that it lies in.
@@ -64,7 +82,8 @@ impl Target {
         while at < size {
             work.check()?;
             let part = &mut buffer[..COPY_LEN.min((size - at) as usize)];
-            from.read_exact_at(at, part).map_err(|e| Failure::new(FailureCode::Io, format!("reading the store: {e}")))?;
+            from.read_exact_at(at, part)
+                .map_err(|e| Failure::new(FailureCode::Io, format!("reading the store: {e}")))?;
             self.data(at, part).map_err(|e| self.failed(&e))?;
             work.written(part.len() as u64);
             at += part.len() as u64;
@@ -74,12 +93,20 @@ impl Target {
 
     /// Gives it its length and name, durably.
     pub fn finish(mut self, size: u64) -> Result<(), Failure> {
-        self.file.set_len(size).and_then(|()| self.file.sync_all()).map_err(|e| self.failed(&e))?;
-        let flags = if self.force { RenameFlags::empty() } else { RenameFlags::NOREPLACE };
+        self.file
+            .set_len(size)
+            .and_then(|()| self.file.sync_all())
+            .map_err(|e| self.failed(&e))?;
+        let flags = if self.force {
+            RenameFlags::empty()
+        } else {
+            RenameFlags::NOREPLACE
+        };
         match rustix::fs::renameat_with(CWD, &self.beside, CWD, &self.to, flags) {
             // File systems that cannot refuse to replace (and old kernels): a link can.
             Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS) if !self.force => {
-                std::fs::hard_link(&self.beside, &self.to).map_err(|e| failed("naming", &self.to, &e))?;
+                std::fs::hard_link(&self.beside, &self.to)
+                    .map_err(|e| failed("naming", &self.to, &e))?;
             }
             Err(rustix::io::Errno::EXIST) => return Err(exists(&self.to)),
             renamed => {
@@ -88,7 +115,9 @@ impl Target {
             }
         }
         let dir = parent(&self.to);
-        File::open(&dir).and_then(|dir| dir.sync_all()).map_err(|e| failed("syncing", &dir, &e))
+        File::open(&dir)
+            .and_then(|dir| dir.sync_all())
+            .map_err(|e| failed("syncing", &dir, &e))
     }
 
     fn failed(&self, error: &io::Error) -> Failure {
@@ -119,7 +148,8 @@ impl Sink for Target {
             while end < bytes.len() && !is_zero(&bytes[end..page_end(end)]) {
                 end = page_end(end);
             }
-            self.file.write_all_at(&bytes[start..end], offset + start as u64)?;
+            self.file
+                .write_all_at(&bytes[start..end], offset + start as u64)?;
             start = end;
         }
         Ok(())
@@ -131,11 +161,16 @@ impl Sink for Target {
 }
 
 fn is_zero(bytes: &[u8]) -> bool {
-    bytes.chunks(64).all(|line| line.iter().fold(0, |acc, byte| acc | byte) == 0)
+    bytes
+        .chunks(64)
+        .all(|line| line.iter().fold(0, |acc, byte| acc | byte) == 0)
 }
 
 fn parent(path: &Path) -> PathBuf {
-    path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("/")).into()
+    path.parent()
+        .filter(|dir| !dir.as_os_str().is_empty())
+        .unwrap_or(Path::new("/"))
+        .into()
 }
 
 /// Whether a file may come to lie there.
@@ -144,12 +179,19 @@ fn check_place(to: &Path, force: bool) -> Result<(), Failure> {
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
         Err(e) => Err(failed("looking at", to, &e)),
         Ok(meta) if meta.is_dir() => {
-            let message = format!("{} is a directory, and this component is a file", to.display());
+            let message = format!(
+                "{} is a directory, and this component is a file",
+                to.display()
+            );
             Err(Failure::new(FailureCode::Exists, message).hint("give the path of a file"))
         }
         Ok(meta) if !meta.is_file() && !meta.is_symlink() => {
-            let message = format!("{} is not a regular file: an export does not write to devices", to.display());
-            Err(Failure::new(FailureCode::Refused, message).hint("export to a file, and copy it from there"))
+            let message = format!(
+                "{} is not a regular file: an export does not write to devices",
+                to.display()
+            );
+            Err(Failure::new(FailureCode::Refused, message)
+                .hint("export to a file, and copy it from there"))
         }
         Ok(_) if !force => Err(exists(to)),
         Ok(_) => Ok(()),
@@ -158,13 +200,18 @@ fn check_place(to: &Path, force: bool) -> Result<(), Failure> {
 
 fn exists(to: &Path) -> Failure {
     let message = format!("{} exists already", to.display());
-    Failure::new(FailureCode::Exists, message).hint("choose another path, or replace it with --force")
+    Failure::new(FailureCode::Exists, message)
+        .hint("choose another path, or replace it with --force")
 }
 
 fn failed(doing: &str, path: &Path, error: &io::Error) -> Failure {
-    let failure = Failure::new(io_code(error), format!("{doing} {}: {error}", path.display()));
+    let failure = Failure::new(
+        io_code(error),
+        format!("{doing} {}: {error}", path.display()),
+    );
     match error.kind() {
-        io::ErrorKind::PermissionDenied => failure.hint("the node writes it, not the command: choose a place where the node may write"),
+        io::ErrorKind::PermissionDenied => failure
+            .hint("the node writes it, not the command: choose a place where the node may write"),
         io::ErrorKind::StorageFull => failure.hint("make room there, or choose another place"),
         io::ErrorKind::NotFound => failure.hint("make the directory first"),
         _ => failure,
@@ -173,26 +220,41 @@ fn failed(doing: &str, path: &Path, error: &io::Error) -> Failure {
 
 /// Fails if a file system has not that much room.
 pub fn check_space(dir: &Path, bytes: u64) -> Result<(), Failure> {
-    let Ok(stat) = rustix::fs::statvfs(dir) else { return Ok(()) };
+    let Ok(stat) = rustix::fs::statvfs(dir) else {
+        return Ok(());
+    };
     let free = stat.f_bavail.saturating_mul(stat.f_frsize);
     if free >= bytes {
         return Ok(());
     }
-    let message = format!("{} has {free} bytes free, and the export takes {bytes}", dir.display());
+    let message = format!(
+        "{} has {free} bytes free, and the export takes {bytes}",
+        dir.display()
+    );
     Err(Failure::new(FailureCode::Full, message).hint("make room there, or choose another place"))
 }
 
 /// Bytes of a component that are not known to be zero, by its uppermost layer; an upper bound for what a sparse file takes.
 pub fn data_bytes(store: &Store, layers: &[LayerBlobs]) -> Result<u64, Failure> {
-    let Some(top) = layers.last() else { return Ok(0) };
+    let Some(top) = layers.last() else {
+        return Ok(0);
+    };
     let index = store.open_blob(&top.index)?;
     let directory = read_directory(&*index)?;
     let mut zero = 0;
     for (page, entry) in directory.run_pages().iter().enumerate() {
         let mut bytes = vec![0; entry.len as usize];
-        index.read_exact_at(entry.at, &mut bytes).map_err(|e| Failure::new(FailureCode::Io, format!("reading an index: {e}")))?;
-        let runs = directory.decode_runs(page, &bytes).map_err(|e| Failure::new(FailureCode::Damaged, format!("an index: {e}")))?;
-        zero += runs.iter().filter(|run| run.from == RunFrom::Zero).map(|run| run.len).sum::<u64>();
+        index
+            .read_exact_at(entry.at, &mut bytes)
+            .map_err(|e| Failure::new(FailureCode::Io, format!("reading an index: {e}")))?;
+        let runs = directory
+            .decode_runs(page, &bytes)
+            .map_err(|e| Failure::new(FailureCode::Damaged, format!("an index: {e}")))?;
+        zero += runs
+            .iter()
+            .filter(|run| run.from == RunFrom::Zero)
+            .map(|run| run.len)
+            .sum::<u64>();
     }
     Ok(directory.header().target_size - zero)
 }
@@ -219,8 +281,14 @@ mod tests {
         target.finish(2 << 20).unwrap();
         content.resize(2 << 20, 0);
         assert!(std::fs::read(&to).unwrap() == content);
-        assert!(std::fs::metadata(&to).unwrap().blocks() * 512 < 512 << 10, "zeros are holes");
-        assert_eq!(Target::create(&to, false).err().unwrap().code, FailureCode::Exists);
+        assert!(
+            std::fs::metadata(&to).unwrap().blocks() * 512 < 512 << 10,
+            "zeros are holes"
+        );
+        assert_eq!(
+            Target::create(&to, false).err().unwrap().code,
+            FailureCode::Exists
+        );
         // Somebody else was first while we wrote.
         let other = temp.path().join("other");
         let target = Target::create(&other, false).unwrap();
@@ -228,8 +296,21 @@ mod tests {
         assert_eq!(target.finish(0).err().unwrap().code, FailureCode::Exists);
         assert_eq!(std::fs::read(&other).unwrap(), b"theirs");
         drop(Target::create(&other, true).unwrap());
-        assert_eq!(std::fs::read_dir(temp.path()).unwrap().count(), 2, "nothing is left beside");
-        assert_eq!(Target::create(Path::new("/dev/null"), true).err().unwrap().code, FailureCode::Refused);
-        assert_eq!(Target::create(temp.path(), true).err().unwrap().code, FailureCode::Exists);
+        assert_eq!(
+            std::fs::read_dir(temp.path()).unwrap().count(),
+            2,
+            "nothing is left beside"
+        );
+        assert_eq!(
+            Target::create(Path::new("/dev/null"), true)
+                .err()
+                .unwrap()
+                .code,
+            FailureCode::Refused
+        );
+        assert_eq!(
+            Target::create(temp.path(), true).err().unwrap().code,
+            FailureCode::Exists
+        );
     }
 }

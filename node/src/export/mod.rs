@@ -24,34 +24,64 @@ use crate::work::{Task, Work, blocking};
 use file::Target;
 
 /// Writes a component of a capsule to a path.
-pub async fn export(node: &Arc<Node>, request: Export, reporter: &Reporter) -> Result<Exported, Failure> {
+pub async fn export(
+    node: &Arc<Node>,
+    request: Export,
+    reporter: &Reporter,
+) -> Result<Exported, Failure> {
     let started = Instant::now();
     if !request.to.is_absolute() {
-        return Err(Failure::new(FailureCode::Invalid, format!("{} is not an absolute path", request.to.display())));
+        return Err(Failure::new(
+            FailureCode::Invalid,
+            format!("{} is not an absolute path", request.to.display()),
+        ));
     }
-    let (asked, reference, wanted) = (node.clone(), request.capsule.clone(), request.component.clone());
+    let (asked, reference, wanted) = (
+        node.clone(),
+        request.capsule.clone(),
+        request.component.clone(),
+    );
     let (capsule, component, way) = blocking(move || {
         let resolution = asked.resolve(&reference)?;
         let name = spelled(&resolution);
         let manifest = asked.holdings.complete(&resolution.capsule, &name)?;
         let component = pick(&manifest, wanted.as_deref(), &name)?.clone();
         let way = asked.holdings.way_to(&component)?.ok_or_else(|| {
-            Failure::new(FailureCode::Damaged, format!("component {} of {name} is not all here any more", component.name))
-                .hint(format!("`capsule verify --repair {name}` or `capsule pull {name}` fetches what is missing"))
+            Failure::new(
+                FailureCode::Damaged,
+                format!(
+                    "component {} of {name} is not all here any more",
+                    component.name
+                ),
+            )
+            .hint(format!(
+                "`capsule verify --repair {name}` or `capsule pull {name}` fetches what is missing"
+            ))
         })?;
         Ok((resolution.capsule, component, way))
     })
     .await?;
     let blobs = way.blobs().into_iter().chain([component.root, capsule.0]);
     let guard = node.store.guard(blobs);
-    let task = Task { phase: Phase::Exporting, total: Some(component.content_size), what: Some(component.name.clone()) };
-    let (store, exported, to, force) = (node.store.clone(), component.clone(), request.to.clone(), request.force);
+    let task = Task {
+        phase: Phase::Exporting,
+        total: Some(component.content_size),
+        what: Some(component.name.clone()),
+    };
+    let (store, exported, to, force) = (
+        node.store.clone(),
+        component.clone(),
+        request.to.clone(),
+        request.force,
+    );
     let restored = node
         .works
         .run(task, reporter, move |work| {
             let _guard = guard;
             match &way {
-                HeldWay::Tree(way) => write_tree(&store, &exported, way, &to, force, work).map(Some),
+                HeldWay::Tree(way) => {
+                    write_tree(&store, &exported, way, &to, force, work).map(Some)
+                }
                 stream => write_stream(&store, &exported, stream, &to, force, work).map(|()| None),
             }
         })
@@ -61,17 +91,35 @@ pub async fn export(node: &Arc<Node>, request: Export, reporter: &Reporter) -> R
         bytes: component.content_size,
         component: component_info(&component),
         to: request.to,
-        files: restored.as_ref().map(|restored| restored.files_written + restored.files_kept),
+        files: restored
+            .as_ref()
+            .map(|restored| restored.files_written + restored.files_kept),
         seconds: started.elapsed().as_secs_f64(),
-        warnings: restored.map(|restored| restored.warnings()).unwrap_or_default(),
+        warnings: restored
+            .map(|restored| restored.warnings())
+            .unwrap_or_default(),
     })
 }
 
-fn pick<'a>(manifest: &'a Manifest, wanted: Option<&str>, name: &str) -> Result<&'a Component, Failure> {
-    let names = || manifest.components.iter().map(|c| c.name.as_str()).collect::<Vec<_>>().join(", ");
+fn pick<'a>(
+    manifest: &'a Manifest,
+    wanted: Option<&str>,
+    name: &str,
+) -> Result<&'a Component, Failure> {
+    let names = || {
+        manifest
+            .components
+            .iter()
+            .map(|c| c.name.as_str())
+            .collect::<Vec<_>>()
+            .join(", ")
+    };
     match (wanted, &manifest.components[..]) {
         (Some(wanted), _) => manifest.component(wanted).ok_or_else(|| {
-            Failure::new(FailureCode::NotFound, format!("{name} has no component {wanted}; it has: {}", names()))
+            Failure::new(
+                FailureCode::NotFound,
+                format!("{name} has no component {wanted}; it has: {}", names()),
+            )
         }),
         (None, [only]) => Ok(only),
         (None, _) => {
@@ -108,13 +156,23 @@ fn write_tree(
     Ok(writer.finish()?)
 }
 
-fn write_stream(store: &Store, component: &Component, way: &HeldWay, to: &Path, force: bool, work: &Work) -> Result<(), Failure> {
+fn write_stream(
+    store: &Store,
+    component: &Component,
+    way: &HeldWay,
+    to: &Path,
+    force: bool,
+    work: &Work,
+) -> Result<(), Failure> {
     // The target first: what is in the way is known at once.
     let mut target = Target::create(to, force)?;
     match way {
         HeldWay::Layers(layers) => {
             let content = open(store, layers, &ReadOptions::default())?;
-            file::check_space(target.dir(), file::data_bytes(store, layers)?.min(component.size))?;
+            file::check_space(
+                target.dir(),
+                file::data_bytes(store, layers)?.min(component.size),
+            )?;
             restore::<Vec<u8>>(&content, threads(), &mut target, None, work)?;
         }
         _ => {

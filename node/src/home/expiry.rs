@@ -29,11 +29,16 @@ pub fn parse_expiry(text: &str, now: u64) -> Result<u64, ExpiryError> {
         Some(_) => date(text).ok_or_else(malformed)?,
         None => now.saturating_add(span(text).ok_or_else(malformed)?),
     };
-    if end <= now { Err(ExpiryError::Past(text.into())) } else { Ok(end) }
+    if end <= now {
+        Err(ExpiryError::Past(text.into()))
+    } else {
+        Ok(end)
+    }
 }
 
 fn span(text: &str) -> Option<u64> {
     let unit = match text.chars().last()? {
+        's' => 1,
         'm' => MINUTE,
         'h' => HOUR,
         'd' => DAY,
@@ -41,12 +46,19 @@ fn span(text: &str) -> Option<u64> {
         'y' => 365 * DAY,
         _ => return None,
     };
-    text[..text.len() - 1].parse::<u32>().ok().map(|count| u64::from(count) * unit)
+    text[..text.len() - 1]
+        .parse::<u32>()
+        .ok()
+        .map(|count| u64::from(count) * unit)
 }
 
 fn date(text: &str) -> Option<u64> {
     let mut parts = text.split('-');
-    let (year, month, day) = (parts.next()?.parse().ok()?, parts.next()?.parse().ok()?, parts.next()?.parse().ok()?);
+    let (year, month, day) = (
+        parts.next()?.parse().ok()?,
+        parts.next()?.parse().ok()?,
+        parts.next()?.parse().ok()?,
+    );
     let fine = parts.next().is_none() && (1970..10000).contains(&year) && (1..=12).contains(&month);
     (fine && (1..=days_in(year, month)).contains(&day)).then(|| days_before(year, month, day) * DAY)
 }
@@ -65,7 +77,9 @@ fn days_in(year: u64, month: u64) -> u64 {
 
 /// Days from 1970-01-01 to a date.
 fn days_before(year: u64, month: u64, day: u64) -> u64 {
-    let years: u64 = (1970..year).map(|year| 365 + u64::from(is_leap(year))).sum();
+    let years: u64 = (1970..year)
+        .map(|year| 365 + u64::from(is_leap(year)))
+        .sum();
     years + (1..month).map(|month| days_in(year, month)).sum::<u64>() + day - 1
 }
 
@@ -81,10 +95,28 @@ mod tests {
         // By `date -u -d 2028-03-01 +%s`.
         assert_eq!(parse_expiry("2028-03-01", 0), Ok(1_835_481_600));
         assert_eq!(parse_expiry("2028-02-29", 0), Ok(1_835_395_200));
-        for bad in ["", "d", "-1d", "3", "3x", "1.5h", "2027-02-29", "2027-13-01", "2027-1", "2027-01-01-01", "é"] {
-            assert!(matches!(parse_expiry(bad, 0), Err(ExpiryError::Malformed(_))), "{bad}");
+        for bad in [
+            "",
+            "d",
+            "-1d",
+            "3",
+            "3x",
+            "1.5h",
+            "2027-02-29",
+            "2027-13-01",
+            "2027-1",
+            "2027-01-01-01",
+            "é",
+        ] {
+            assert!(
+                matches!(parse_expiry(bad, 0), Err(ExpiryError::Malformed(_))),
+                "{bad}"
+            );
         }
         assert!(matches!(parse_expiry("0h", 5), Err(ExpiryError::Past(_))));
-        assert!(matches!(parse_expiry("2020-01-01", 1_800_000_000), Err(ExpiryError::Past(_))));
+        assert!(matches!(
+            parse_expiry("2020-01-01", 1_800_000_000),
+            Err(ExpiryError::Past(_))
+        ));
     }
 }

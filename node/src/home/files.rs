@@ -37,11 +37,18 @@ pub enum Fault {
 
 impl Fault {
     fn io(doing: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
-        move |source| Self::Io { doing, path: path.into(), source }
+        move |source| Self::Io {
+            doing,
+            path: path.into(),
+            source,
+        }
     }
 
     fn damaged(path: &Path, why: impl ToString) -> Self {
-        Self::Damaged { path: path.into(), why: why.to_string() }
+        Self::Damaged {
+            path: path.into(),
+            why: why.to_string(),
+        }
     }
 }
 
@@ -54,13 +61,21 @@ pub(super) enum Mode {
 
 /// Makes a directory that only the owner uses; one that exists stays as it is.
 pub(super) fn make_private_dir(dir: &Path) -> Result<(), Fault> {
-    fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(Fault::io("making", dir))
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(dir)
+        .map_err(Fault::io("making", dir))
 }
 
 /// Reads a JSON file, if there is one.
 pub(super) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, Fault> {
-    let Some(bytes) = read(path)? else { return Ok(None) };
-    serde_json::from_slice(&bytes).map(Some).map_err(|e| Fault::damaged(path, e))
+    let Some(bytes) = read(path)? else {
+        return Ok(None);
+    };
+    serde_json::from_slice(&bytes)
+        .map(Some)
+        .map_err(|e| Fault::damaged(path, e))
 }
 
 /// Replaces a JSON file.
@@ -72,11 +87,15 @@ pub(super) fn write_json(path: &Path, value: &impl Serialize, mode: Mode) -> Res
 
 /// Reads a secret of 32 bytes, if there is one.
 pub(super) fn read_secret(path: &Path) -> Result<Option<[u8; 32]>, Fault> {
-    let Some(bytes) = read(path)? else { return Ok(None) };
+    let Some(bytes) = read(path)? else {
+        return Ok(None);
+    };
     let text = String::from_utf8_lossy(&bytes);
     // A root hash has the same form: 64 hex digits.
     let secret = text.trim().parse::<capsule_proto::RootHash>();
-    secret.map(|secret| Some(*secret.as_bytes())).map_err(|_| Fault::damaged(path, "it is not 64 hexadecimal digits"))
+    secret
+        .map(|secret| Some(*secret.as_bytes()))
+        .map_err(|_| Fault::damaged(path, "it is not 64 hexadecimal digits"))
 }
 
 /// Replaces a secret.
@@ -91,7 +110,9 @@ fn read(path: &Path) -> Result<Option<Vec<u8>>, Fault> {
         file => file.map_err(Fault::io("reading", path))?,
     };
     let mut bytes = Vec::new();
-    file.take(MAX_LEN + 1).read_to_end(&mut bytes).map_err(Fault::io("reading", path))?;
+    file.take(MAX_LEN + 1)
+        .read_to_end(&mut bytes)
+        .map_err(Fault::io("reading", path))?;
     if bytes.len() as u64 > MAX_LEN {
         return Err(Fault::damaged(path, "it is longer than a megabyte"));
     }
@@ -111,11 +132,18 @@ fn write(path: &Path, bytes: &[u8], mode: Mode) -> Result<(), Fault> {
     }
     written.map_err(Fault::io("writing", path))?;
     let dir = path.parent().unwrap_or(Path::new("."));
-    File::open(dir).and_then(|dir| dir.sync_all()).map_err(Fault::io("syncing", dir))
+    File::open(dir)
+        .and_then(|dir| dir.sync_all())
+        .map_err(Fault::io("syncing", dir))
 }
 
 fn write_beside(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
-    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(mode).open(path)?;
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(mode)
+        .open(path)?;
     file.write_all(bytes)?;
     file.sync_all()
 }
@@ -132,13 +160,23 @@ mod tests {
         let path = temp.path().join("machine.key");
         assert_eq!(read_secret(&path).unwrap(), None);
         write_secret(&path, &[7; 32]).unwrap();
-        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        assert_eq!(
+            fs::metadata(&path).unwrap().permissions().mode() & 0o777,
+            0o600
+        );
         assert_eq!(read_secret(&path).unwrap(), Some([7; 32]));
         write_secret(&path, &[8; 32]).unwrap();
         assert_eq!(read_secret(&path).unwrap(), Some([8; 32]));
-        assert_eq!(fs::read_dir(temp.path()).unwrap().count(), 1, "nothing is left beside");
+        assert_eq!(
+            fs::read_dir(temp.path()).unwrap().count(),
+            1,
+            "nothing is left beside"
+        );
         fs::write(&path, "0123").unwrap();
         assert!(matches!(read_secret(&path), Err(Fault::Damaged { .. })));
-        assert!(matches!(read_json::<super::super::Settings>(&path), Err(Fault::Damaged { .. })));
+        assert!(matches!(
+            read_json::<super::super::Settings>(&path),
+            Err(Fault::Damaged { .. })
+        ));
     }
 }

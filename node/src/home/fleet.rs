@@ -3,8 +3,8 @@
 //! A daemon that runs meanwhile goes on with the membership that it started with; the answers say so.
 
 use capsule_proto::credential::{
-    Channels, Credential, FleetId, FleetKey, Grant, MAX_ADDRESS_LEN, MAX_ADDRESSES, MAX_CHANNELS, MachineId, MachineKey, Roles,
-    Token, TokenId,
+    Channels, Credential, FleetId, FleetKey, Grant, MAX_ADDRESS_LEN, MAX_ADDRESSES, MAX_CHANNELS,
+    MachineId, MachineKey, Roles, Token, TokenId,
 };
 use capsule_proto::name::Channel;
 
@@ -84,7 +84,12 @@ pub fn system_entropy(buffer: &mut [u8]) {
 
 impl Home {
     /// Makes a fleet: its root key lies here, and this machine becomes a member with all roles.
-    pub fn init_fleet(&self, options: &JoinOptions, now: u64, entropy: Entropy<'_>) -> Result<Founded, HomeError> {
+    pub fn init_fleet(
+        &self,
+        options: &JoinOptions,
+        now: u64,
+        entropy: Entropy<'_>,
+    ) -> Result<Founded, HomeError> {
         self.refuse_membership(options.force)?;
         self.make()?;
         let machine = self.machine_key(entropy)?;
@@ -92,7 +97,10 @@ impl Home {
         self.keep_old_root()?;
         let grant = Grant {
             id: token_id(entropy),
-            roles: Roles { publisher: true, admin: true },
+            roles: Roles {
+                publisher: true,
+                admin: true,
+            },
             channels: Channels::All,
             issued: now,
             expires: now + FOUNDER_EXPIRY,
@@ -101,45 +109,90 @@ impl Home {
         // The root key first: a membership without it would be a fleet that nobody can invite to.
         write_secret(&self.path(FLEET_KEY), &root.secret())?;
         self.enrol(&token, &machine, options, now)?;
-        Ok(Founded { fleet: root.fleet(), machine: machine.machine(), restart_needed: self.has_daemon() })
+        Ok(Founded {
+            fleet: root.fleet(),
+            machine: machine.machine(),
+            restart_needed: self.has_daemon(),
+        })
     }
 
     /// Makes a token.
-    pub fn invite(&self, options: &InviteOptions, now: u64, entropy: Entropy<'_>) -> Result<Invitation, HomeError> {
+    pub fn invite(
+        &self,
+        options: &InviteOptions,
+        now: u64,
+        entropy: Entropy<'_>,
+    ) -> Result<Invitation, HomeError> {
         let dir = || self.dir.clone();
-        let membership = self.membership()?.ok_or_else(|| HomeError::NotAMember { dir: dir() })?;
-        let root = self.fleet_key()?.filter(|root| root.fleet() == membership.credential.fleet());
+        let membership = self
+            .membership()?
+            .ok_or_else(|| HomeError::NotAMember { dir: dir() })?;
+        let root = self
+            .fleet_key()?
+            .filter(|root| root.fleet() == membership.credential.fleet());
         let root = root.ok_or_else(|| HomeError::NoRootKey { dir: dir() })?;
         if options.channels.len() > MAX_CHANNELS {
-            return Err(HomeError::TooMany { what: "channels", limit: MAX_CHANNELS });
+            return Err(HomeError::TooMany {
+                what: "channels",
+                limit: MAX_CHANNELS,
+            });
         }
-        let addresses = if options.addresses.is_empty() { self.listening()? } else { options.addresses.clone() };
+        let addresses = if options.addresses.is_empty() {
+            self.listening()?
+        } else {
+            options.addresses.clone()
+        };
         let addresses: Vec<String> = if options.addresses.is_empty() {
             addresses.into_iter().take(MAX_ADDRESSES).collect()
         } else if addresses.len() > MAX_ADDRESSES {
-            return Err(HomeError::TooMany { what: "addresses", limit: MAX_ADDRESSES });
+            return Err(HomeError::TooMany {
+                what: "addresses",
+                limit: MAX_ADDRESSES,
+            });
         } else {
             addresses
         };
         if let Some(bad) = addresses.iter().find(|address| !is_address(address)) {
             return Err(HomeError::Address(bad.chars().take(80).collect()));
         }
-        let channels =
-            if options.channels.is_empty() { Channels::All } else { Channels::only(options.channels.clone()) };
+        let channels = if options.channels.is_empty() {
+            Channels::All
+        } else {
+            Channels::only(options.channels.clone())
+        };
         let id = token_id(entropy);
-        let grant = Grant { id, roles: options.roles, channels, issued: now, expires: options.expires };
+        let grant = Grant {
+            id,
+            roles: options.roles,
+            channels,
+            issued: now,
+            expires: options.expires,
+        };
         let token = root.invite(grant, secret(entropy), &addresses);
-        Ok(Invitation { token: token.to_string(), id, addresses })
+        Ok(Invitation {
+            token: token.to_string(),
+            id,
+            addresses,
+        })
     }
 
     /// Takes up membership with a token.
-    pub fn join(&self, token: &str, options: &JoinOptions, now: u64, entropy: Entropy<'_>) -> Result<Joined, HomeError> {
+    pub fn join(
+        &self,
+        token: &str,
+        options: &JoinOptions,
+        now: u64,
+        entropy: Entropy<'_>,
+    ) -> Result<Joined, HomeError> {
         // The token first: a mistyped one is the likelier fault.
         let token = Token::parse(token, now)?;
         self.refuse_membership(options.force)?;
         self.make()?;
         let machine = self.machine_key(entropy)?;
-        if self.fleet_key()?.is_some_and(|root| root.fleet() != token.fleet()) {
+        if self
+            .fleet_key()?
+            .is_some_and(|root| root.fleet() != token.fleet())
+        {
             self.keep_old_root()?;
         }
         self.enrol(&token, &machine, options, now)?;
@@ -158,16 +211,28 @@ impl Home {
             return Ok(());
         }
         match self.membership()? {
-            Some(known) => Err(HomeError::AlreadyAMember { dir: self.dir.clone(), fleet: known.credential.fleet() }),
+            Some(known) => Err(HomeError::AlreadyAMember {
+                dir: self.dir.clone(),
+                fleet: known.credential.fleet(),
+            }),
             None => Ok(()),
         }
     }
 
-    fn enrol(&self, token: &Token, machine: &MachineKey, options: &JoinOptions, now: u64) -> Result<Credential, HomeError> {
+    fn enrol(
+        &self,
+        token: &Token,
+        machine: &MachineKey,
+        options: &JoinOptions,
+        now: u64,
+    ) -> Result<Credential, HomeError> {
         let name = options.machine_name.clone().unwrap_or_else(host_name);
         let credential = token.enrol(machine.machine(), &name, now);
         credential.verify(&token.fleet(), now, &Default::default())?;
-        let membership = Membership { credential: credential.clone(), addresses: token.addresses().to_vec() };
+        let membership = Membership {
+            credential: credential.clone(),
+            addresses: token.addresses().to_vec(),
+        };
         write_json(&self.path(MEMBERSHIP), &membership, Mode::Private)?;
         Ok(credential)
     }
@@ -185,11 +250,17 @@ impl Home {
 
     /// Gives an older fleet's root key a name of its own: it must never be lost by an option.
     fn keep_old_root(&self) -> Result<(), HomeError> {
-        let Some(old) = self.fleet_key()? else { return Ok(()) };
+        let Some(old) = self.fleet_key()? else {
+            return Ok(());
+        };
         let name = format!("fleet-{}.key", &old.fleet().to_string()[..16]);
         write_secret(&self.path(&name), &old.secret())?;
         std::fs::remove_file(self.path(FLEET_KEY)).map_err(|source| {
-            HomeError::File(super::Fault::Io { doing: "removing", path: self.path(FLEET_KEY), source })
+            HomeError::File(super::Fault::Io {
+                doing: "removing",
+                path: self.path(FLEET_KEY),
+                source,
+            })
         })
     }
 }
@@ -209,7 +280,11 @@ fn token_id(entropy: Entropy<'_>) -> TokenId {
 fn host_name() -> String {
     let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     let name = name.trim();
-    if name.is_empty() { "machine".into() } else { name.into() }
+    if name.is_empty() {
+        "machine".into()
+    } else {
+        name.into()
+    }
 }
 
 /// Whether a text looks like `HOST:PORT` or a multiaddr; whether it leads anywhere is found out by connecting.
@@ -225,7 +300,9 @@ fn is_address(text: &str) -> bool {
     }
     let host_char = |c: char| c.is_ascii_alphanumeric() || c == '.' || c == '-' || c == '_';
     text.rsplit_once(':').is_some_and(|(host, port)| {
-        !host.is_empty() && host.chars().all(host_char) && port.parse::<u16>().is_ok_and(|port| port != 0)
+        !host.is_empty()
+            && host.chars().all(host_char)
+            && port.parse::<u16>().is_ok_and(|port| port != 0)
     })
 }
 
@@ -256,21 +333,44 @@ mod tests {
         let temp = tempfile::tempdir().unwrap();
         let mut entropy = counter();
         let founder = Home::new(temp.path().join("a"));
-        assert!(matches!(founder.identity(), Err(HomeError::NotAMember { .. })));
-        let founded = founder.init_fleet(&JoinOptions::default(), 10, &mut entropy).unwrap();
+        assert!(matches!(
+            founder.identity(),
+            Err(HomeError::NotAMember { .. })
+        ));
+        let founded = founder
+            .init_fleet(&JoinOptions::default(), 10, &mut entropy)
+            .unwrap();
         let identity = founder.identity().unwrap();
-        assert!(identity.credential.grant().roles.admin && identity.credential.fleet() == founded.fleet);
+        assert!(
+            identity.credential.grant().roles.admin && identity.credential.fleet() == founded.fleet
+        );
         founder.save_listening(&["10.0.0.1:4277".into()]).unwrap();
         let invitation = founder.invite(&options(&[]), 20, &mut entropy).unwrap();
         assert_eq!(invitation.addresses, ["10.0.0.1:4277"]);
 
         let other = Home::new(temp.path().join("b"));
-        let joined = other.join(&invitation.token, &JoinOptions::default(), 30, &mut entropy).unwrap();
-        assert_eq!((joined.fleet, &joined.addresses[..]), (founded.fleet, &["10.0.0.1:4277".to_string()][..]));
-        assert_eq!(other.identity().unwrap().credential.grant().id, invitation.id);
-        assert!(matches!(other.invite(&options(&[]), 30, &mut entropy), Err(HomeError::NoRootKey { .. })));
+        let joined = other
+            .join(&invitation.token, &JoinOptions::default(), 30, &mut entropy)
+            .unwrap();
+        assert_eq!(
+            (joined.fleet, &joined.addresses[..]),
+            (founded.fleet, &["10.0.0.1:4277".to_string()][..])
+        );
+        assert_eq!(
+            other.identity().unwrap().credential.grant().id,
+            invitation.id
+        );
         assert!(matches!(
-            Home::new(temp.path().join("c")).join(&invitation.token, &JoinOptions::default(), 1000, &mut entropy),
+            other.invite(&options(&[]), 30, &mut entropy),
+            Err(HomeError::NoRootKey { .. })
+        ));
+        assert!(matches!(
+            Home::new(temp.path().join("c")).join(
+                &invitation.token,
+                &JoinOptions::default(),
+                1000,
+                &mut entropy
+            ),
             Err(HomeError::Token(_))
         ));
     }
@@ -279,28 +379,64 @@ mod tests {
     fn nothing_is_overwritten_silently_and_root_keys_never() {
         let temp = tempfile::tempdir().unwrap();
         let mut entropy = counter();
-        let (a, b) = (Home::new(temp.path().join("a")), Home::new(temp.path().join("b")));
-        let first = a.init_fleet(&JoinOptions::default(), 10, &mut entropy).unwrap();
-        b.init_fleet(&JoinOptions::default(), 10, &mut entropy).unwrap();
-        let token = b.invite(&options(&["lab.example:4277"]), 20, &mut entropy).unwrap().token;
+        let (a, b) = (
+            Home::new(temp.path().join("a")),
+            Home::new(temp.path().join("b")),
+        );
+        let first = a
+            .init_fleet(&JoinOptions::default(), 10, &mut entropy)
+            .unwrap();
+        b.init_fleet(&JoinOptions::default(), 10, &mut entropy)
+            .unwrap();
+        let token = b
+            .invite(&options(&["lab.example:4277"]), 20, &mut entropy)
+            .unwrap()
+            .token;
         let again = a.join(&token, &JoinOptions::default(), 30, &mut entropy);
-        assert!(matches!(again, Err(HomeError::AlreadyAMember { fleet, .. }) if fleet == first.fleet));
-        assert!(matches!(a.init_fleet(&JoinOptions::default(), 30, &mut entropy), Err(HomeError::AlreadyAMember { .. })));
+        assert!(
+            matches!(again, Err(HomeError::AlreadyAMember { fleet, .. }) if fleet == first.fleet)
+        );
+        assert!(matches!(
+            a.init_fleet(&JoinOptions::default(), 30, &mut entropy),
+            Err(HomeError::AlreadyAMember { .. })
+        ));
         let key = read_secret(&a.path(FLEET_KEY)).unwrap().unwrap();
-        let force = JoinOptions { force: true, machine_name: Some("pc".into()) };
+        let force = JoinOptions {
+            force: true,
+            machine_name: Some("pc".into()),
+        };
         let joined = a.join(&token, &force, 30, &mut entropy).unwrap();
         assert_eq!(joined.machine, first.machine, "a machine keeps its key");
-        assert!(matches!(a.invite(&options(&[]), 40, &mut entropy), Err(HomeError::NoRootKey { .. })));
+        assert!(matches!(
+            a.invite(&options(&[]), 40, &mut entropy),
+            Err(HomeError::NoRootKey { .. })
+        ));
         let kept = a.path(&format!("fleet-{}.key", &first.fleet.to_string()[..16]));
         assert_eq!(read_secret(&kept).unwrap(), Some(key));
     }
 
     #[test]
     fn addresses_are_checked() {
-        for good in ["10.0.0.1:1", "[::1]:80", "lab-pc.example:4277", "/ip4/10.0.0.1/tcp/4277", "/dns4/lab/tcp/1"] {
+        for good in [
+            "10.0.0.1:1",
+            "[::1]:80",
+            "lab-pc.example:4277",
+            "/ip4/10.0.0.1/tcp/4277",
+            "/dns4/lab/tcp/1",
+        ] {
             assert!(is_address(good), "{good}");
         }
-        for bad in ["", "lab", "lab:", ":1", "lab:0", "lab:99999", "a b:1", "/ip4/x", "http://lab:1"] {
+        for bad in [
+            "",
+            "lab",
+            "lab:",
+            ":1",
+            "lab:0",
+            "lab:99999",
+            "a b:1",
+            "/ip4/x",
+            "http://lab:1",
+        ] {
             assert!(!is_address(bad), "{bad}");
         }
     }

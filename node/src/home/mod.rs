@@ -21,12 +21,14 @@ pub mod socket;
 
 use std::path::{Path, PathBuf};
 
-use capsule_proto::credential::{Credential, CredentialError, FleetId, FleetKey, MachineKey, TokenError};
+use capsule_proto::credential::{
+    Credential, CredentialError, FleetId, FleetKey, MachineKey, TokenError,
+};
 use thiserror::Error;
 
 pub use expiry::{DEFAULT_EXPIRY, ExpiryError, parse_expiry};
-pub use fleet::{Entropy, Founded, Invitation, InviteOptions, JoinOptions, Joined, system_entropy};
 pub use files::Fault;
+pub use fleet::{Entropy, Founded, Invitation, InviteOptions, JoinOptions, Joined, system_entropy};
 pub use settings::{DEFAULT_LISTEN, Membership, Settings};
 
 use files::{Mode, read_json, read_secret, write_json};
@@ -107,7 +109,9 @@ pub enum HomeError {
     #[error(transparent)]
     Credential(#[from] CredentialError),
     /// An address that is neither HOST:PORT nor a multiaddr.
-    #[error("{0:?} is not an address: give HOST:PORT, [IPV6]:PORT, or a multiaddr such as /ip4/10.0.0.1/tcp/4277")]
+    #[error(
+        "{0:?} is not an address: give HOST:PORT, [IPV6]:PORT, or a multiaddr such as /ip4/10.0.0.1/tcp/4277"
+    )]
     Address(String),
     /// More than fits in a token.
     #[error("a token holds at most {limit} {what}: give fewer")]
@@ -127,9 +131,17 @@ impl Home {
 
     /// The directory where the user names none: `CAPSULE_HOME`, or `capsule` in the user's data directory.
     pub fn default_dir() -> Result<PathBuf, HomeError> {
-        let set = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+        let set = |name| {
+            std::env::var_os(name)
+                .filter(|value| !value.is_empty())
+                .map(PathBuf::from)
+        };
         set("CAPSULE_HOME")
-            .or_else(|| set("XDG_DATA_HOME").filter(|dir| dir.is_absolute()).map(|dir| dir.join("capsule")))
+            .or_else(|| {
+                set("XDG_DATA_HOME")
+                    .filter(|dir| dir.is_absolute())
+                    .map(|dir| dir.join("capsule"))
+            })
             .or_else(|| set("HOME").map(|dir| dir.join(".local/share/capsule")))
             .ok_or(HomeError::Nowhere)
     }
@@ -154,7 +166,11 @@ impl Home {
         let settings: Settings = read_json(&self.path(HOME_FILE))?.unwrap_or_default();
         if settings.format > Settings::FORMAT {
             let (dir, known) = (self.dir.clone(), Settings::FORMAT);
-            return Err(HomeError::Newer { dir, found: settings.format, known });
+            return Err(HomeError::Newer {
+                dir,
+                found: settings.format,
+                known,
+            });
         }
         Ok(settings)
     }
@@ -169,19 +185,34 @@ impl Home {
     pub fn identity(&self) -> Result<Identity, HomeError> {
         self.settings()?;
         let dir = || self.dir.clone();
-        let membership = self.membership()?.ok_or_else(|| HomeError::NotAMember { dir: dir() })?;
+        let membership = self
+            .membership()?
+            .ok_or_else(|| HomeError::NotAMember { dir: dir() })?;
         let machine = read_secret(&self.path(MACHINE_KEY))?.map(MachineKey::from_secret);
         let machine = machine.ok_or_else(|| HomeError::WrongKey { dir: dir() })?;
-        let Membership { credential, addresses } = membership;
+        let Membership {
+            credential,
+            addresses,
+        } = membership;
         if credential.machine() != machine.machine() {
             return Err(HomeError::WrongKey { dir: dir() });
         }
-        Ok(Identity { machine, credential, addresses })
+        Ok(Identity {
+            machine,
+            credential,
+            addresses,
+        })
     }
 
     /// Notes where the node listens, for invitations.
     pub fn save_listening(&self, addresses: &[String]) -> Result<(), HomeError> {
-        Ok(write_json(&self.path(LISTENING), &Listening { addresses: addresses.to_vec() }, Mode::Private)?)
+        Ok(write_json(
+            &self.path(LISTENING),
+            &Listening {
+                addresses: addresses.to_vec(),
+            },
+            Mode::Private,
+        )?)
     }
 
     /// Where the node listened last.

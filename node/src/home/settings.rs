@@ -6,7 +6,8 @@ use capsule_proto::credential::Credential;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 /// Where a node listens unless told otherwise: one port, so that tokens stay valid over restarts.
-pub const DEFAULT_LISTEN: SocketAddr = SocketAddr::V4(SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 4277));
+pub const DEFAULT_LISTEN: SocketAddr =
+    SocketAddr::V4(SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 4277));
 
 /// `home.json`: what people set. Unknown keys are an error, so that a misspelt one is noticed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -66,15 +67,24 @@ mod credential_hex {
 
     use super::{Credential, Deserialize, Deserializer, Serializer};
 
-    pub fn serialize<S: Serializer>(credential: &Credential, serializer: S) -> Result<S::Ok, S::Error> {
-        let hex: String = credential.encode().iter().map(|byte| format!("{byte:02x}")).collect();
+    pub fn serialize<S: Serializer>(
+        credential: &Credential,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        let hex: String = credential
+            .encode()
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect();
         serializer.serialize_str(&hex)
     }
 
     pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Credential, D::Error> {
         let text = String::deserialize(deserializer)?;
         let digits = text.as_bytes().chunks(2).map(|pair| {
-            let pair = std::str::from_utf8(pair).ok().filter(|pair| pair.len() == 2)?;
+            let pair = std::str::from_utf8(pair)
+                .ok()
+                .filter(|pair| pair.len() == 2)?;
             u8::from_str_radix(pair, 16).ok()
         });
         let bytes: Option<Vec<u8>> = digits.collect();

@@ -21,15 +21,22 @@ pub fn find(home: &Path) -> PathBuf {
     if inside.as_os_str().len() <= MAX_SOCKET_PATH {
         return inside;
     }
-    let name = format!("capsule-{}.sock", &RootHash::of(home.as_os_str().as_bytes()).to_string()[..32]);
+    let name = format!(
+        "capsule-{}.sock",
+        &RootHash::of(home.as_os_str().as_bytes()).to_string()[..32]
+    );
     runtime_dir().join(name)
 }
 
 /// The user's runtime directory, or a private directory below the temporary one.
 fn runtime_dir() -> PathBuf {
     let given = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
-    let short = |dir: &PathBuf| dir.is_absolute() && dir.as_os_str().len() + 50 <= MAX_SOCKET_PATH && dir.is_dir();
-    given.filter(short).unwrap_or_else(|| format!("/tmp/capsule-{}", rustix::process::getuid().as_raw()).into())
+    let short = |dir: &PathBuf| {
+        dir.is_absolute() && dir.as_os_str().len() + 50 <= MAX_SOCKET_PATH && dir.is_dir()
+    };
+    given
+        .filter(short)
+        .unwrap_or_else(|| format!("/tmp/capsule-{}", rustix::process::getuid().as_raw()).into())
 }
 
 /// The directory of the socket, made private where it is ours to make.
@@ -37,13 +44,19 @@ pub fn prepare(home: &Path) -> std::io::Result<PathBuf> {
     use std::os::unix::fs::{DirBuilderExt, MetadataExt};
     let path = find(home);
     if let Some(dir) = path.parent().filter(|dir| !dir.is_dir()) {
-        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
+        std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(dir)?;
     }
     if let Some(dir) = path.parent().filter(|dir| dir.starts_with("/tmp")) {
         // Another user may have made it first, to listen in our place.
         let meta = dir.symlink_metadata()?;
         if !meta.is_dir() || meta.uid() != rustix::process::getuid().as_raw() {
-            let message = format!("{} belongs to another user: use a home with a shorter path", dir.display());
+            let message = format!(
+                "{} belongs to another user: use a home with a shorter path",
+                dir.display()
+            );
             return Err(std::io::Error::other(message));
         }
     }

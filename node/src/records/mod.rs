@@ -44,12 +44,22 @@ struct State {
 impl Records {
     /// Takes up what the store has; what no longer counts (ended, revoked, of another fleet) is dropped.
     pub fn open(store: Store, fleet: FleetId, clock: Arc<Clock>) -> Result<Self, DatabaseError> {
-        let records = Self { store, fleet, clock, state: RwLock::default(), changed: watch::channel(0).0 };
+        let records = Self {
+            store,
+            fleet,
+            clock,
+            state: RwLock::default(),
+            changed: watch::channel(0).0,
+        };
         let revocations = records.store.revocations()?;
         let now = records.clock.now();
-        let valid = |record: &&SignedRecord| record.verify(&fleet, now, &Revoked::default()).is_ok();
+        let valid =
+            |record: &&SignedRecord| record.verify(&fleet, now, &Revoked::default()).is_ok();
         let mut state = State::default();
-        revocations.iter().filter(valid).for_each(|record| state.take_revocation(record));
+        revocations
+            .iter()
+            .filter(valid)
+            .for_each(|record| state.take_revocation(record));
         *records.write() = state;
         records.purge()?;
         Ok(records)
@@ -61,8 +71,12 @@ impl Records {
         let revoked = self.read().revoked.clone();
         let (mut ids, mut per_signer, mut next) = (BTreeSet::new(), HashMap::new(), None);
         for id in self.store.record_ids()? {
-            let Some(bytes) = self.store.record(&id)? else { continue };
-            let valid = SignedRecord::decode(&bytes).ok().filter(|record| record.verify(&self.fleet, now, &revoked).is_ok());
+            let Some(bytes) = self.store.record(&id)? else {
+                continue;
+            };
+            let valid = SignedRecord::decode(&bytes)
+                .ok()
+                .filter(|record| record.verify(&self.fleet, now, &revoked).is_ok());
             let Some(record) = valid else {
                 self.store.remove_record(&id)?;
                 continue;
@@ -74,7 +88,10 @@ impl Records {
         let mut state = self.write();
         // What came meanwhile is not in the list that was walked.
         let came: Vec<_> = state.ids.difference(&ids).copied().collect();
-        ids.extend(came.into_iter().filter(|id| self.store.record(id).is_ok_and(|found| found.is_some())));
+        ids.extend(
+            came.into_iter()
+                .filter(|id| self.store.record(id).is_ok_and(|found| found.is_some())),
+        );
         state.ids = ids;
         state.per_signer = per_signer;
         drop(state);
@@ -90,7 +107,12 @@ impl Records {
         credential: &Credential,
         key: &MachineKey,
     ) -> Result<SignedRecord, SignError> {
-        let record = Record { issued: self.clock.now(), expires, sequence, body };
+        let record = Record {
+            issued: self.clock.now(),
+            expires,
+            sequence,
+            body,
+        };
         let signed = SignedRecord::sign(record, credential, key)?;
         signed.verify(&self.fleet, self.clock.now(), &self.read().revoked)?;
         self.keep(&signed)?;
@@ -113,9 +135,15 @@ impl Records {
             state.ids.insert(record.id());
             *state.per_signer.entry(record.signer()).or_default() += 1;
         }
-        self.store.note_time(self.clock.note(record.record().issued))?;
+        self.store
+            .note_time(self.clock.note(record.record().issued))?;
         self.tell_change();
         Ok(())
+    }
+
+    /// Wakes those who wait for changes.
+    pub fn touch(&self) {
+        self.tell_change();
     }
 
     fn tell_change(&self) {
@@ -148,8 +176,13 @@ pub enum SignError {
 impl State {
     /// Counts a valid revocation unless a newer one is known; each lists everything, those of equal sequence count together.
     fn take_revocation(&mut self, record: &SignedRecord) {
-        let Body::Revocation(revoked) = &record.record().body else { return };
-        let known = self.head.as_ref().map(|head| (head.record().sequence, head.id()));
+        let Body::Revocation(revoked) = &record.record().body else {
+            return;
+        };
+        let known = self
+            .head
+            .as_ref()
+            .map(|head| (head.record().sequence, head.id()));
         match known {
             Some((sequence, _)) if record.record().sequence < sequence => {}
             Some((sequence, id)) if record.record().sequence == sequence => {

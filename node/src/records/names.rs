@@ -85,7 +85,9 @@ pub enum ResolveError {
         candidates: Vec<(Option<CapsuleName>, CapsuleId)>,
     },
     /// Neither a name nor an id.
-    #[error("{0:?} is neither a name (CHANNEL or CHANNEL:VERSION) nor an id (64 hexadecimal digits, or the first {MIN_PREFIX} or more)")]
+    #[error(
+        "{0:?} is neither a name (CHANNEL or CHANNEL:VERSION) nor an id (64 hexadecimal digits, or the first {MIN_PREFIX} or more)"
+    )]
     Malformed(String),
     /// The records could not be read.
     #[error(transparent)]
@@ -129,33 +131,53 @@ impl Records {
 
     /// The sequence for the next version of a channel.
     pub fn next_sequence(&self, channel: &Channel) -> Result<u64, DatabaseError> {
-        Ok(self.newest(channel)?.map_or(1, |newest| newest.sequence.saturating_add(1)))
+        Ok(self
+            .newest(channel)?
+            .map_or(1, |newest| newest.sequence.saturating_add(1)))
     }
 
     /// The layers that lead to a component.
     pub fn layers_to(&self, target: &RootHash) -> Result<Vec<KnownLayer>, DatabaseError> {
         let now = self.clock.now();
-        let layers = self.store.records_about(target)?.into_iter().filter_map(|record| {
-            let (signer, issued) = (record.signer(), record.record().issued);
-            let ended = record.record().expires.is_some_and(|end| end <= now);
-            match &record.record().body {
-                Body::Layer(layer) if layer.target == *target && !ended => Some(KnownLayer { layer: layer.clone(), signer, issued }),
-                _ => None,
-            }
-        });
+        let layers = self
+            .store
+            .records_about(target)?
+            .into_iter()
+            .filter_map(|record| {
+                let (signer, issued) = (record.signer(), record.record().issued);
+                let ended = record.record().expires.is_some_and(|end| end <= now);
+                match &record.record().body {
+                    Body::Layer(layer) if layer.target == *target && !ended => Some(KnownLayer {
+                        layer: layer.clone(),
+                        signer,
+                        issued,
+                    }),
+                    _ => None,
+                }
+            });
         Ok(layers.collect())
     }
 
     /// What a reference means. `held` are ids known otherwise than by name.
-    pub fn resolve(&self, reference: &CapsuleRef, held: &[CapsuleId]) -> Result<Resolution, ResolveError> {
+    pub fn resolve(
+        &self,
+        reference: &CapsuleRef,
+        held: &[CapsuleId],
+    ) -> Result<Resolution, ResolveError> {
         let text = reference.0.trim();
         if let Ok(capsule) = text.parse::<CapsuleId>() {
             return Ok(self.of_capsule(capsule)?);
         }
-        let name = text.parse::<CapsuleName>().map_err(|_| ResolveError::Malformed(text.chars().take(80).collect()))?;
-        let is_prefix = text.len() >= MIN_PREFIX && text.len() < 64 && text.bytes().all(|b| b.is_ascii_hexdigit());
+        let name = text
+            .parse::<CapsuleName>()
+            .map_err(|_| ResolveError::Malformed(text.chars().take(80).collect()))?;
+        let is_prefix = text.len() >= MIN_PREFIX
+            && text.len() < 64
+            && text.bytes().all(|b| b.is_ascii_hexdigit());
         match self.by_name(&name) {
-            Err(ResolveError::UnknownName(_)) if is_prefix => self.by_prefix(&text.to_ascii_lowercase(), held),
+            Err(ResolveError::UnknownName(_)) if is_prefix => {
+                self.by_prefix(&text.to_ascii_lowercase(), held)
+            }
             other => other,
         }
     }
@@ -163,38 +185,78 @@ impl Records {
     fn of_capsule(&self, capsule: CapsuleId) -> Result<Resolution, DatabaseError> {
         let newest = self.names_for(&capsule)?.into_iter().next();
         let manifest_size = newest.as_ref().map(|name| name.manifest_size);
-        Ok(Resolution { capsule, name: newest.map(|name| name.name), manifest_size })
+        Ok(Resolution {
+            capsule,
+            name: newest.map(|name| name.name),
+            manifest_size,
+        })
     }
 
     fn by_name(&self, name: &CapsuleName) -> Result<Resolution, ResolveError> {
         let known = self.names_of(&name.channel)?;
-        let Some(newest) = known.first() else { return Err(ResolveError::UnknownName(name.clone())) };
+        let Some(newest) = known.first() else {
+            return Err(ResolveError::UnknownName(name.clone()));
+        };
         let meant: Vec<&KnownName> = match &name.version {
-            Some(version) => known.iter().filter(|known| known.name.version.as_ref() == Some(version)).collect(),
-            None => known.iter().filter(|known| known.sequence == newest.sequence).collect(),
+            Some(version) => known
+                .iter()
+                .filter(|known| known.name.version.as_ref() == Some(version))
+                .collect(),
+            None => known
+                .iter()
+                .filter(|known| known.sequence == newest.sequence)
+                .collect(),
         };
         let Some(first) = meant.first() else {
-            return Err(ResolveError::UnknownVersion { name: name.clone(), newest: newest.name.clone() });
+            return Err(ResolveError::UnknownVersion {
+                name: name.clone(),
+                newest: newest.name.clone(),
+            });
         };
         if meant.iter().any(|other| other.capsule != first.capsule) {
-            let candidates = meant.iter().map(|name| (Some(name.name.clone()), name.capsule)).collect();
-            return Err(ResolveError::Ambiguous { reference: name.to_string(), candidates });
+            let candidates = meant
+                .iter()
+                .map(|name| (Some(name.name.clone()), name.capsule))
+                .collect();
+            return Err(ResolveError::Ambiguous {
+                reference: name.to_string(),
+                candidates,
+            });
         }
         let (capsule, manifest_size) = (first.capsule, Some(first.manifest_size));
-        Ok(Resolution { capsule, name: Some(first.name.clone()), manifest_size })
+        Ok(Resolution {
+            capsule,
+            name: Some(first.name.clone()),
+            manifest_size,
+        })
     }
 
     fn by_prefix(&self, prefix: &str, held: &[CapsuleId]) -> Result<Resolution, ResolveError> {
         let named = self.all_names()?;
-        let known: BTreeSet<CapsuleId> = named.iter().map(|name| name.capsule).chain(held.iter().copied()).collect();
-        let found: Vec<CapsuleId> = known.into_iter().filter(|id| id.to_string().starts_with(prefix)).collect();
+        let known: BTreeSet<CapsuleId> = named
+            .iter()
+            .map(|name| name.capsule)
+            .chain(held.iter().copied())
+            .collect();
+        let found: Vec<CapsuleId> = known
+            .into_iter()
+            .filter(|id| id.to_string().starts_with(prefix))
+            .collect();
         match found[..] {
             [] => Err(ResolveError::UnknownPrefix(prefix.to_owned())),
             [capsule] => Ok(self.of_capsule(capsule)?),
             _ => {
-                let name_of = |id: &CapsuleId| named.iter().find(|name| name.capsule == *id).map(|name| name.name.clone());
+                let name_of = |id: &CapsuleId| {
+                    named
+                        .iter()
+                        .find(|name| name.capsule == *id)
+                        .map(|name| name.name.clone())
+                };
                 let candidates = found.iter().map(|id| (name_of(id), *id)).collect();
-                Err(ResolveError::Ambiguous { reference: prefix.to_owned(), candidates })
+                Err(ResolveError::Ambiguous {
+                    reference: prefix.to_owned(),
+                    candidates,
+                })
             }
         }
     }
@@ -204,12 +266,18 @@ impl Records {
         let now = self.clock.now();
         let mut names: Vec<KnownName> = records.iter().filter_map(known_name).collect();
         names.retain(|name| name.expires.is_none_or(|end| end > now));
-        names.sort_by_key(|name| std::cmp::Reverse((name.sequence, name.issued, name.capsule, name.id)));
+        names.sort_by_key(|name| {
+            std::cmp::Reverse((name.sequence, name.issued, name.capsule, name.id))
+        });
         names
     }
 
     /// What a version is already, if it is.
-    pub fn version(&self, channel: &Channel, version: &Version) -> Result<Vec<KnownName>, DatabaseError> {
+    pub fn version(
+        &self,
+        channel: &Channel,
+        version: &Version,
+    ) -> Result<Vec<KnownName>, DatabaseError> {
         let mut names = self.names_of(channel)?;
         names.retain(|name| name.name.version.as_ref() == Some(version));
         Ok(names)
@@ -217,9 +285,14 @@ impl Records {
 }
 
 fn known_name(record: &SignedRecord) -> Option<KnownName> {
-    let Body::Name(name) = &record.record().body else { return None };
+    let Body::Name(name) = &record.record().body else {
+        return None;
+    };
     Some(KnownName {
-        name: CapsuleName { channel: name.channel.clone(), version: Some(name.version.clone()) },
+        name: CapsuleName {
+            channel: name.channel.clone(),
+            version: Some(name.version.clone()),
+        },
         capsule: name.capsule,
         manifest_size: name.manifest_size,
         sequence: record.record().sequence,
@@ -234,7 +307,9 @@ fn known_name(record: &SignedRecord) -> Option<KnownName> {
 mod tests {
     use std::sync::Arc;
 
-    use capsule_proto::credential::{Channels, Credential, FleetKey, Grant, MachineKey, Revoked, Roles, TokenId};
+    use capsule_proto::credential::{
+        Channels, Credential, FleetKey, Grant, MachineKey, Revoked, Roles, TokenId,
+    };
     use capsule_proto::record::{Name, Record};
     use capsule_swarm::{Offer, RecordStore};
 
@@ -255,22 +330,53 @@ mod tests {
 
     fn member(n: u8, roles: Roles) -> Member {
         let channels = Channels::only(vec!["lab".parse().unwrap()]);
-        let grant = Grant { id: TokenId([n; 8]), roles, channels, issued: NOW - 10, expires: NOW + 1000 };
+        let grant = Grant {
+            id: TokenId([n; 8]),
+            roles,
+            channels,
+            issued: NOW - 10,
+            expires: NOW + 1000,
+        };
         let key = MachineKey::from_secret([n; 32]);
         let token = fleet().invite(grant, [n + 100; 32], &[]);
-        Member { credential: token.enrol(key.machine(), "pc", NOW), key }
+        Member {
+            credential: token.enrol(key.machine(), "pc", NOW),
+            key,
+        }
     }
 
     fn publisher(n: u8) -> Member {
-        member(n, Roles { publisher: true, admin: false })
+        member(
+            n,
+            Roles {
+                publisher: true,
+                admin: false,
+            },
+        )
     }
 
     fn admin(n: u8) -> Member {
-        member(n, Roles { publisher: false, admin: true })
+        member(
+            n,
+            Roles {
+                publisher: false,
+                admin: true,
+            },
+        )
     }
 
     fn sign(member: &Member, sequence: u64, expires: Option<u64>, body: Body) -> SignedRecord {
-        SignedRecord::sign(Record { issued: NOW, expires, sequence, body }, &member.credential, &member.key).unwrap()
+        SignedRecord::sign(
+            Record {
+                issued: NOW,
+                expires,
+                sequence,
+                body,
+            },
+            &member.credential,
+            &member.key,
+        )
+        .unwrap()
     }
 
     fn capsule(n: u8) -> CapsuleId {
@@ -279,7 +385,12 @@ mod tests {
 
     fn name(version: &str, id: u8) -> Body {
         let (channel, version) = ("lab".parse().unwrap(), version.parse().unwrap());
-        Body::Name(Name { channel, version, capsule: capsule(id), manifest_size: 100 })
+        Body::Name(Name {
+            channel,
+            version,
+            capsule: capsule(id),
+            manifest_size: 100,
+        })
     }
 
     fn records() -> (tempfile::TempDir, Records) {
@@ -291,7 +402,9 @@ mod tests {
     }
 
     fn resolve(records: &Records, text: &str) -> Result<CapsuleId, ResolveError> {
-        records.resolve(&CapsuleRef(text.into()), &[]).map(|found| found.capsule)
+        records
+            .resolve(&CapsuleRef(text.into()), &[])
+            .map(|found| found.capsule)
     }
 
     #[test]
@@ -299,16 +412,38 @@ mod tests {
         let (_temp, records) = records();
         let one = publisher(1);
         for (sequence, version, id) in [(1, "a", 1), (3, "c", 3), (2, "b", 2)] {
-            assert_eq!(records.offer(sign(&one, sequence, None, name(version, id)).as_bytes()), Offer::New);
+            assert_eq!(
+                records.offer(sign(&one, sequence, None, name(version, id)).as_bytes()),
+                Offer::New
+            );
         }
         assert_eq!(resolve(&records, "lab").unwrap(), capsule(3));
         assert_eq!(resolve(&records, "lab:a").unwrap(), capsule(1));
-        assert_eq!(resolve(&records, &capsule(2).to_string()[..8]).unwrap(), capsule(2));
-        assert_eq!(resolve(&records, &capsule(9).to_string()).unwrap(), capsule(9), "an id need not be known");
-        assert!(matches!(resolve(&records, "lab:z"), Err(ResolveError::UnknownVersion { .. })));
-        assert!(matches!(resolve(&records, "other"), Err(ResolveError::UnknownName(_))));
-        assert!(matches!(resolve(&records, "ffffffff"), Err(ResolveError::UnknownPrefix(_))));
-        assert!(matches!(resolve(&records, "a b"), Err(ResolveError::Malformed(_))));
+        assert_eq!(
+            resolve(&records, &capsule(2).to_string()[..8]).unwrap(),
+            capsule(2)
+        );
+        assert_eq!(
+            resolve(&records, &capsule(9).to_string()).unwrap(),
+            capsule(9),
+            "an id need not be known"
+        );
+        assert!(matches!(
+            resolve(&records, "lab:z"),
+            Err(ResolveError::UnknownVersion { .. })
+        ));
+        assert!(matches!(
+            resolve(&records, "other"),
+            Err(ResolveError::UnknownName(_))
+        ));
+        assert!(matches!(
+            resolve(&records, "ffffffff"),
+            Err(ResolveError::UnknownPrefix(_))
+        ));
+        assert!(matches!(
+            resolve(&records, "a b"),
+            Err(ResolveError::Malformed(_))
+        ));
         assert_eq!(records.next_sequence(&"lab".parse().unwrap()).unwrap(), 4);
     }
 
@@ -317,11 +452,16 @@ mod tests {
         let (_temp, records) = records();
         records.offer(sign(&publisher(1), 1, None, name("a", 1)).as_bytes());
         records.offer(sign(&publisher(2), 1, None, name("b", 2)).as_bytes());
-        assert!(matches!(resolve(&records, "lab"), Err(ResolveError::Ambiguous { candidates, .. }) if candidates.len() == 2));
+        assert!(
+            matches!(resolve(&records, "lab"), Err(ResolveError::Ambiguous { candidates, .. }) if candidates.len() == 2)
+        );
         assert_eq!(resolve(&records, "lab:b").unwrap(), capsule(2));
         // The same version with other content, whatever the sequence, is for a person to decide.
         records.offer(sign(&publisher(2), 5, None, name("a", 3)).as_bytes());
-        assert!(matches!(resolve(&records, "lab:a"), Err(ResolveError::Ambiguous { .. })));
+        assert!(matches!(
+            resolve(&records, "lab:a"),
+            Err(ResolveError::Ambiguous { .. })
+        ));
         assert_eq!(records.names_of(&"lab".parse().unwrap()).unwrap().len(), 3);
     }
 
@@ -329,9 +469,15 @@ mod tests {
     fn what_a_member_may_not_say_is_its_senders_fault_and_what_ended_is_not() {
         let (_temp, records) = records();
         let plain = member(3, Roles::default());
-        assert!(matches!(records.offer(sign(&plain, 1, None, name("a", 1)).as_bytes()), Offer::Rejected(_)));
+        assert!(matches!(
+            records.offer(sign(&plain, 1, None, name("a", 1)).as_bytes()),
+            Offer::Rejected(_)
+        ));
         assert!(matches!(records.offer(b"noise"), Offer::Rejected(_)));
-        assert_eq!(records.offer(sign(&publisher(1), 1, Some(NOW - 1), name("a", 1)).as_bytes()), Offer::Known);
+        assert_eq!(
+            records.offer(sign(&publisher(1), 1, Some(NOW - 1), name("a", 1)).as_bytes()),
+            Offer::Known
+        );
         let good = sign(&publisher(1), 1, Some(NOW + 1), name("a", 1));
         assert_eq!(records.offer(good.as_bytes()), Offer::New);
         assert_eq!(records.offer(good.as_bytes()), Offer::Known);
@@ -346,19 +492,38 @@ mod tests {
         let (temp, records) = records();
         records.offer(sign(&publisher(1), 1, None, name("a", 1)).as_bytes());
         records.offer(sign(&publisher(2), 2, None, name("b", 2)).as_bytes());
-        let revoke = |n: u8| Body::Revocation(Revoked { tokens: [TokenId([n; 8])].into(), ..Revoked::default() });
-        assert!(matches!(records.offer(sign(&publisher(1), 1, None, revoke(2)).as_bytes()), Offer::Rejected(_)));
+        let revoke = |n: u8| {
+            Body::Revocation(Revoked {
+                tokens: [TokenId([n; 8])].into(),
+                ..Revoked::default()
+            })
+        };
+        assert!(matches!(
+            records.offer(sign(&publisher(1), 1, None, revoke(2)).as_bytes()),
+            Offer::Rejected(_)
+        ));
         let newest = sign(&admin(9), 7, None, revoke(2));
         assert_eq!(records.offer(newest.as_bytes()), Offer::New);
         assert_eq!(resolve(&records, "lab").unwrap(), capsule(1));
-        assert_eq!(records.offer(sign(&publisher(2), 9, None, name("c", 3)).as_bytes()), Offer::Known);
-        assert_eq!(records.offer(sign(&admin(9), 6, None, revoke(1)).as_bytes()), Offer::Known);
+        assert_eq!(
+            records.offer(sign(&publisher(2), 9, None, name("c", 3)).as_bytes()),
+            Offer::Known
+        );
+        assert_eq!(
+            records.offer(sign(&admin(9), 6, None, revoke(1)).as_bytes()),
+            Offer::Known
+        );
         assert_eq!(records.revocation_head(), Some(newest.as_bytes().to_vec()));
         assert!(!records.revoked().tokens.contains(&TokenId([1; 8])));
         // It holds over a restart.
         drop(records);
         let store = Store::open(temp.path(), StoreOptions::default()).unwrap();
-        let records = Records::open(store, fleet().fleet(), Arc::new(Clock::with_system(|| NOW, 0))).unwrap();
+        let records = Records::open(
+            store,
+            fleet().fleet(),
+            Arc::new(Clock::with_system(|| NOW, 0)),
+        )
+        .unwrap();
         assert!(records.revoked().tokens.contains(&TokenId([2; 8])));
         assert_eq!(records.count(), 2);
     }

@@ -42,7 +42,10 @@ impl RecordStore for Records {
     }
 
     fn revocation_head(&self) -> Option<Vec<u8>> {
-        self.read().head.as_ref().map(|head| head.as_bytes().to_vec())
+        self.read()
+            .head
+            .as_ref()
+            .map(|head| head.as_bytes().to_vec())
     }
 
     fn revoked(&self) -> Revoked {
@@ -64,7 +67,11 @@ impl Records {
         let is_revocation = matches!(record.record().body, Body::Revocation(_));
         {
             let state = self.read();
-            if state.per_signer.get(&record.signer()).is_some_and(|count| *count >= MAX_PER_SIGNER) {
+            if state
+                .per_signer
+                .get(&record.signer())
+                .is_some_and(|count| *count >= MAX_PER_SIGNER)
+            {
                 tracing::warn!(signer = %record.signer(), "this member signed more records than a node keeps of one");
                 return Offer::Known;
             }

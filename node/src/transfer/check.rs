@@ -27,9 +27,17 @@ const PARALLEL_HASH_LEN: usize = 128 << 10;
 static ZEROS: [u8; 1 << 18] = [0; 1 << 18];
 
 /// Checks a component that came by `way`, and registers it: from then on it is held.
-pub fn check(store: &Store, component: &Component, way: &HeldWay, work: &Work) -> Result<(), Failure> {
+pub fn check(
+    store: &Store,
+    component: &Component,
+    way: &HeldWay,
+    work: &Work,
+) -> Result<(), Failure> {
     match way {
-        HeldWay::Blob => check_size(component, store.durable(&component.root).map_or(0, |here| here.size)),
+        HeldWay::Blob => check_size(
+            component,
+            store.durable(&component.root).map_or(0, |here| here.size),
+        ),
         HeldWay::Layers(layers) => check_stream(store, component, layers, work),
         HeldWay::Tree(way) => check_tree(store, component, way, work),
     }
@@ -44,46 +52,104 @@ fn check_size(component: &Component, found: u64) -> Result<(), Failure> {
     if found == component.size {
         return Ok(());
     }
-    Err(wrong(component, &format!("it has {found} bytes, not {}", component.size)))
+    Err(wrong(
+        component,
+        &format!("it has {found} bytes, not {}", component.size),
+    ))
 }
 
-fn check_stream(store: &Store, component: &Component, layers: &[LayerBlobs], work: &Work) -> Result<(), Failure> {
+fn check_stream(
+    store: &Store,
+    component: &Component,
+    layers: &[LayerBlobs],
+    work: &Work,
+) -> Result<(), Failure> {
     let content = open(store, layers, &ReadOptions::default())?;
     check_size(component, content.len())?;
     let mut hasher = TreeHasher::<Scratch>::with_storage(store.scratch()?);
-    pass(store, component, layers, &content, &mut Nowhere, Some(&mut hasher), work)?;
-    let hash_failed = |e: &dyn std::fmt::Display| Failure::new(FailureCode::Io, format!("hashing {}: {e}", component.name));
+    pass(
+        store,
+        component,
+        layers,
+        &content,
+        &mut Nowhere,
+        Some(&mut hasher),
+        work,
+    )?;
+    let hash_failed = |e: &dyn std::fmt::Display| {
+        Failure::new(FailureCode::Io, format!("hashing {}: {e}", component.name))
+    };
     let (tree, outboard) = hasher.finish().map_err(|e| hash_failed(&e))?;
     if tree.root != component.root {
         return Err(wrong(component, "its bytes have another hash"));
     }
-    let recipe = ComponentRecipe { layers: layers.to_vec() };
+    register(store, component, layers, outboard)
+}
+
+/// Serves a checked stream under its own root from now on.
+///
+/// Content that does not compress lies in its pack as it is: then the pack is the component, and needs no other way.
+pub fn register(
+    store: &Store,
+    component: &Component,
+    layers: &[LayerBlobs],
+    outboard: Scratch,
+) -> Result<(), Failure> {
+    if crate::held::blobs_of(layers).any(|blob| blob == component.root) {
+        return Ok(());
+    }
+    let recipe = ComponentRecipe {
+        layers: layers.to_vec(),
+    };
     Ok(store.register_component(&component.root, component.size, recipe, outboard)?)
 }
 
-fn check_tree(store: &Store, component: &Component, way: &TreeWay, work: &Work) -> Result<(), Failure> {
+fn check_tree(
+    store: &Store,
+    component: &Component,
+    way: &TreeWay,
+    work: &Work,
+) -> Result<(), Failure> {
     let listing = if way.listing.is_empty() {
         Holdings::new(store.clone()).listing(component)?
     } else {
         restore_listing(store, component, &way.listing)?
     };
     if listing.content_size() != component.content_size {
-        return Err(wrong(component, "its files do not add up to the size in the manifest"));
+        return Err(wrong(
+            component,
+            "its files do not add up to the size in the manifest",
+        ));
     }
     if !way.contents.is_empty() {
         let content = open(store, &way.contents, &ReadOptions::default())?;
         if content.len() != component.content_size {
-            return Err(wrong(component, "the layer of its contents has another length"));
+            return Err(wrong(
+                component,
+                "the layer of its contents has another length",
+            ));
         }
         let mut files = Files::new(&listing, component);
-        pass(store, component, &way.contents, &content, &mut files, None, work)?;
+        pass(
+            store,
+            component,
+            &way.contents,
+            &content,
+            &mut files,
+            None,
+            work,
+        )?;
         files.finish()?;
     }
     Ok(Holdings::new(store.clone()).put_tree_way(&component.root, way)?)
 }
 
 /// Decodes a listing, which becomes a blob of the component's root.
-fn restore_listing(store: &Store, component: &Component, layers: &[LayerBlobs]) -> Result<Listing, Failure> {
+fn restore_listing(
+    store: &Store,
+    component: &Component,
+    layers: &[LayerBlobs],
+) -> Result<Listing, Failure> {
     let content = open(store, layers, &ReadOptions::default())?;
     check_size(component, content.len())?;
     if content.len() > MAX_LISTING_LEN as u64 {
@@ -97,7 +163,8 @@ fn restore_listing(store: &Store, component: &Component, layers: &[LayerBlobs]) 
     if RootHash::of(&bytes) != component.root {
         return Err(wrong(component, "its listing has another hash"));
     }
-    let listing = Listing::decode(&bytes).map_err(|e| wrong(component, &format!("its listing is malformed: {e}")))?;
+    let listing = Listing::decode(&bytes)
+        .map_err(|e| wrong(component, &format!("its listing is malformed: {e}")))?;
     store.put_small(&bytes, BlobKind::Listing)?;
     Ok(listing)
 }
@@ -112,7 +179,9 @@ fn pass(
     hasher: Option<&mut TreeHasher<Scratch>>,
     work: &Work,
 ) -> Result<(), Failure> {
-    let Err(error) = restore(content, threads(), sink, hasher, work) else { return Ok(()) };
+    let Err(error) = restore(content, threads(), sink, hasher, work) else {
+        return Ok(());
+    };
     let undecodable = matches!(error, RestoreError::Layer { .. });
     let failure = Failure::from(error);
     if undecodable {
@@ -127,7 +196,10 @@ fn damaged_here(store: &Store, layers: &[LayerBlobs]) -> Result<(), Failure> {
     for blob in crate::held::blobs_of(layers) {
         let bad = store.verify(&blob)?;
         if !bad.is_empty() {
-            let message = format!("{} chunk groups of {blob} are damaged on this machine's disk", bad.count());
+            let message = format!(
+                "{} chunk groups of {blob} are damaged on this machine's disk",
+                bad.count()
+            );
             let hint = "the same command fetches them again; look at the disk's health";
             return Err(Failure::new(FailureCode::Io, message).hint(hint));
         }
@@ -137,8 +209,12 @@ fn damaged_here(store: &Store, layers: &[LayerBlobs]) -> Result<(), Failure> {
 
 /// The layers do not make the component.
 fn wrong(component: &Component, why: &str) -> Failure {
-    let message = format!("component {} is not what the manifest says: {why}; it was refused, and nothing was replaced", component.name);
-    Failure::new(FailureCode::Damaged, message).hint("its publisher made it wrong, not the network: tell them to publish it again")
+    let message = format!(
+        "component {} is not what the manifest says: {why}; it was refused, and nothing was replaced",
+        component.name
+    );
+    Failure::new(FailureCode::Damaged, message)
+        .hint("its publisher made it wrong, not the network: tell them to publish it again")
 }
 
 /// Only the hasher is wanted.
@@ -167,7 +243,13 @@ impl<'a> Files<'a> {
     fn new(listing: &'a Listing, component: &'a Component) -> Self {
         let mut files: Box<dyn Iterator<Item = _> + 'a> = Box::new(listing.files());
         let current = files.next();
-        Self { component, listing, files, current, hasher: blake3::Hasher::new() }
+        Self {
+            component,
+            listing,
+            files,
+            current,
+            hasher: blake3::Hasher::new(),
+        }
     }
 
     /// Closes the files that end here; empty ones among them.
@@ -176,7 +258,10 @@ impl<'a> Files<'a> {
             let found = std::mem::replace(&mut self.hasher, blake3::Hasher::new()).finalize();
             if found.as_bytes() != root.as_bytes() {
                 let path = &self.listing.entries()[entry].path;
-                return Err(wrong(self.component, &format!("file {path} has another hash than in the listing")));
+                return Err(wrong(
+                    self.component,
+                    &format!("file {path} has another hash than in the listing"),
+                ));
             }
             self.current = self.files.next();
         }
@@ -184,12 +269,19 @@ impl<'a> Files<'a> {
     }
 
     /// Gives each file its part of a piece of `len` bytes.
-    fn take(&mut self, len: u64, mut part_of: impl FnMut(&mut blake3::Hasher, std::ops::Range<u64>)) -> Result<(), Failure> {
+    fn take(
+        &mut self,
+        len: u64,
+        mut part_of: impl FnMut(&mut blake3::Hasher, std::ops::Range<u64>),
+    ) -> Result<(), Failure> {
         let mut at = 0;
         while at < len {
             self.close()?;
             let Some((_, left, _)) = &mut self.current else {
-                return Err(wrong(self.component, "its contents are longer than its files"));
+                return Err(wrong(
+                    self.component,
+                    "its contents are longer than its files",
+                ));
             };
             let part = (*left).min(len - at);
             part_of(&mut self.hasher, at..at + part);
@@ -202,7 +294,10 @@ impl<'a> Files<'a> {
     fn finish(mut self) -> Result<(), Failure> {
         self.close()?;
         if self.current.is_some() {
-            return Err(wrong(self.component, "its contents are shorter than its files"));
+            return Err(wrong(
+                self.component,
+                "its contents are shorter than its files",
+            ));
         }
         Ok(())
     }
@@ -212,9 +307,14 @@ impl Sink for Files<'_> {
     fn data(&mut self, _: u64, bytes: &[u8]) -> io::Result<()> {
         let hash = |hasher: &mut blake3::Hasher, part: std::ops::Range<u64>| {
             let part = &bytes[part.start as usize..part.end as usize];
-            if part.len() < PARALLEL_HASH_LEN { hasher.update(part) } else { hasher.update_rayon(part) };
+            if part.len() < PARALLEL_HASH_LEN {
+                hasher.update(part)
+            } else {
+                hasher.update_rayon(part)
+            };
         };
-        self.take(bytes.len() as u64, hash).map_err(io::Error::other)
+        self.take(bytes.len() as u64, hash)
+            .map_err(io::Error::other)
     }
 
     fn zeros(&mut self, _: u64, len: u64) -> io::Result<()> {

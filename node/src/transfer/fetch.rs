@@ -11,7 +11,7 @@ use tokio::sync::watch;
 
 use crate::control::{Failure, FailureCode, Phase, Progress};
 use crate::node::Node;
-use crate::store::BlobKind;
+use crate::store::{BlobKind, Store};
 use crate::work::{Tell, blocking};
 
 /// Blobs fetched at a time: many small ones must not wait for each other's round trips.
@@ -55,10 +55,25 @@ pub struct Manner {
 }
 
 /// Fetches blobs until all are here and durable.
-pub async fn fetch(node: &Node, wanted: Vec<Wanted>, manner: &Manner, tell: &dyn Tell) -> Result<Fetched, Failure> {
+pub async fn fetch(
+    node: &Node,
+    wanted: Vec<Wanted>,
+    manner: &Manner,
+    tell: &dyn Tell,
+) -> Result<Fetched, Failure> {
     let roots: Vec<RootHash> = wanted.iter().map(|wanted| wanted.root).collect();
     let _guard = node.store.guard(roots.iter().copied());
-    let mut state = Fetching { node, manner, queue: wanted.into(), progress: BTreeMap::new(), last: (Instant::now(), 0) };
+    let _kept = KeepOnDrop {
+        store: node.store.clone(),
+        roots: roots.clone(),
+    };
+    let mut state = Fetching {
+        node,
+        manner,
+        queue: wanted.into(),
+        progress: BTreeMap::new(),
+        last: (Instant::now(), 0),
+    };
     let mut running = FuturesUnordered::new();
     let mut ticks = tokio::time::interval(TICK);
     loop {
@@ -79,6 +94,32 @@ pub async fn fetch(node: &Node, wanted: Vec<Wanted>, manner: &Manner, tell: &dyn
     state.finish(&roots).await
 }
 
+/// Makes what came durable, however the fetch ends: a cancelled one is resumed, perhaps after a crash.
+struct KeepOnDrop {
+    store: Store,
+    roots: Vec<RootHash>,
+}
+
+impl Drop for KeepOnDrop {
+    fn drop(&mut self) {
+        let (store, roots) = (self.store.clone(), std::mem::take(&mut self.roots));
+        let Ok(runtime) = tokio::runtime::Handle::try_current() else {
+            return;
+        };
+        // Nothing to do for what is durable already, as after every fetch that succeeded.
+        runtime.spawn_blocking(move || {
+            for root in roots
+                .iter()
+                .filter(|root| store.durable(root).is_some_and(|here| !here.complete))
+            {
+                if let Err(error) = store.flush(root) {
+                    tracing::warn!(%root, %error, "part of what was fetched will be fetched again");
+                }
+            }
+        });
+    }
+}
+
 struct Fetching<'a> {
     node: &'a Node,
     manner: &'a Manner,
@@ -96,15 +137,28 @@ impl Fetching<'_> {
             Some(size) => blocking(move || Ok(store.create_partial(&root, size, kind)?)).await?,
             None => self.node.blobs.expect(root, kind),
         }
-        let spec = FetchSpec { priority: self.manner.priority, ..FetchSpec::whole(root, size) };
+        let spec = FetchSpec {
+            priority: self.manner.priority,
+            ..FetchSpec::whole(root, size)
+        };
         let fetch = self.node.network.fetch(spec).await?;
         self.progress.insert(root, fetch.progress());
         Ok((root, fetch))
     }
 
-    async fn ended(&mut self, root: RootHash, result: Result<FetchProgress, FetchError>) -> Result<(), Failure> {
+    async fn ended(
+        &mut self,
+        root: RootHash,
+        result: Result<FetchProgress, FetchError>,
+    ) -> Result<(), Failure> {
         self.node.blobs.forget(&root);
-        let last = result?;
+        let last = result.map_err(|error| {
+            let failure = Failure::from(error);
+            Failure {
+                message: format!("{}: {}", self.manner.name, failure.message),
+                ..failure
+            }
+        })?;
         // Figures of what has ended stay for the sums.
         self.progress.insert(root, watch::channel(last).1);
         self.node.announce([root]).await
@@ -123,7 +177,10 @@ impl Fetching<'_> {
         for progress in self.progress.values() {
             let progress = progress.borrow();
             sum.done += progress.bytes_done;
-            sum.total = sum.total.zip(progress.size.map(|_| progress.bytes_total)).map(|(sum, total)| sum + total);
+            sum.total = sum
+                .total
+                .zip(progress.size.map(|_| progress.bytes_total))
+                .map(|(sum, total)| sum + total);
             sum.rate += progress.rate;
             sum.peers = sum.peers.max(progress.providers);
         }
@@ -144,9 +201,18 @@ impl Fetching<'_> {
 
     /// Why nothing arrives, as far as it can be told.
     async fn given_up(&self, done: u64, providers: usize) -> Failure {
-        let connected = self.node.network.peers().await.map_or(0, |peers| peers.len());
+        let connected = self
+            .node
+            .network
+            .peers()
+            .await
+            .map_or(0, |peers| peers.len());
         let (name, seconds) = (&self.manner.name, self.manner.patience.as_secs());
-        let so_far = if done > 0 { "; what has come is kept, and the same command resumes" } else { "" };
+        let so_far = if done > 0 {
+            "; what has come is kept, and the same command resumes"
+        } else {
+            ""
+        };
         let (message, hint) = match (connected, providers) {
             (0, _) => (
                 format!("{name} cannot be fetched: no other machine of the fleet is connected"),
@@ -180,7 +246,9 @@ impl Fetching<'_> {
                 store.flush(&root)?;
                 if !store.durable(&root).is_some_and(|here| here.complete) {
                     let message = format!("{root} was fetched, but is not all in the store");
-                    return Err(Failure::new(FailureCode::Io, message).hint("the same command resumes"));
+                    return Err(
+                        Failure::new(FailureCode::Io, message).hint("the same command resumes")
+                    );
                 }
             }
             Ok(())

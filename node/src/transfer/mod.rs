@@ -17,12 +17,13 @@ use tokio::sync::watch;
 use tokio::task::AbortHandle;
 
 use crate::control::{
-    CapsuleRef, Failure, FailureCode, PeerBytes, Phase, Plan, Planned, Progress, Pull, Pulled, Reporter,
+    CapsuleRef, Failure, FailureCode, PeerBytes, Phase, Plan, Planned, Progress, Pull, Pulled,
+    Reporter,
 };
 use crate::node::{Node, machine_of, spelled};
 use crate::records::Resolution;
 use crate::store::HeldCapsule;
-use crate::work::{Task, Tell, blocking};
+use crate::work::{Task, Tell, blocking, panicked};
 use fetch::{DEFAULT_PATIENCE, Fetched, Manner, fetch};
 use prepare::{ComponentPlan, Prepared, add, prepare};
 
@@ -65,7 +66,10 @@ impl Drop for Running {
 impl Transfers {
     /// Indexes that turned out not to be what their records say.
     pub fn refused(&self) -> HashSet<RootHash> {
-        self.refused.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.refused
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
     }
 
     /// Never chooses a layer again.
@@ -78,14 +82,18 @@ impl Transfers {
 
     /// Whether a capsule is being pulled.
     pub fn is_running(&self, capsule: &CapsuleId) -> bool {
-        self.running().get(capsule).is_some_and(|running| running.strong_count() > 0)
+        self.running()
+            .get(capsule)
+            .is_some_and(|running| running.strong_count() > 0)
     }
 
     /// What is being pulled, and how far it is.
     pub fn list(&self) -> Vec<(String, Progress)> {
         let running = self.running();
         let alive = running.values().filter_map(Weak::upgrade);
-        alive.map(|running| (running.name.clone(), running.progress.borrow().clone())).collect()
+        alive
+            .map(|running| (running.name.clone(), running.progress.borrow().clone()))
+            .collect()
     }
 
     fn running(&self) -> MutexGuard<'_, HashMap<CapsuleId, Weak<Running>>> {
@@ -111,7 +119,12 @@ impl Transfers {
             outcome.send_replace(Some(result));
         });
         let task = task.abort_handle();
-        let new = Arc::new(Running { name, progress: progress_receiver, outcome: outcome_receiver, task });
+        let new = Arc::new(Running {
+            name,
+            progress: progress_receiver,
+            outcome: outcome_receiver,
+            task,
+        });
         running.insert(capsule, Arc::downgrade(&new));
         new
     }
@@ -119,11 +132,23 @@ impl Transfers {
 
 fn waiting(name: &str) -> Progress {
     let what = Some(name.to_owned());
-    Progress { phase: Phase::Waiting, done: 0, total: None, rate: 0, peers: 0, written: 0, what }
+    Progress {
+        phase: Phase::Waiting,
+        done: 0,
+        total: None,
+        rate: 0,
+        peers: 0,
+        written: 0,
+        what,
+    }
 }
 
 /// Says what a pull would fetch.
-pub async fn plan(node: &Arc<Node>, request: Plan, reporter: &Reporter) -> Result<Planned, Failure> {
+pub async fn plan(
+    node: &Arc<Node>,
+    request: Plan,
+    reporter: &Reporter,
+) -> Result<Planned, Failure> {
     let started = Instant::now();
     let resolution = find(node, &request.capsule, request.wait, reporter).await?;
     let manner = manner(&resolution, request.wait, Priority::Normal);
@@ -176,11 +201,21 @@ pub async fn fetch_capsule(
 /// How to pull what a reference resolved to.
 pub fn manner(resolution: &Resolution, wait: Option<u64>, priority: Priority) -> Manner {
     let patience = wait.map_or(DEFAULT_PATIENCE, Duration::from_secs);
-    Manner { phase: Phase::Fetching, name: spelled(resolution), priority, patience }
+    Manner {
+        phase: Phase::Fetching,
+        name: spelled(resolution),
+        priority,
+        patience,
+    }
 }
 
 /// Waits until a reference means something.
-async fn find(node: &Arc<Node>, reference: &CapsuleRef, wait: Option<u64>, tell: &dyn Tell) -> Result<Resolution, Failure> {
+async fn find(
+    node: &Arc<Node>,
+    reference: &CapsuleRef,
+    wait: Option<u64>,
+    tell: &dyn Tell,
+) -> Result<Resolution, Failure> {
     let patience = wait.map_or(NAME_PATIENCE, Duration::from_secs);
     let started = Instant::now();
     let mut changes = node.records.changes();
@@ -192,9 +227,15 @@ async fn find(node: &Arc<Node>, reference: &CapsuleRef, wait: Option<u64>, tell:
             other => return other,
         };
         let peers = node.network.peers().await?;
-        let settled = wait.is_none() && started.elapsed() >= SPREAD && peers.iter().any(|peer| peer.connected >= SETTLED);
+        let settled = wait.is_none()
+            && started.elapsed() >= SPREAD
+            && peers.iter().any(|peer| peer.connected >= SETTLED);
         if settled || started.elapsed() >= patience {
-            return Err(if peers.is_empty() { nobody(failure) } else { failure });
+            return Err(if peers.is_empty() {
+                nobody(failure)
+            } else {
+                failure
+            });
         }
         tell.tell(waiting("the name"));
         let _ = tokio::time::timeout(LOOK, changes.changed()).await;
@@ -207,11 +248,19 @@ fn nobody(failure: Failure) -> Failure {
 }
 
 /// One pull, from manifest to checked components.
-async fn transfer(node: &Arc<Node>, resolution: &Resolution, manner: &Manner, tell: &dyn Tell) -> Result<Pulled, Failure> {
+async fn transfer(
+    node: &Arc<Node>,
+    resolution: &Resolution,
+    manner: &Manner,
+    tell: &dyn Tell,
+) -> Result<Pulled, Failure> {
     let started = Instant::now();
     let prepared = prepare(node, resolution, manner, tell).await?;
-    let _guard = node.store.guard(prepared.roots().into_iter().chain([resolution.capsule.0]));
-    let unchanged = is_complete(node, resolution.capsule).await? && prepared.components.iter().all(|plan| plan.held);
+    let _guard = node
+        .store
+        .guard(prepared.roots().into_iter().chain([resolution.capsule.0]));
+    let unchanged = is_complete(node, resolution.capsule).await?
+        && prepared.components.iter().all(|plan| plan.held);
     let components = prepared.components(node);
     let planning_seconds = started.elapsed().as_secs_f64();
     let mut fetched = Fetched::default();
@@ -226,13 +275,16 @@ async fn transfer(node: &Arc<Node>, resolution: &Resolution, manner: &Manner, te
             check_component(node, plan, tell).await?;
         }
         check_seconds = begun.elapsed().as_secs_f64();
-        note(node, resolution.capsule, true).await?;
-        node.announce(prepared.roots().into_iter().chain([resolution.capsule.0])).await?;
-        node.tell_capsules().await?;
+        // Not stopped half-way: what counts as complete is also announced.
+        let (node, roots, capsule) = (node.clone(), prepared.roots(), resolution.capsule);
+        let done = tokio::spawn(async move { complete(&node, roots, capsule).await });
+        done.await.unwrap_or_else(|panic| Err(panicked(&panic)))?;
     }
     let planning_bytes = bytes(&prepared.planning);
     let fetched_bytes = planning_bytes + bytes(&fetched);
-    let Prepared { manifest, planning, .. } = &prepared;
+    let Prepared {
+        manifest, planning, ..
+    } = &prepared;
     add(&mut fetched, planning.clone());
     Ok(Pulled {
         capsule: resolution.capsule,
@@ -252,16 +304,39 @@ async fn transfer(node: &Arc<Node>, resolution: &Resolution, manner: &Manner, te
     })
 }
 
-async fn check_component(node: &Node, plan: &ComponentPlan, tell: &dyn Tell) -> Result<(), Failure> {
+/// Notes that a capsule is here, and tells everybody.
+async fn complete(node: &Node, roots: Vec<RootHash>, capsule: CapsuleId) -> Result<(), Failure> {
+    note(node, capsule, true).await?;
+    node.announce(roots.into_iter().chain([capsule.0])).await?;
+    node.tell_capsules().await
+}
+
+async fn check_component(
+    node: &Node,
+    plan: &ComponentPlan,
+    tell: &dyn Tell,
+) -> Result<(), Failure> {
     let ComponentPlan { component, way, .. } = plan.clone();
-    let task = Task { phase: Phase::Checking, total: Some(component.content_size), what: Some(component.name.clone()) };
+    let task = Task {
+        phase: Phase::Checking,
+        total: Some(component.content_size),
+        what: Some(component.name.clone()),
+    };
     let store = node.store.clone();
-    let checked = node.works.run(task, tell, move |work| check::check(&store, &component, &way, work)).await;
+    let checked = node
+        .works
+        .run(task, tell, move |work| {
+            check::check(&store, &component, &way, work)
+        })
+        .await;
     if let Err(failure) = &checked
         && failure.code == FailureCode::Damaged
     {
         // Never by these layers again: perhaps there are others.
-        plan.way.blobs().into_iter().for_each(|blob| node.transfers.refuse(blob));
+        plan.way
+            .blobs()
+            .into_iter()
+            .for_each(|blob| node.transfers.refuse(blob));
     }
     checked
 }

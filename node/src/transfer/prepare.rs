@@ -22,6 +22,8 @@ use crate::work::{Tell, blocking};
 
 /// How often other layers are tried for ones whose index is not what their record says.
 const MAX_TRIES: usize = 8;
+/// A component as a blob must be cheaper than its layers by this part of its bytes.
+const BLOB_SURCHARGE: u64 = 8;
 
 /// A pull, thought through.
 #[derive(Debug)]
@@ -52,25 +54,42 @@ pub struct ComponentPlan {
 impl Prepared {
     /// Bytes by component that are here, and that are not.
     pub fn components(&self, node: &Node) -> Vec<PlannedComponent> {
-        self.components.iter().map(|plan| plan.describe(node)).collect()
+        self.components
+            .iter()
+            .map(|plan| plan.describe(node))
+            .collect()
     }
 
     /// What a pull fetches: blobs that are not all here.
     pub fn wanted(&self, node: &Node) -> Vec<Wanted> {
         let all = self.components.iter().flat_map(|plan| &plan.blobs);
         let missing = all.filter(|(root, _)| !node.holdings.is_complete(root));
-        missing.map(|(root, (size, kind))| Wanted { root: *root, size: Some(*size), kind: *kind }).collect()
+        missing
+            .map(|(root, (size, kind))| Wanted {
+                root: *root,
+                size: Some(*size),
+                kind: *kind,
+            })
+            .collect()
     }
 
     /// Bytes of the manifest and all blobs.
     pub fn total_bytes(&self) -> u64 {
-        let blobs: u64 = self.components.iter().flat_map(|plan| plan.blobs.values()).map(|(size, _)| size).sum();
+        let blobs: u64 = self
+            .components
+            .iter()
+            .flat_map(|plan| plan.blobs.values())
+            .map(|(size, _)| size)
+            .sum();
         blobs + self.manifest_size
     }
 
     /// All roots that the capsule takes here.
     pub fn roots(&self) -> Vec<RootHash> {
-        self.components.iter().flat_map(|plan| plan.blobs.keys().copied().chain([plan.component.root])).collect()
+        self.components
+            .iter()
+            .flat_map(|plan| plan.blobs.keys().copied().chain([plan.component.root]))
+            .collect()
     }
 }
 
@@ -78,7 +97,7 @@ impl ComponentPlan {
     fn describe(&self, node: &Node) -> PlannedComponent {
         let (mut have, mut size) = (0, 0);
         for (root, (bytes, _)) in &self.blobs {
-            have += node.store.durable(root).map_or(0, |here| here.ranges.bytes(here.size));
+            have += node.holdings.bytes_here([*root]);
             size += bytes;
         }
         let component: ComponentInfo = component_info(&self.component);
@@ -87,7 +106,13 @@ impl ComponentPlan {
             HeldWay::Layers(layers) => ("layers", layers.len()),
             HeldWay::Tree(way) => ("layers", way.contents.len().max(way.listing.len())),
         };
-        PlannedComponent { component, way: way.to_owned(), layers, have, fetch: size - have }
+        PlannedComponent {
+            component,
+            way: way.to_owned(),
+            layers,
+            have,
+            fetch: size - have,
+        }
     }
 }
 
@@ -98,24 +123,43 @@ pub async fn prepare(
     manner: &Manner,
     tell: &dyn Tell,
 ) -> Result<Prepared, Failure> {
-    let manner = Manner { phase: Phase::Planning, ..manner.clone() };
+    let manner = Manner {
+        phase: Phase::Planning,
+        ..manner.clone()
+    };
     let mut planning = Fetched::default();
     let manifest = manifest(node, resolution, &manner, tell, &mut planning).await?;
     let manifest_size = manifest.encode().len() as u64;
     let served = served_blobs(node, &manifest).await?;
     for _ in 0..MAX_TRIES {
         let choice = choose(node, &manifest, &served).await?;
-        let indexes = choice.indexes.iter().filter(|(root, _)| !node.holdings.is_complete(root));
+        let indexes = choice
+            .indexes
+            .iter()
+            .filter(|(root, _)| !node.holdings.is_complete(root));
         let wanted: Vec<Wanted> = indexes
-            .map(|(root, layer)| Wanted { root: *root, size: Some(layer.index.size), kind: BlobKind::Index })
+            .map(|(root, layer)| Wanted {
+                root: *root,
+                size: Some(layer.index.size),
+                kind: BlobKind::Index,
+            })
             .collect();
         add(&mut planning, fetch(node, wanted, &manner, tell).await?);
         if check_indexes(node, choice.indexes).await? {
-            return Ok(Prepared { manifest, components: choice.components, planning, manifest_size });
+            return Ok(Prepared {
+                manifest,
+                components: choice.components,
+                planning,
+                manifest_size,
+            });
         }
     }
-    let message = format!("{}: the layers known for it are not what their records say", manner.name);
-    Err(Failure::new(FailureCode::Damaged, message).hint("its publisher made them wrong: tell them to publish it again"))
+    let message = format!(
+        "{}: the layers known for it are not what their records say",
+        manner.name
+    );
+    Err(Failure::new(FailureCode::Damaged, message)
+        .hint("its publisher made them wrong: tell them to publish it again"))
 }
 
 /// Adds up what was fetched.
@@ -135,13 +179,19 @@ async fn manifest(
 ) -> Result<Manifest, Failure> {
     let capsule = resolution.capsule;
     if !node.holdings.is_complete(&capsule.0) {
-        let wanted = Wanted { root: capsule.0, size: resolution.manifest_size, kind: BlobKind::Manifest };
+        let wanted = Wanted {
+            root: capsule.0,
+            size: resolution.manifest_size,
+            kind: BlobKind::Manifest,
+        };
         *planning = fetch(node, vec![wanted], manner, tell).await?;
     }
     let holdings = node.holdings.clone();
     let manifest = blocking(move || Ok(holdings.manifest(&capsule))).await?;
     manifest.ok_or_else(|| {
-        let message = format!("{capsule} is not a capsule: what has that hash is no manifest that this version reads");
+        let message = format!(
+            "{capsule} is not a capsule: what has that hash is no manifest that this version reads"
+        );
         Failure::new(FailureCode::Damaged, message).hint("check the id; or use a newer capsule")
     })
 }
@@ -150,7 +200,10 @@ async fn manifest(
 async fn served_blobs(node: &Node, manifest: &Manifest) -> Result<HashSet<RootHash>, Failure> {
     let mut served = HashSet::new();
     for component in &manifest.components {
-        let begun = node.store.durable(&component.root).is_some();
+        let begun = node
+            .store
+            .durable(&component.root)
+            .is_some_and(|here| !here.ranges.is_empty());
         if begun || !node.network.providers(component.root).await?.is_empty() {
             served.insert(component.root);
         }
@@ -164,7 +217,11 @@ struct Choice {
     indexes: BTreeMap<RootHash, Layer>,
 }
 
-async fn choose(node: &Node, manifest: &Manifest, served: &HashSet<RootHash>) -> Result<Choice, Failure> {
+async fn choose(
+    node: &Node,
+    manifest: &Manifest,
+    served: &HashSet<RootHash>,
+) -> Result<Choice, Failure> {
     let search = Search {
         store: node.store.clone(),
         holdings: node.holdings.clone(),
@@ -174,7 +231,10 @@ async fn choose(node: &Node, manifest: &Manifest, served: &HashSet<RootHash>) ->
     };
     let components = manifest.components.clone();
     blocking(move || {
-        let mut choice = Choice { components: Vec::new(), indexes: BTreeMap::new() };
+        let mut choice = Choice {
+            components: Vec::new(),
+            indexes: BTreeMap::new(),
+        };
         let mut taken = HashSet::new();
         for component in components {
             search.add(component, &mut choice, &mut taken)?;
@@ -192,7 +252,11 @@ async fn check_indexes(node: &Node, indexes: BTreeMap<RootHash, Layer>) -> Resul
         for (root, layer) in indexes {
             let directory = read_directory(&*store.open_blob(&root)?);
             let pack_len = layer.pack.map_or(0, |pack| pack.size);
-            let fine = directory.is_ok_and(|d| fits(d.header(), &layer) && d.pack_len() == pack_len && d.index_len() == layer.index.size);
+            let fine = directory.is_ok_and(|d| {
+                fits(d.header(), &layer)
+                    && d.pack_len() == pack_len
+                    && d.index_len() == layer.index.size
+            });
             if !fine {
                 wrong.push(root);
             }
@@ -215,7 +279,12 @@ struct Search {
 }
 
 impl Search {
-    fn add(&self, component: Component, choice: &mut Choice, taken: &mut HashSet<RootHash>) -> Result<(), Failure> {
+    fn add(
+        &self,
+        component: Component,
+        choice: &mut Choice,
+        taken: &mut HashSet<RootHash>,
+    ) -> Result<(), Failure> {
         let held = self.holdings.way_to(&component)?;
         let (way, blobs, held) = match held {
             Some(way) => {
@@ -235,8 +304,16 @@ impl Search {
                 (way, blobs, false)
             }
         };
-        let blobs = blobs.into_iter().filter(|(root, _)| taken.insert(*root)).collect();
-        choice.components.push(ComponentPlan { component, held, way, blobs });
+        let blobs = blobs
+            .into_iter()
+            .filter(|(root, _)| taken.insert(*root))
+            .collect();
+        choice.components.push(ComponentPlan {
+            component,
+            held,
+            way,
+            blobs,
+        });
         Ok(())
     }
 
@@ -248,19 +325,31 @@ impl Search {
         indexes: &mut BTreeMap<RootHash, Layer>,
     ) -> Result<HeldWay, Failure> {
         let mut find = |space, size| {
-            let way = cheapest(self, space, component.root, size)?.ok_or_else(|| no_way(component))?;
+            let way =
+                cheapest(self, space, component.root, size)?.ok_or_else(|| no_way(component))?;
             Ok::<_, Failure>((self.layers_of(space, &way, blobs, indexes)?, way))
         };
         if component.kind != ComponentKind::Tree {
             let (layers, way) = find(Space::Stream, component.size)?;
-            return Ok(if matches!(way, Way::Blob(_)) { HeldWay::Blob } else { HeldWay::Layers(layers) });
+            return Ok(if matches!(way, Way::Blob(_)) {
+                HeldWay::Blob
+            } else {
+                HeldWay::Layers(layers)
+            });
         }
         let listing = if self.holdings.is_complete(&component.root) {
-            self.holdings.tree_way(&component.root)?.unwrap_or_default().listing
+            self.holdings
+                .tree_way(&component.root)?
+                .unwrap_or_default()
+                .listing
         } else {
             find(Space::Stream, component.size)?.0
         };
-        let contents = if component.content_size == 0 { Vec::new() } else { find(Space::Contents, component.content_size)?.0 };
+        let contents = if component.content_size == 0 {
+            Vec::new()
+        } else {
+            find(Space::Contents, component.content_size)?.0
+        };
         Ok(HeldWay::Tree(TreeWay { listing, contents }))
     }
 
@@ -282,7 +371,9 @@ impl Search {
             Way::Layers(layers) => layers,
         };
         let below = new.first().and_then(|layer| layer.parent);
-        let mut layers = below.map_or(Ok(None), |parent| self.recipe(space, &parent))?.unwrap_or_default();
+        let mut layers = below
+            .map_or(Ok(None), |parent| self.recipe(space, &parent))?
+            .unwrap_or_default();
         for blob in blobs_of(&layers) {
             let size = self.store.durable(&blob).map_or(0, |here| here.size);
             blobs.insert(blob, (size, BlobKind::Other));
@@ -290,19 +381,32 @@ impl Search {
         for layer in new {
             indexes.insert(layer.index.root, layer.clone());
             blobs.insert(layer.index.root, (layer.index.size, BlobKind::Index));
-            blobs.extend(layer.pack.map(|pack| (pack.root, (pack.size, BlobKind::Pack))));
+            blobs.extend(
+                layer
+                    .pack
+                    .map(|pack| (pack.root, (pack.size, BlobKind::Pack))),
+            );
             layers.push(layer_blobs(layer));
         }
         Ok(layers)
     }
 
     /// The layers through which a component is read here, if it is.
-    fn recipe(&self, space: Space, root: &RootHash) -> Result<Option<Vec<LayerBlobs>>, DatabaseError> {
+    fn recipe(
+        &self,
+        space: Space,
+        root: &RootHash,
+    ) -> Result<Option<Vec<LayerBlobs>>, DatabaseError> {
         let layers = match space {
-            Space::Stream => self.store.component(root).map(|component| component.recipe.layers),
+            Space::Stream => self
+                .store
+                .component(root)
+                .map(|component| component.recipe.layers),
             Space::Contents => self.holdings.tree_way(root)?.map(|way| way.contents),
         };
-        Ok(layers.filter(|layers| !layers.is_empty() && blobs_of(layers).all(|blob| self.holdings.is_complete(&blob))))
+        Ok(layers.filter(|layers| {
+            !layers.is_empty() && blobs_of(layers).all(|blob| self.holdings.is_complete(&blob))
+        }))
     }
 }
 
@@ -314,22 +418,36 @@ impl Known for Search {
     }
 
     fn layers_to(&self, space: Space, root: &RootHash) -> Result<Vec<Layer>, DatabaseError> {
-        let known = self.records.layers_to(root)?.into_iter().map(|known| known.layer);
-        Ok(known.filter(|layer| layer.space == space && !self.refused.contains(&layer.index.root)).collect())
+        let known = self
+            .records
+            .layers_to(root)?
+            .into_iter()
+            .map(|known| known.layer);
+        Ok(known
+            .filter(|layer| layer.space == space && !self.refused.contains(&layer.index.root))
+            .collect())
     }
 
     fn missing(&self, blob: &BlobRef) -> u64 {
-        let here = self.store.durable(&blob.root).map_or(0, |here| here.ranges.bytes(here.size));
-        blob.size.saturating_sub(here)
+        blob.size
+            .saturating_sub(self.holdings.bytes_here([blob.root]))
     }
 
-    fn is_blob(&self, root: &RootHash) -> bool {
-        self.served.contains(root)
+    /// A little more than its bytes: whoever serves a component decodes it for that, and it is stored as it is. What is here
+    /// already was paid for.
+    fn blob_cost(&self, blob: &BlobRef) -> Option<u64> {
+        let missing = self.missing(blob);
+        self.served
+            .contains(&blob.root)
+            .then(|| missing + missing / BLOB_SURCHARGE)
     }
 }
 
 fn no_way(component: &Component) -> Failure {
-    let message = format!("no layer is known that leads to component {} ({})", component.name, component.root);
+    let message = format!(
+        "no layer is known that leads to component {} ({})",
+        component.name, component.root
+    );
     Failure::new(FailureCode::Unreachable, message)
         .hint("records arrive from connected peers: wait, or start the machine that published it")
 }

@@ -145,7 +145,10 @@ async fn station(
     found: mpsc::Sender<Found>,
 ) {
     let start = Instant::now();
-    let seed = beacon.seed ^ u64::from(u32::from(interface));
+    // Apart from the seed by node and interface, so that no two of them act at the same moments.
+    let identity = capsule_proto::RootHash::of(&beacon.peer.to_bytes());
+    let own = u64::from_le_bytes(identity.as_bytes()[..8].try_into().expect("eight bytes"));
+    let seed = beacon.seed ^ own ^ u64::from(u32::from(interface));
     let mut schedule = Schedule::new(SmallRng::seed_from_u64(seed));
     // Marks our own packets, which multicast brings back to us.
     let nonce = schedule.nonce();

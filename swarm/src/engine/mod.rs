@@ -6,19 +6,21 @@
 //! | file | what |
 //! |---|---|
 //! | `start` | setting all of it up |
-//! | `transfers`, `sizing` | what this node fetches |
+//! | `transfers`, `sizing`, `responses` | what this node fetches |
 //! | `serve` | what it serves, and announces |
 //! | `claims` | what peers announce |
 //! | `sync` | records and status, by gossip and anti-entropy |
-//! | `connect` | who is connected: dials, bans, the dead, too many |
+//! | `connect`, `exchange` | who is connected: dials, bans, the dead, too many |
 //! | `peer`, `directory`, `gossip`, `pool` | their parts that stand alone |
 
 mod claims;
 mod connect;
 mod directory;
+mod exchange;
 mod gossip;
 mod peer;
 mod pool;
+mod responses;
 mod serve;
 mod sizing;
 mod start;
@@ -134,7 +136,8 @@ struct Engine {
     swarm: Swarm<Node>,
     gatekeeper: Arc<Gatekeeper>,
     pool: Pool,
-    /// Memory for what is served.
+    /// Memory for what comes, and for what is served.
+    inbound: Arc<Buffers>,
     outbound: Arc<Buffers>,
     commands: mpsc::Receiver<Command>,
     /// A fetch, or the last handle, may have been dropped.
@@ -234,6 +237,10 @@ impl Engine {
         self.tick_transfers();
         self.tick_records(now);
         self.connect_more();
+        if self.tick_length() == IDLE_TICK {
+            self.inbound.trim();
+            self.outbound.trim();
+        }
     }
 
     fn on_command(&mut self, command: Command) {

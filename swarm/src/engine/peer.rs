@@ -98,7 +98,7 @@ pub struct Peer {
     heard: Instant,
     ping: Option<(u64, Instant)>,
     pings: u64,
-    measured: Instant,
+    measured: Option<Instant>,
     rtt: Option<Duration>,
 }
 
@@ -135,8 +135,7 @@ impl Peer {
             heard: now,
             ping: None,
             pings: 0,
-            // Due at once.
-            measured: now.checked_sub(MEASURE_EVERY).unwrap_or(now),
+            measured: None,
             rtt: None,
         }
     }
@@ -178,14 +177,14 @@ impl Peer {
         if silent > DEAD_AFTER {
             return Vital::Dead;
         }
-        let due = silent > PING_AFTER || now - self.measured > MEASURE_EVERY;
+        let due = silent > PING_AFTER || self.measured.is_none_or(|at| now - at > MEASURE_EVERY);
         let waiting = self.ping.is_some_and(|(_, sent)| now - sent < PING_AFTER);
         if !due || waiting {
             return Vital::Fine;
         }
         self.pings += 1;
         self.ping = Some((self.pings, now));
-        self.measured = now;
+        self.measured = Some(now);
         Vital::Ping(self.pings)
     }
 
@@ -240,5 +239,93 @@ impl Peer {
             blobs: self.claims.len(),
             connected: now - self.since,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use capsule_proto::credential::{Channels, Grant, MachineId, Roles, TokenId};
+    use capsule_swarm_core::PeerKey;
+
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn peer(now: Instant) -> Peer {
+        let (id, roles, channels) = (TokenId([0; 8]), Roles::default(), Channels::All);
+        let grant = Grant {
+            id,
+            roles,
+            channels,
+            issued: 0,
+            expires: 1,
+        };
+        let member = Member {
+            machine: MachineId([0; 32]),
+            name: "pc".into(),
+            grant,
+        };
+        let connected = Connected {
+            key: PeerKey(1),
+            peer: PeerId::random(),
+            address: Multiaddr::empty(),
+            dialled: false,
+            member,
+            arriving: Arriving::default(),
+        };
+        Peer::new(connected, now)
+    }
+
+    #[test]
+    fn a_silent_peer_is_pinged_twice_then_dead() {
+        let start = Instant::now();
+        let mut peer = peer(start);
+        let vitals: Vec<_> = (0..20)
+            .map(|s| peer.tick(start + SECOND * s, SECOND))
+            .collect();
+        let pings: Vec<_> = (0..20)
+            .filter(|&s| matches!(vitals[s], Vital::Ping(_)))
+            .collect();
+        assert_eq!(pings, [0, 7, 13], "the first measures the round trip");
+        assert_eq!(
+            vitals.iter().position(|vital| *vital == Vital::Dead),
+            Some(17)
+        );
+    }
+
+    #[test]
+    fn an_answer_measures_the_round_trip_and_only_the_right_one() {
+        let start = Instant::now();
+        let mut peer = peer(start);
+        assert_eq!(peer.tick(start, SECOND), Vital::Ping(1));
+        peer.pong(start + SECOND / 10, 77);
+        assert_eq!(peer.info(start).rtt, None);
+        peer.pong(start + SECOND / 10, 1);
+        assert_eq!(peer.info(start).rtt, Some(SECOND / 10));
+        peer.heard(start + SECOND);
+        assert_eq!(peer.tick(start + SECOND * 5, SECOND), Vital::Fine);
+    }
+
+    #[test]
+    fn claims_are_bounded_and_consistent() {
+        let mut peer = peer(Instant::now());
+        let root = RootHash::of(b"blob");
+        let groups = GroupRanges::from(0..3);
+        assert!(peer.claim(root, 100_000, &groups));
+        assert!(!peer.claim(root, 100_001, &groups), "another size");
+        assert_eq!(
+            peer.disclaim(&root, Some(&GroupRanges::from(1..9))),
+            GroupRanges::from(1..3)
+        );
+        assert_eq!(peer.claims[&root].groups, GroupRanges::from(0..1));
+        assert_eq!(peer.disclaim(&root, None), GroupRanges::from(0..1));
+        assert!(peer.claims.is_empty() && peer.claimed_runs == 0);
+        let root_of = |i: usize| RootHash::of(&i.to_le_bytes());
+        assert!((0..MAX_CLAIMS).all(|i| peer.claim(root_of(i), 1, &GroupRanges::all(1))));
+        assert!(!peer.claim(root_of(MAX_CLAIMS), 1, &GroupRanges::all(1)));
+        let scattered: GroupRanges = (0..MAX_CLAIMED_RUNS as u64)
+            .map(|i| 2 * i..2 * i + 1)
+            .collect();
+        assert!(!peer.claim(root_of(0), 1, &scattered));
     }
 }

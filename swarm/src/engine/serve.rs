@@ -1,5 +1,7 @@
 //! What this node holds: announcing it, and serving it.
 
+use std::time::Instant;
+
 use capsule_proto::ranges::group_bytes;
 use capsule_proto::wire::{Control, MAX_RUNS_PER_HAVE, Reject, RejectReason, Request};
 use capsule_proto::{GroupRanges, RootHash};
@@ -168,6 +170,10 @@ impl Engine {
         let now = self.now();
         self.uploads
             .handle_sent(now, key, RequestId(request), bytes as u64);
+        if let Some(peer) = self.peers.get_mut(&key) {
+            // The lane takes no more than the peer makes room for: it lives, though its pongs may wait in a slow link.
+            peer.heard(Instant::now());
+        }
         if !finished {
             return;
         }

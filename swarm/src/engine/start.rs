@@ -72,7 +72,7 @@ impl Network {
         let node = Node {
             limits: connection_limits::Behaviour::new(limits),
             gossip: gossip::behaviour(&identity, &topics).map_err(StartError::Tls)?,
-            peers: protocol::Behaviour::new(local, gatekeeper.clone(), inbound),
+            peers: protocol::Behaviour::new(local, gatekeeper.clone(), inbound.clone()),
         };
         let swarm_config =
             libp2p::swarm::Config::with_tokio_executor().with_idle_connection_timeout(NEVER_IDLE);
@@ -90,6 +90,7 @@ impl Network {
             limits: config.limits.clone(),
             gatekeeper,
             pool,
+            inbound,
             outbound,
             commands: command_receiver,
             dropped: dropped.clone(),

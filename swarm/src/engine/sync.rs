@@ -66,6 +66,8 @@ pub(super) struct Sync {
     settled: HashSet<RecordId>,
     asked: BTreeMap<RecordId, Instant>,
     told: BTreeMap<PeerKey, Instant>,
+    /// The digest of each peer that was last answered with ours, and when.
+    answered: BTreeMap<PeerKey, (RootHash, Instant)>,
     /// Peers whose digest came too soon after they were told all ids.
     deferred: BTreeMap<PeerKey, RootHash>,
     gossiped: usize,
@@ -92,6 +94,7 @@ impl Sync {
             settled: HashSet::new(),
             asked: BTreeMap::new(),
             told: BTreeMap::new(),
+            answered: BTreeMap::new(),
             deferred: BTreeMap::new(),
             gossiped: 0,
             machine: credential.machine(),
@@ -130,6 +133,7 @@ impl Sync {
 
     pub(super) fn forget(&mut self, key: PeerKey) {
         self.told.remove(&key);
+        self.answered.remove(&key);
         self.deferred.remove(&key);
     }
 }
@@ -187,6 +191,11 @@ impl Engine {
 
     pub(super) fn on_record_summary(&mut self, key: PeerKey, digest: RootHash) {
         let now = Instant::now();
+        tracing::trace!(
+            same = digest == self.sync.digest,
+            ours = self.sync.ids.as_ref().map(Vec::len),
+            "summary of records"
+        );
         let Some(ids) = self
             .sync
             .ids
@@ -210,6 +219,12 @@ impl Engine {
             .chunks(MAX_RECORD_IDS)
             .map(<[RecordId]>::to_vec)
             .collect();
+        // The peer may not know that ours differs: it tells its ids when it hears so. Once for each digest of its, so
+        // that two who cannot agree do not go on for ever.
+        let answered = self.sync.answered.insert(key, (digest, now));
+        if answered.is_none_or(|(last, at)| last != digest || now - at >= COMPARE) {
+            self.send_summary(key);
+        }
         let count = chunks.len();
         for (number, ids) in chunks.into_iter().enumerate() {
             self.send(

@@ -6,19 +6,17 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
 
-use capsule_proto::ranges::{MAX_CONTENT_LEN, group_bytes};
-use capsule_proto::wire::{Control, Reject, RejectReason, Request};
+use capsule_proto::ranges::MAX_CONTENT_LEN;
+use capsule_proto::wire::{Control, Request};
 use capsule_proto::{GroupRanges, RootHash};
-use capsule_swarm_core::{AddBlobError, BanReason, BlobSpec, Failure, Output, PeerKey, RequestId};
+use capsule_swarm_core::{AddBlobError, BanReason, BlobSpec, Output, PeerKey};
 use libp2p::PeerId;
 use tokio::sync::{oneshot, watch};
 
 use super::peer::Asked;
 use super::pool::{Job, Part};
-use super::sizing::FIRST_PROBE;
 use super::{Engine, FetchCommand};
 use crate::api::{FetchError, FetchProgress, FetchSpec, Priority, StoreError};
-use crate::protocol::Response;
 
 /// Most fetches that wait for one blob.
 const MAX_WAITERS: usize = 64;
@@ -39,7 +37,7 @@ pub(super) struct Transfer {
     pub(super) stage: Stage,
     priority: Priority,
     waiters: Vec<Waiter>,
-    by_peer: BTreeMap<PeerId, u64>,
+    pub(super) by_peer: BTreeMap<PeerId, u64>,
     /// Demanded before the scheduler had it.
     demanded: GroupRanges,
     pub(super) probe: Option<(PeerKey, Instant)>,
@@ -68,6 +66,11 @@ impl Transfer {
         self.waiters
             .into_iter()
             .for_each(|waiter| waiter.end(Err(error())));
+    }
+
+    /// Whether some of its fetches may be complete before the blob is.
+    pub(super) fn wants_parts(&self) -> bool {
+        self.waiters.iter().any(|waiter| waiter.spec.want.is_some())
     }
 
     fn want(&self, size: u64) -> GroupRanges {
@@ -223,7 +226,7 @@ impl Engine {
     }
 
     /// Hands a blob to the scheduler.
-    fn activate(&mut self, root: RootHash, size: u64, have: GroupRanges) {
+    pub(super) fn activate(&mut self, root: RootHash, size: u64, have: GroupRanges) {
         let have = have.intersection(&GroupRanges::all(size));
         self.forget_other_sizes(root, size);
         let Some(transfer) = self.transfers.get_mut(&root) else {
@@ -329,130 +332,8 @@ impl Engine {
         }
     }
 
-    /// A response, or a part of one, came.
-    pub(super) fn on_content(&mut self, key: PeerKey, response: Response) {
-        let Response { header, encoded } = response;
-        let (id, now) = (header.request, self.now());
-        let Some(peer) = self.peers.get_mut(&key) else {
-            return;
-        };
-        let Some(asked) = peer.asked.get_mut(&id) else {
-            return self.violation(key, "it answers what was not asked");
-        };
-        let groups = asked.groups.start..asked.groups.start + u64::from(header.groups);
-        if groups.end > asked.groups.end || header.compressed {
-            peer.asked.remove(&id);
-            if id >= FIRST_PROBE {
-                return self.violation(key, "it answers with more than was asked");
-            }
-            return self
-                .downloads
-                .handle_failed(now, key, RequestId(id), Failure::Malformed);
-        }
-        let part = Part {
-            peer: key,
-            peer_id: peer.id,
-            request: id,
-            root: asked.root,
-            size: asked.size,
-            groups: groups.clone(),
-            transfer: asked.transfer,
-        };
-        asked.groups.start = groups.end;
-        if asked.groups.is_empty() {
-            peer.asked.remove(&id);
-        }
-        self.pool.submit(Job::Write { part, encoded });
-    }
-
-    /// The store took, or refused, what came.
-    pub(super) fn on_written(&mut self, part: Part, result: Result<(), StoreError>) {
-        let (key, id, now) = (part.peer, RequestId(part.request), self.now());
-        match result {
-            Ok(()) => self.on_verified(&part),
-            Err(StoreError::Invalid { .. }) => {
-                self.downloads.handle_failed(now, key, id, Failure::Corrupt);
-                // Also where the scheduler no longer knows the request, or never did.
-                self.ban_id(part.peer_id, "it sent content that does not match its hash");
-                self.probe_failed(part.root, key);
-            }
-            Err(error) => {
-                tracing::warn!(root = %part.root, %error, "fetch ends");
-                self.downloads
-                    .handle_failed(now, key, id, Failure::NotStored);
-                self.fail_transfer(&part, error);
-            }
-        }
-    }
-
-    fn on_verified(&mut self, part: &Part) {
-        let Part {
-            peer: key,
-            root,
-            size,
-            ref groups,
-            ..
-        } = *part;
-        let bytes = group_bytes(groups, size);
-        let bytes = bytes.end - bytes.start;
-        self.totals.entry(root).or_default().received += bytes;
-        if let Some(peer) = self.peers.get_mut(&key) {
-            peer.incoming.bytes += bytes;
-        }
-        let now = self.now();
-        self.hold(root, size, &groups.clone().into());
-        let Some(transfer) = self.transfers.get_mut(&root) else {
-            return;
-        };
-        *transfer.by_peer.entry(part.peer_id).or_default() += bytes;
-        if part.request >= FIRST_PROBE {
-            transfer.probe = None;
-            if transfer.stage != Stage::Active {
-                self.activate(root, size, groups.clone().into());
-            }
-            return;
-        }
-        let partial = transfer
-            .waiters
-            .iter()
-            .any(|waiter| waiter.spec.want.is_some());
-        let rare = self
-            .downloads
-            .handle_received(now, key, RequestId(part.request), groups);
-        if rare {
-            self.announcements.hurry(now, &root);
-        }
-        if partial {
-            self.end_complete(root);
-        }
-    }
-
-    pub(super) fn on_reject(&mut self, key: PeerKey, reject: Reject) {
-        let now = self.now();
-        let Some(peer) = self.peers.get_mut(&key) else {
-            return;
-        };
-        let Some(asked) = peer.asked.remove(&reject.id) else {
-            return;
-        };
-        let failure = match reject.reason {
-            RejectReason::NotHeld | RejectReason::Damaged => Failure::NotHeld,
-            RejectReason::Busy => Failure::Busy,
-            RejectReason::Cancelled => Failure::Cancelled,
-        };
-        if failure == Failure::NotHeld {
-            peer.disclaim(&asked.root, Some(&asked.groups.clone().into()));
-        }
-        if asked.probe {
-            self.probe_failed(asked.root, key);
-        } else {
-            self.downloads
-                .handle_failed(now, key, RequestId(reject.id), failure);
-        }
-    }
-
     /// Ends those fetches of a blob that have all they want, and the transfer with the last of them.
-    fn end_complete(&mut self, root: RootHash) {
+    pub(super) fn end_complete(&mut self, root: RootHash) {
         let now = self.now();
         let Some(transfer) = self.transfers.get_mut(&root) else {
             return;
@@ -488,7 +369,7 @@ impl Engine {
         }
     }
 
-    fn fail_transfer(&mut self, part: &Part, error: StoreError) {
+    pub(super) fn fail_transfer(&mut self, part: &Part, error: StoreError) {
         let (root, now) = (part.root, self.now());
         if self
             .transfers

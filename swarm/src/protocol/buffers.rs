@@ -58,6 +58,14 @@ impl Buffers {
         Some(buffer)
     }
 
+    /// Gives idle memory back to the system: nothing has moved for a while.
+    pub fn trim(&self) {
+        self.idle
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clear();
+    }
+
     fn take(self: &Arc<Self>, permit: OwnedSemaphorePermit) -> Buffer {
         let bytes = self
             .idle

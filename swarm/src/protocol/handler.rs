@@ -29,7 +29,7 @@ use libp2p::swarm::handler::{
 use libp2p::swarm::{Stream, SubstreamProtocol};
 
 use super::buffers::{Buffer, Buffers};
-use super::frame::{self, Arriving, CONTENT_HEADER, LaneError, Response};
+use super::frame::{self, Arriving, LaneError, Response};
 
 /// Bytes of control messages that may wait for a peer: more, and it does not read (the news of a large node is some 100 KiB, the longest message 1 MiB).
 const MAX_QUEUED: usize = 8 << 20;
@@ -72,7 +72,7 @@ pub enum ToBehaviour {
     Control(Box<Control>),
     /// Content came.
     Content(Response),
-    /// The connection took `bytes` more of the encoding of a response.
+    /// The connection took `bytes` more of a response, header included.
     Sent {
         request: u64,
         bytes: usize,
@@ -213,21 +213,30 @@ async fn write_lane(
             match frame {
                 FromBehaviour::Control(bytes) => stream.write_all(&bytes).await?,
                 FromBehaviour::Content { request, frame } => {
-                    let (header, encoded) = frame.split_at(CONTENT_HEADER);
-                    stream.write_all(header).await?;
-                    let mut left = encoded.len();
-                    for part in encoded.chunks(REPORT_EVERY) {
-                        stream.write_all(part).await?;
-                        left -= part.len();
-                        let (bytes, finished) = (part.len(), left == 0);
-                        let _gone = events
-                            .send(ToBehaviour::Sent {
-                                request,
-                                bytes,
-                                finished,
-                            })
-                            .await;
-                    }
+                    let mut at = 0;
+                    let last = loop {
+                        let end = frame.len().min(at + REPORT_EVERY);
+                        stream.write_all(&frame[at..end]).await?;
+                        let bytes = end - at;
+                        at = end;
+                        if at == frame.len() {
+                            break bytes;
+                        }
+                        let sent = ToBehaviour::Sent {
+                            request,
+                            bytes,
+                            finished: false,
+                        };
+                        let _gone = events.send(sent).await;
+                    };
+                    // First, so that its memory is there for the next response when this one is reported.
+                    drop(frame);
+                    let sent = ToBehaviour::Sent {
+                        request,
+                        bytes: last,
+                        finished: true,
+                    };
+                    let _gone = events.send(sent).await;
                 }
             }
         }

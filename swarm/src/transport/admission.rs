@@ -293,3 +293,142 @@ async fn read_message(stream: &mut (impl AsyncRead + Unpin)) -> Result<Vec<u8>, 
     stream.read_exact(&mut message).await?;
     Ok(message)
 }
+
+#[cfg(test)]
+mod tests {
+    use capsule_proto::credential::{
+        Channels, FleetKey, Grant, MachineKey, Revoked, Roles, TokenId,
+    };
+    use futures::executor::block_on;
+    use futures::io::Cursor;
+
+    use super::*;
+    use crate::api::Offer;
+
+    struct NoRecords;
+
+    impl RecordStore for NoRecords {
+        fn ids(&self) -> Vec<RecordId> {
+            Vec::new()
+        }
+        fn get(&self, _id: &RecordId) -> Option<Vec<u8>> {
+            None
+        }
+        fn offer(&self, _bytes: &[u8]) -> Offer {
+            Offer::Rejected("a test's store takes none".into())
+        }
+        fn revocation_head(&self) -> Option<Vec<u8>> {
+            None
+        }
+        fn revoked(&self) -> Revoked {
+            Revoked::default()
+        }
+    }
+
+    fn credential(machine: u8) -> (PeerId, Credential) {
+        let machine = MachineKey::from_secret([machine; 32]).machine();
+        let (id, roles, channels) = (TokenId([1; 8]), Roles::default(), Channels::All);
+        let grant = Grant {
+            id,
+            roles,
+            channels,
+            issued: 1,
+            expires: 100,
+        };
+        let token = FleetKey::from_secret([9; 32]).invite(grant, [8; 32], &[]);
+        (peer_id_of(&machine).unwrap(), token.enrol(machine, "pc", 1))
+    }
+
+    fn keeper() -> Gatekeeper {
+        let (local, credential) = credential(1);
+        Gatekeeper::new(local, &credential, Arc::new(NoRecords), Arc::new(|| 50), [])
+    }
+
+    fn greeting(credential: &Credential) -> Greeting {
+        Greeting {
+            protocol: PROTOCOL,
+            credential: credential.encode(),
+            revocation: None,
+            newest_time: 0,
+            agent: String::new(),
+        }
+    }
+
+    #[test]
+    fn every_reason_to_refuse_is_found() {
+        let keeper = keeper();
+        let (peer, credential_of_peer) = credential(2);
+        let good = greeting(&credential_of_peer);
+        assert_eq!(keeper.check(peer, &good).unwrap().name, "pc");
+        // A revocation that the store rejects changes nothing.
+        let revocation = Some(b"no record".to_vec());
+        assert!(
+            keeper
+                .check(
+                    peer,
+                    &Greeting {
+                        revocation,
+                        ..good.clone()
+                    }
+                )
+                .is_ok()
+        );
+        let refusal = |peer, greeting: &Greeting| keeper.check(peer, greeting).unwrap_err();
+        let newer = Greeting {
+            protocol: PROTOCOL + 1,
+            ..good.clone()
+        };
+        assert!(matches!(refusal(peer, &newer), Refusal::Version(_)));
+        let malformed = Greeting {
+            credential: b"nothing".to_vec(),
+            ..good.clone()
+        };
+        assert!(matches!(
+            refusal(peer, &malformed),
+            Refusal::Credential(CredentialError::Malformed(_))
+        ));
+        assert!(matches!(
+            refusal(PeerId::random(), &good),
+            Refusal::OtherMachine
+        ));
+        assert!(matches!(refusal(keeper.local, &good), Refusal::Myself));
+        assert!(keeper.ban(peer) && !keeper.ban(peer));
+        assert!(matches!(refusal(peer, &good), Refusal::Banned));
+    }
+
+    #[test]
+    fn messages_beyond_their_bound_are_not_read() {
+        let read = |bytes: &[u8]| block_on(read_message(&mut Cursor::new(bytes))).map_err(Box::new);
+        let long = (MAX_GREETING_LEN as u32 + 1).to_be_bytes();
+        assert!(matches!(
+            read(&long),
+            Err(error) if matches!(*error, AdmissionError::Malformed(WireError::TooLong { .. }))
+        ));
+        assert!(
+            matches!(read(&[0, 0, 0, 9, 1]), Err(error) if matches!(*error, AdmissionError::Io(_)))
+        );
+        assert_eq!(read(&[0, 0, 0, 1, 7]).unwrap(), [7]);
+    }
+
+    #[test]
+    fn a_refusal_is_passed_on_without_control_characters() {
+        let verdict = Verdict(Err("no\u{1b}[31m".into())).encode();
+        let message = [&(verdict.len() as u32).to_be_bytes()[..], &verdict].concat();
+        let error = block_on(read_verdict(&mut Cursor::new(message))).unwrap_err();
+        assert_eq!(error.to_string(), "the peer refused us: no[31m");
+    }
+
+    #[test]
+    fn members_remembered_are_bounded() {
+        let keeper = keeper();
+        let member = keeper
+            .check(credential(2).0, &greeting(&credential(2).1))
+            .unwrap();
+        let peers: Vec<_> = (0..=MAX_ADMITTED).map(|_| PeerId::random()).collect();
+        peers
+            .iter()
+            .for_each(|peer| keeper.remember(*peer, member.clone()));
+        assert_eq!(keeper.member(&peers[0]), None);
+        assert_eq!(keeper.member(&peers[MAX_ADMITTED]), Some(member));
+    }
+}

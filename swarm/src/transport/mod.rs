@@ -4,7 +4,6 @@
 //! round trips.
 
 mod admission;
-mod io;
 mod tls;
 
 use std::sync::Arc;
@@ -51,7 +50,6 @@ async fn upgrade<S>(
 where
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
-    let socket = io::below_tls(socket);
     // In a hole punch both sides dial; libp2p then says which one acts as the server.
     let is_server = match endpoint {
         ConnectedPoint::Listener { .. } => true,
@@ -71,11 +69,10 @@ where
     gatekeeper.admit(peer, &mut secured, is_server).await?;
     let mut config = yamux::Config::default();
     config.set_max_num_streams(MAX_STREAMS);
-    let stream = io::Coalesce::new(secured);
     let muxer = if is_server {
-        config.upgrade_inbound(stream, "").await
+        config.upgrade_inbound(secured, "").await
     } else {
-        config.upgrade_outbound(stream, "").await
+        config.upgrade_outbound(secured, "").await
     };
     Ok((peer, StreamMuxerBox::new(muxer?)))
 }
