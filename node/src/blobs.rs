@@ -8,6 +8,7 @@ use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use capsule_chunker::bao::{DecodeError, Tree, decode_range};
+use capsule_proto::ranges::group_count;
 use capsule_proto::{GroupRanges, RootHash};
 use capsule_swarm::{BlobStore, ServeError, StoreError};
 
@@ -88,11 +89,16 @@ impl BlobStore for Blobs {
     ) -> Result<(), StoreError> {
         let first = groups.start;
         let written = match self.store.write_encoded(root, groups.clone(), encoded) {
-            // A size that a peer claims is not noted before something verified with it.
+            // A size that a peer claims is noted only when it is proved, which the last group does: its length and its
+            // place in the tree are in the hash.
             Err(WriteError::Unknown(_)) => {
                 let tree = Tree { root: *root, size };
                 decode_range(&tree, groups.clone(), encoded, |_, _| {}, |_, _| {})
                     .map_err(|e| invalid(&e, first))?;
+                if groups.end != group_count(size) {
+                    let message = format!("the size of {root} is not proved");
+                    return Err(StoreError::Io(std::io::Error::other(message)));
+                }
                 let kind = self
                     .expected()
                     .get(root)
@@ -117,4 +123,48 @@ fn invalid(error: &DecodeError, first: u64) -> StoreError {
         _ => first,
     };
     StoreError::Invalid { group }
+}
+
+#[cfg(test)]
+mod tests {
+    use capsule_chunker::bao::{encode_range, tree_of};
+
+    use super::*;
+    use crate::store::StoreOptions;
+
+    #[test]
+    fn a_size_that_does_not_verify_is_not_noted() {
+        let temp = tempfile::tempdir().unwrap();
+        let store = Store::open(temp.path(), StoreOptions::default()).unwrap();
+        let blobs = Blobs::new(store.clone());
+        let content = vec![7; 100_000];
+        let (tree, outboard) = tree_of(&content);
+        let mut encoded = Vec::new();
+        encode_range(&tree, 5..7, &content, &outboard, &mut encoded).unwrap();
+        blobs.expect(tree.root, BlobKind::Manifest);
+        for wrong in [0, 99_999, 100_001, 1 << 40] {
+            let result = blobs.write_encoded(&tree.root, wrong, 5..7, &encoded);
+            assert!(matches!(result, Err(StoreError::Invalid { .. })), "{wrong}");
+            assert_eq!(blobs.presence(&tree.root), None);
+        }
+        // A range that would verify with other sizes too proves none.
+        let mut early = Vec::new();
+        encode_range(&tree, 0..2, &content, &outboard, &mut early).unwrap();
+        let unproved = blobs.write_encoded(&tree.root, tree.size - 1, 0..2, &early);
+        assert!(matches!(unproved, Err(StoreError::Io(_))));
+        assert_eq!(blobs.presence(&tree.root), None);
+        blobs
+            .write_encoded(&tree.root, tree.size, 5..7, &encoded)
+            .unwrap();
+        assert_eq!(
+            blobs.presence(&tree.root),
+            Some((tree.size, GroupRanges::from(5..7)))
+        );
+        assert_eq!(store.blobs()[0].kind, BlobKind::Manifest);
+        let mut out = Vec::new();
+        blobs.read_encoded(&tree.root, 5..7, &mut out).unwrap();
+        assert!(out == encoded);
+        let absent = blobs.read_encoded(&tree.root, 0..1, &mut out);
+        assert!(matches!(absent, Err(ServeError::Missing { .. })));
+    }
 }

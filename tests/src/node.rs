@@ -3,6 +3,7 @@
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::mpsc::RecvTimeoutError;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
@@ -11,7 +12,7 @@ use serde_json::Value;
 use crate::binary;
 
 /// How long anything in a test may take before it counts as hung.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_secs(90);
 
 /// A home, and the daemon that runs in it, if one does.
 pub struct Node {
@@ -67,12 +68,23 @@ impl Node {
         command
     }
 
-    /// Runs a command to its end.
+    /// Runs a command to its end, which must come within [`PATIENCE`].
     pub fn run(&self, args: &[&str]) -> Outcome {
-        self.command(args)
-            .output()
-            .expect("the program runs")
-            .into()
+        let mut command = self.command(args);
+        let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
+        let child = child.expect("the program runs");
+        let pid = Pid::from_child(&child);
+        let (done, waiting) = std::sync::mpsc::channel::<()>();
+        let watchdog = std::thread::spawn(move || {
+            if waiting.recv_timeout(PATIENCE) == Err(RecvTimeoutError::Timeout) {
+                // Still ours: it is reaped only after the channel closes.
+                let _ = kill_process(pid, Signal::KILL);
+            }
+        });
+        let output = child.wait_with_output().expect("the program is ours");
+        drop(done);
+        watchdog.join().expect("the watchdog does not panic");
+        output.into()
     }
 
     /// Runs a command that must succeed; returns its standard output.

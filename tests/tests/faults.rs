@@ -125,7 +125,8 @@ fn a_full_disk_stops_a_pull_and_room_lets_it_go_on() {
     let said = node.fails(1, &["pull", "lab:1"]);
     assert!(
         said.contains("room") || said.contains("full") || said.contains("space"),
-        "{said}"
+        "{said}\n{}",
+        node.log()
     );
     assert!(
         node.json(&["verify"])["damaged"]

@@ -25,7 +25,7 @@ impl Output {
     /// Says on standard error that a list is empty: for people only, who could think that nothing happened.
     pub fn empty(self, text: &str) {
         if !self.json {
-            eprintln!("{}", Style::stderr().dim(text));
+            output::tell(Style::stderr().dim(text));
         }
     }
 

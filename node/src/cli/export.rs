@@ -9,7 +9,8 @@ use clap::Args;
 use super::context::{Context, Output, absolute};
 use super::exit::{Exit, shell_word};
 use super::format::{duration, plural, rate, size};
-use super::style::Style;
+use super::output::tell;
+use super::style::{Style, printable};
 use super::table::fields;
 
 const STOPPED: &str = "the export is not complete; the capsule in the store is untouched";
@@ -46,7 +47,7 @@ pub fn run(args: ExportArgs, context: &Context) -> Result<(), Exit> {
     };
     let exported = context.work(command, args.output, STOPPED)?;
     for warning in &exported.warnings {
-        eprintln!("note: {}", super::style::printable(warning));
+        tell(format_args!("note: {}", printable(warning)));
     }
     args.output.print(&exported, render)
 }

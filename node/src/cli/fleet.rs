@@ -172,12 +172,12 @@ fn invite(args: InviteArgs, context: &Context) -> Result<(), Exit> {
     let invitation = Home::new(context.home()).invite(&options, now(), &mut system_entropy)?;
     if invitation.addresses.is_empty() {
         let style = Style::stderr();
-        eprintln!(
+        output::tell(format_args!(
             "{} the token holds no address: its machines find the fleet on their own LAN only\n{} start `capsule node` \
              here first, or name one with --addr HOST:PORT",
             style.yellow("warning:"),
             style.yellow("hint:")
-        );
+        ));
     }
     if args.output.json {
         let Invitation {
@@ -311,16 +311,16 @@ fn next_steps(membership: &Membership<'_>, output: Output, more: &str) {
     }
     let style = Style::stderr();
     if membership.restart_needed {
-        eprintln!(
+        output::tell(format_args!(
             "{} the node that runs for this home still has its old membership: restart it",
             style.yellow("note:")
-        );
+        ));
     } else {
         let home = shell_word(membership.home);
-        eprintln!(
+        output::tell(format_args!(
             "{} start the node with `capsule --home {home} node`; {more}",
             style.dim("next:")
-        );
+        ));
     }
 }
 

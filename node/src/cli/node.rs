@@ -40,6 +40,8 @@ pub fn run(args: NodeArgs, context: &Context) -> Result<(), Exit> {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(DEFAULT_LOG));
     let colours = std::io::stderr().is_terminal() && super::style::colours_wanted();
     tracing_subscriber::fmt()
+        // A log on a full disk loses lines; telling so on the same stream would end the thread that has something to say.
+        .log_internal_errors(false)
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
         .with_ansi(colours)

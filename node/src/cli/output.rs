@@ -1,5 +1,6 @@
-//! Standard output: results only, and quiet when its reader has gone (`capsule hashes | head`).
+//! Standard output: results only, and quiet when its reader has gone (`capsule hashes | head`). Standard error: the rest.
 
+use std::fmt::Display;
 use std::io::{self, Write};
 
 use serde::Serialize;
@@ -28,4 +29,10 @@ pub fn print_json(answer: &impl Serialize) -> Result<(), Exit> {
     let text = serde_json::to_string(answer)
         .map_err(|error| Exit::failed(format!("cannot print the answer: {error}")))?;
     print(&(text + "\n"))
+}
+
+/// Writes a line to standard error: notes, warnings, progress. Where that fails there is nowhere left to complain to,
+/// and the work goes on.
+pub fn tell(line: impl Display) {
+    let _ = writeln!(io::stderr().lock(), "{line}");
 }

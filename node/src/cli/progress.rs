@@ -9,6 +9,7 @@ use capsule_node::control::{Phase, Progress};
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::format::{duration, percent, plural, rate, size};
+use super::output::tell;
 use super::style::printable;
 
 /// Between lines where there is no terminal: logs stay short, and people see that it lives.
@@ -53,7 +54,7 @@ impl Display {
             Self::Lines { last } => {
                 if last.elapsed() >= LINE_EVERY {
                     *last = Instant::now();
-                    eprintln!("{}", line(progress));
+                    tell(line(progress));
                 }
             }
             Self::Silent => {}
@@ -64,8 +65,8 @@ impl Display {
     pub fn notice(&mut self, text: &str) {
         let text = format!("note: {}", printable(text));
         match self {
-            Self::Bar(bar) => bar.0.suspend(|| eprintln!("{text}")),
-            Self::Lines { .. } | Self::Silent => eprintln!("{text}"),
+            Self::Bar(bar) => bar.0.suspend(|| tell(&text)),
+            Self::Lines { .. } | Self::Silent => tell(&text),
         }
     }
 

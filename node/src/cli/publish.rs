@@ -12,7 +12,8 @@ use clap::{Args, ValueEnum};
 use super::context::{Context, Output, absolute, now};
 use super::exit::Exit;
 use super::format::{duration, parse_size, rate, size};
-use super::style::Style;
+use super::output::tell;
+use super::style::{Style, printable};
 use super::table::{Table, fields};
 
 const STOPPED: &str = "nothing was published";
@@ -103,7 +104,7 @@ pub fn run(args: PublishArgs, context: &Context) -> Result<(), Exit> {
     };
     let published = context.work(command, args.output, STOPPED)?;
     for warning in &published.warnings {
-        eprintln!("note: {}", super::style::printable(warning));
+        tell(format_args!("note: {}", printable(warning)));
     }
     args.output.print(&published, render)
 }

@@ -13,6 +13,8 @@
 //! its answer's type: the field names in `request`, `answer` and `event` are the documented, stable keys of `--json`.
 //! Sizes are bytes, times seconds since 1970, durations seconds.
 //!
+//! All keys: `node/docs/control.md`.
+//!
 //! Not here: what a request does (`publish`, `pull` ...), and how answers are shown (`cli`).
 
 mod answer;

@@ -207,3 +207,162 @@ async fn send<A: Serialize>(write: &mut OwnedWriteHalf, reply: &Reply<A>) -> io:
     let written = tokio::time::timeout(WRITE_TIMEOUT, write.write_all(&line)).await;
     written.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
+    use std::sync::Mutex;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use super::*;
+    use crate::control::{CapsuleRef, Client, ClientError, Hashes, Phase, Pin, Pull};
+    use crate::home::socket;
+
+    /// Echoes a pin, refuses hashes, and pulls for ever.
+    #[derive(Default)]
+    struct Fake {
+        pulling: Arc<AtomicBool>,
+        asked: Mutex<Vec<String>>,
+    }
+
+    /// Says when the work was dropped.
+    struct Working(Arc<AtomicBool>);
+
+    impl Drop for Working {
+        fn drop(&mut self) {
+            self.0.store(false, Ordering::SeqCst);
+        }
+    }
+
+    impl Handler for Fake {
+        async fn handle(
+            &self,
+            request: Request,
+            reporter: Reporter,
+        ) -> Result<serde_json::Value, Failure> {
+            self.asked.lock().unwrap().push(format!("{request:?}"));
+            match request {
+                Request::Pin(pin) => {
+                    reporter.notice("noticed");
+                    let capsule = pin.capsule.0;
+                    Ok(serde_json::json!({"capsule": capsule, "changed": true, "pins": ["user"]}))
+                }
+                Request::Pull(_) => {
+                    self.pulling.store(true, Ordering::SeqCst);
+                    let _working = Working(self.pulling.clone());
+                    let progress = Progress {
+                        phase: Phase::Fetching,
+                        done: 1,
+                        total: None,
+                        rate: 0,
+                        peers: 0,
+                        written: 0,
+                        what: None,
+                    };
+                    reporter.progress(progress);
+                    std::future::pending().await
+                }
+                _ => Err(Failure::new(FailureCode::NotFound, "nothing").hint("look elsewhere")),
+            }
+        }
+    }
+
+    fn start() -> (
+        tempfile::TempDir,
+        PathBuf,
+        Arc<Fake>,
+        tokio::runtime::Runtime,
+    ) {
+        let temp = tempfile::tempdir().unwrap();
+        let path = socket::prepare(temp.path()).unwrap();
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()
+            .unwrap();
+        let fake = Arc::new(Fake::default());
+        let serving = fake.clone();
+        let listening = path.clone();
+        let listener = runtime.block_on(async move { listen(&listening) }).unwrap();
+        runtime.spawn(serve(listener, serving));
+        (temp, path, fake, runtime)
+    }
+
+    #[test]
+    fn answers_notices_and_failures_arrive() {
+        let (temp, path, fake, _runtime) = start();
+        assert_eq!(
+            std::fs::metadata(path).unwrap().permissions().mode() & 0o777,
+            0o600
+        );
+        let id = capsule_proto::RootHash::of(b"x").to_string();
+        let mut notices = Vec::new();
+        let pin = Pin {
+            capsule: CapsuleRef(id.clone()),
+        };
+        let pinned = Client::connect(temp.path())
+            .unwrap()
+            .run(pin, |_| {}, |text| notices.push(text))
+            .unwrap();
+        assert_eq!(
+            (pinned.capsule.to_string(), notices),
+            (id, vec!["noticed".to_owned()])
+        );
+        let Err(ClientError::Failed(failure)) =
+            Client::connect(temp.path()).unwrap().call(Hashes {})
+        else {
+            panic!("a failure")
+        };
+        assert_eq!(
+            (failure.code, failure.hint.as_deref()),
+            (FailureCode::NotFound, Some("look elsewhere"))
+        );
+        assert_eq!(fake.asked.lock().unwrap().len(), 2);
+    }
+
+    #[test]
+    fn a_client_that_goes_away_stops_its_work() {
+        let (temp, _path, fake, _runtime) = start();
+        let client = Client::connect(temp.path()).unwrap();
+        let canceller = client.canceller().unwrap();
+        let pull = Pull {
+            capsule: CapsuleRef("lab".into()),
+            wait: None,
+        };
+        let ended = client.run(pull, |_| canceller.cancel(), |_| {});
+        assert!(matches!(ended, Err(ClientError::Lost)));
+        let waited = (0..500).any(|_| {
+            std::thread::sleep(Duration::from_millis(10));
+            !fake.pulling.load(Ordering::SeqCst)
+        });
+        assert!(waited, "the work was not stopped");
+    }
+
+    #[test]
+    fn what_is_no_request_is_refused_and_bounded() {
+        let (_temp, path, fake, _runtime) = start();
+        let answer = |bytes: &[u8]| {
+            let mut stream = UnixStream::connect(&path).unwrap();
+            // Cut off by the daemon where it is too long.
+            let _ = stream.write_all(bytes);
+            let mut text = String::new();
+            let _ = stream.read_to_string(&mut text);
+            text
+        };
+        assert!(answer(b"hello\n").contains("\"code\":\"invalid\""));
+        assert!(answer(b"{\"explode\":{}}\n").contains("another version"));
+        let long = [vec![b' '; super::MAX_REQUEST_LEN + 10], b"\n".to_vec()].concat();
+        assert!(answer(&long).contains("too long"));
+        assert!(fake.asked.lock().unwrap().is_empty());
+    }
+
+    #[test]
+    fn no_daemon_is_told_as_such() {
+        let temp = tempfile::tempdir().unwrap();
+        assert!(matches!(
+            Client::connect(temp.path()),
+            Err(ClientError::NoDaemon { .. })
+        ));
+    }
+}

@@ -6,14 +6,17 @@
 
 mod events;
 pub mod memory;
+#[cfg(test)]
+mod tests;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use capsule_proto::credential::CredentialError;
 use capsule_proto::manifest::MAX_MANIFEST_LEN;
-use capsule_swarm::{Event, Limits, Network, NetworkConfig, PeerId, StartError};
+use capsule_swarm::{Event, Limits, Network, NetworkConfig, PeerId, RecordStore, StartError};
 use thiserror::Error;
 use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
@@ -22,7 +25,7 @@ use tokio::task::JoinSet;
 
 use crate::blobs::Blobs;
 use crate::clock::Clock;
-use crate::control::{ServerError, listen, serve};
+use crate::control::{self, ServerError, serve};
 use crate::follow;
 use crate::home::{Home, HomeError, socket};
 use crate::layers::Components;
@@ -73,6 +76,9 @@ pub enum NodeError {
     /// The home could not be used.
     #[error(transparent)]
     Home(#[from] HomeError),
+    /// This machine is no longer a member.
+    #[error("this machine may no longer take part: {0}")]
+    Membership(CredentialError),
     /// The store could not be opened.
     #[error(transparent)]
     Store(#[from] OpenError),
@@ -159,6 +165,11 @@ impl Daemon {
         let clock = Arc::new(Clock::new(floor));
         let fleet = identity.credential.fleet();
         let records = Arc::new(Records::open(store.clone(), fleet, clock.clone())?);
+        // Nobody would let it in: said here, once, rather than by every peer.
+        identity
+            .credential
+            .verify(&fleet, clock.now(), &records.revoked())
+            .map_err(NodeError::Membership)?;
         let blobs = Arc::new(Blobs::new(store.clone()));
         let components = Arc::new(Components::new(store.clone()));
         store.set_component_provider(&(components.clone() as Arc<dyn ComponentProvider>));
@@ -178,14 +189,15 @@ impl Daemon {
         bootstrap.extend(events::known_addresses(&store));
         let mut seed = [0; 8];
         crate::home::system_entropy(&mut seed);
+        let listen = if options.listen.is_empty() {
+            settings.listen.clone()
+        } else {
+            options.listen
+        };
         let config = NetworkConfig {
             machine: identity.machine.clone(),
             credential: identity.credential.clone(),
-            listen: if options.listen.is_empty() {
-                settings.listen.clone()
-            } else {
-                options.listen
-            },
+            listen: same_ports(&listen, &home.listening()?),
             bootstrap,
             lan_discovery: options.lan_discovery.unwrap_or(settings.lan_discovery),
             banned: banned(&store, clock.now())?,
@@ -215,7 +227,7 @@ impl Daemon {
         });
         announce_all(&node).await?;
         follow::resume(&node).await?;
-        let clients = listen(&socket)?;
+        let clients = control::listen(&socket)?;
         let ready = Ready {
             listening,
             socket,
@@ -316,6 +328,25 @@ fn recovered(store: &Store) -> Vec<String> {
     words
 }
 
+/// Where any port is right, the one of the last run is taken again if it is free: others remember it.
+fn same_ports(listen: &[SocketAddr], last: &[String]) -> Vec<SocketAddr> {
+    let last: Vec<SocketAddr> = last
+        .iter()
+        .filter_map(|address| address.parse().ok())
+        .collect();
+    let same = |address: &SocketAddr| {
+        let same_ip =
+            |known: &&SocketAddr| address.ip().is_unspecified() || known.ip() == address.ip();
+        let known = last.iter().filter(|_| address.port() == 0).find(same_ip)?;
+        let again = SocketAddr::new(address.ip(), known.port());
+        std::net::TcpListener::bind(again).ok().map(|_| again)
+    };
+    listen
+        .iter()
+        .map(|address| same(address).unwrap_or(*address))
+        .collect()
+}
+
 /// Addresses to put into tokens: of sockets that listen everywhere, each interface's; loopback only where there is nothing else.
 fn reachable(listening: &[SocketAddr]) -> Vec<String> {
     let interfaces = if_addrs::get_if_addrs().unwrap_or_default();
@@ -336,25 +367,4 @@ fn reachable(listening: &[SocketAddr]) -> Vec<String> {
         addresses.retain(|address| !address.ip().is_loopback());
     }
     addresses.iter().map(ToString::to_string).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn tokens_get_addresses_that_lead_somewhere() {
-        let given = [
-            "10.1.2.3:5".parse().unwrap(),
-            "127.0.0.1:6".parse().unwrap(),
-        ];
-        assert_eq!(reachable(&given), ["10.1.2.3:5"]);
-        assert_eq!(reachable(&given[1..]), ["127.0.0.1:6"]);
-        let everywhere = reachable(&["0.0.0.0:7".parse().unwrap()]);
-        assert!(
-            everywhere
-                .iter()
-                .all(|address| address.ends_with(":7") && !address.starts_with("0.0.0.0"))
-        );
-    }
 }

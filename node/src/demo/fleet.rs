@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::thread;
 
 use anyhow::{Context as _, Result, anyhow, bail};
-use capsule_node::control::{Client, Command, Progress};
+use capsule_node::control::{Client, ClientError, Command, Progress};
 
 use super::processes::{Children, Starting, capsule, log_tail, start_node};
 use super::watch::Watch;
@@ -108,10 +108,16 @@ impl Fleet {
         let answer =
             Client::connect(&node.home).and_then(|client| client.run(command, on_progress, |_| {}));
         answer.map_err(|error| {
-            let (name, log) = (&node.name, log_tail(&node.home));
+            let what = match error {
+                ClientError::NoDaemon { .. } | ClientError::Lost => {
+                    "its process has ended".to_owned()
+                }
+                other => format!("{:#}", anyhow::Error::from(other)),
+            };
             anyhow!(
-                "{name}: {:#}\nthe end of its log:\n{log}",
-                anyhow::Error::from(error)
+                "{}: {what}\nthe end of its log:\n{}",
+                node.name,
+                log_tail(&node.home)
             )
         })
     }

@@ -117,19 +117,19 @@ fn finish(dir: TempDir, keep: bool) {
     if keep {
         let dir = dir.keep();
         let home = shell_word(&dir.join("publisher"));
-        eprintln!(
+        output::tell(format_args!(
             "kept {}; go on with: capsule --home {home} node",
             dir.display()
-        );
+        ));
         return;
     }
     remove_entries(dir.path());
     let path = dir.path().to_owned();
     if let Err(error) = dir.close() {
-        eprintln!(
+        output::tell(format_args!(
             "warning: cannot remove {}: {error}: remove it by hand",
             path.display()
-        );
+        ));
     }
 }
 
@@ -178,14 +178,12 @@ fn budget(args: &DemoArgs, dir: &Path) -> Result<u64> {
         None => DEFAULT_SIZE.min(fits).max(MIN_SIZE),
     };
     let temp = dir.parent().unwrap_or(dir).display();
+    let (nodes, free, need) = (args.nodes, size(free), size(budget.saturating_mul(copies)));
     ensure!(
         budget <= fits,
-        "{} are free in {temp}, and {} nodes with {} each may need {}: free some, set TMPDIR to a directory on a larger \
-         disk, or use a smaller --size",
-        size(free),
-        args.nodes,
+        "{nodes} nodes with {} each may need {need}, and {free} are free in {temp}: free some, set TMPDIR to a directory \
+         on a larger disk, or use a smaller --size",
         size(budget),
-        size(budget * copies),
     );
     Ok(budget)
 }

@@ -6,7 +6,7 @@
 //! that an id is never somebody else's.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read, Seek, SeekFrom};
+use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -193,7 +193,7 @@ fn log_path(home: &Path) -> PathBuf {
 
 /// The end of what a node wrote to its log.
 pub fn log_tail(home: &Path) -> String {
-    let read = || {
+    let read = || -> io::Result<String> {
         let mut log = File::open(log_path(home))?;
         let len = log.metadata()?.len();
         log.seek(SeekFrom::Start(len.saturating_sub(LOG_TAIL)))?;
@@ -201,5 +201,9 @@ pub fn log_tail(home: &Path) -> String {
         log.read_to_end(&mut text)?;
         Ok(String::from_utf8_lossy(&text).trim().to_owned())
     };
-    read().unwrap_or_else(|error: std::io::Error| format!("(its log cannot be read: {error})"))
+    match read() {
+        Ok(text) if text.is_empty() => "(it is empty)".to_owned(),
+        Ok(text) => text,
+        Err(error) => format!("(it cannot be read: {error})"),
+    }
 }

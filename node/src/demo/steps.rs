@@ -19,6 +19,7 @@ use super::report::{ExportReport, NodePull, Publisher, Report};
 use super::watch::Watch;
 use crate::cli::format::{duration, plural, rate, size};
 use crate::cli::interrupt::Interrupt;
+use crate::cli::output::tell;
 use crate::cli::progress::Display;
 use crate::cli::style::Style;
 
@@ -143,32 +144,39 @@ impl Demo<'_> {
     /// Waits until all others have heard of the name and found each other: they are to pull at once, not one after the
     /// other as the news comes. Only the publisher's address was given to them.
     fn spread(&self, fleet: &Fleet, capsule: CapsuleId) -> Result<()> {
-        let (connections, took) = self.timed(|| {
-            let deadline = Instant::now() + SPREAD;
-            let mut connections = 0;
-            for node in fleet.others() {
-                loop {
-                    let known = fleet.ask(node, Ls::default())?.capsules.iter().any(|known| known.capsule == capsule);
-                    let peers = fleet.ask(node, Status {})?.peers;
-                    if known && peers >= (self.nodes - 1).min(ENOUGH_PEERS) {
-                        connections += peers;
-                        break;
-                    }
-                    let name = &node.name;
-                    ensure!(Instant::now() < deadline, "{name} has heard of {NAME}: {known}, and has {peers} peers, after {SPREAD:?}");
-                    thread::sleep(POLL);
-                }
-            }
-            Ok(connections)
-        })?;
+        let wait = |node| self.wait_until_known(fleet, node, capsule);
+        let (connections, took) =
+            self.timed(|| fleet.others().iter().map(wait).sum::<Result<usize>>())?;
         let each = connections as f64 / fleet.others().len().max(1) as f64;
         self.tell(
             "known",
             &format!(
-                "to all nodes, which found each other ({each:.0} connections each), after {took}"
+                "to all nodes, which found each other ({each:.0} connections each), in {took}"
             ),
         );
         Ok(())
+    }
+
+    /// Waits for a node; gives how many connections it has.
+    fn wait_until_known(&self, fleet: &Fleet, node: &Node, capsule: CapsuleId) -> Result<usize> {
+        let deadline = Instant::now() + SPREAD;
+        loop {
+            let listed = fleet.ask(node, Ls::default())?;
+            let known = listed
+                .capsules
+                .iter()
+                .any(|listed| listed.capsule == capsule);
+            let peers = fleet.ask(node, Status {})?.peers;
+            if known && peers >= (self.nodes - 1).min(ENOUGH_PEERS) {
+                return Ok(peers);
+            }
+            let (name, heard) = (&node.name, if known { "heard" } else { "not heard" });
+            ensure!(
+                Instant::now() < deadline,
+                "{name} has {heard} of {NAME} and found {peers} peers in {SPREAD:?}"
+            );
+            thread::sleep(POLL);
+        }
     }
 
     /// All others pull at once.
@@ -289,7 +297,10 @@ impl Demo<'_> {
 
     fn tell(&self, label: &str, text: &str) {
         if !self.json {
-            eprintln!("{}  {text}", Style::stderr().bold(&format!("{label:<9}")));
+            tell(format_args!(
+                "{}  {text}",
+                Style::stderr().bold(&format!("{label:<9}"))
+            ));
         }
     }
 }

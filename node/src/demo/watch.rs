@@ -8,6 +8,7 @@ use capsule_node::control::{Phase, Progress};
 use indicatif::{MultiProgress, ProgressDrawTarget};
 
 use crate::cli::format::{percent, rate, size};
+use crate::cli::output::tell;
 use crate::cli::progress::Bar;
 
 /// Between lines where there is no terminal.
@@ -63,7 +64,7 @@ impl Watch {
                 lines.latest[node] = Some(progress);
                 if lines.last.elapsed() >= LINE_EVERY {
                     lines.last = Instant::now();
-                    eprintln!("           {}", lines.line());
+                    tell(format_args!("           {}", lines.line()));
                 }
             }
             Shown::Nothing => {}

@@ -129,6 +129,9 @@ struct Fetching<'a> {
     last: (Instant, u64),
 }
 
+/// Largest manifest or index that is demanded; a larger one is spread like a pack, so that its provider sends it once.
+const URGENT: u64 = 1 << 20;
+
 impl Fetching<'_> {
     async fn start(&mut self, wanted: Wanted) -> Result<(RootHash, capsule_swarm::Fetch), Failure> {
         let Wanted { root, size, kind } = wanted;
@@ -137,8 +140,10 @@ impl Fetching<'_> {
             Some(size) => blocking(move || Ok(store.create_partial(&root, size, kind)?)).await?,
             None => self.node.blobs.expect(root, kind),
         }
+        // A pull stands still until these few bytes are here; behind packs that others fetch they would wait long.
+        let urgent = self.manner.phase == Phase::Planning && size.is_none_or(|size| size <= URGENT);
         let spec = FetchSpec {
-            priority: self.manner.priority,
+            priority: if urgent { Priority::Demand } else { self.manner.priority },
             ..FetchSpec::whole(root, size)
         };
         let fetch = self.node.network.fetch(spec).await?;

@@ -30,7 +30,7 @@ use prepare::{ComponentPlan, Prepared, add, prepare};
 /// How long a name that nobody knows is waited for, where the user said nothing.
 const NAME_PATIENCE: Duration = Duration::from_secs(10);
 /// A peer connected for so long has sent its records.
-const SETTLED: Duration = Duration::from_secs(3);
+const SETTLED: Duration = Duration::from_secs(8);
 /// A record that was signed when the name was asked for has spread through the fleet.
 const SPREAD: Duration = Duration::from_millis(1500);
 /// How often peers are looked at while a name is waited for.
@@ -255,10 +255,9 @@ async fn transfer(
     tell: &dyn Tell,
 ) -> Result<Pulled, Failure> {
     let started = Instant::now();
+    let _manifest = node.store.guard([resolution.capsule.0]);
     let prepared = prepare(node, resolution, manner, tell).await?;
-    let _guard = node
-        .store
-        .guard(prepared.roots().into_iter().chain([resolution.capsule.0]));
+    let _guard = node.store.guard(prepared.roots());
     let unchanged = is_complete(node, resolution.capsule).await?
         && prepared.components.iter().all(|plan| plan.held);
     let components = prepared.components(node);

@@ -180,7 +180,27 @@ impl Engine {
             self.sync.minute = now;
             self.peers.values_mut().for_each(|peer| peer.ids_told = 0);
         }
-        self.sync.asked.retain(|_, at| now - *at < ASKED);
+        let Sync {
+            asked,
+            ids,
+            settled,
+            ..
+        } = &mut self.sync;
+        let here = |id: &RecordId| {
+            let ids = ids.as_deref().unwrap_or_default();
+            settled.contains(id) || ids.binary_search(id).is_ok()
+        };
+        let mut missing = false;
+        asked.retain(|id, at| {
+            let waits = now - *at < ASKED;
+            missing |= !waits && !here(id);
+            waits
+        });
+        if missing {
+            // Somebody did not send what it told of: whoever else has it tells so once it hears that we lack it.
+            let keys: Vec<_> = self.peers.keys().copied().collect();
+            keys.into_iter().for_each(|key| self.send_summary(key));
+        }
         for (key, digest) in self.sync.deferred.clone() {
             self.on_record_summary(key, digest);
         }

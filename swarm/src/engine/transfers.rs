@@ -238,7 +238,11 @@ impl Engine {
             waiter.lacking = Some(waiter.lacking(size, &have));
         }
         let priority = transfer.priority as u8;
-        let (want, demanded) = (transfer.want(size), std::mem::take(&mut transfer.demanded));
+        let want = transfer.want(size);
+        let demanded = match transfer.priority {
+            Priority::Demand => want.clone(),
+            _ => std::mem::take(&mut transfer.demanded),
+        };
         let now = self.now();
         let spec = BlobSpec {
             root,

@@ -1,0 +1,310 @@
+//! Publishing: a path becomes a capsule with a name.
+//!
+//! Blobs are written and durable before anything names them; records come last. What fails before that leaves nothing, not even
+//! space taken. Content that is here already is not stored twice, and publishing the same again does nothing. Reading and encoding live
+//! in `make`.
+
+mod make;
+#[cfg(test)]
+mod tests;
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use capsule_proto::index::Space;
+use capsule_proto::name::{CapsuleName, Version};
+use capsule_proto::record::{BlobRef, Body, Layer, Name};
+use capsule_proto::{CapsuleId, RootHash};
+
+use crate::control::{Failure, FailureCode, Phase, Publish, Published, Reporter};
+use crate::held::{HeldWay, Holdings, TreeWay, blobs_of, component_info, layer_blobs};
+use crate::node::Node;
+use crate::records::SignError;
+use crate::store::{ActiveGuard, BlobKind, HeldCapsule, LayerBlobs, PinOrigin, Store};
+use crate::transfer::check::register;
+use crate::work::{Task, blocking, panicked};
+use make::{Draft, DraftPack, make};
+
+/// Publishes a path.
+pub async fn publish(
+    node: &Arc<Node>,
+    request: Publish,
+    reporter: &Reporter,
+) -> Result<Published, Failure> {
+    let started = Instant::now();
+    let version = check_request(node, &request)?;
+    let name = request.name.clone();
+    let task = Task {
+        phase: Phase::Publishing,
+        total: None,
+        what: Some(name.to_string()),
+    };
+    let (store, teller, making) = (node.store.clone(), reporter.clone(), request.clone());
+    let draft = node
+        .works
+        .run(task, reporter, move |work| {
+            make(&store, &making, work, &teller)
+        })
+        .await?;
+    // From here on it is not stopped half-way: what is kept is also named, announced and told.
+    let (settling, naming) = (
+        node.clone(),
+        Naming {
+            name: name.clone(),
+            version,
+            expires: request.expires,
+        },
+    );
+    let settled = tokio::spawn(async move { settle(&settling, naming, draft).await });
+    let (draft, unchanged) = settled
+        .await
+        .unwrap_or_else(|panic| Err(panicked(&panic)))?;
+    let capsule = draft.manifest.id();
+    Ok(Published {
+        capsule,
+        name: name.to_string(),
+        unchanged,
+        components: draft
+            .manifest
+            .components
+            .iter()
+            .map(component_info)
+            .collect(),
+        content_bytes: draft.manifest.content_size(),
+        zero_bytes: draft.stats.zero,
+        repeated_bytes: draft.stats.repeated,
+        pack_bytes: draft.stats.pack,
+        index_bytes: draft
+            .layers
+            .iter()
+            .map(|layer| layer.index.len() as u64)
+            .sum(),
+        seconds: started.elapsed().as_secs_f64(),
+        warnings: draft.warnings,
+    })
+}
+
+/// What can be refused before any work.
+fn check_request(node: &Node, request: &Publish) -> Result<Version, Failure> {
+    let invalid = |message: String| Failure::new(FailureCode::Invalid, message);
+    let CapsuleName { channel, version } = &request.name;
+    let version = version.clone().ok_or_else(|| {
+        invalid(format!("{channel} names no version"))
+            .hint(format!("publish as CHANNEL:VERSION, such as {channel}:1"))
+    })?;
+    if !request.path.is_absolute() {
+        return Err(invalid(format!(
+            "{} is not an absolute path",
+            request.path.display()
+        )));
+    }
+    if request.expires.is_some_and(|end| end <= node.clock.now()) {
+        return Err(invalid("the name would end before it begins".to_owned()));
+    }
+    let grant = node.identity.credential.grant();
+    if !grant.may_publish(channel) {
+        let message = format!("this machine may not publish in channel {channel}");
+        return Err(Failure::new(FailureCode::NotPermitted, message).hint(
+            "join with a token of `capsule fleet invite --role publisher`, for that channel or all",
+        ));
+    }
+    Ok(version)
+}
+
+/// What a draft is to be called.
+struct Naming {
+    name: CapsuleName,
+    version: Version,
+    expires: Option<u64>,
+}
+
+/// What keeping a draft did.
+struct Made {
+    kept: bool,
+    named: bool,
+    roots: Vec<RootHash>,
+    records: Vec<Vec<u8>>,
+    _guard: Option<ActiveGuard>,
+}
+
+/// Keeps, names and announces a draft; whatever is already so stays. Whether everything was.
+async fn settle(node: &Arc<Node>, naming: Naming, draft: Draft) -> Result<(Draft, bool), Failure> {
+    let _alone = node.naming.lock().await;
+    let shared = node.clone();
+    let (draft, made) = blocking(move || keep_and_name(&shared, naming, draft)).await?;
+    let unchanged = !made.kept && !made.named;
+    if !unchanged {
+        node.announce(made.roots).await?;
+        for record in made.records {
+            node.network.publish_record(record).await?;
+        }
+        node.tell_capsules().await?;
+    }
+    Ok((draft, unchanged))
+}
+
+fn keep_and_name(node: &Node, naming: Naming, mut draft: Draft) -> Result<(Draft, Made), Failure> {
+    let Naming {
+        name,
+        version,
+        expires,
+    } = naming;
+    let mut made = Made {
+        kept: false,
+        named: false,
+        roots: Vec::new(),
+        records: Vec::new(),
+        _guard: None,
+    };
+    let capsule = draft.manifest.id();
+    let known = node.records.version(&name.channel, &version)?;
+    if let Some(other) = known.iter().find(|known| known.capsule != capsule) {
+        let message = format!(
+            "{name} is published already, with other content: it is {}, this would be {capsule}",
+            other.capsule
+        );
+        return Err(Failure::new(FailureCode::Exists, message)
+            .hint("choose another version; a version never changes"));
+    }
+    if !node
+        .store
+        .capsule(&capsule)?
+        .is_some_and(|held| held.complete)
+    {
+        made._guard = Some(keep(&node.store, &mut draft, capsule)?);
+        made.kept = true;
+    }
+    made.records = sign_layers(node, &draft)?;
+    if known.is_empty() {
+        let manifest_size = draft.manifest.encode().len() as u64;
+        let body = Body::Name(Name {
+            channel: name.channel.clone(),
+            version,
+            capsule,
+            manifest_size,
+        });
+        let sequence = node.records.next_sequence(&name.channel)?;
+        made.records.push(sign(node, sequence, body, expires)?);
+        made.named = true;
+    }
+    node.store.pin(&capsule, &PinOrigin::Publication)?;
+    made.roots = node
+        .holdings
+        .blobs_of(&capsule, &node.records)?
+        .into_iter()
+        .collect();
+    Ok((draft, made))
+}
+
+/// Stores a draft's blobs, durably; the guard keeps them until they are pinned.
+fn keep(store: &Store, draft: &mut Draft, capsule: CapsuleId) -> Result<ActiveGuard, Failure> {
+    let component = draft.manifest.components[0].clone();
+    let layers: Vec<LayerBlobs> = draft.layers.iter().map(|layer| layer.blobs).collect();
+    let guard = store.guard(blobs_of(&layers).chain([capsule.0, component.root]));
+    // Where the component is read through other layers already, these make nothing better.
+    let known = Holdings::new(store.clone()).way_to(&component)?.is_some();
+    if !known {
+        for layer in &mut draft.layers {
+            store.put_small(&layer.index, BlobKind::Index)?;
+            if let Some(DraftPack {
+                blob,
+                import,
+                outboard,
+            }) = layer.pack.take()
+            {
+                import.commit(&blob.root, blob.size, outboard, BlobKind::Pack)?;
+            }
+        }
+        if let Some(listing) = &draft.listing {
+            store.put_small(listing, BlobKind::Listing)?;
+            let way = TreeWay {
+                listing: vec![layers[0]],
+                contents: vec![layers[1]],
+            };
+            Holdings::new(store.clone()).put_tree_way(&component.root, &way)?;
+        }
+        if let Some(outboard) = draft.outboard.take() {
+            register(store, &component, &layers, outboard)?;
+        }
+    }
+    store.put_small(&draft.manifest.encode(), BlobKind::Manifest)?;
+    let added = crate::clock::system_seconds();
+    store.put_capsule(
+        &capsule,
+        &HeldCapsule {
+            complete: true,
+            added,
+        },
+    )?;
+    Ok(guard)
+}
+
+/// Signs records of the layers by which the components are held, unless they are known.
+fn sign_layers(node: &Node, draft: &Draft) -> Result<Vec<Vec<u8>>, Failure> {
+    let mut records = Vec::new();
+    for component in &draft.manifest.components {
+        let known = node.records.layers_to(&component.root)?;
+        let ways = match node.holdings.way_to(component)? {
+            Some(HeldWay::Layers(layers)) => vec![(Space::Stream, component.size, layers)],
+            Some(HeldWay::Tree(way)) => {
+                vec![
+                    (Space::Stream, component.size, way.listing),
+                    (Space::Contents, component.content_size, way.contents),
+                ]
+            }
+            // Its own pack: the layer that was just made.
+            Some(HeldWay::Blob) => draft
+                .layers
+                .iter()
+                .map(|layer| (layer.space, layer.target_size, vec![layer.blobs]))
+                .collect(),
+            None => Vec::new(),
+        };
+        for (space, target_size, layers) in ways {
+            // Only what starts from nothing is made here; chains came with their records.
+            let [layer] = layers[..] else { continue };
+            let is_here = blobs_of(&layers).all(|blob| node.holdings.is_complete(&blob));
+            if !is_here
+                || known
+                    .iter()
+                    .any(|known| known.layer.space == space && layer_blobs(&known.layer) == layer)
+            {
+                continue;
+            }
+            let blob = |root: RootHash| BlobRef {
+                root,
+                size: node.store.durable(&root).map_or(0, |here| here.size),
+            };
+            let (index, pack) = (blob(layer.index), layer.pack.map(blob));
+            let body = Body::Layer(Layer {
+                space,
+                parent: None,
+                target: component.root,
+                target_size,
+                index,
+                pack,
+            });
+            records.push(sign(node, 0, body, None)?);
+        }
+    }
+    Ok(records)
+}
+
+fn sign(node: &Node, sequence: u64, body: Body, expires: Option<u64>) -> Result<Vec<u8>, Failure> {
+    let signed = node.records.sign(
+        (sequence, body),
+        expires,
+        &node.identity.credential,
+        &node.identity.machine,
+    );
+    signed
+        .map(|record| record.as_bytes().to_vec())
+        .map_err(|error| match error {
+            SignError::NotAllowed(error) => {
+                Failure::new(FailureCode::NotPermitted, error.to_string())
+                    .hint("join again with a token of `capsule fleet invite --role publisher`")
+            }
+            SignError::Malformed(error) => Failure::new(FailureCode::Invalid, error.to_string()),
+            SignError::Database(error) => error.into(),
+        })
+}

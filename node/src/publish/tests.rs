@@ -1,0 +1,178 @@
+//! Publishing into a store alone: what is made is kept, found and checked, and lies are refused.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use capsule_chunker::layer::encode::Effort;
+use capsule_proto::manifest::Manifest;
+
+use super::*;
+use crate::control::PublishAs;
+use crate::store::StoreOptions;
+use crate::transfer::check::check;
+use crate::work::Work;
+
+fn request(path: PathBuf) -> Publish {
+    Publish {
+        path,
+        name: "lab:1".parse().unwrap(),
+        read_as: PublishAs::Auto,
+        effort: Effort::Fast,
+        frame_max: None,
+        one_file_system: false,
+        expires: None,
+    }
+}
+
+fn store(temp: &Path, name: &str) -> Store {
+    Store::open(&temp.join(name), StoreOptions::default()).unwrap()
+}
+
+fn draft(store: &Store, path: &Path) -> Result<Draft, Failure> {
+    make(
+        store,
+        &request(path.into()),
+        &Work::default(),
+        &Reporter::silent(),
+    )
+}
+
+/// Publishes into a store alone, without records.
+fn published(store: &Store, path: &Path) -> Manifest {
+    let mut draft = draft(store, path).unwrap();
+    let capsule = draft.manifest.id();
+    keep(store, &mut draft, capsule).unwrap();
+    draft.manifest
+}
+
+fn tree(temp: &Path) -> PathBuf {
+    let dir = temp.join("tree");
+    fs::create_dir_all(dir.join("sub")).unwrap();
+    fs::write(dir.join("empty"), "").unwrap();
+    fs::write(
+        dir.join("sub/text"),
+        "some text, some text, some text".repeat(500),
+    )
+    .unwrap();
+    fs::write(dir.join("zeros"), vec![0; 300_000]).unwrap();
+    dir
+}
+
+#[test]
+fn a_tree_is_kept_found_and_checked() {
+    let temp = tempfile::tempdir().unwrap();
+    let (store, dir) = (store(temp.path(), "store"), tree(temp.path()));
+    let manifest = published(&store, &dir);
+    let holdings = Holdings::new(store.clone());
+    let component = &manifest.components[0];
+    let Some(way @ HeldWay::Tree(_)) = holdings.way_to(component).unwrap() else {
+        panic!("a tree")
+    };
+    check(&store, component, &way, &Work::default()).unwrap();
+    assert_eq!(holdings.manifest(&manifest.id()), Some(manifest.clone()));
+    assert_eq!(
+        holdings.listing(component).unwrap().content_size(),
+        component.content_size
+    );
+    // The same content, from another place at another time, is the same capsule.
+    let again = draft(&store, &dir).unwrap().manifest;
+    assert_eq!(again.id(), manifest.id());
+}
+
+#[test]
+fn a_stream_is_served_under_its_own_hash_whether_it_compresses_or_not() {
+    let temp = tempfile::tempdir().unwrap();
+    let store = store(temp.path(), "store");
+    let mut noise = vec![0; 400_000];
+    crate::home::system_entropy(&mut noise);
+    for (name, content) in [
+        ("text", b"words and words ".repeat(30_000)),
+        ("noise", noise),
+        ("empty", Vec::new()),
+    ] {
+        let path = temp.path().join(name);
+        fs::write(&path, &content).unwrap();
+        let manifest = published(&store, &path);
+        let component = &manifest.components[0];
+        assert_eq!(component.root, RootHash::of(&content), "{name}");
+        assert!(
+            store
+                .present(&component.root)
+                .is_none_or(|here| here.complete),
+            "{name}"
+        );
+        if let Some(way) = Holdings::new(store.clone()).way_to(component).unwrap() {
+            check(&store, component, &way, &Work::default()).unwrap();
+        }
+    }
+}
+
+#[test]
+fn what_is_not_kept_leaves_nothing() {
+    let temp = tempfile::tempdir().unwrap();
+    let (store, dir) = (store(temp.path(), "store"), tree(temp.path()));
+    drop(draft(&store, &dir).unwrap());
+    assert_eq!((store.blobs().len(), store.usage().used), (0, 0));
+    assert_eq!(
+        fs::read_dir(temp.path().join("store/tmp")).unwrap().count(),
+        0
+    );
+    let missing = draft(&store, &temp.path().join("missing"));
+    assert_eq!(missing.err().unwrap().code, FailureCode::NotFound);
+}
+
+#[test]
+fn layers_that_make_something_else_are_refused() {
+    let temp = tempfile::tempdir().unwrap();
+    let store = store(temp.path(), "store");
+    let file = |name: &str, content: &str| {
+        let path = temp.path().join(name);
+        fs::write(&path, content.repeat(20_000)).unwrap();
+        published(&store, &path).components[0].clone()
+    };
+    let (one, other) = (file("one", "one one "), file("other", "two two "));
+    let holdings = Holdings::new(store.clone());
+    let way = holdings.way_to(&other).unwrap().unwrap();
+    let refused = check(&store, &one, &way, &Work::default()).unwrap_err();
+    assert_eq!(refused.code, FailureCode::Damaged);
+    assert!(
+        refused.message.contains("not what the manifest says"),
+        "{}",
+        refused.message
+    );
+
+    let dir = tree(temp.path());
+    let tree = published(&store, &dir).components[0].clone();
+    let Some(HeldWay::Tree(way)) = holdings.way_to(&tree).unwrap() else {
+        panic!("a tree")
+    };
+    fs::write(
+        dir.join("sub/text"),
+        "Some text, some text, some text".repeat(500),
+    )
+    .unwrap();
+    let changed = published(&store, &dir).components[0].clone();
+    let Some(HeldWay::Tree(wrong)) = holdings.way_to(&changed).unwrap() else {
+        panic!("a tree")
+    };
+    let mixed = HeldWay::Tree(TreeWay {
+        contents: wrong.contents,
+        ..way.clone()
+    });
+    assert_eq!(
+        check(&store, &tree, &mixed, &Work::default())
+            .unwrap_err()
+            .code,
+        FailureCode::Damaged
+    );
+    let mixed = HeldWay::Tree(TreeWay {
+        listing: wrong.listing,
+        ..way
+    });
+    assert_eq!(
+        check(&store, &tree, &mixed, &Work::default())
+            .unwrap_err()
+            .code,
+        FailureCode::Damaged
+    );
+}

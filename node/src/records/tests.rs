@@ -1,0 +1,226 @@
+//! The rules together: what is accepted, what it means, what is dropped.
+
+use std::sync::Arc;
+
+use capsule_proto::credential::{
+    Channels, Credential, FleetKey, Grant, MachineKey, Revoked, Roles, TokenId,
+};
+use capsule_proto::record::{Name, Record};
+use capsule_proto::{CapsuleId, RootHash};
+use capsule_swarm::{Offer, RecordStore};
+
+use super::*;
+use crate::clock::Clock;
+use crate::control::CapsuleRef;
+use crate::store::{Store, StoreOptions};
+
+const NOW: u64 = 1_900_000_000;
+
+struct Member {
+    key: MachineKey,
+    credential: Credential,
+}
+
+fn fleet() -> FleetKey {
+    FleetKey::from_secret([1; 32])
+}
+
+fn member(n: u8, roles: Roles) -> Member {
+    let channels = Channels::only(vec!["lab".parse().unwrap()]);
+    let grant = Grant {
+        id: TokenId([n; 8]),
+        roles,
+        channels,
+        issued: NOW - 10,
+        expires: NOW + 1000,
+    };
+    let key = MachineKey::from_secret([n; 32]);
+    let token = fleet().invite(grant, [n + 100; 32], &[]);
+    Member {
+        credential: token.enrol(key.machine(), "pc", NOW),
+        key,
+    }
+}
+
+fn publisher(n: u8) -> Member {
+    member(
+        n,
+        Roles {
+            publisher: true,
+            admin: false,
+        },
+    )
+}
+
+fn admin(n: u8) -> Member {
+    member(
+        n,
+        Roles {
+            publisher: false,
+            admin: true,
+        },
+    )
+}
+
+fn sign(member: &Member, sequence: u64, expires: Option<u64>, body: Body) -> SignedRecord {
+    SignedRecord::sign(
+        Record {
+            issued: NOW,
+            expires,
+            sequence,
+            body,
+        },
+        &member.credential,
+        &member.key,
+    )
+    .unwrap()
+}
+
+fn capsule(n: u8) -> CapsuleId {
+    CapsuleId(RootHash::from_bytes([n; 32]))
+}
+
+fn name(version: &str, id: u8) -> Body {
+    let (channel, version) = ("lab".parse().unwrap(), version.parse().unwrap());
+    Body::Name(Name {
+        channel,
+        version,
+        capsule: capsule(id),
+        manifest_size: 100,
+    })
+}
+
+fn records() -> (tempfile::TempDir, Records) {
+    let temp = tempfile::tempdir().unwrap();
+    let store = Store::open(temp.path(), StoreOptions::default()).unwrap();
+    let clock = Arc::new(Clock::with_system(|| NOW, 0));
+    let records = Records::open(store, fleet().fleet(), clock).unwrap();
+    (temp, records)
+}
+
+fn resolve(records: &Records, text: &str) -> Result<CapsuleId, ResolveError> {
+    records
+        .resolve(&CapsuleRef(text.into()), &[])
+        .map(|found| found.capsule)
+}
+
+#[test]
+fn names_resolve_to_the_newest_the_exact_and_the_prefix() {
+    let (_temp, records) = records();
+    let one = publisher(1);
+    for (sequence, version, id) in [(1, "a", 1), (3, "c", 3), (2, "b", 2)] {
+        assert_eq!(
+            records.offer(sign(&one, sequence, None, name(version, id)).as_bytes()),
+            Offer::New
+        );
+    }
+    assert_eq!(resolve(&records, "lab").unwrap(), capsule(3));
+    assert_eq!(resolve(&records, "lab:a").unwrap(), capsule(1));
+    assert_eq!(
+        resolve(&records, &capsule(2).to_string()[..8]).unwrap(),
+        capsule(2)
+    );
+    assert_eq!(
+        resolve(&records, &capsule(9).to_string()).unwrap(),
+        capsule(9),
+        "an id need not be known"
+    );
+    assert!(matches!(
+        resolve(&records, "lab:z"),
+        Err(ResolveError::UnknownVersion { .. })
+    ));
+    assert!(matches!(
+        resolve(&records, "other"),
+        Err(ResolveError::UnknownName(_))
+    ));
+    assert!(matches!(
+        resolve(&records, "ffffffff"),
+        Err(ResolveError::UnknownPrefix(_))
+    ));
+    assert!(matches!(
+        resolve(&records, "a b"),
+        Err(ResolveError::Malformed(_))
+    ));
+    assert_eq!(records.next_sequence(&"lab".parse().unwrap()).unwrap(), 4);
+}
+
+#[test]
+fn records_of_equal_sequence_are_both_kept_and_told_apart_by_version_only() {
+    let (_temp, records) = records();
+    records.offer(sign(&publisher(1), 1, None, name("a", 1)).as_bytes());
+    records.offer(sign(&publisher(2), 1, None, name("b", 2)).as_bytes());
+    assert!(
+        matches!(resolve(&records, "lab"), Err(ResolveError::Ambiguous { candidates, .. }) if candidates.len() == 2)
+    );
+    assert_eq!(resolve(&records, "lab:b").unwrap(), capsule(2));
+    // The same version with other content, whatever the sequence, is for a person to decide.
+    records.offer(sign(&publisher(2), 5, None, name("a", 3)).as_bytes());
+    assert!(matches!(
+        resolve(&records, "lab:a"),
+        Err(ResolveError::Ambiguous { .. })
+    ));
+    assert_eq!(records.names_of(&"lab".parse().unwrap()).unwrap().len(), 3);
+}
+
+#[test]
+fn what_a_member_may_not_say_is_its_senders_fault_and_what_ended_is_not() {
+    let (_temp, records) = records();
+    let plain = member(3, Roles::default());
+    assert!(matches!(
+        records.offer(sign(&plain, 1, None, name("a", 1)).as_bytes()),
+        Offer::Rejected(_)
+    ));
+    assert!(matches!(records.offer(b"noise"), Offer::Rejected(_)));
+    assert_eq!(
+        records.offer(sign(&publisher(1), 1, Some(NOW - 1), name("a", 1)).as_bytes()),
+        Offer::Known
+    );
+    let good = sign(&publisher(1), 1, Some(NOW + 1), name("a", 1));
+    assert_eq!(records.offer(good.as_bytes()), Offer::New);
+    assert_eq!(records.offer(good.as_bytes()), Offer::Known);
+    let mut flipped = good.as_bytes().to_vec();
+    *flipped.last_mut().unwrap() ^= 1;
+    assert!(matches!(records.offer(&flipped), Offer::Rejected(_)));
+    assert_eq!(records.purge().unwrap(), Some(NOW + 1));
+}
+
+#[test]
+fn a_revocation_drops_what_its_members_said_and_never_goes_back() {
+    let (temp, records) = records();
+    records.offer(sign(&publisher(1), 1, None, name("a", 1)).as_bytes());
+    records.offer(sign(&publisher(2), 2, None, name("b", 2)).as_bytes());
+    let revoke = |n: u8| {
+        Body::Revocation(Revoked {
+            tokens: [TokenId([n; 8])].into(),
+            ..Revoked::default()
+        })
+    };
+    assert!(matches!(
+        records.offer(sign(&publisher(1), 1, None, revoke(2)).as_bytes()),
+        Offer::Rejected(_)
+    ));
+    let newest = sign(&admin(9), 7, None, revoke(2));
+    assert_eq!(records.offer(newest.as_bytes()), Offer::New);
+    assert_eq!(resolve(&records, "lab").unwrap(), capsule(1));
+    assert_eq!(
+        records.offer(sign(&publisher(2), 9, None, name("c", 3)).as_bytes()),
+        Offer::Known
+    );
+    assert_eq!(
+        records.offer(sign(&admin(9), 6, None, revoke(1)).as_bytes()),
+        Offer::Known
+    );
+    assert_eq!(records.revocation_head(), Some(newest.as_bytes().to_vec()));
+    assert!(!records.revoked().tokens.contains(&TokenId([1; 8])));
+    // It holds over a restart.
+    drop(records);
+    let store = Store::open(temp.path(), StoreOptions::default()).unwrap();
+    let records = Records::open(
+        store,
+        fleet().fleet(),
+        Arc::new(Clock::with_system(|| NOW, 0)),
+    )
+    .unwrap();
+    assert!(records.revoked().tokens.contains(&TokenId([2; 8])));
+    assert_eq!(records.count(), 2);
+}
