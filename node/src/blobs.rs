@@ -87,6 +87,12 @@ impl BlobStore for Blobs {
         groups: Range<u64>,
         encoded: &[u8],
     ) -> Result<(), StoreError> {
+        // Under another size nothing of an honest peer's would verify: that is no reason to ban it.
+        let known = self.store.present(root).map(|presence| presence.size);
+        if let Some(known) = known.filter(|known| *known != size) {
+            let message = format!("{root} is being fetched with {known} bytes, not {size}");
+            return Err(StoreError::Io(std::io::Error::other(message)));
+        }
         let first = groups.start;
         let written = match self.store.write_encoded(root, groups.clone(), encoded) {
             // A size that a peer claims is noted only when it is proved, which the last group does: its length and its
@@ -166,5 +172,26 @@ mod tests {
         assert!(out == encoded);
         let absent = blobs.read_encoded(&tree.root, 0..1, &mut out);
         assert!(matches!(absent, Err(ServeError::Missing { .. })));
+    }
+
+    #[test]
+    fn an_entry_of_another_size_is_not_the_senders_fault_and_gives_way() {
+        let temp = tempfile::tempdir().unwrap();
+        let store = Store::open(temp.path(), StoreOptions::default()).unwrap();
+        let blobs = Blobs::new(store.clone());
+        let content = vec![7; 100_000];
+        let (tree, outboard) = tree_of(&content);
+        let mut encoded = Vec::new();
+        encode_range(&tree, 0..7, &content, &outboard, &mut encoded).unwrap();
+        let create = |size| store.create_partial(&tree.root, size, BlobKind::Other);
+        let write = || blobs.write_encoded(&tree.root, tree.size, 0..7, &encoded);
+        create(tree.size + 1).unwrap();
+        assert!(matches!(write(), Err(StoreError::Io(_))));
+        let guard = store.guard([tree.root]);
+        assert!(create(tree.size).is_err(), "a fetch uses it");
+        drop(guard);
+        create(tree.size).unwrap();
+        write().unwrap();
+        assert!(create(tree.size + 1).is_err(), "the size is proved");
     }
 }

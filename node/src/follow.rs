@@ -153,21 +153,23 @@ pub async fn follow(node: &Arc<Node>, request: Follow) -> Result<Followed, Failu
 pub async fn unfollow(node: &Arc<Node>, request: Unfollow) -> Result<Unfollowed, Failure> {
     let channel = request.channel;
     node.follower.stop(&channel);
-    let (shared, unfollowed) = (node.clone(), channel.clone());
-    let followed = blocking(move || {
-        let followed = shared.store.unfollow(&unfollowed)?;
-        let ours = PinOrigin::Follow(unfollowed.to_string());
-        for (capsule, _) in shared
-            .store
-            .pins()?
-            .into_iter()
-            .filter(|(_, origin)| *origin == ours)
-        {
-            shared.store.unpin(&capsule, &ours)?;
-        }
-        Ok(followed)
-    })
-    .await?;
+    let unfollowed = channel.clone();
+    // Its task may be pinning at this moment: what it pins goes too.
+    let followed = node
+        .while_keeping(move |node| {
+            let followed = node.store.unfollow(&unfollowed)?;
+            let ours = PinOrigin::Follow(unfollowed.to_string());
+            for (capsule, _) in node
+                .store
+                .pins()?
+                .into_iter()
+                .filter(|(_, origin)| *origin == ours)
+            {
+                node.store.unpin(&capsule, &ours)?;
+            }
+            Ok(followed)
+        })
+        .await?;
     Ok(Unfollowed {
         channel: channel.to_string(),
         followed,
@@ -220,12 +222,15 @@ async fn catch_up(node: &Arc<Node>, channel: &Channel, follow: &FollowRow) -> Re
         let manner = manner(&resolution, None, Priority::Background);
         fetch_capsule(node, resolution, manner, &(|_| ())).await?;
     }
+    let (followed, keep) = (channel.clone(), follow.keep as usize);
+    node.while_keeping(move |node| pin_newest(node, &followed, &names, keep))
+        .await?;
     node.follower.note(channel, None);
-    let (shared, channel, keep) = (node.clone(), channel.clone(), follow.keep as usize);
-    blocking(move || pin_newest(&shared, &channel, &names, keep)).await
+    Ok(())
 }
 
-/// Pins the newest versions that are here, and takes the pins of older ones away.
+/// Pins the newest versions that are here, and takes the pins of older ones away. Fails where the very newest is not here any
+/// more: it was collected between its arrival and its pin, and comes again with the next try.
 fn pin_newest(
     node: &Node,
     channel: &Channel,
@@ -249,5 +254,11 @@ fn pin_newest(
             node.store.unpin(&capsule, &ours)?;
         }
     }
-    Ok(())
+    match names.first() {
+        Some(newest) if !kept.contains(&newest.capsule) => {
+            let message = format!("{} was removed before it was pinned", newest.name);
+            Err(Failure::new(FailureCode::Busy, message).hint("it is fetched again by itself"))
+        }
+        _ => Ok(()),
+    }
 }

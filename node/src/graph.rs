@@ -13,6 +13,11 @@ use capsule_proto::record::{BlobRef, Layer};
 /// Most components that a search looks at: longer histories are cut, and a layer from nothing is taken.
 const MAX_VISITED: usize = 4096;
 
+/// What a way counts as: its parts that no connected machine has, then its bytes.
+///
+/// A part that nobody has can only be waited for, so any way without such parts comes first, whatever it weighs.
+pub type Cost = (u64, u64);
+
 /// How to come to a component.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Way {
@@ -38,11 +43,14 @@ pub trait Known {
     /// Bytes of a blob that are not here.
     fn missing(&self, blob: &BlobRef) -> u64;
 
-    /// What fetching a component as a blob of its own counts as, in bytes; none if nobody is known to serve it so.
-    fn blob_cost(&self, blob: &BlobRef) -> Option<u64>;
+    /// Whether all of a layer is here or at connected machines.
+    fn is_reachable(&self, layer: &Layer) -> bool;
+
+    /// What fetching a component as a blob of its own counts as; none if nobody is known to serve it so.
+    fn blob_cost(&self, blob: &BlobRef) -> Option<Cost>;
 }
 
-/// The cheapest way to a component, in bytes to be fetched; of equals the one with the fewest layers. None: no way is known.
+/// The cheapest way to a component ([`Cost`]); of equals the one with the fewest layers. None: no way is known.
 ///
 /// `size` is the length of what the root names; only a stream's root names its bytes, so only streams come as blobs.
 pub fn cheapest<K: Known>(
@@ -52,11 +60,11 @@ pub fn cheapest<K: Known>(
     size: u64,
 ) -> Result<Option<Way>, K::Error> {
     // Cost and number of layers from a node to the goal, and the layer that leads on from it.
-    let mut best: HashMap<Option<RootHash>, (u64, usize)> = HashMap::new();
+    let mut best: HashMap<Option<RootHash>, (Cost, usize)> = HashMap::new();
     let mut onward: HashMap<Option<RootHash>, Layer> = HashMap::new();
     let mut queue = BinaryHeap::new();
-    best.insert(Some(root), (0, 0));
-    queue.push(Reverse(((0, 0), Some(root))));
+    best.insert(Some(root), ((0, 0), 0));
+    queue.push(Reverse((((0, 0), 0), Some(root))));
     let blob = BlobRef { root, size };
     let blob_cost = if space == Space::Stream {
         known.blob_cost(&blob)
@@ -86,12 +94,12 @@ pub fn cheapest<K: Known>(
         }
         for layer in known.layers_to(space, &component)? {
             let pack = layer.pack.as_ref().map_or(0, |pack| known.missing(pack));
-            let next = (
-                cost.0
-                    .saturating_add(known.missing(&layer.index))
-                    .saturating_add(pack),
-                cost.1 + 1,
-            );
+            let (absent, bytes) = cost.0;
+            let bytes = bytes
+                .saturating_add(known.missing(&layer.index))
+                .saturating_add(pack);
+            let absent = absent + u64::from(!known.is_reachable(&layer));
+            let next = ((absent, bytes), cost.1 + 1);
             if best.get(&layer.parent).is_none_or(|known| next < *known) {
                 best.insert(layer.parent, next);
                 queue.push(Reverse((next, layer.parent)));
@@ -133,6 +141,8 @@ mod tests {
     struct Graph {
         layers: Vec<(u8, u8, u64)>,
         held: HashSet<u8>,
+        /// Layers whose bytes this divides are at no connected machine.
+        absent: Option<u64>,
         blobs: HashSet<u8>,
     }
 
@@ -159,6 +169,12 @@ mod tests {
         }
     }
 
+    impl Graph {
+        fn is_absent(&self, bytes: u64) -> bool {
+            self.absent.is_some_and(|n| bytes.is_multiple_of(n))
+        }
+    }
+
     impl Known for Graph {
         type Error = Infallible;
 
@@ -180,8 +196,14 @@ mod tests {
             blob.size
         }
 
-        fn blob_cost(&self, blob: &BlobRef) -> Option<u64> {
-            self.blobs.contains(&node(&blob.root)).then_some(blob.size)
+        fn is_reachable(&self, layer: &Layer) -> bool {
+            !self.is_absent(layer.pack.map_or(0, |pack| pack.size))
+        }
+
+        fn blob_cost(&self, blob: &BlobRef) -> Option<Cost> {
+            self.blobs
+                .contains(&node(&blob.root))
+                .then_some((0, blob.size))
         }
     }
 
@@ -189,14 +211,17 @@ mod tests {
         cheapest(graph, Space::Stream, hash(goal), 1000).unwrap()
     }
 
-    fn cost(way: &Way) -> u64 {
+    fn cost(graph: &Graph, way: &Way) -> Cost {
         match way {
-            Way::Held => 0,
-            Way::Layers(layers) => layers
-                .iter()
-                .map(|l| l.index.size + l.pack.map_or(0, |p| p.size))
-                .sum(),
-            Way::Blob(blob) => blob.size,
+            Way::Held => (0, 0),
+            Way::Layers(layers) => {
+                let absent = layers.iter().filter(|l| !graph.is_reachable(l)).count();
+                let bytes = layers
+                    .iter()
+                    .map(|l| l.index.size + l.pack.map_or(0, |p| p.size));
+                (absent as u64, bytes.sum())
+            }
+            Way::Blob(blob) => (0, blob.size),
         }
     }
 
@@ -207,8 +232,8 @@ mod tests {
             ..Graph::default()
         };
         assert_eq!(
-            find(&graph, 2).map(|way| cost(&way)),
-            Some(511),
+            find(&graph, 2).map(|way| cost(&graph, &way)),
+            Some((0, 511)),
             "one layer: the two by way of 1 cost 522"
         );
         graph.held.insert(1);
@@ -230,6 +255,25 @@ mod tests {
     }
 
     #[test]
+    fn what_no_connected_machine_has_comes_last_but_is_waited_for() {
+        let mut graph = Graph {
+            layers: vec![(255, 1, 10), (255, 1, 501)],
+            absent: Some(10),
+            ..Graph::default()
+        };
+        let taken = |graph: &Graph| find(graph, 1);
+        assert_eq!(
+            taken(&graph),
+            Some(Way::Layers(vec![layer((255, 1, 501))])),
+            "dearer, but there"
+        );
+        graph.layers.pop();
+        assert_eq!(taken(&graph), Some(Way::Layers(vec![layer((255, 1, 10))])));
+        graph.blobs.insert(1);
+        assert!(matches!(taken(&graph), Some(Way::Blob(_))));
+    }
+
+    #[test]
     fn circles_end() {
         let graph = Graph {
             layers: vec![(1, 2, 1), (2, 1, 1)],
@@ -239,24 +283,25 @@ mod tests {
     }
 
     /// Costs by relaxing all edges until nothing changes.
-    fn oracle(graph: &Graph, goal: u8) -> Option<u64> {
-        let mut cost = [None::<u64>; 8];
+    fn oracle(graph: &Graph, goal: u8) -> Option<Cost> {
+        let mut cost = [None::<Cost>; 8];
         for n in 0..8 {
-            cost[usize::from(n)] = graph.held.contains(&n).then_some(0);
+            cost[usize::from(n)] = graph.held.contains(&n).then_some((0, 0));
         }
         for _ in 0..8 {
             for (from, to, bytes) in &graph.layers {
                 let before = if *from == 255 {
-                    Some(0)
+                    Some((0, 0))
                 } else {
                     cost[usize::from(*from)]
                 };
-                let through = before.map(|before| before + bytes + 1);
+                let absent = u64::from(graph.is_absent(*bytes));
+                let through = before.map(|before| (before.0 + absent, before.1 + bytes + 1));
                 let known = &mut cost[usize::from(*to)];
                 *known = known.iter().chain(&through).min().copied();
             }
         }
-        let blob = graph.blobs.contains(&goal).then_some(1000);
+        let blob = graph.blobs.contains(&goal).then_some((0, 1000));
         cost[usize::from(goal)].into_iter().chain(blob).min()
     }
 
@@ -265,12 +310,13 @@ mod tests {
         fn costs_agree_with_relaxation(
             layers in prop::collection::vec((prop_oneof![0u8..8, Just(255)], 0u8..8, 1u64..600), 0..20),
             held in prop::collection::hash_set(0u8..8, 0..3),
+            absent in prop::option::of(1u64..5),
             blobs in prop::collection::hash_set(0u8..8, 0..3),
         ) {
-            let graph = Graph { layers, held, blobs };
+            let graph = Graph { layers, held, absent, blobs };
             for goal in 0..8 {
                 let found = find(&graph, goal);
-                prop_assert_eq!(found.as_ref().map(cost), oracle(&graph, goal));
+                prop_assert_eq!(found.as_ref().map(|way| cost(&graph, way)), oracle(&graph, goal));
                 if let Some(Way::Layers(layers)) = found {
                     prop_assert!(layers.windows(2).all(|pair| Some(pair[0].target) == pair[1].parent));
                     prop_assert!(layers[0].parent.is_none_or(|parent| graph.held.contains(&node(&parent))));

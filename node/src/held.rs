@@ -165,7 +165,9 @@ impl Holdings {
         if component.kind == ComponentKind::Tree {
             let way = self.tree_way(root)?;
             let held = |way: &TreeWay| {
-                is_blob && blobs_of(&way.contents).all(|blob| self.is_complete(&blob))
+                is_blob
+                    && (component.content_size == 0 || !way.contents.is_empty())
+                    && blobs_of(&way.contents).all(|blob| self.is_complete(&blob))
             };
             return Ok(way.filter(held).map(HeldWay::Tree));
         }
@@ -212,6 +214,9 @@ impl Holdings {
     }
 
     /// Every blob that a capsule takes here, whether all of it is here or not.
+    ///
+    /// Of a capsule that is held, but whose manifest cannot be read (damaged, or being fetched again), nobody can tell what
+    /// it takes: everything here counts, so that nothing of it is collected before the manifest is whole again.
     pub fn blobs_of(
         &self,
         capsule: &CapsuleId,
@@ -219,12 +224,22 @@ impl Holdings {
     ) -> Result<BTreeSet<RootHash>, DatabaseError> {
         let mut blobs = BTreeSet::from([capsule.0]);
         let Some(manifest) = self.manifest(capsule) else {
+            if self.store.capsule(capsule)?.is_some() {
+                blobs.extend(self.everything());
+            }
             return Ok(blobs);
         };
         for component in &manifest.components {
             blobs.insert(component.root);
+            // Damaged in one place, they are as needed as before: that place is all that is to be fetched again.
+            if let Some(known) = self.store.component(&component.root) {
+                blobs.extend(known.recipe.blobs());
+            }
+            if let Some(way) = self.tree_way(&component.root)? {
+                blobs.extend(HeldWay::Tree(way).blobs());
+            }
             match self.way_to(component)? {
-                Some(way @ (HeldWay::Layers(_) | HeldWay::Tree(_))) => blobs.extend(way.blobs()),
+                Some(HeldWay::Layers(_) | HeldWay::Tree(_)) => {}
                 // Begun, or its own pack: whatever layers are known to lead there.
                 Some(HeldWay::Blob) | None => {
                     let layers = records.layers_to(&component.root)?;
@@ -236,6 +251,12 @@ impl Holdings {
             }
         }
         Ok(blobs)
+    }
+
+    fn everything(&self) -> impl Iterator<Item = RootHash> {
+        let blobs = self.store.blobs().into_iter().map(|blob| blob.root);
+        let components = self.store.components().into_iter().map(|(root, _)| root);
+        blobs.chain(components)
     }
 
     /// Bytes of these blobs that are here, durable or about to be: what a fetch does not fetch.

@@ -1,7 +1,8 @@
 //! What stays and what goes: pins, collection, removal.
 //!
 //! A capsule is wanted while somebody pins it (the user, its publication here, a followed channel) or a pull of it runs. The store
-//! removes blobs; which of them are needed is decided here.
+//! removes blobs; which of them are needed is decided here. All of it happens while `Node::keeping` is held: what was decided is
+//! still so when it is done.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -13,7 +14,7 @@ use crate::control::{
 };
 use crate::node::{Node, spelled};
 use crate::store::{DatabaseError, GcMode, GcReport, PinOrigin};
-use crate::work::blocking;
+use crate::work::{blocking, panicked};
 
 /// A pin's owner in answers.
 pub fn origin_word(origin: &PinOrigin) -> String {
@@ -56,14 +57,13 @@ async fn change_pins(
     reference: CapsuleRef,
     change: impl FnOnce(&Node, &CapsuleId) -> Result<bool, DatabaseError> + Send + 'static,
 ) -> Result<Pinned, Failure> {
-    let node = node.clone();
-    blocking(move || {
+    node.while_keeping(move |node| {
         let capsule = node.resolve(&reference)?.capsule;
-        let changed = change(&node, &capsule)?;
+        let changed = change(node, &capsule)?;
         Ok(Pinned {
             capsule,
             changed,
-            pins: pins_of(&node, &capsule)?,
+            pins: pins_of(node, &capsule)?,
         })
     })
     .await
@@ -71,13 +71,15 @@ async fn change_pins(
 
 /// Removes what nobody pins.
 pub async fn gc(node: &Arc<Node>, request: Gc) -> Result<Collected, Failure> {
-    let shared = node.clone();
-    let (dead, report) = blocking(move || collect(&shared, request.dry_run)).await?;
-    if !request.dry_run {
-        withdraw(node, &report).await?;
-    }
+    let dry_run = request.dry_run;
+    let collection = move |node: &Node| collect(node, dry_run);
+    let (dead, report) = if dry_run {
+        node.while_keeping(collection).await?
+    } else {
+        take_away(node, collection).await?
+    };
     Ok(Collected {
-        dry_run: request.dry_run,
+        dry_run,
         capsules: dead,
         blobs: (report.blobs.len() + report.components.len()) as u64,
         bytes: report.freed,
@@ -94,12 +96,18 @@ fn collect(node: &Node, dry_run: bool) -> Result<(Vec<CapsuleId>, GcReport), Fai
         .map(|(id, _)| id)
         .collect();
     let stays = |id: &CapsuleId| pinned.contains(id) || node.transfers.is_running(id);
-    let (living, dead): (Vec<CapsuleId>, Vec<CapsuleId>) = held.into_iter().partition(stays);
+    let (mut living, doomed): (Vec<CapsuleId>, Vec<CapsuleId>) = held.into_iter().partition(stays);
+    let mut dead = Vec::new();
+    for id in doomed {
+        // First they are not held any more, then their blobs go: the other way round, a crash would leave capsules without content.
+        if dry_run || node.store.remove_unpinned(&id)? {
+            dead.push(id);
+        } else {
+            living.push(id);
+        }
+    }
     let live = live_blobs(node, living.iter().chain(&pinned))?;
     if !dry_run {
-        // First they are not held any more, then their blobs go: the other way round, a crash would leave capsules without content.
-        dead.iter()
-            .try_for_each(|id| node.store.remove_capsule(id).map(drop))?;
         node.components.close_all();
     }
     let mode = if dry_run {
@@ -123,9 +131,7 @@ fn live_blobs<'a>(
 
 /// Removes one capsule; what others need stays.
 pub async fn rm(node: &Arc<Node>, request: Rm) -> Result<Removed, Failure> {
-    let shared = node.clone();
-    let (capsule, report) = blocking(move || remove(&shared, &request)).await?;
-    withdraw(node, &report).await?;
+    let (capsule, report) = take_away(node, move |node| remove(node, &request)).await?;
     Ok(Removed {
         capsule,
         blobs: (report.blobs.len() + report.components.len()) as u64,
@@ -169,6 +175,23 @@ fn remove(node: &Node, request: &Rm) -> Result<(CapsuleId, GcReport), Failure> {
     // Everything lives but what this capsule alone needed.
     let live = |root: &RootHash| !candidates.contains(root) || needed.contains(root);
     Ok((capsule, node.store.gc(&live, GcMode::Collect)?))
+}
+
+/// Removes, and withdraws what is gone, before anything else is kept: content that comes back is announced after that.
+async fn take_away<T: Send + 'static>(
+    node: &Arc<Node>,
+    removal: impl FnOnce(&Node) -> Result<(T, GcReport), Failure> + Send + 'static,
+) -> Result<(T, GcReport), Failure> {
+    let node = node.clone();
+    // Not stopped half-way, though who asked may go away: what is removed is also withdrawn.
+    let done = tokio::spawn(async move {
+        let _keeping = node.keeping.lock().await;
+        let shared = node.clone();
+        let (removed, report) = blocking(move || removal(&shared)).await?;
+        withdraw(&node, &report).await?;
+        Ok((removed, report))
+    });
+    done.await.unwrap_or_else(|panic| Err(panicked(&panic)))
 }
 
 /// Takes back what was announced, and tells the fleet.

@@ -9,6 +9,7 @@ use std::time::Instant;
 
 use capsule_proto::CapsuleId;
 use capsule_proto::credential::MachineId;
+use capsule_proto::name::CapsuleName;
 use capsule_swarm::{NetworkHandle, PeerId, PeerInfo};
 use serde::Serialize;
 
@@ -62,6 +63,9 @@ pub struct Node {
     pub follower: Follower,
     /// One publication at a time is named: names must not overtake each other.
     pub naming: tokio::sync::Mutex<()>,
+    /// What is kept: held while it is read and acted upon, so that nothing is collected that is pinned meanwhile. Whoever
+    /// needs `naming` too takes that first.
+    pub keeping: Arc<tokio::sync::Mutex<()>>,
     /// When it started.
     pub started: Instant,
     memory: Mutex<Memory>,
@@ -126,6 +130,7 @@ impl Node {
             transfers: Transfers::default(),
             follower: Follower::default(),
             naming: tokio::sync::Mutex::new(()),
+            keeping: Arc::default(),
             started: Instant::now(),
             memory: Mutex::default(),
         })
@@ -140,6 +145,20 @@ impl Node {
             .map(|(id, _)| id)
             .collect();
         Ok(self.records.resolve(reference, &held)?)
+    }
+
+    /// Does short blocking work during which nobody else changes what is kept, to its end even if its caller goes away.
+    pub async fn while_keeping<T: Send + 'static>(
+        self: &Arc<Self>,
+        work: impl FnOnce(&Self) -> Result<T, Failure> + Send + 'static,
+    ) -> Result<T, Failure> {
+        let keeping = self.keeping.clone().lock_owned().await;
+        let node = self.clone();
+        crate::work::blocking(move || {
+            let _keeping = keeping;
+            work(&node)
+        })
+        .await
     }
 
     /// Tells the fleet which capsules are here.
@@ -262,6 +281,15 @@ pub fn conflicts(names: &[KnownName], name: &KnownName) -> bool {
     })
 }
 
+/// Whether each of several capsules has a name that none of the others has.
+fn told_apart_by_name(candidates: &[(Option<CapsuleName>, CapsuleId)]) -> bool {
+    candidates.iter().all(|(name, capsule)| {
+        let shared =
+            |(other, of): &(Option<CapsuleName>, CapsuleId)| other == name && of != capsule;
+        name.is_some() && !candidates.iter().any(shared)
+    })
+}
+
 impl From<ResolveError> for Failure {
     fn from(error: ResolveError) -> Self {
         let message = error.to_string();
@@ -274,8 +302,13 @@ impl From<ResolveError> for Failure {
             ResolveError::UnknownPrefix(_) => {
                 Self::new(FailureCode::NotFound, message).hint("give all 64 digits of the id to look for it in the fleet")
             }
-            ResolveError::Ambiguous { .. } => {
-                Self::new(FailureCode::Ambiguous, message).hint("give the version, or the id of the one that you mean")
+            ResolveError::Ambiguous { candidates, .. } => {
+                let hint = if told_apart_by_name(&candidates) {
+                    "give the version, or the id of the one that you mean"
+                } else {
+                    "give the id of the one that you mean"
+                };
+                Self::new(FailureCode::Ambiguous, message).hint(hint)
             }
             ResolveError::Malformed(_) => Self::new(FailureCode::Invalid, message),
             ResolveError::Database(error) => DatabaseError::into(error),
@@ -334,5 +367,26 @@ mod tests {
         bytes.extend([7; 32]);
         let peer = PeerId::from_bytes(&bytes).unwrap();
         assert_eq!(machine_of(&peer), Some(MachineId([7; 32])));
+    }
+
+    #[test]
+    fn the_version_is_asked_for_only_where_it_tells_capsules_apart() {
+        let candidate = |name: Option<&str>, n| {
+            let id = CapsuleId(capsule_proto::RootHash::from_bytes([n; 32]));
+            (name.map(|name| name.parse().unwrap()), id)
+        };
+        let hint = |candidates| {
+            let error = ResolveError::Ambiguous {
+                reference: "lab".to_owned(),
+                candidates,
+            };
+            Failure::from(error).hint.unwrap()
+        };
+        let by_version = vec![candidate(Some("lab:1"), 1), candidate(Some("lab:2"), 2)];
+        assert!(hint(by_version).contains("the version"));
+        let one_version = vec![candidate(Some("lab:1"), 1), candidate(Some("lab:1"), 2)];
+        assert_eq!(hint(one_version), "give the id of the one that you mean");
+        let nameless = vec![candidate(None, 1), candidate(Some("lab:1"), 2)];
+        assert_eq!(hint(nameless), "give the id of the one that you mean");
     }
 }

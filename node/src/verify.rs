@@ -12,7 +12,7 @@ use crate::control::{
 };
 use crate::held::kind_word;
 use crate::node::{Node, spelled};
-use crate::store::{BlobKind, HeldCapsule};
+use crate::store::{BlobInfo, BlobKind, HeldCapsule};
 use crate::transfer::fetch::{DEFAULT_PATIENCE, Manner, Wanted, fetch};
 use crate::transfer::{fetch_capsule, manner};
 use crate::work::{Task, Work, blocking};
@@ -26,6 +26,17 @@ struct Held {
     have: u64,
     /// None: a component.
     kind: Option<BlobKind>,
+}
+
+impl From<BlobInfo> for Held {
+    fn from(blob: BlobInfo) -> Self {
+        Self {
+            root: blob.root,
+            size: blob.presence.size,
+            have: blob.presence.ranges.bytes(blob.presence.size),
+            kind: Some(blob.kind),
+        }
+    }
 }
 
 /// Verifies what is held, or what a capsule takes.
@@ -60,6 +71,7 @@ pub async fn verify(
     };
     if request.repair {
         let hurt = [hurt, begun_capsules(node, request.capsule.clone()).await?].concat();
+        let lacking = lacking(node, &damaged, hurt.clone()).await?;
         repair(node, &damaged, hurt, reporter).await?;
         for (info, (held, bytes)) in answer.damaged.iter_mut().zip(&damaged) {
             let here = node
@@ -69,6 +81,7 @@ pub async fn verify(
             info.repaired = (*bytes).min(here.saturating_sub(held.have - bytes));
             answer.repaired_bytes += info.repaired;
         }
+        add_fetched(node, &lacking, &mut answer);
     }
     answer.seconds = started.elapsed().as_secs_f64();
     Ok(answer)
@@ -104,12 +117,7 @@ fn list(node: &Node, reference: Option<&CapsuleRef>) -> Result<Vec<Held>, Failur
         .blobs()
         .into_iter()
         .filter(|blob| is_wanted(&blob.root))
-        .map(|blob| Held {
-            root: blob.root,
-            size: blob.presence.size,
-            have: blob.presence.ranges.bytes(blob.presence.size),
-            kind: Some(blob.kind),
-        });
+        .map(Held::from);
     let mut held: Vec<Held> = blobs.collect();
     let is_blob: BTreeSet<RootHash> = held.iter().map(|held| held.root).collect();
     for (root, component) in node.store.components() {
@@ -143,6 +151,8 @@ fn read_all(
             Ok(bad) => bad.bytes(held.size),
             Err(crate::store::ReadError::Unknown(_)) => 0,
             Err(crate::store::ReadError::Component { .. }) if !damaged.is_empty() => held.have,
+            // Damage that was taken out of its layers earlier, which a repair fetches.
+            Err(crate::store::ReadError::Component { .. }) if lacks_layers(store, &held.root) => 0,
             Err(error) => return Err(error.into()),
         };
         if bad > 0 {
@@ -151,6 +161,14 @@ fn read_all(
         work.advance(held.have);
     }
     Ok(damaged)
+}
+
+/// Whether a component cannot be read because its layers are not all here.
+fn lacks_layers(store: &crate::store::Store, root: &RootHash) -> bool {
+    store.component(root).is_some_and(|component| {
+        let mut blobs = component.recipe.blobs().into_iter();
+        blobs.any(|blob| !store.durable(&blob).is_some_and(|here| here.complete))
+    })
 }
 
 /// Capsules that are no longer whole; notes that.
@@ -187,6 +205,47 @@ async fn begun_capsules(
         Ok(held.map(|(id, _)| id).collect())
     })
     .await
+}
+
+/// Blobs of capsules that lack something which was not found just now: it was taken out by whoever found it earlier.
+async fn lacking(
+    node: &Arc<Node>,
+    damaged: &[(Held, u64)],
+    hurt: Vec<CapsuleId>,
+) -> Result<Vec<Held>, Failure> {
+    let known: BTreeSet<RootHash> = damaged.iter().map(|(held, _)| held.root).collect();
+    let node = node.clone();
+    blocking(move || {
+        let mut takes = BTreeSet::new();
+        for capsule in &hurt {
+            takes.extend(node.holdings.blobs_of(capsule, &node.records)?);
+        }
+        let blobs = node.store.blobs().into_iter().filter(|blob| {
+            !blob.presence.complete && takes.contains(&blob.root) && !known.contains(&blob.root)
+        });
+        Ok(blobs.map(Held::from).collect())
+    })
+    .await
+}
+
+/// Adds what was fetched of blobs that lacked something: layers that were not needed stay as they are.
+fn add_fetched(node: &Node, lacking: &[Held], answer: &mut Verified) {
+    for held in lacking {
+        let here = node
+            .store
+            .present(&held.root)
+            .map_or(0, |here| here.ranges.bytes(here.size));
+        let fetched = here.saturating_sub(held.have);
+        if fetched > 0 {
+            let info = describe(&(held.clone(), fetched));
+            answer.damaged.push(DamageInfo {
+                repaired: fetched,
+                ..info
+            });
+            answer.damaged_bytes += fetched;
+            answer.repaired_bytes += fetched;
+        }
+    }
 }
 
 /// Notes which capsules are no longer complete without some roots.

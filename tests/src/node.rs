@@ -71,7 +71,10 @@ impl Node {
     /// Runs a command to its end, which must come within [`PATIENCE`].
     pub fn run(&self, args: &[&str]) -> Outcome {
         let mut command = self.command(args);
-        let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
+        let child = command
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn();
         let child = child.expect("the program runs");
         let pid = Pid::from_child(&child);
         let (done, waiting) = std::sync::mpsc::channel::<()>();

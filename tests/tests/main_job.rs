@@ -161,3 +161,39 @@ fn a_follower_pulls_new_versions_by_itself_and_pins_two() {
     let gone = fleet[1].json(&["show", "lab:1"]);
     assert_eq!(gone["holding"], "absent");
 }
+
+#[test]
+fn layers_of_a_publisher_that_left_are_passed_over() {
+    let mut fleet = Fleet::of(2);
+    let token = fleet.invite(&["--role", "publisher"]);
+    let second = fleet.join(&token);
+    let (source, copy) = (fleet.path("source.bin"), fleet.path("copy.bin"));
+    fs::write(&source, data::prose(6, 3_000_000)).unwrap();
+    let path = source.to_str().unwrap();
+    let publish = |node: usize, name: &str, effort: &str| {
+        fleet[node].json(&["publish", path, "--name", name, "--effort", effort])
+    };
+    // Neither has the other's layer: the same capsule, in two packs.
+    let stays = publish(0, "lab:1", "fast");
+    let leaves = publish(second, "other:1", "max");
+    assert_eq!(stays["capsule"], leaves["capsule"]);
+    let packed = |published: &serde_json::Value| published["pack_bytes"].as_u64().unwrap();
+    assert!(
+        packed(&leaves) < packed(&stays),
+        "by its bytes alone, the layer that leaves would be taken: {leaves:#}, {stays:#}"
+    );
+    for name in ["lab:1", "other:1"] {
+        fleet[1].wait_until("both names have spread", |node| {
+            node.run(&["show", name]).code == Some(0)
+        });
+    }
+    fleet[second].stop();
+    let pulled = fleet[1].json(&["pull", "lab:1"]);
+    assert_eq!(pulled["capsule"], stays["capsule"]);
+    assert!(
+        pulled["fetched_bytes"].as_u64().unwrap() >= packed(&stays),
+        "{pulled:#}"
+    );
+    fleet[1].ok(&["export", "lab:1", "--to", copy.to_str().unwrap()]);
+    assert!(fs::read(&source).unwrap() == fs::read(&copy).unwrap());
+}

@@ -2,7 +2,8 @@
 //!
 //! Every file is found and opened here, once, before anything reads it: so the chain is bounded and without loops, all
 //! files can be watched for changes, and no image makes anybody open a network address. Backing files may lie anywhere on this machine,
-//! as QEMU allows; whoever publishes an image from elsewhere should look at `qemu-img info` first. Clusters are read in `qcow2`.
+//! as QEMU allows; whoever publishes an image from elsewhere should look at `qemu-img info` first. That the files are whole is checked by
+//! `complete`; clusters are read in `qcow2`.
 //!
 //! Source: QEMU's `docs/interop/qcow2.txt`.
 
@@ -14,6 +15,7 @@ use std::path::{Path, PathBuf};
 
 use capsule_proto::ranges::MAX_CONTENT_LEN;
 
+use super::complete::{self, Tables};
 use super::detect::{Format, Probe};
 use crate::content::ReadError;
 use crate::osfile::Fingerprint;
@@ -30,6 +32,9 @@ const DATA_FILE: u32 = 0x4441_5441;
 /// Incompatible feature bits that matter here.
 const CORRUPT: u64 = 2;
 const EXTERNAL_DATA: u64 = 4;
+const EXTENDED_L2: u64 = 16;
+/// All that exist, those of lazy reference counts and of the compression's kind too.
+const KNOWN_FEATURES: u64 = 1 | CORRUPT | EXTERNAL_DATA | 8 | EXTENDED_L2;
 
 /// A file that an image is made of.
 pub(super) struct Link {
@@ -51,7 +56,7 @@ pub(super) struct Chain {
 /// What the header of an image says of other files and of features.
 #[derive(Debug, Default)]
 struct Header {
-    size: u64,
+    tables: Tables,
     encryption: u32,
     features: u64,
     backing: Option<Vec<u8>>,
@@ -119,6 +124,7 @@ impl Chain {
                     let (file, stamp) = open_file(&path)?;
                     link.data = Some((path, file, stamp));
                 }
+                link.check_complete(&header)?;
                 if let Some(name) = &header.backing {
                     let format = Self::backing_format(header.backing_format.as_deref());
                     let path = resolve(&link, name, "backing")?;
@@ -139,7 +145,7 @@ impl Chain {
                 why: why.to_owned(),
             })
         };
-        if header.size > MAX_CONTENT_LEN {
+        if header.tables.disk > MAX_CONTENT_LEN {
             return refuse(24, "its disk is larger than 1 PiB");
         }
         if header.encryption != 0 {
@@ -182,6 +188,19 @@ impl Chain {
                 .into_iter()
                 .find(|format| format.name().as_bytes() == name),
         }
+    }
+}
+
+impl Link {
+    /// Checks that nothing of an image is missing at the end.
+    fn check_complete(&self, header: &Header) -> Result<(), ReadError> {
+        if header.features & !KNOWN_FEATURES != 0 {
+            // Its tables may mean anything; QEMU knows them, or refuses.
+            return Ok(());
+        }
+        let data = self.data.as_ref();
+        let data = data.map(|(path, file, _)| (path.as_path(), file));
+        complete::check(&header.tables, (&self.path, &self.file), data)
     }
 }
 
@@ -250,7 +269,13 @@ impl Header {
             return Err(invalid(0, "it is not qcow2 of version 2 or 3"));
         }
         let mut header = Self {
-            size: u64_at(24)?,
+            tables: Tables {
+                disk: u64_at(24)?,
+                cluster_bits: u32_at(20)?,
+                l1_at: u64_at(40)?,
+                l1_len: u64::from(u32_at(36)?),
+                extended: false,
+            },
             encryption: u32_at(32)?,
             ..Self::default()
         };
@@ -270,6 +295,7 @@ impl Header {
             u64::from(u32_at(100)?)
         };
         header.features = if version == 2 { 0 } else { u64_at(72)? };
+        header.tables.extended = header.features & EXTENDED_L2 != 0;
         for _ in 0..MAX_EXTENSIONS {
             // Without an end mark the extensions end at the backing file's name.
             if backing_at != 0 && at >= backing_at {

@@ -1,7 +1,7 @@
 //! Disk images, devices and single files as sources to publish.
 //!
 //! A path is opened as what it holds: a raw or sparse file, a device (`raw`), a qcow2 image with its backing chain (`chain`,
-//! `qcow2`), any other image format through QEMU's tools (`qemu`, `nbd`). Nothing here writes to an image. Cutting content into
+//! `complete`, `qcow2`), any other image format through QEMU's tools (`qemu`, `nbd`). Nothing here writes to an image. Cutting content into
 //! frames belongs to `layer`, directories to `tree`.
 //!
 //! # Disk or file
@@ -11,6 +11,7 @@
 //! are always read as they are, whatever format lies on them.
 
 mod chain;
+mod complete;
 mod detect;
 mod nbd;
 mod qcow2;

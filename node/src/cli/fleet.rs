@@ -44,16 +44,12 @@ pub struct InitArgs {
 /// `capsule fleet invite | ssh pc-7 capsule join -`. Needs no running node.
 #[derive(Debug, Args)]
 pub struct InviteArgs {
-    /// What its machines may do beyond fetching and serving; may be given more than once
-    #[arg(
-        long = "role",
-        value_enum,
-        value_name = "ROLE",
-        value_delimiter = ',',
-        default_value = "member"
-    )]
+    /// What its machines may do beyond fetching and serving; may be given more than once [default: member; publisher
+    /// with --channel]
+    #[arg(long = "role", value_enum, value_name = "ROLE", value_delimiter = ',')]
     roles: Vec<Role>,
-    /// A channel that publishers may publish to; may be given more than once; all channels, when not given
+    /// A channel that its machines may publish to, as publishers; may be given more than once; all channels, when not
+    /// given
     #[arg(long = "channel", value_name = "CHANNEL")]
     channels: Vec<Channel>,
     /// When it ends, with every membership made of it: 12h, 30d, 2y, or a date such as 2027-01-31 [default: 365d]
@@ -153,15 +149,7 @@ fn init(args: InitArgs, context: &Context) -> Result<(), Exit> {
 }
 
 fn invite(args: InviteArgs, context: &Context) -> Result<(), Exit> {
-    let roles = Roles {
-        publisher: args.roles.contains(&Role::Publisher),
-        admin: args.roles.contains(&Role::Admin),
-    };
-    if !roles.publisher && !args.channels.is_empty() {
-        return Err(Exit::Usage(
-            "--channel says where publishers may publish: add --role publisher".to_owned(),
-        ));
-    }
+    let roles = granted(&args.roles, !args.channels.is_empty())?;
     let expires = args.expires.unwrap_or_else(|| now() + DEFAULT_EXPIRY);
     let options = InviteOptions {
         roles,
@@ -194,6 +182,20 @@ fn invite(args: InviteArgs, context: &Context) -> Result<(), Exit> {
     } else {
         output::print(&(invitation.token + "\n"))
     }
+}
+
+/// The roles of a token: who is given channels publishes, unless it was said to be a member only.
+fn granted(asked: &[Role], with_channels: bool) -> Result<Roles, Exit> {
+    let publisher = asked.contains(&Role::Publisher);
+    if with_channels && !publisher && asked.contains(&Role::Member) {
+        return Err(Exit::Usage(
+            "--channel says where its machines may publish, which members may not: leave out --role member".to_owned(),
+        ));
+    }
+    Ok(Roles {
+        publisher: publisher || with_channels,
+        admin: asked.contains(&Role::Admin),
+    })
 }
 
 /// Runs `join`.
@@ -327,6 +329,20 @@ fn next_steps(membership: &Membership<'_>, output: Output, more: &str) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn channels_make_publishers_unless_members_were_asked_for() {
+        let roles = |asked: &[Role], with_channels| {
+            let granted = granted(asked, with_channels).ok();
+            granted.map(|roles| (roles.publisher, roles.admin))
+        };
+        assert_eq!(roles(&[], false), Some((false, false)));
+        assert_eq!(roles(&[], true), Some((true, false)));
+        assert_eq!(roles(&[Role::Publisher], true), Some((true, false)));
+        assert_eq!(roles(&[Role::Admin], true), Some((true, true)));
+        assert_eq!(roles(&[Role::Member], false), Some((false, false)));
+        assert_eq!(roles(&[Role::Member], true), None);
+    }
 
     #[test]
     fn a_membership_shows_where_it_may_publish_only_if_it_may() {

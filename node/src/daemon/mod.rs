@@ -9,6 +9,8 @@ pub mod memory;
 #[cfg(test)]
 mod tests;
 
+use std::collections::HashMap;
+use std::future::Future;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -100,9 +102,19 @@ pub enum NodeError {
     /// What was received could not all be made durable at the end.
     #[error("stopping: {0}; what was not durable is fetched again")]
     Flush(#[from] WriteError),
+    /// A part of the daemon ended while it was needed.
+    #[error(
+        "the node stopped, because its {part} {how}: start it again, and report this with its log"
+    )]
+    Part {
+        /// Which.
+        part: &'static str,
+        /// What became of it.
+        how: String,
+    },
 }
 
-/// Runs a node until SIGTERM or SIGINT. Blocks; makes its own threads.
+/// Runs a node until SIGTERM, SIGINT, or the end of one of its parts, which is an error. Blocks; makes its own threads.
 pub fn run(
     home: Home,
     options: NodeOptions,
@@ -125,12 +137,14 @@ pub fn run(
         let daemon = Daemon::start(home, options).await?;
         on_ready(&daemon.ready);
         let serving = daemon.serve();
-        tokio::select! {
-            () = serving => {}
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-        }
-        daemon.stop().await
+        let served = tokio::select! {
+            failed = serving => Err(failed),
+            _ = terminate.recv() => Ok(()),
+            _ = interrupt.recv() => Ok(()),
+        };
+        // In order all the same: what was received must not be lost with the part that failed.
+        let stopped = daemon.stop().await;
+        served.and(stopped)
     });
     // Work that was told to stop ends within about a megabyte.
     runtime.shutdown_timeout(STOP_PATIENCE);
@@ -245,31 +259,41 @@ impl Daemon {
         })
     }
 
-    /// Serves until dropped.
-    async fn serve(&self) {
+    /// Serves until dropped, or until a part ends: a node that goes on without one would look alive, and not be.
+    async fn serve(&self) -> NodeError {
         let Some(Running {
             clients,
             events,
             damage,
         }) = self.parts.lock().await.take()
         else {
-            return;
+            let how = "was started twice".to_owned();
+            return NodeError::Part {
+                part: "server",
+                how,
+            };
         };
         let node = &self.node;
-        let mut tasks = JoinSet::new();
-        tasks.spawn(serve(clients, Arc::new(Answers(node.clone()))));
-        tasks.spawn(events::watch_network(node.clone(), events));
-        tasks.spawn(events::watch_damage(node.clone(), damage));
-        tasks.spawn(events::purge_records(node.clone()));
-        tasks.spawn(events::trim_when_quiet(node.clone()));
         let components = node.components.clone();
-        tasks.spawn(async move { components.close_idle().await });
-        // None of them ends by itself but with the network, which ends when the node is told to.
-        while let Some(ended) = tasks.join_next().await {
-            if let Err(error) = ended {
-                tracing::error!(%error, "a part of the node failed; it goes on without");
-            }
-        }
+        let mut parts = RunningParts::default();
+        parts.start(
+            "control server",
+            serve(clients, Arc::new(Answers(node.clone()))),
+        );
+        parts.start(
+            "watch over the network",
+            events::watch_network(node.clone(), events),
+        );
+        parts.start(
+            "watch over the disk",
+            events::watch_damage(node.clone(), damage),
+        );
+        parts.start("purge of records", events::purge_records(node.clone()));
+        parts.start("trimming of memory", events::trim_when_quiet(node.clone()));
+        parts.start("closing of components", async move {
+            components.close_idle().await
+        });
+        parts.first_end().await
     }
 
     async fn stop(self) -> Result<(), NodeError> {
@@ -289,6 +313,34 @@ impl Daemon {
         flushed
             .map_err(std::io::Error::other)?
             .map_err(NodeError::from)
+    }
+}
+
+/// Tasks of which none ends while the daemon serves; they end with this.
+#[derive(Debug, Default)]
+struct RunningParts {
+    tasks: JoinSet<()>,
+    names: HashMap<tokio::task::Id, &'static str>,
+}
+
+impl RunningParts {
+    fn start(&mut self, name: &'static str, part: impl Future<Output = ()> + Send + 'static) {
+        let task = self.tasks.spawn(part);
+        self.names.insert(task.id(), name);
+    }
+
+    /// Waits until one ends; why that is an error.
+    async fn first_end(&mut self) -> NodeError {
+        let (id, how) = match self.tasks.join_next_with_id().await {
+            Some(Ok((id, ()))) => (Some(id), "ended by itself".to_owned()),
+            Some(Err(error)) => (Some(error.id()), format!("failed ({error})")),
+            None => (None, "has no parts".to_owned()),
+        };
+        let part = id.and_then(|id| self.names.get(&id).copied());
+        NodeError::Part {
+            part: part.unwrap_or("server"),
+            how,
+        }
     }
 }
 

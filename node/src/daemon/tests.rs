@@ -47,6 +47,23 @@ fn tokens_get_addresses_that_lead_somewhere() {
     );
 }
 
+#[tokio::test]
+async fn a_part_that_ends_ends_the_daemon_with_an_error() {
+    let mut parts = RunningParts::default();
+    parts.start("patient part", std::future::pending());
+    parts.start("faulty part", async { panic!("a fault") });
+    let error = parts.first_end().await.to_string();
+    assert!(
+        error.contains("faulty part failed") && error.contains("a fault"),
+        "{error}"
+    );
+    let mut parts = RunningParts::default();
+    parts.start("patient part", std::future::pending());
+    parts.start("short part", async {});
+    let error = parts.first_end().await.to_string();
+    assert!(error.contains("short part ended"), "{error}");
+}
+
 /// A daemon and the directory that it lives in.
 struct Lab {
     temp: tempfile::TempDir,

@@ -1,4 +1,4 @@
-//! Writing a file beside its place: sparse, synced, and renamed when it is whole.
+//! Writing a file beside its place: sparse, synced, and renamed when it is whole. Whether it is right is the caller's question.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -8,10 +8,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use capsule_chunker::content::Progress;
 use capsule_chunker::layer::restore::Sink;
+use capsule_proto::RootHash;
 use capsule_proto::index::RunFrom;
+use capsule_proto::manifest::Component;
 use positioned_io::ReadAt;
 use rustix::fs::{CWD, RenameFlags};
 
+use super::damage::unreadable;
 use crate::control::{Failure, FailureCode};
 use crate::failure::io_code;
 use crate::layers::read_directory;
@@ -20,7 +23,7 @@ use crate::work::Work;
 
 /// Bytes written at a time, and the smallest run of zeros that becomes a hole: file systems keep blocks of 4 KiB.
 const PAGE: usize = 4096;
-/// Bytes copied at a time.
+/// Bytes copied at a time: enough to hash them on all cores.
 const COPY_LEN: usize = 1 << 20;
 /// Longest file name: Linux's NAME_MAX.
 const MAX_NAME: usize = 255;
@@ -75,20 +78,27 @@ impl Target {
         self.beside.parent().unwrap_or(Path::new("/"))
     }
 
-    /// Copies a blob.
-    pub fn copy(&mut self, from: &dyn ReadAt, size: u64, work: &Work) -> Result<(), Failure> {
+    /// Copies a component that lies in the store as it is; the hash of what was copied, which the store did not look at.
+    pub fn copy(
+        &mut self,
+        from: &dyn ReadAt,
+        component: &Component,
+        work: &Work,
+    ) -> Result<RootHash, Failure> {
         let mut buffer = vec![0; COPY_LEN];
+        let mut hasher = blake3::Hasher::new();
         let mut at = 0;
-        while at < size {
+        while at < component.size {
             work.check()?;
-            let part = &mut buffer[..COPY_LEN.min((size - at) as usize)];
+            let part = &mut buffer[..COPY_LEN.min((component.size - at) as usize)];
             from.read_exact_at(at, part)
-                .map_err(|e| Failure::new(FailureCode::Io, format!("reading the store: {e}")))?;
+                .map_err(|e| unreadable(component, &e.to_string()))?;
+            hasher.update_rayon(part);
             self.data(at, part).map_err(|e| self.failed(&e))?;
             work.written(part.len() as u64);
             at += part.len() as u64;
         }
-        Ok(())
+        Ok(RootHash::from_bytes(hasher.finalize().into()))
     }
 
     /// Gives it its length and name, durably.

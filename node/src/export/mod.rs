@@ -1,24 +1,28 @@
 //! Exporting: a held component becomes a file or a directory.
 //!
-//! Nothing that exists is touched without `--force`, and a file takes its name only when all of it is on the disk. How a file is
-//! written lives in `file`; trees are the chunker's.
+//! Nothing that exists is touched without `--force`, and a file takes its name only when all of it is on the disk and hashes
+//! to the component's root: the store's files are read as they lie, and disks decay. How a file is written lives in `file`,
+//! what wrong bytes lead to in `damage`; trees are the chunker's, which hashes each file.
 
+mod damage;
 mod file;
 
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
+use capsule_chunker::bao::TreeHasher;
 use capsule_chunker::layer::read::ReadOptions;
 use capsule_chunker::layer::restore::restore;
 use capsule_chunker::tree::{self, RestoreOptions, Restored, TreeWriter};
+use capsule_proto::RootHash;
 use capsule_proto::manifest::{Component, Manifest};
 
 use crate::control::{Export, Exported, Failure, FailureCode, Phase, Reporter};
 use crate::held::{HeldWay, Holdings, TreeWay, component_info};
 use crate::layers::open;
 use crate::node::{Node, spelled};
-use crate::store::Store;
+use crate::store::{LayerBlobs, Scratch, Store};
 use crate::transfer::check::threads;
 use crate::work::{Task, Work, blocking};
 use file::Target;
@@ -41,7 +45,7 @@ pub async fn export(
         request.capsule.clone(),
         request.component.clone(),
     );
-    let (capsule, component, way) = blocking(move || {
+    let (capsule, name, component, way) = blocking(move || {
         let resolution = asked.resolve(&reference)?;
         let name = spelled(&resolution);
         let manifest = asked.holdings.complete(&resolution.capsule, &name)?;
@@ -58,7 +62,7 @@ pub async fn export(
                 "`capsule verify --repair {name}` or `capsule pull {name}` fetches what is missing"
             ))
         })?;
-        Ok((resolution.capsule, component, way))
+        Ok((resolution.capsule, name, component, way))
     })
     .await?;
     let blobs = way.blobs().into_iter().chain([component.root, capsule.0]);
@@ -68,8 +72,8 @@ pub async fn export(
         total: Some(component.content_size),
         what: Some(component.name.clone()),
     };
-    let (store, exported, to, force) = (
-        node.store.clone(),
+    let (shared, exported, to, force) = (
+        node.clone(),
         component.clone(),
         request.to.clone(),
         request.force,
@@ -78,12 +82,12 @@ pub async fn export(
         .works
         .run(task, reporter, move |work| {
             let _guard = guard;
-            match &way {
-                HeldWay::Tree(way) => {
-                    write_tree(&store, &exported, way, &to, force, work).map(Some)
-                }
-                stream => write_stream(&store, &exported, stream, &to, force, work).map(|()| None),
-            }
+            let store = &shared.store;
+            let written = match &way {
+                HeldWay::Tree(way) => write_tree(store, &exported, way, &to, force, work).map(Some),
+                stream => write_stream(store, &exported, stream, &to, force, work).map(|()| None),
+            };
+            written.map_err(|failure| damage::explain(&shared, &name, &exported, &way, failure))
         })
         .await?;
     Ok(Exported {
@@ -166,19 +170,38 @@ fn write_stream(
 ) -> Result<(), Failure> {
     // The target first: what is in the way is known at once.
     let mut target = Target::create(to, force)?;
-    match way {
+    let found = match way {
         HeldWay::Layers(layers) => {
-            let content = open(store, layers, &ReadOptions::default())?;
-            file::check_space(
-                target.dir(),
-                file::data_bytes(store, layers)?.min(component.size),
-            )?;
-            restore::<Vec<u8>>(&content, threads(), &mut target, None, work)?;
+            let data = file::data_bytes(store, layers)?.min(component.size);
+            file::check_space(target.dir(), data)?;
+            restore_stream(store, component, layers, &mut target, work)?
         }
         _ => {
             file::check_space(target.dir(), component.size)?;
-            target.copy(&*store.open_blob(&component.root)?, component.size, work)?;
+            let blob = store.open_blob(&component.root)?;
+            target.copy(&*blob, component, work)?
         }
+    };
+    if found != component.root {
+        return Err(damage::unreadable(component, "its bytes have another hash"));
     }
     target.finish(component.size)
+}
+
+/// Writes what layers make; the hash of it.
+fn restore_stream(
+    store: &Store,
+    component: &Component,
+    layers: &[LayerBlobs],
+    target: &mut Target,
+    work: &Work,
+) -> Result<RootHash, Failure> {
+    let content = open(store, layers, &ReadOptions::default())?;
+    // The one hasher that skips zeros: its outboard is thrown away.
+    let mut hasher = TreeHasher::<Scratch>::with_storage(store.scratch()?);
+    restore(&content, threads(), target, Some(&mut hasher), work)?;
+    let (tree, _) = hasher
+        .finish()
+        .map_err(|e| Failure::new(FailureCode::Io, format!("hashing {}: {e}", component.name)))?;
+    Ok(tree.root)
 }

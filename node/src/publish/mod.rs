@@ -11,18 +11,18 @@ mod tests;
 use std::sync::Arc;
 use std::time::Instant;
 
+use capsule_proto::RootHash;
 use capsule_proto::index::Space;
 use capsule_proto::name::{CapsuleName, Version};
 use capsule_proto::record::{BlobRef, Body, Layer, Name};
-use capsule_proto::{CapsuleId, RootHash};
 
 use crate::control::{Failure, FailureCode, Phase, Publish, Published, Reporter};
 use crate::held::{HeldWay, Holdings, TreeWay, blobs_of, component_info, layer_blobs};
 use crate::node::Node;
-use crate::records::SignError;
+use crate::records::{KnownName, SignError};
 use crate::store::{ActiveGuard, BlobKind, HeldCapsule, LayerBlobs, PinOrigin, Store};
 use crate::transfer::check::register;
-use crate::work::{Task, blocking, panicked};
+use crate::work::{Task, panicked};
 use make::{Draft, DraftPack, make};
 
 /// Publishes a path.
@@ -124,14 +124,16 @@ struct Made {
     named: bool,
     roots: Vec<RootHash>,
     records: Vec<Vec<u8>>,
-    _guard: Option<ActiveGuard>,
+    /// Until all is announced.
+    _guard: ActiveGuard,
 }
 
 /// Keeps, names and announces a draft; whatever is already so stays. Whether everything was.
 async fn settle(node: &Arc<Node>, naming: Naming, draft: Draft) -> Result<(Draft, bool), Failure> {
     let _alone = node.naming.lock().await;
-    let shared = node.clone();
-    let (draft, made) = blocking(move || keep_and_name(&shared, naming, draft)).await?;
+    let (draft, made) = node
+        .while_keeping(move |node| keep_and_name(node, naming, draft))
+        .await?;
     let unchanged = !made.kept && !made.named;
     if !unchanged {
         node.announce(made.roots).await?;
@@ -143,6 +145,7 @@ async fn settle(node: &Arc<Node>, naming: Naming, draft: Draft) -> Result<(Draft
     Ok((draft, unchanged))
 }
 
+/// Keeps, signs and pins. The caller holds `Node::keeping`: what is here already stays until it is pinned.
 fn keep_and_name(node: &Node, naming: Naming, mut draft: Draft) -> Result<(Draft, Made), Failure> {
     let Naming {
         name,
@@ -154,11 +157,12 @@ fn keep_and_name(node: &Node, naming: Naming, mut draft: Draft) -> Result<(Draft
         named: false,
         roots: Vec::new(),
         records: Vec::new(),
-        _guard: None,
+        _guard: guard(&node.store, &draft),
     };
     let capsule = draft.manifest.id();
     let known = node.records.version(&name.channel, &version)?;
-    if let Some(other) = known.iter().find(|known| known.capsule != capsule) {
+    let same = known.iter().find(|known| known.capsule == capsule);
+    if let Some(other) = known.first().filter(|_| same.is_none()) {
         let message = format!(
             "{name} is published already, with other content: it is {}, this would be {capsule}",
             other.capsule
@@ -166,12 +170,16 @@ fn keep_and_name(node: &Node, naming: Naming, mut draft: Draft) -> Result<(Draft
         return Err(Failure::new(FailureCode::Exists, message)
             .hint("choose another version; a version never changes"));
     }
+    if let Some(same) = same {
+        let several = known.iter().any(|known| known.capsule != capsule);
+        draft.warnings.extend(warnings_of(same, expires, several));
+    }
     if !node
         .store
         .capsule(&capsule)?
         .is_some_and(|held| held.complete)
     {
-        made._guard = Some(keep(&node.store, &mut draft, capsule)?);
+        keep(&node.store, &mut draft, node.clock.now())?;
         made.kept = true;
     }
     made.records = sign_layers(node, &draft)?;
@@ -196,11 +204,47 @@ fn keep_and_name(node: &Node, naming: Naming, mut draft: Draft) -> Result<(Draft
     Ok((draft, made))
 }
 
-/// Stores a draft's blobs, durably; the guard keeps them until they are pinned.
-fn keep(store: &Store, draft: &mut Draft, capsule: CapsuleId) -> Result<ActiveGuard, Failure> {
+/// What there is to say to who publishes again what has its name already.
+fn warnings_of(same: &KnownName, expires: Option<u64>, several: bool) -> Vec<String> {
+    let name = &same.name;
+    let mut warnings = Vec::new();
+    if expires.is_some() && expires != same.expires {
+        let end = match same.expires {
+            Some(_) => "it ends when it was first said to",
+            None => "it does not end",
+        };
+        warnings.push(format!(
+            "--expires changed nothing: {name} is published already, and {end}; publish another version with the new end"
+        ));
+    }
+    if several {
+        warnings.push(format!(
+            "{name} names other content too: fetch this by its id, {}",
+            same.capsule
+        ));
+    }
+    warnings
+}
+
+/// Keeps all that a draft is made of from removal.
+fn guard(store: &Store, draft: &Draft) -> ActiveGuard {
+    let layers: Vec<LayerBlobs> = draft.layers.iter().map(|layer| layer.blobs).collect();
+    let components = draft
+        .manifest
+        .components
+        .iter()
+        .map(|component| component.root);
+    store.guard(
+        blobs_of(&layers)
+            .chain(components)
+            .chain([draft.manifest.id().0]),
+    )
+}
+
+/// Stores a draft's blobs, durably, and notes that the capsule is here since `added` (seconds since 1970). The caller guards them.
+fn keep(store: &Store, draft: &mut Draft, added: u64) -> Result<(), Failure> {
     let component = draft.manifest.components[0].clone();
     let layers: Vec<LayerBlobs> = draft.layers.iter().map(|layer| layer.blobs).collect();
-    let guard = store.guard(blobs_of(&layers).chain([capsule.0, component.root]));
     // Where the component is read through other layers already, these make nothing better.
     let known = Holdings::new(store.clone()).way_to(&component)?.is_some();
     if !known {
@@ -228,15 +272,14 @@ fn keep(store: &Store, draft: &mut Draft, capsule: CapsuleId) -> Result<ActiveGu
         }
     }
     store.put_small(&draft.manifest.encode(), BlobKind::Manifest)?;
-    let added = crate::clock::system_seconds();
     store.put_capsule(
-        &capsule,
+        &draft.manifest.id(),
         &HeldCapsule {
             complete: true,
             added,
         },
     )?;
-    Ok(guard)
+    Ok(())
 }
 
 /// Signs records of the layers by which the components are held, unless they are known.

@@ -40,8 +40,8 @@ fn draft(store: &Store, path: &Path) -> Result<Draft, Failure> {
 /// Publishes into a store alone, without records.
 fn published(store: &Store, path: &Path) -> Manifest {
     let mut draft = draft(store, path).unwrap();
-    let capsule = draft.manifest.id();
-    keep(store, &mut draft, capsule).unwrap();
+    let _guard = guard(store, &draft);
+    keep(store, &mut draft, 1).unwrap();
     draft.manifest
 }
 

@@ -1,13 +1,15 @@
 //! Records from the network: what a peer offers is checked, kept, or refused.
 //!
-//! A peer is at fault for what is malformed or was never right, not for what has ended, is revoked, or is dated by another
-//! clock: that it may not know.
+//! A peer is at fault for what is malformed or was never right, not for what has ended, is revoked, is dated by another
+//! clock, or is written in a newer format: that it may not know. What cannot be kept now is left for later.
 
+use capsule_proto::codec::DecodeError;
 use capsule_proto::credential::{CredentialError, Revoked};
 use capsule_proto::record::{Body, RecordError, RecordId, SignedRecord};
 use capsule_swarm::{Offer, RecordStore};
 
 use super::{MAX_PER_SIGNER, Records};
+use crate::store::DatabaseError;
 
 impl RecordStore for Records {
     fn ids(&self) -> Vec<RecordId> {
@@ -24,6 +26,10 @@ impl RecordStore for Records {
     fn offer(&self, bytes: &[u8]) -> Offer {
         let record = match SignedRecord::decode(bytes) {
             Ok(record) => record,
+            Err(error) if is_newer(&error, bytes) => {
+                tracing::debug!(%error, "a record of a newer format");
+                return Offer::Known;
+            }
             Err(error) => return Offer::Rejected(error.to_string()),
         };
         if self.read().ids.contains(&record.id()) {
@@ -34,6 +40,7 @@ impl RecordStore for Records {
         match record.verify(&self.fleet, now, &revoked) {
             Ok(_) => self.accept(&record),
             Err(error) if is_fault(&error) => Offer::Rejected(error.to_string()),
+            Err(error @ RecordError::FromTheFuture { .. }) => Offer::Later(error.to_string()),
             Err(error) => {
                 tracing::debug!(%error, "a record does not count");
                 Offer::Known
@@ -53,6 +60,19 @@ impl RecordStore for Records {
     }
 }
 
+/// First bytes of a record of whatever version.
+const MAGIC: &[u8] = b"CAPR";
+
+/// Whether the fault may be that this node is older than the record. Its signature is not checked then, so it is neither
+/// kept nor passed on.
+fn is_newer(error: &DecodeError, bytes: &[u8]) -> bool {
+    match error {
+        DecodeError::Format { .. } => bytes.starts_with(MAGIC),
+        DecodeError::Invalid { what, .. } => *what == "statement kind",
+        _ => false,
+    }
+}
+
 /// Whether the one who sent it should have known better.
 fn is_fault(error: &RecordError) -> bool {
     match error {
@@ -64,33 +84,43 @@ fn is_fault(error: &RecordError) -> bool {
 
 impl Records {
     fn accept(&self, record: &SignedRecord) -> Offer {
-        let is_revocation = matches!(record.record().body, Body::Revocation(_));
-        {
-            let state = self.read();
-            if state
-                .per_signer
-                .get(&record.signer())
-                .is_some_and(|count| *count >= MAX_PER_SIGNER)
-            {
-                tracing::warn!(signer = %record.signer(), "this member signed more records than a node keeps of one");
-                return Offer::Known;
-            }
-            let newest = state.head.as_ref().map_or(0, |head| head.record().sequence);
-            if is_revocation && record.record().sequence < newest {
-                return Offer::Known;
-            }
+        if matches!(record.record().body, Body::Revocation(_)) {
+            return self.accept_revocation(record);
         }
-        if let Err(error) = self.keep(record) {
-            tracing::warn!(%error, "a record could not be kept");
-            return Offer::Known;
+        let count = self.read().per_signer.get(&record.signer()).copied();
+        if count.is_some_and(|count| count >= MAX_PER_SIGNER) {
+            let reason = "its signer has signed more records than a node keeps of one";
+            return Offer::Later(reason.to_owned());
         }
-        if is_revocation {
-            self.write().take_revocation(record);
-            // What revoked members said no longer counts.
-            if let Err(error) = self.purge() {
-                tracing::warn!(%error, "records of revoked members could not be dropped");
-            }
+        match self.keep(record) {
+            Ok(()) => Offer::New,
+            Err(error) => not_kept(&error),
         }
-        Offer::New
     }
+
+    /// A revocation counts however many records its signer made, and whether or not there is room for it.
+    fn accept_revocation(&self, record: &SignedRecord) -> Offer {
+        {
+            let mut state = self.write();
+            let newest = state.head.as_ref().map_or(0, |head| head.record().sequence);
+            if record.record().sequence < newest {
+                return Offer::Known;
+            }
+            state.take_revocation(record);
+        }
+        let kept = self.keep(record);
+        // What revoked members said no longer counts.
+        if let Err(error) = self.purge() {
+            tracing::warn!(%error, "records of revoked members could not be dropped");
+        }
+        match kept {
+            Ok(()) => Offer::New,
+            Err(error) => not_kept(&error),
+        }
+    }
+}
+
+fn not_kept(error: &DatabaseError) -> Offer {
+    tracing::warn!(%error, "a record could not be kept");
+    Offer::Later(error.to_string())
 }

@@ -185,6 +185,51 @@ fn what_a_member_may_not_say_is_its_senders_fault_and_what_ended_is_not() {
 }
 
 #[test]
+fn newer_formats_and_other_clocks_are_nobodys_fault() {
+    let (_temp, records) = records();
+    let record = sign(&publisher(1), 1, None, name("a", 1));
+    let mut newer = record.as_bytes().to_vec();
+    newer[4] += 1;
+    assert_eq!(records.offer(&newer), Offer::Known);
+    assert!(matches!(records.offer(&newer[1..]), Offer::Rejected(_)));
+    let member = publisher(1);
+    let ahead = Record {
+        issued: NOW + 500,
+        expires: None,
+        sequence: 1,
+        body: name("a", 1),
+    };
+    let ahead = SignedRecord::sign(ahead, &member.credential, &member.key).unwrap();
+    let temp = tempfile::tempdir().unwrap();
+    let store = Store::open(temp.path(), StoreOptions::default()).unwrap();
+    let clock = Arc::new(Clock::with_system(|| NOW - 3 * 24 * 3600, 0));
+    let behind = Records::open(store, fleet().fleet(), clock).unwrap();
+    assert!(matches!(behind.offer(ahead.as_bytes()), Offer::Later(_)));
+    assert_eq!(records.offer(ahead.as_bytes()), Offer::New);
+}
+
+#[test]
+fn a_member_over_its_bound_waits_and_its_revocations_count() {
+    let (_temp, records) = records();
+    let roles = Roles {
+        publisher: true,
+        admin: true,
+    };
+    let one = member(1, roles);
+    let full = (one.key.machine(), MAX_PER_SIGNER);
+    records.write().per_signer.extend([full]);
+    let record = sign(&one, 1, None, name("a", 1));
+    assert!(matches!(records.offer(record.as_bytes()), Offer::Later(_)));
+    let revoked = Revoked {
+        tokens: [TokenId([2; 8])].into(),
+        ..Revoked::default()
+    };
+    let revocation = sign(&one, 1, None, Body::Revocation(revoked.clone()));
+    assert_eq!(records.offer(revocation.as_bytes()), Offer::New);
+    assert_eq!(records.revoked(), revoked);
+}
+
+#[test]
 fn a_revocation_drops_what_its_members_said_and_never_goes_back() {
     let (temp, records) = records();
     records.offer(sign(&publisher(1), 1, None, name("a", 1)).as_bytes());

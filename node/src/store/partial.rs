@@ -3,6 +3,7 @@
 //! The one order that everything rests on is in [`Store::flush`]: data and outboard, sync, names, sync,
 //! then the commit that says so. `node/docs/store.md` argues it; the crash tests try to break it.
 
+use std::io::ErrorKind;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -114,6 +115,9 @@ impl Inner {
                     .entry(*root)
                     .or_insert_with(|| Arc::new(Blob::new(*root, size, kind))),
             );
+            if blob.size != size && self.replace_unused(&blob)? {
+                continue;
+            }
             if blob.size != size {
                 return Err(WriteError::Size {
                     root: *root,
@@ -127,6 +131,42 @@ impl Inner {
             // Until the removal that claimed it has ended.
             drop(lock(&self.gc_turn));
         }
+    }
+
+    /// Forgets an entry of which nothing ever came, unless somebody guards it: its size was a mistake, or a lie, and
+    /// must not keep the right one out. Whether it did.
+    fn replace_unused(&self, blob: &Arc<Blob>) -> Result<bool, WriteError> {
+        // Neither a removal nor a write under way.
+        let _one_at_a_time = lock(&self.gc_turn);
+        let _turn = blob.turn();
+        let _alone = blob.gate_exclusive();
+        {
+            let active = lock(&self.active);
+            let mut state = blob.state();
+            if state.gone {
+                return Ok(true); // Its removal has ended by now.
+            }
+            let unused = state.present.is_empty() && !state.row;
+            if !unused || active.contains_key(&blob.root) {
+                return Ok(false);
+            }
+            state.gone = true;
+        }
+        self.handles.forget(&blob.root);
+        lock(&self.dirty).retain(|root| *root != blob.root);
+        // A write that failed may have made files, for the other size; they go before anybody can make new ones.
+        let remove = |part| {
+            let path = path_of(&blob.root, part);
+            match self.disk.remove(&path) {
+                Err(e) if e.kind() != ErrorKind::NotFound => {
+                    Err(WriteError::io(IoFault::new("remove", path, e)))
+                }
+                _ => Ok(()),
+            }
+        };
+        let removed = remove(Part::Data).and(remove(Part::Tree));
+        self.blobs_mut().remove(&blob.root);
+        removed.map(|()| true)
     }
 
     /// Writes verified groups, unless none of them is missing.

@@ -252,6 +252,22 @@ impl Store {
         })
     }
 
+    /// Forgets that a capsule is held unless somebody pins it; whether it is forgotten.
+    pub fn remove_unpinned(&self, id: &CapsuleId) -> Result<bool> {
+        let key = id.0.as_bytes();
+        self.inner.meta.write(|tx| {
+            // Pins of one capsule lie together, the first at or after the key with an empty origin.
+            let pinned = match tx.open_table(PINS)?.range((key, "")..)?.next() {
+                Some(entry) => entry?.0.value().0 == key,
+                None => false,
+            };
+            if !pinned {
+                tx.open_table(CAPSULES)?.remove(key)?;
+            }
+            Ok(!pinned)
+        })
+    }
+
     /// Pins a capsule for somebody; whether that is new.
     pub fn pin(&self, id: &CapsuleId, origin: &PinOrigin) -> Result<bool> {
         let key = origin.key();

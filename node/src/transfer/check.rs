@@ -110,8 +110,15 @@ fn check_tree(
     way: &TreeWay,
     work: &Work,
 ) -> Result<(), Failure> {
-    let listing = if way.listing.is_empty() {
-        Holdings::new(store.clone()).listing(component)?
+    let holdings = Holdings::new(store.clone());
+    // Layers of a listing that is here need not be: they are only kept to be served.
+    let mut listing_blobs = crate::held::blobs_of(&way.listing);
+    let only_blob =
+        way.listing.is_empty() || !listing_blobs.all(|blob| holdings.is_complete(&blob));
+    let listing = if only_blob {
+        holdings
+            .listing(component)
+            .map_err(|failure| of_disk(failure, holdings.is_complete(&component.root)))?
     } else {
         restore_listing(store, component, &way.listing)?
     };
@@ -120,6 +127,14 @@ fn check_tree(
             component,
             "its files do not add up to the size in the manifest",
         ));
+    }
+    // Registered without its contents, a tree would lose them to the next collection.
+    if component.content_size > 0 && way.contents.is_empty() {
+        let message = format!(
+            "no layers to the contents of component {} were chosen",
+            component.name
+        );
+        return Err(Failure::new(FailureCode::Internal, message).hint("try again"));
     }
     if !way.contents.is_empty() {
         let content = open(store, &way.contents, &ReadOptions::default())?;
@@ -141,7 +156,20 @@ fn check_tree(
         )?;
         files.finish()?;
     }
-    Ok(Holdings::new(store.clone()).put_tree_way(&component.root, way)?)
+    Ok(holdings.put_tree_way(&component.root, way)?)
+}
+
+/// What was damaged on this disk is not its publisher's fault: the store has taken it out by then.
+fn of_disk(failure: Failure, is_still_complete: bool) -> Failure {
+    if is_still_complete {
+        return failure;
+    }
+    let hint = "the same command fetches it again; look at the disk's health";
+    Failure {
+        code: FailureCode::Io,
+        ..failure
+    }
+    .hint(hint)
 }
 
 /// Decodes a listing, which becomes a blob of the component's root.

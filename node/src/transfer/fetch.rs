@@ -1,9 +1,10 @@
 //! Fetching a set of blobs: a few at a time, with one figure for all, patience, and durability at the end.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::{Duration, Instant};
 
 use capsule_proto::RootHash;
+use capsule_proto::ranges::GroupRanges;
 use capsule_swarm::{FetchError, FetchProgress, FetchSpec, PeerId, Priority};
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
@@ -143,7 +144,11 @@ impl Fetching<'_> {
         // A pull stands still until these few bytes are here; behind packs that others fetch they would wait long.
         let urgent = self.manner.phase == Phase::Planning && size.is_none_or(|size| size <= URGENT);
         let spec = FetchSpec {
-            priority: if urgent { Priority::Demand } else { self.manner.priority },
+            priority: if urgent {
+                Priority::Demand
+            } else {
+                self.manner.priority
+            },
             ..FetchSpec::whole(root, size)
         };
         let fetch = self.node.network.fetch(spec).await?;
@@ -196,43 +201,77 @@ impl Fetching<'_> {
         if sum.peers == 0 && sum.total != Some(sum.done) {
             sum.phase = Phase::Waiting;
         }
-        let (done, peers) = (sum.done, sum.peers);
+        let done = sum.done;
         tell.tell(sum);
         if now.duration_since(self.last.0) > self.manner.patience {
-            return Err(self.given_up(done, peers).await);
+            return Err(self.given_up(done).await);
         }
         Ok(())
     }
 
     /// Why nothing arrives, as far as it can be told.
-    async fn given_up(&self, done: u64, providers: usize) -> Failure {
-        let connected = self
-            .node
-            .network
-            .peers()
-            .await
-            .map_or(0, |peers| peers.len());
+    async fn given_up(&self, done: u64) -> Failure {
+        let peers = self.node.network.peers().await;
+        let connected = peers.map_or(0, |peers| peers.len());
         let (name, seconds) = (&self.manner.name, self.manner.patience.as_secs());
         let so_far = if done > 0 {
             "; what has come is kept, and the same command resumes"
         } else {
             ""
         };
-        let (message, hint) = match (connected, providers) {
+        let (holders, nowhere) = self.holders().await;
+        let missing = match nowhere {
+            0 => "what is missing".to_owned(),
+            bytes if done > 0 => format!("the last {bytes} bytes"),
+            bytes => format!("the {bytes} bytes that are missing"),
+        };
+        let (message, hint) = match (connected, holders) {
             (0, _) => (
                 format!("{name} cannot be fetched: no other machine of the fleet is connected"),
                 "start `capsule node` on one that has it, or join again with a token that holds its address".to_owned(),
             ),
-            (_, 0) => (
-                format!("{name} cannot be fetched: none of the {connected} connected machines has what is missing"),
+            (1, 0) => (
+                format!("{name} cannot be fetched: the one connected machine has none of {missing}"),
                 format!("start a machine that has it; `capsule show {name}` lists who said to"),
             ),
-            _ => (
-                format!("{name}: nothing arrived for {seconds} s, though {providers} machines have it"),
-                "look at the network between them, and try again".to_owned(),
+            (_, 0) => (
+                format!("{name} cannot be fetched: none of the {connected} connected machines has {missing}"),
+                format!("start a machine that has it; `capsule show {name}` lists who said to"),
             ),
+            (_, holders) => {
+                let have = if holders == 1 { "machine has" } else { "machines have" };
+                (
+                    format!("{name}: nothing arrived for {seconds} s, though {holders} connected {have} something of what is missing"),
+                    "look at the network between them, and try again".to_owned(),
+                )
+            }
         };
         Failure::new(FailureCode::Unreachable, format!("{message}{so_far}")).hint(hint)
+    }
+
+    /// How many connected machines have something of what is missing, and how many bytes of it none of them has.
+    async fn holders(&self) -> (usize, u64) {
+        let (mut holders, mut nowhere) = (BTreeSet::new(), 0);
+        for (root, progress) in &self.progress {
+            let size = progress.borrow().size;
+            let here = self.node.store.present(root).map(|here| here.ranges);
+            let mut missing = size.map(GroupRanges::all).unwrap_or_default();
+            missing = missing.difference(&here.unwrap_or_default());
+            if size.is_some() && missing.is_empty() {
+                continue;
+            }
+            let providers = self.node.network.providers(*root).await;
+            let mut left = missing.clone();
+            for provider in providers.unwrap_or_default() {
+                // Of a size that nobody told yet, all is missing.
+                if size.is_none() || !provider.groups.intersection(&missing).is_empty() {
+                    holders.insert(provider.peer);
+                }
+                left = left.difference(&provider.groups);
+            }
+            nowhere += size.map_or(0, |size| left.bytes(size));
+        }
+        (holders.len(), nowhere)
     }
 
     async fn finish(self, roots: &[RootHash]) -> Result<Fetched, Failure> {

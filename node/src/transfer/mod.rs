@@ -17,15 +17,15 @@ use tokio::sync::watch;
 use tokio::task::AbortHandle;
 
 use crate::control::{
-    CapsuleRef, Failure, FailureCode, PeerBytes, Phase, Plan, Planned, Progress, Pull, Pulled,
-    Reporter,
+    CapsuleRef, Failure, FailureCode, PeerBytes, Phase, Plan, Planned, PlannedComponent, Progress,
+    Pull, Pulled, Reporter,
 };
 use crate::node::{Node, machine_of, spelled};
 use crate::records::Resolution;
 use crate::store::HeldCapsule;
 use crate::work::{Task, Tell, blocking, panicked};
 use fetch::{DEFAULT_PATIENCE, Fetched, Manner, fetch};
-use prepare::{ComponentPlan, Prepared, add, prepare};
+use prepare::{ComponentPlan, Excluded, MAX_TRIES, Prepared, add, prepare};
 
 /// How long a name that nobody knows is waited for, where the user said nothing.
 const NAME_PATIENCE: Duration = Duration::from_secs(10);
@@ -152,7 +152,14 @@ pub async fn plan(
     let started = Instant::now();
     let resolution = find(node, &request.capsule, request.wait, reporter).await?;
     let manner = manner(&resolution, request.wait, Priority::Normal);
-    let prepared = prepare(node, &resolution, &manner, reporter).await?;
+    let prepared = prepare(
+        node,
+        &resolution,
+        &manner,
+        reporter,
+        &mut Excluded::default(),
+    )
+    .await?;
     let components = prepared.components(node);
     let fetch_bytes: u64 = components.iter().map(|component| component.fetch).sum();
     let mut roots: Vec<RootHash> = prepared.planning.blobs.keys().copied().collect();
@@ -161,7 +168,7 @@ pub async fn plan(
     Ok(Planned {
         capsule: resolution.capsule,
         name: resolution.name.as_ref().map(ToString::to_string),
-        have_bytes: prepared.total_bytes() - fetch_bytes,
+        have_bytes: prepared.total_bytes().saturating_sub(fetch_bytes),
         fetch_bytes,
         planning_bytes: bytes(&prepared.planning),
         content_bytes: prepared.manifest.content_size(),
@@ -247,6 +254,24 @@ fn nobody(failure: Failure) -> Failure {
         .hint("start `capsule node` on another machine, or join again with a token that holds its address")
 }
 
+/// What a pull has spent so far, over all attempts.
+#[derive(Default)]
+struct Spent {
+    planning: Fetched,
+    fetched: Fetched,
+    planning_seconds: f64,
+    fetch_seconds: f64,
+    fetch_cpu_seconds: f64,
+    check_seconds: f64,
+}
+
+/// What an attempt that succeeded found.
+struct Attempted {
+    prepared: Prepared,
+    components: Vec<PlannedComponent>,
+    unchanged: bool,
+}
+
 /// One pull, from manifest to checked components.
 async fn transfer(
     node: &Arc<Node>,
@@ -256,51 +281,129 @@ async fn transfer(
 ) -> Result<Pulled, Failure> {
     let started = Instant::now();
     let _manifest = node.store.guard([resolution.capsule.0]);
-    let prepared = prepare(node, resolution, manner, tell).await?;
+    let (mut excluded, mut spent) = (Excluded::default(), Spent::default());
+    for _ in 0..MAX_TRIES {
+        let attempt = attempt(node, resolution, manner, tell, &mut excluded, &mut spent);
+        if let Some(attempted) = attempt.await? {
+            return Ok(pulled(node, resolution, attempted, spent, started.elapsed()).await);
+        }
+    }
+    Err(excluded.failure.unwrap_or_else(|| {
+        let message = format!(
+            "{}: what is here of it was removed again and again",
+            manner.name
+        );
+        Failure::new(FailureCode::Busy, message).hint("try again when nothing is being removed")
+    }))
+}
+
+/// One attempt; none if the next may take another way.
+async fn attempt(
+    node: &Arc<Node>,
+    resolution: &Resolution,
+    manner: &Manner,
+    tell: &dyn Tell,
+    excluded: &mut Excluded,
+    spent: &mut Spent,
+) -> Result<Option<Attempted>, Failure> {
+    let begun = Instant::now();
+    let prepared = prepare(node, resolution, manner, tell, excluded).await?;
     let _guard = node.store.guard(prepared.roots());
+    spent.planning_seconds += begun.elapsed().as_secs_f64();
+    add(&mut spent.planning, prepared.planning.clone());
+    if !still_held(node, &prepared).await? {
+        return Ok(None);
+    }
     let unchanged = is_complete(node, resolution.capsule).await?
         && prepared.components.iter().all(|plan| plan.held);
     let components = prepared.components(node);
-    let planning_seconds = started.elapsed().as_secs_f64();
-    let mut fetched = Fetched::default();
-    let (mut fetch_seconds, mut fetch_cpu_seconds, mut check_seconds) = (0.0, 0.0, 0.0);
-    if !unchanged {
-        note(node, resolution.capsule, false).await?;
-        let (begun, cpu) = (Instant::now(), cpu_seconds());
-        fetched = fetch(node, prepared.wanted(node), manner, tell).await?;
-        (fetch_seconds, fetch_cpu_seconds) = (begun.elapsed().as_secs_f64(), cpu_seconds() - cpu);
-        let begun = Instant::now();
-        for plan in prepared.components.iter().filter(|plan| !plan.held) {
-            check_component(node, plan, tell).await?;
-        }
-        check_seconds = begun.elapsed().as_secs_f64();
-        // Not stopped half-way: what counts as complete is also announced.
-        let (node, roots, capsule) = (node.clone(), prepared.roots(), resolution.capsule);
-        let done = tokio::spawn(async move { complete(&node, roots, capsule).await });
-        done.await.unwrap_or_else(|panic| Err(panicked(&panic)))?;
+    let attempted = Attempted {
+        prepared,
+        components,
+        unchanged,
+    };
+    if unchanged {
+        return Ok(Some(attempted));
     }
-    let planning_bytes = bytes(&prepared.planning);
-    let fetched_bytes = planning_bytes + bytes(&fetched);
-    let Prepared {
-        manifest, planning, ..
-    } = &prepared;
-    add(&mut fetched, planning.clone());
-    Ok(Pulled {
+    let prepared = &attempted.prepared;
+    note(node, resolution.capsule, false).await?;
+    let (begun, cpu) = (Instant::now(), cpu_seconds());
+    let wanted = prepared.wanted(node);
+    let fetched = fetch(node, wanted.clone(), manner, tell).await;
+    spent.fetch_seconds += begun.elapsed().as_secs_f64();
+    spent.fetch_cpu_seconds += cpu_seconds() - cpu;
+    match fetched {
+        Ok(fetched) => add(&mut spent.fetched, fetched),
+        Err(failure) => {
+            excluded.missing(node, &wanted, failure).await?;
+            return Ok(None);
+        }
+    }
+    let begun = Instant::now();
+    for plan in prepared.components.iter().filter(|plan| !plan.held) {
+        match check_component(node, plan, tell).await {
+            Err(failure) if failure.code == FailureCode::Damaged => {
+                excluded.add(plan.way.blobs(), failure)?;
+                return Ok(None);
+            }
+            checked => checked?,
+        }
+    }
+    spent.check_seconds += begun.elapsed().as_secs_f64();
+    // Not stopped half-way: what counts as complete is also announced.
+    let (node, roots, capsule) = (node.clone(), prepared.roots(), resolution.capsule);
+    let done = tokio::spawn(async move { complete(&node, roots, capsule).await });
+    done.await.unwrap_or_else(|panic| Err(panicked(&panic)))?;
+    Ok(Some(attempted))
+}
+
+/// Whether what was held when the ways were chosen still is, now that it is guarded: it may have been removed between.
+async fn still_held(node: &Node, prepared: &Prepared) -> Result<bool, Failure> {
+    let holdings = node.holdings.clone();
+    let plans = prepared.components.iter().filter(|plan| plan.held);
+    let held: Vec<_> = plans
+        .map(|plan| (plan.component.clone(), plan.way.clone()))
+        .collect();
+    blocking(move || {
+        for (component, way) in held {
+            if holdings.way_to(&component)? != Some(way) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    })
+    .await
+}
+
+async fn pulled(
+    node: &Node,
+    resolution: &Resolution,
+    attempted: Attempted,
+    mut spent: Spent,
+    elapsed: Duration,
+) -> Pulled {
+    let planning_bytes = bytes(&spent.planning);
+    let fetched_bytes = planning_bytes + bytes(&spent.fetched);
+    add(&mut spent.fetched, spent.planning);
+    Pulled {
         capsule: resolution.capsule,
         name: resolution.name.as_ref().map(ToString::to_string),
-        unchanged,
-        components,
+        unchanged: attempted.unchanged,
+        components: attempted.components,
         fetched_bytes,
-        had_bytes: prepared.total_bytes().saturating_sub(fetched_bytes),
+        had_bytes: attempted
+            .prepared
+            .total_bytes()
+            .saturating_sub(fetched_bytes),
         planning_bytes,
-        content_bytes: manifest.content_size(),
-        by_peer: by_peer(node, &fetched).await,
-        planning_seconds,
-        fetch_seconds,
-        fetch_cpu_seconds,
-        check_seconds,
-        seconds: started.elapsed().as_secs_f64(),
-    })
+        content_bytes: attempted.prepared.manifest.content_size(),
+        by_peer: by_peer(node, &spent.fetched).await,
+        planning_seconds: spent.planning_seconds,
+        fetch_seconds: spent.fetch_seconds,
+        fetch_cpu_seconds: spent.fetch_cpu_seconds,
+        check_seconds: spent.check_seconds,
+        seconds: elapsed.as_secs_f64(),
+    }
 }
 
 /// Notes that a capsule is here, and tells everybody.

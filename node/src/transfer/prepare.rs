@@ -3,16 +3,20 @@
 //! Fetches manifest and indexes, and nothing else; so `plan` and the beginning of a pull are the same code, and their
 //! figures agree to the byte.
 
-use std::collections::{BTreeMap, HashSet};
+use std::cell::RefCell;
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use capsule_proto::RootHash;
 use capsule_proto::index::Space;
 use capsule_proto::manifest::{Component, ComponentKind, Manifest};
+use capsule_proto::ranges::{GroupRanges, group_count};
 use capsule_proto::record::{BlobRef, Layer};
+use capsule_swarm::NetworkHandle;
+use tokio::runtime::Handle;
 
 use super::fetch::{Fetched, Manner, Wanted, fetch};
 use crate::control::{ComponentInfo, Failure, FailureCode, Phase, PlannedComponent};
-use crate::graph::{Known, Way, cheapest};
+use crate::graph::{Cost, Known, Way, cheapest};
 use crate::held::{HeldWay, Holdings, TreeWay, blobs_of, component_info, fits, layer_blobs};
 use crate::layers::read_directory;
 use crate::node::Node;
@@ -20,8 +24,8 @@ use crate::records::{Records, Resolution};
 use crate::store::{BlobKind, DatabaseError, LayerBlobs, Store};
 use crate::work::{Tell, blocking};
 
-/// How often other layers are tried for ones whose index is not what their record says.
-const MAX_TRIES: usize = 8;
+/// How often other layers are tried for ones that nobody has, or that are not what their record says.
+pub const MAX_TRIES: usize = 8;
 /// A component as a blob must be cheaper than its layers by this part of its bytes.
 const BLOB_SURCHARGE: u64 = 8;
 
@@ -111,8 +115,65 @@ impl ComponentPlan {
             way: way.to_owned(),
             layers,
             have,
-            fetch: size - have,
+            fetch: size.saturating_sub(have),
         }
+    }
+}
+
+/// What a pull tried in vain, and does not try again.
+#[derive(Debug, Default)]
+pub struct Excluded {
+    blobs: HashSet<RootHash>,
+    /// Why the last of them was excluded: what is said if there is nothing else.
+    pub failure: Option<Failure>,
+}
+
+impl Excluded {
+    /// After a fetch failed: what of it nobody has all of, or all of it if that is not why. The failure if nothing changes.
+    pub async fn missing(
+        &mut self,
+        node: &Node,
+        wanted: &[Wanted],
+        failure: Failure,
+    ) -> Result<(), Failure> {
+        let (mut missing, mut absent) = (Vec::new(), Vec::new());
+        for Wanted { root, size, .. } in wanted {
+            if node.holdings.is_complete(root) {
+                continue;
+            }
+            missing.push(*root);
+            let blob = BlobRef {
+                root: *root,
+                size: size.unwrap_or_default(),
+            };
+            if reach(&node.network, &node.store, &blob).await != Reach::All {
+                absent.push(*root);
+            }
+        }
+        let of_layers = matches!(
+            failure.code,
+            FailureCode::Unreachable | FailureCode::Damaged
+        );
+        match of_layers {
+            true if absent.is_empty() => self.add(missing, failure),
+            true => self.add(absent, failure),
+            false => Err(failure),
+        }
+    }
+
+    /// Excludes blobs for a failure; the failure if all of them were excluded before.
+    pub fn add(
+        &mut self,
+        blobs: impl IntoIterator<Item = RootHash>,
+        failure: Failure,
+    ) -> Result<(), Failure> {
+        let before = self.blobs.len();
+        self.blobs.extend(blobs);
+        if self.blobs.len() == before {
+            return Err(failure);
+        }
+        self.failure = Some(failure);
+        Ok(())
     }
 }
 
@@ -122,6 +183,7 @@ pub async fn prepare(
     resolution: &Resolution,
     manner: &Manner,
     tell: &dyn Tell,
+    excluded: &mut Excluded,
 ) -> Result<Prepared, Failure> {
     let manner = Manner {
         phase: Phase::Planning,
@@ -130,9 +192,8 @@ pub async fn prepare(
     let mut planning = Fetched::default();
     let manifest = manifest(node, resolution, &manner, tell, &mut planning).await?;
     let manifest_size = manifest.encode().len() as u64;
-    let served = served_blobs(node, &manifest).await?;
     for _ in 0..MAX_TRIES {
-        let choice = choose(node, &manifest, &served).await?;
+        let choice = choose(node, &manifest, excluded).await?;
         let indexes = choice
             .indexes
             .iter()
@@ -144,7 +205,13 @@ pub async fn prepare(
                 kind: BlobKind::Index,
             })
             .collect();
-        add(&mut planning, fetch(node, wanted, &manner, tell).await?);
+        match fetch(node, wanted.clone(), &manner, tell).await {
+            Ok(fetched) => add(&mut planning, fetched),
+            Err(failure) => {
+                excluded.missing(node, &wanted, failure).await?;
+                continue;
+            }
+        }
         if check_indexes(node, choice.indexes).await? {
             return Ok(Prepared {
                 manifest,
@@ -153,6 +220,9 @@ pub async fn prepare(
                 manifest_size,
             });
         }
+    }
+    if let Some(failure) = excluded.failure.take() {
+        return Err(failure);
     }
     let message = format!(
         "{}: the layers known for it are not what their records say",
@@ -196,44 +266,54 @@ async fn manifest(
     })
 }
 
-/// Components that may be fetched as blobs: somebody serves them under their own root, or some of it is here.
-async fn served_blobs(node: &Node, manifest: &Manifest) -> Result<HashSet<RootHash>, Failure> {
-    let mut served = HashSet::new();
-    for component in &manifest.components {
-        let begun = node
-            .store
-            .durable(&component.root)
-            .is_some_and(|here| !here.ranges.is_empty());
-        if begun || !node.network.providers(component.root).await?.is_empty() {
-            served.insert(component.root);
-        }
-    }
-    Ok(served)
-}
-
 /// The ways chosen, and the layers whose indexes they need.
 struct Choice {
     components: Vec<ComponentPlan>,
     indexes: BTreeMap<RootHash, Layer>,
+    /// Whether nobody who is connected has some of it.
+    absent: bool,
 }
 
-async fn choose(
+/// Chooses ways. After a failure only ones that need not be waited for: patience was spent on what failed.
+async fn choose(node: &Node, manifest: &Manifest, excluded: &Excluded) -> Result<Choice, Failure> {
+    let chosen = choose_any(node, manifest, excluded).await;
+    match (chosen, &excluded.failure) {
+        (Ok(choice), Some(_)) if !choice.absent => Ok(choice),
+        (_, Some(failure)) => Err(failure.clone()),
+        (chosen, None) => chosen,
+    }
+}
+
+async fn choose_any(
     node: &Node,
     manifest: &Manifest,
-    served: &HashSet<RootHash>,
+    excluded: &Excluded,
 ) -> Result<Choice, Failure> {
+    let components = manifest.components.clone();
+    let streams = components
+        .iter()
+        .map(|c| ((Space::Stream as u8, c.root), c.size));
+    let trees = components
+        .iter()
+        .filter(|c| c.kind == ComponentKind::Tree)
+        .map(|c| ((Space::Contents as u8, c.root), c.content_size));
+    let mut refused = node.transfers.refused();
+    refused.extend(&excluded.blobs);
     let search = Search {
         store: node.store.clone(),
         holdings: node.holdings.clone(),
         records: node.records.clone(),
-        refused: node.transfers.refused(),
-        served: served.clone(),
+        network: node.network.clone(),
+        runtime: Handle::current(),
+        refused,
+        sizes: streams.chain(trees).collect(),
+        reach: RefCell::default(),
     };
-    let components = manifest.components.clone();
     blocking(move || {
         let mut choice = Choice {
             components: Vec::new(),
             indexes: BTreeMap::new(),
+            absent: false,
         };
         let mut taken = HashSet::new();
         for component in components {
@@ -273,9 +353,39 @@ struct Search {
     store: Store,
     holdings: Holdings,
     records: std::sync::Arc<Records>,
-    /// Indexes that turned out wrong.
+    network: NetworkHandle,
+    /// For asking the network from a thread that may block.
+    runtime: Handle,
+    /// Indexes that turned out wrong, and blobs that this pull tried in vain.
     refused: HashSet<RootHash>,
-    served: HashSet<RootHash>,
+    /// What the manifest says of lengths, by space.
+    sizes: HashMap<(u8, RootHash), u64>,
+    /// What the network said of blobs.
+    reach: RefCell<HashMap<RootHash, Reach>>,
+}
+
+/// How much of a blob is here or at connected machines.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Reach {
+    Nothing,
+    Some,
+    All,
+}
+
+async fn reach(network: &NetworkHandle, store: &Store, blob: &BlobRef) -> Reach {
+    let here = store.durable(&blob.root);
+    let mut groups = here.map_or_else(GroupRanges::new, |here| here.ranges);
+    // A closing network has no providers; whoever fetches hears of it.
+    for provider in network.providers(blob.root).await.unwrap_or_default() {
+        if provider.size == blob.size {
+            groups.union_with(&provider.groups);
+        }
+    }
+    match groups.is_empty() {
+        true => Reach::Nothing,
+        false if groups.contains_run(&(0..group_count(blob.size))) => Reach::All,
+        false => Reach::Some,
+    }
 }
 
 impl Search {
@@ -300,7 +410,7 @@ impl Search {
             }
             None => {
                 let mut blobs = BTreeMap::new();
-                let way = self.way(&component, &mut blobs, &mut choice.indexes)?;
+                let way = self.way(&component, &mut blobs, choice)?;
                 (way, blobs, false)
             }
         };
@@ -322,12 +432,12 @@ impl Search {
         &self,
         component: &Component,
         blobs: &mut BTreeMap<RootHash, (u64, BlobKind)>,
-        indexes: &mut BTreeMap<RootHash, Layer>,
+        choice: &mut Choice,
     ) -> Result<HeldWay, Failure> {
         let mut find = |space, size| {
             let way =
                 cheapest(self, space, component.root, size)?.ok_or_else(|| no_way(component))?;
-            Ok::<_, Failure>((self.layers_of(space, &way, blobs, indexes)?, way))
+            Ok::<_, Failure>((self.layers_of(space, component, &way, blobs, choice)?, way))
         };
         if component.kind != ComponentKind::Tree {
             let (layers, way) = find(Space::Stream, component.size)?;
@@ -337,6 +447,7 @@ impl Search {
                 HeldWay::Layers(layers)
             });
         }
+        // A listing that is here needs no layers; those through which it came stay known, to be served.
         let listing = if self.holdings.is_complete(&component.root) {
             self.holdings
                 .tree_way(&component.root)?
@@ -357,20 +468,21 @@ impl Search {
     fn layers_of(
         &self,
         space: Space,
+        component: &Component,
         way: &Way,
         blobs: &mut BTreeMap<RootHash, (u64, BlobKind)>,
-        indexes: &mut BTreeMap<RootHash, Layer>,
+        choice: &mut Choice,
     ) -> Result<Vec<LayerBlobs>, Failure> {
-        let new = match way {
-            Way::Held => return Ok(Vec::new()),
+        let (below, new) = match way {
+            Way::Held => (Some(component.root), &[][..]),
             Way::Blob(blob) => {
+                choice.absent |= self.reach(blob) != Reach::All;
                 // A tree's listing is fetched as what it is.
                 blobs.insert(blob.root, (blob.size, BlobKind::Other));
                 return Ok(Vec::new());
             }
-            Way::Layers(layers) => layers,
+            Way::Layers(layers) => (layers.first().and_then(|layer| layer.parent), &layers[..]),
         };
-        let below = new.first().and_then(|layer| layer.parent);
         let mut layers = below
             .map_or(Ok(None), |parent| self.recipe(space, &parent))?
             .unwrap_or_default();
@@ -379,7 +491,8 @@ impl Search {
             blobs.insert(blob, (size, BlobKind::Other));
         }
         for layer in new {
-            indexes.insert(layer.index.root, layer.clone());
+            choice.absent |= !self.is_reachable(layer);
+            choice.indexes.insert(layer.index.root, layer.clone());
             blobs.insert(layer.index.root, (layer.index.size, BlobKind::Index));
             blobs.extend(
                 layer
@@ -389,6 +502,42 @@ impl Search {
             layers.push(layer_blobs(layer));
         }
         Ok(layers)
+    }
+
+    fn reach(&self, blob: &BlobRef) -> Reach {
+        if self.holdings.is_complete(&blob.root) {
+            return Reach::All;
+        }
+        if let Some(known) = self.reach.borrow().get(&blob.root) {
+            return *known;
+        }
+        let found = self
+            .runtime
+            .block_on(reach(&self.network, &self.store, blob));
+        self.reach.borrow_mut().insert(blob.root, found);
+        found
+    }
+
+    /// Whether a layer may make what its record says, as far as can be told before any of it is fetched.
+    fn is_usable(&self, layer: &Layer) -> bool {
+        let size = self.sizes.get(&(layer.space as u8, layer.target));
+        let mut blobs = [Some(&layer.index), layer.pack.as_ref()]
+            .into_iter()
+            .flatten();
+        size.is_none_or(|size| *size == layer.target_size)
+            && blobs.all(|blob| !self.refused.contains(&blob.root) && self.agrees(blob))
+    }
+
+    /// Whether a blob's size is that of the one here. One of which nothing came has only the size that somebody said: it goes.
+    fn agrees(&self, blob: &BlobRef) -> bool {
+        self.store.durable(&blob.root).is_none_or(|here| {
+            let begun = || {
+                self.store
+                    .present(&blob.root)
+                    .is_some_and(|p| !p.ranges.is_empty())
+            };
+            here.size == blob.size || (!begun() && self.store.remove(&blob.root).is_ok())
+        })
     }
 
     /// The layers through which a component is read here, if it is.
@@ -424,7 +573,7 @@ impl Known for Search {
             .into_iter()
             .map(|known| known.layer);
         Ok(known
-            .filter(|layer| layer.space == space && !self.refused.contains(&layer.index.root))
+            .filter(|layer| layer.space == space && self.is_usable(layer))
             .collect())
     }
 
@@ -435,11 +584,18 @@ impl Known for Search {
 
     /// A little more than its bytes: whoever serves a component decodes it for that, and it is stored as it is. What is here
     /// already was paid for.
-    fn blob_cost(&self, blob: &BlobRef) -> Option<u64> {
-        let missing = self.missing(blob);
-        self.served
-            .contains(&blob.root)
-            .then(|| missing + missing / BLOB_SURCHARGE)
+    fn blob_cost(&self, blob: &BlobRef) -> Option<Cost> {
+        let (reach, missing) = (self.reach(blob), self.missing(blob));
+        let served = reach != Reach::Nothing && !self.refused.contains(&blob.root);
+        let absent = u64::from(reach != Reach::All);
+        served.then(|| (absent, missing.saturating_add(missing / BLOB_SURCHARGE)))
+    }
+
+    fn is_reachable(&self, layer: &Layer) -> bool {
+        let mut blobs = [Some(&layer.index), layer.pack.as_ref()]
+            .into_iter()
+            .flatten();
+        blobs.all(|blob| self.reach(blob) == Reach::All)
     }
 }
 

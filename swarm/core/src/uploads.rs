@@ -11,6 +11,7 @@ use std::ops::Range;
 use std::time::Duration;
 
 use capsule_proto::hash::RootHash;
+use capsule_proto::ranges::GroupRanges;
 
 use crate::meter::RateMeter;
 use crate::time::earliest;
@@ -30,6 +31,12 @@ const PEER_IN_FLIGHT: u64 = 64 << 10;
 /// A response that takes longer than twice what our own rate explains, and this, is held up by the receiver: until
 /// one is not, what is in flight to that receiver does not keep others from being served.
 const HELD_UP: Duration = Duration::from_millis(200);
+/// Weight of one announcement in the mean time from sending a piece to hearing that its receiver has it.
+const HEARD_WEIGHT: f64 = 0.125;
+/// A second copy is kept back for so many of these mean times: most announcements have come by then.
+const HEARD_TIMES: f64 = 2.0;
+/// Runs of one announcement that are looked at: one tells as much as many.
+const HEARD_RUNS: usize = 4;
 /// How far a peer may be ahead of the one that was served least, before what others wait for comes first, sent
 /// often or not: 8 longest requests.
 const SLACK: u64 = 8 << 20;
@@ -58,6 +65,8 @@ pub struct Uploads {
     sent: SentLog,
     meter: RateMeter,
     bytes_sent: u64,
+    /// Mean seconds from sending a piece to hearing that its receiver has it.
+    heard: Option<f64>,
     /// What the least-served waiting peer had been served when last somebody was.
     virtual_time: u64,
     /// When a piece kept back may be sent, or a response counts as held up.
@@ -113,6 +122,7 @@ impl Uploads {
             sent: SentLog::default(),
             meter: RateMeter::default(),
             bytes_sent: 0,
+            heard: None,
             virtual_time: 0,
             wake_at: None,
         }
@@ -139,6 +149,27 @@ impl Uploads {
             self.sent.leave(sending.log);
         }
         self.measure(now);
+    }
+
+    /// Takes in that a peer announced groups of a blob: tells how long announcements take.
+    pub fn handle_have(&mut self, now: Time, peer: PeerKey, root: &RootHash, groups: &GroupRanges) {
+        for run in groups.runs().iter().take(HEARD_RUNS) {
+            let Some(sent) = self.sent.sent_to(root, run.start, peer) else {
+                continue;
+            };
+            let sample = now.since(sent).as_secs_f64();
+            let mean = self.heard.get_or_insert(sample);
+            *mean += (sample - *mean) * HEARD_WEIGHT;
+        }
+    }
+
+    /// How long a second copy is kept back.
+    fn echo(&self) -> Duration {
+        let wanted = self.heard.unwrap_or_default() * HEARD_TIMES;
+        let UploadConfig { echo, echo_max, .. } = self.config;
+        Duration::try_from_secs_f64(wanted)
+            .unwrap_or(echo_max)
+            .clamp(echo.min(echo_max), echo_max)
     }
 
     /// Queues a request, or says why not.
@@ -374,7 +405,7 @@ impl Uploads {
         Some(
             self.sent
                 .sent_elsewhere(waiting.log, &request.groups, peer)?
-                + self.config.echo,
+                + self.echo(),
         )
     }
 

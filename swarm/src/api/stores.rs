@@ -82,8 +82,11 @@ pub trait BlobStore: Send + Sync + 'static {
 pub enum Offer {
     /// Valid and not seen before: it is stored, and spreads on.
     New,
-    /// Already held, or superseded by what is held: no fault of the sender's.
+    /// Already held, superseded by what is held, or of a newer format: no fault of the sender's.
     Known,
+    /// Could not be judged or kept now (no room, a clock that is behind): no fault of the sender's. It is not
+    /// passed on, and asked for again after a while.
+    Later(String),
     /// Malformed, or not signed by a member who may: counts against the sender.
     Rejected(String),
 }

@@ -8,6 +8,7 @@ use capsule_proto::{GroupRanges, RootHash};
 use capsule_swarm_core::PeerKey;
 
 use super::Engine;
+use super::peer::Claimed;
 use crate::api::Provider;
 
 impl Engine {
@@ -21,11 +22,14 @@ impl Engine {
         let Some(peer) = self.peers.get_mut(&key) else {
             return;
         };
-        if !peer.claim(root, size, groups) {
-            return self.fault(
-                key,
-                "it announces more than a peer may, or one blob with two sizes",
-            );
+        match peer.claim(root, size, groups) {
+            Claimed::Taken => {}
+            Claimed::TooMany => {
+                return tracing::debug!(peer = %peer.id, %root, "more blobs than are remembered of a peer");
+            }
+            Claimed::Contradiction => {
+                return self.fault(key, "it announces one blob with two sizes");
+            }
         }
         let holds_all = peer.claims[&root].groups == GroupRanges::all(size);
         let now = self.now();
@@ -39,6 +43,7 @@ impl Engine {
         if known.is_some_and(|known| known != size) {
             return tracing::debug!(%root, known, size, "a peer claims another size");
         }
+        self.uploads.handle_have(now, key, &root, groups);
         self.downloads.handle_have(now, key, &root, groups);
         self.try_probe(root);
     }

@@ -11,7 +11,7 @@
 //! | `claims` | what peers announce |
 //! | `sync` | records and status, by gossip and anti-entropy |
 //! | `connect`, `exchange` | who is connected: dials, bans, the dead, too many |
-//! | `peer`, `directory`, `gossip`, `pool` | their parts that stand alone |
+//! | `peer`, `directory`, `gossip`, `pool`, `wants` | their parts that stand alone |
 
 mod claims;
 mod connect;
@@ -26,6 +26,7 @@ mod sizing;
 mod start;
 mod sync;
 mod transfers;
+mod wants;
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;

@@ -1,6 +1,6 @@
 //! What the engine knows of one connected peer.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::net::SocketAddr;
 use std::ops::Range;
 use std::time::{Duration, Instant};
@@ -9,12 +9,12 @@ use capsule_proto::credential::Member;
 use capsule_proto::{GroupRanges, RootHash};
 use libp2p::{Multiaddr, PeerId};
 
-use crate::api::PeerInfo;
+use crate::api::{PeerInfo, RecordId};
 use crate::protocol::{Arriving, Connected};
 
-/// Most blobs that a peer may announce: as many as the scheduler remembers.
+/// Most blobs remembered of what a peer announces: as many as the scheduler remembers.
 pub const MAX_CLAIMS: usize = 16_384;
-/// Most runs in all its announcements together: 4 MiB of memory.
+/// Most runs remembered of all its announcements together: 4 MiB of memory.
 pub const MAX_CLAIMED_RUNS: usize = 1 << 18;
 /// Silence after which a peer is asked whether it lives.
 const PING_AFTER: Duration = Duration::from_secs(6);
@@ -30,6 +30,16 @@ const RATE_WEIGHT: f64 = 0.4;
 pub struct Claim {
     pub size: u64,
     pub groups: GroupRanges,
+}
+
+/// What became of an announcement.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Claimed {
+    Taken,
+    /// More than is remembered of one peer: it may well hold it, but is not asked for it.
+    TooMany,
+    /// Another size than it said before.
+    Contradiction,
 }
 
 /// A request that we made.
@@ -91,9 +101,11 @@ pub struct Peer {
     /// Records of its that are being checked, and reads of records for it that are under way.
     pub offers: usize,
     pub record_reads: usize,
+    /// What it asked for that waits for those reads.
+    pub wants: VecDeque<Vec<RecordId>>,
     /// Ids of records that it told us since the minute began.
     pub ids_told: usize,
-    /// Things that it did wrong that may be misunderstandings.
+    /// Things that it did wrong that may be misunderstandings; halved each minute.
     pub faults: u32,
     heard: Instant,
     ping: Option<(u64, Instant)>,
@@ -130,6 +142,7 @@ impl Peer {
             listening: Vec::new(),
             offers: 0,
             record_reads: 0,
+            wants: VecDeque::new(),
             ids_told: 0,
             faults: 0,
             heard: now,
@@ -188,22 +201,25 @@ impl Peer {
         Vital::Ping(self.pings)
     }
 
-    /// Takes in more that it holds of a blob. False if it contradicts itself, or announces more than anybody may.
-    pub fn claim(&mut self, root: RootHash, size: u64, groups: &GroupRanges) -> bool {
-        if !self.claims.contains_key(&root) && self.claims.len() >= MAX_CLAIMS {
-            return false;
+    /// Takes in more that it holds of a blob.
+    pub fn claim(&mut self, root: RootHash, size: u64, groups: &GroupRanges) -> Claimed {
+        let known = self.claims.get(&root);
+        if known.is_some_and(|claim| claim.size != size) {
+            return Claimed::Contradiction;
+        }
+        // Counted as if none of the runs joined another.
+        let runs = self.claimed_runs + groups.runs().len();
+        if runs > MAX_CLAIMED_RUNS || (known.is_none() && self.claims.len() >= MAX_CLAIMS) {
+            return Claimed::TooMany;
         }
         let claim = self.claims.entry(root).or_insert_with(|| Claim {
             size,
             groups: GroupRanges::new(),
         });
-        if claim.size != size {
-            return false;
-        }
         self.claimed_runs -= claim.groups.runs().len();
         claim.groups.union_with(groups);
         self.claimed_runs += claim.groups.runs().len();
-        self.claimed_runs <= MAX_CLAIMED_RUNS
+        Claimed::Taken
     }
 
     /// Takes in that it no longer holds some (or all) of a blob; returns what it did hold of that.
@@ -311,8 +327,8 @@ mod tests {
         let mut peer = peer(Instant::now());
         let root = RootHash::of(b"blob");
         let groups = GroupRanges::from(0..3);
-        assert!(peer.claim(root, 100_000, &groups));
-        assert!(!peer.claim(root, 100_001, &groups), "another size");
+        assert_eq!(peer.claim(root, 100_000, &groups), Claimed::Taken);
+        assert_eq!(peer.claim(root, 100_001, &groups), Claimed::Contradiction);
         assert_eq!(
             peer.disclaim(&root, Some(&GroupRanges::from(1..9))),
             GroupRanges::from(1..3)
@@ -321,11 +337,18 @@ mod tests {
         assert_eq!(peer.disclaim(&root, None), GroupRanges::from(0..1));
         assert!(peer.claims.is_empty() && peer.claimed_runs == 0);
         let root_of = |i: usize| RootHash::of(&i.to_le_bytes());
-        assert!((0..MAX_CLAIMS).all(|i| peer.claim(root_of(i), 1, &GroupRanges::all(1))));
-        assert!(!peer.claim(root_of(MAX_CLAIMS), 1, &GroupRanges::all(1)));
+        let all = GroupRanges::all(1);
+        assert!((0..MAX_CLAIMS).all(|i| peer.claim(root_of(i), 1, &all) == Claimed::Taken));
+        assert_eq!(
+            peer.claim(root_of(MAX_CLAIMS), 1, &all),
+            Claimed::TooMany,
+            "no contradiction: a large node is not at fault"
+        );
+        assert_eq!(peer.claim(root_of(3), 1, &all), Claimed::Taken, "known");
         let scattered: GroupRanges = (0..MAX_CLAIMED_RUNS as u64)
             .map(|i| 2 * i..2 * i + 1)
             .collect();
-        assert!(!peer.claim(root_of(0), 1, &scattered));
+        assert_eq!(peer.claim(root_of(0), 1, &scattered), Claimed::TooMany);
+        assert_eq!(peer.claimed_runs, MAX_CLAIMS, "nothing of it is kept");
     }
 }

@@ -63,7 +63,6 @@ impl Engine {
                 self.probe_failed(part.root, key);
             }
             Err(error) => {
-                tracing::warn!(root = %part.root, %error, "fetch ends");
                 self.downloads
                     .handle_failed(now, key, id, Failure::NotStored);
                 self.fail_transfer(&part, error);

@@ -19,6 +19,7 @@ use rand::RngExt;
 use super::Engine;
 use super::gossip::Topics;
 use super::pool::{Job, Via};
+use super::wants::Wants;
 use crate::address;
 use crate::api::{Event, Offer, RecordId};
 use crate::transport::peer_id_of;
@@ -28,12 +29,16 @@ const BATCH_RECORDS: usize = 256;
 const BATCH_BYTES: usize = 512 << 10;
 /// Bytes of records that one peer may have waiting to be checked: what it sends for one request of ours.
 const MAX_OFFERED: usize = 8 << 20;
-/// Reads of records for one peer at once.
+/// Reads of records for one peer at once, and its requests that may wait for them: 2 MiB of ids. An honest peer has one
+/// open; what is beyond is dropped, and asked for again.
 const MAX_READS: usize = 2;
+const MAX_WANTS: usize = 4;
 /// Records by gossip that may wait to be checked.
 const MAX_GOSSIPED: usize = 256;
-/// Ids that a peer may tell in a minute.
+/// Ids that are looked at of what a peer tells in a minute.
 const MAX_IDS_TOLD: usize = 1 << 18;
+/// Ids told to one peer at once, from a place in the set that changes: half a control lane's queue.
+const MAX_TELLING: usize = 1 << 17;
 /// Ids remembered that need not be asked for: superseded or invalid records.
 const MAX_SETTLED: usize = 1 << 16;
 /// Members whose newest status is remembered.
@@ -42,10 +47,10 @@ const MAX_MEMBERS: usize = 4096;
 const RELOAD: Duration = Duration::from_millis(500);
 /// How often one peer's digest is compared for no reason.
 const COMPARE: Duration = Duration::from_secs(30);
-/// Least time between two tellings of all ids to one peer.
+/// Least time between two tellings of ids to one peer: the first for a small set, the second for each
+/// [`MAX_RECORD_IDS`] of a large one, so that no more are told than the peer looks at.
 const TELL_IDS: Duration = Duration::from_millis(800);
-/// How long a record that was asked of one peer is not asked of another.
-const ASKED: Duration = Duration::from_secs(5);
+const TELL_CHUNK: Duration = Duration::from_secs(4);
 /// When the status is told again though nothing changed, and after a failure.
 const STATUS_EVERY: Duration = Duration::from_secs(300);
 const STATUS_RETRY: Duration = Duration::from_secs(3);
@@ -64,7 +69,7 @@ pub(super) struct Sync {
     compared_at: Instant,
     minute: Instant,
     settled: HashSet<RecordId>,
-    asked: BTreeMap<RecordId, Instant>,
+    wants: Wants,
     told: BTreeMap<PeerKey, Instant>,
     /// The digest of each peer that was last answered with ours, and when.
     answered: BTreeMap<PeerKey, (RootHash, Instant)>,
@@ -92,7 +97,7 @@ impl Sync {
             compared_at: now,
             minute: now,
             settled: HashSet::new(),
-            asked: BTreeMap::new(),
+            wants: Wants::default(),
             told: BTreeMap::new(),
             answered: BTreeMap::new(),
             deferred: BTreeMap::new(),
@@ -135,7 +140,20 @@ impl Sync {
         self.told.remove(&key);
         self.answered.remove(&key);
         self.deferred.remove(&key);
+        self.wants.forget(key);
     }
+
+    /// Least time between two tellings of our ids to one peer.
+    fn tell_every(&self) -> Duration {
+        let told = self.ids.as_ref().map_or(0, Vec::len).min(MAX_TELLING);
+        TELL_IDS.max(TELL_CHUNK.mul_f64(told as f64 / MAX_RECORD_IDS as f64))
+    }
+}
+
+/// Whether a record is held, or known not to be worth asking for.
+fn is_here(ids: Option<&[RecordId]>, settled: &HashSet<RecordId>, id: &RecordId) -> bool {
+    // Not read yet: then what we have in truth is asked for in vain, once.
+    settled.contains(id) || ids.unwrap_or_default().binary_search(id).is_ok()
 }
 
 impl Engine {
@@ -178,24 +196,21 @@ impl Engine {
         }
         if now - self.sync.minute >= Duration::from_secs(60) {
             self.sync.minute = now;
-            self.peers.values_mut().for_each(|peer| peer.ids_told = 0);
+            for peer in self.peers.values_mut() {
+                peer.ids_told = 0;
+                peer.faults /= 2;
+            }
         }
         let Sync {
-            asked,
+            wants,
             ids,
             settled,
             ..
         } = &mut self.sync;
-        let here = |id: &RecordId| {
-            let ids = ids.as_deref().unwrap_or_default();
-            settled.contains(id) || ids.binary_search(id).is_ok()
-        };
-        let mut missing = false;
-        asked.retain(|id, at| {
-            let waits = now - *at < ASKED;
-            missing |= !waits && !here(id);
-            waits
-        });
+        let missing = wants.tick(now, |id| is_here(ids.as_deref(), settled, id));
+        for key in wants.peers() {
+            self.want_records(key, now);
+        }
         if missing {
             // Somebody did not send what it told of: whoever else has it tells so once it hears that we lack it.
             let keys: Vec<_> = self.peers.keys().copied().collect();
@@ -228,17 +243,22 @@ impl Engine {
             .sync
             .told
             .get(&key)
-            .is_some_and(|at| now - *at < TELL_IDS)
+            .is_some_and(|at| now - *at < self.sync.tell_every())
         {
             self.sync.deferred.insert(key, digest);
             return;
         }
         self.sync.deferred.remove(&key);
         self.sync.told.insert(key, now);
-        let chunks: Vec<_> = ids
+        let mut chunks: Vec<_> = ids
             .chunks(MAX_RECORD_IDS)
             .map(<[RecordId]>::to_vec)
             .collect();
+        if chunks.len() > MAX_TELLING / MAX_RECORD_IDS {
+            let from = self.connector.rng().random_range(0..chunks.len());
+            chunks.rotate_left(from);
+            chunks.truncate(MAX_TELLING / MAX_RECORD_IDS);
+        }
         // The peer may not know that ours differs: it tells its ids when it hears so. Once for each digest of its, so
         // that two who cannot agree do not go on for ever.
         let answered = self.sync.answered.insert(key, (digest, now));
@@ -258,26 +278,34 @@ impl Engine {
     }
 
     pub(super) fn on_record_ids(&mut self, key: PeerKey, ids: Vec<RecordId>) {
-        let now = Instant::now();
         let Some(peer) = self.peers.get_mut(&key) else {
             return;
         };
-        peer.ids_told += ids.len();
-        if peer.ids_told > MAX_IDS_TOLD {
-            return self.fault(key, "it tells more records than a fleet has");
-        }
-        let sync = &self.sync;
-        // Not read yet: then what we have in truth is asked for in vain, once.
-        let ours = sync.ids.as_deref().unwrap_or_default();
-        let lacking = |id: &RecordId| {
-            ours.binary_search(id).is_err()
-                && !sync.settled.contains(id)
-                && !sync.asked.contains_key(id)
-        };
-        let wanted: Vec<_> = ids.into_iter().filter(lacking).collect();
-        if !wanted.is_empty() {
-            self.sync.asked.extend(wanted.iter().map(|id| (*id, now)));
-            self.send(key, &Control::RecordWant { ids: wanted });
+        let looked_at = ids.len().min(MAX_IDS_TOLD - peer.ids_told);
+        peer.ids_told += looked_at;
+        let Sync {
+            wants,
+            ids: ours,
+            settled,
+            ..
+        } = &mut self.sync;
+        let told = ids.into_iter().take(looked_at);
+        let lacking = told.filter(|id| !is_here(ours.as_deref(), settled, id));
+        wants.add(key, lacking);
+        self.want_records(key, Instant::now());
+    }
+
+    /// Asks a peer for the next records that it told of, if it has answered the last request.
+    fn want_records(&mut self, key: PeerKey, now: Instant) {
+        let Sync {
+            wants,
+            ids,
+            settled,
+            ..
+        } = &mut self.sync;
+        let here = |id: &RecordId| is_here(ids.as_deref(), settled, id);
+        if let Some(ids) = wants.next(key, now, here) {
+            self.send(key, &Control::RecordWant { ids });
         }
     }
 
@@ -285,18 +313,24 @@ impl Engine {
         let Some(peer) = self.peers.get_mut(&key) else {
             return;
         };
-        if peer.record_reads >= MAX_READS {
-            return self.fault(key, "it asks for more records before it got the last");
+        if peer.record_reads < MAX_READS {
+            peer.record_reads += 1;
+            self.pool.submit(Job::Records { peer: key, ids });
+        } else if peer.wants.len() < MAX_WANTS {
+            peer.wants.push_back(ids);
+        } else {
+            tracing::debug!(peer = %peer.id, "it asks for more records before it got the last: dropped");
         }
-        peer.record_reads += 1;
-        self.pool.submit(Job::Records { peer: key, ids });
     }
 
     pub(super) fn on_records_read(&mut self, key: PeerKey, records: Vec<Vec<u8>>) {
         let Some(peer) = self.peers.get_mut(&key) else {
             return;
         };
-        peer.record_reads -= 1;
+        match peer.wants.pop_front() {
+            Some(ids) => self.pool.submit(Job::Records { peer: key, ids }),
+            None => peer.record_reads -= 1,
+        }
         let (mut batch, mut bytes) = (Vec::new(), 0);
         for record in records {
             if batch.len() >= BATCH_RECORDS || bytes + record.len() > BATCH_BYTES {
@@ -316,6 +350,8 @@ impl Engine {
         let Some(peer) = self.peers.get_mut(&key) else {
             return;
         };
+        let now = Instant::now();
+        self.sync.wants.came(key, records.len(), now);
         for bytes in records {
             if peer.offers + bytes.len() > MAX_OFFERED {
                 tracing::debug!(peer = %peer.id, "records lost: more than were asked for");
@@ -327,12 +363,13 @@ impl Engine {
                 via: Via::Peer(key),
             });
         }
+        self.want_records(key, now);
     }
 
     pub(super) fn on_offered(&mut self, bytes: Vec<u8>, via: Via, offer: Offer) {
         let acceptance = match offer {
             Offer::New => MessageAcceptance::Accept,
-            Offer::Known => MessageAcceptance::Ignore,
+            Offer::Known | Offer::Later(_) => MessageAcceptance::Ignore,
             Offer::Rejected(_) => MessageAcceptance::Reject,
         };
         let from = match via {
@@ -359,6 +396,13 @@ impl Engine {
                 self.tell(Event::RecordReceived { bytes, from });
             }
             (Offer::Known, _) => self.sync.settle(&bytes),
+            (Offer::Later(reason), _) => {
+                tracing::debug!(reason, "a record is left for later");
+                let id = RecordId(RootHash::of(&bytes));
+                if !self.sync.wants.postpone(id, Instant::now()) {
+                    self.sync.settle(&bytes);
+                }
+            }
             (Offer::Rejected(reason), from) => {
                 self.sync.settle(&bytes);
                 if let Some(&key) = from.and_then(|id| self.keys.get(&id)) {

@@ -373,6 +373,7 @@ impl Engine {
         }
     }
 
+    /// Ends the transfer that a response was for. Others of its responses may fail alike, after its end.
     pub(super) fn fail_transfer(&mut self, part: &Part, error: StoreError) {
         let (root, now) = (part.root, self.now());
         if self
@@ -385,6 +386,7 @@ impl Engine {
         let Some(transfer) = self.transfers.remove(&root) else {
             return;
         };
+        tracing::warn!(%root, %error, "fetch ends");
         self.downloads.remove_blob(now, &root);
         let again = || match &error {
             StoreError::Full => StoreError::Full,

@@ -5,6 +5,7 @@
 //! one is dead without knowing it. The engine sees one connection a peer, always: the loser's end before the winner's start.
 
 use std::collections::{HashMap, VecDeque};
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
@@ -25,10 +26,13 @@ use thiserror::Error;
 use super::buffers::{Buffer, Buffers};
 use super::frame::{Arriving, LaneError, Response};
 use super::handler::{FromBehaviour, Handler, ToBehaviour};
+use crate::address;
 use crate::transport::Gatekeeper;
 
 /// Connections of one peer this close together were opened by both sides at once.
 const SIMULTANEOUS: Duration = Duration::from_secs(5);
+/// Handshakes under way from one address: a quarter of all, so that no single stranger keeps the fleet out.
+const MAX_ARRIVALS: usize = 16;
 
 /// A connection that came up.
 #[derive(Debug)]
@@ -94,6 +98,11 @@ struct Established {
 #[error("no credential is remembered for this peer")]
 struct NotAdmitted;
 
+/// Somebody opens connections faster than they can be let in.
+#[derive(Debug, Error)]
+#[error("{MAX_ARRIVALS} connections from {0} are in their handshake: try again in a moment")]
+struct TooManyArrivals(IpAddr);
+
 /// See the module.
 pub struct Behaviour {
     local: PeerId,
@@ -104,6 +113,8 @@ pub struct Behaviour {
     /// The connection in use of each peer.
     active: HashMap<PeerId, ConnectionId>,
     keys: HashMap<PeerKey, ConnectionId>,
+    /// Where handshakes under way come from; as few as `connection_limits` lets begin.
+    arrivals: HashMap<ConnectionId, IpAddr>,
     /// Bounded by the calls between two polls of the swarm.
     actions: VecDeque<ToSwarm<Event, FromBehaviour>>,
 }
@@ -118,6 +129,7 @@ impl Behaviour {
             links: HashMap::new(),
             active: HashMap::new(),
             keys: HashMap::new(),
+            arrivals: HashMap::new(),
             actions: VecDeque::new(),
         }
     }
@@ -259,6 +271,24 @@ impl NetworkBehaviour for Behaviour {
     type ConnectionHandler = Handler;
     type ToSwarm = Event;
 
+    fn handle_pending_inbound_connection(
+        &mut self,
+        id: ConnectionId,
+        _local: &Multiaddr,
+        remote: &Multiaddr,
+    ) -> Result<(), ConnectionDenied> {
+        // From this machine many nodes may come, and strangers may not.
+        let ip = address::to_socket(remote).map(|address| address.ip());
+        let Some(ip) = ip.filter(|ip| !ip.is_loopback()) else {
+            return Ok(());
+        };
+        if self.arrivals.values().filter(|other| **other == ip).count() >= MAX_ARRIVALS {
+            return Err(ConnectionDenied::new(TooManyArrivals(ip)));
+        }
+        self.arrivals.insert(id, ip);
+        Ok(())
+    }
+
     fn handle_established_inbound_connection(
         &mut self,
         id: ConnectionId,
@@ -266,6 +296,7 @@ impl NetworkBehaviour for Behaviour {
         _local: &Multiaddr,
         _remote: &Multiaddr,
     ) -> Result<Handler, ConnectionDenied> {
+        self.arrivals.remove(&id);
         self.new_handler(id, peer)
     }
 
@@ -286,7 +317,10 @@ impl NetworkBehaviour for Behaviour {
             FromSwarm::ConnectionClosed(event) => self.closed(event),
             // A handler made for a connection that another behaviour then denied.
             FromSwarm::DialFailure(event) => drop(self.links.remove(&event.connection_id)),
-            FromSwarm::ListenFailure(event) => drop(self.links.remove(&event.connection_id)),
+            FromSwarm::ListenFailure(event) => {
+                self.arrivals.remove(&event.connection_id);
+                self.links.remove(&event.connection_id);
+            }
             _ => {}
         }
     }

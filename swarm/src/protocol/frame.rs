@@ -15,6 +15,7 @@
 
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use bytes::Bytes;
 use capsule_proto::wire::{
@@ -22,8 +23,9 @@ use capsule_proto::wire::{
     MAX_DATA_GROUPS, MAX_DATA_LEN, WireError,
 };
 use capsule_swarm_core::MAX_REQUEST_GROUPS;
-use futures::io::{AsyncRead, AsyncReadExt};
+use futures::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use thiserror::Error;
+use tokio::time::timeout;
 
 use super::buffers::{Buffer, Buffers};
 
@@ -31,6 +33,13 @@ use super::buffers::{Buffer, Buffers};
 pub const CONTENT_HEADER: usize = FRAME_HEADER_LEN + DATA_HEADER_LEN;
 /// Longest data frame, header included.
 pub const MAX_CONTENT_FRAME: usize = FRAME_HEADER_LEN + MAX_DATA_LEN;
+
+/// Longest silence within a frame: it pins a buffer that all connections share. TCP resends for longer only on
+/// links that are dead to `Peer::tick` too.
+pub const READ_PATIENCE: Duration = Duration::from_secs(20);
+/// Longest wait until the connection takes another byte: a peer whose buffers are pinned by others' silent frames
+/// has them back before.
+pub const WRITE_PATIENCE: Duration = Duration::from_secs(30);
 
 // A response is one frame.
 const _: () = assert!(MAX_REQUEST_GROUPS <= MAX_DATA_GROUPS);
@@ -53,6 +62,9 @@ pub enum LaneError {
     /// The peer does not read what we send.
     #[error("the peer does not read: {0} bytes of messages wait for it")]
     NotReading(usize),
+    /// The peer stopped in the middle of a frame, or the link is dead.
+    #[error("nothing moved in the middle of a frame for {} s", .0.as_secs())]
+    Stalled(Duration),
     /// The peer did not open or accept a lane.
     #[error("opening a lane: {0}")]
     Open(String),
@@ -130,7 +142,7 @@ pub fn fill_content_header(buffer: &mut [u8], header: &DataHeader) {
 pub async fn read_control(lane: &mut (impl AsyncRead + Unpin)) -> Result<Control, LaneError> {
     let len = read_header(lane, FrameKind::Control).await?;
     let mut message = vec![0; len];
-    lane.read_exact(&mut message).await?;
+    fill(lane, &mut message, READ_PATIENCE, |_| ()).await?;
     Ok(Control::decode(&message)?)
 }
 
@@ -142,19 +154,47 @@ pub async fn read_content(
 ) -> Result<Response, LaneError> {
     let len = read_header(lane, FrameKind::Data).await?;
     let mut header = [0; DATA_HEADER_LEN];
-    lane.read_exact(&mut header).await?;
+    fill(lane, &mut header, READ_PATIENCE, |_| ()).await?;
     let header = DataHeader::decode(&header)?;
     let len = len - DATA_HEADER_LEN;
     let mut encoded = buffers.filled(len).await;
+    let progress = |at| arriving.set(header.request, at);
+    fill(lane, &mut encoded, READ_PATIENCE, progress).await?;
+    Ok(Response { header, encoded })
+}
+
+/// Writes all of `bytes`; fails where the peer takes none for [`WRITE_PATIENCE`].
+pub async fn write_moving(
+    lane: &mut (impl AsyncWrite + Unpin),
+    mut bytes: &[u8],
+) -> Result<(), LaneError> {
+    while !bytes.is_empty() {
+        let written = timeout(WRITE_PATIENCE, lane.write(bytes)).await;
+        match written.map_err(|_| LaneError::Stalled(WRITE_PATIENCE))?? {
+            0 => return Err(LaneError::Closed),
+            n => bytes = &bytes[n..],
+        }
+    }
+    Ok(())
+}
+
+/// Reads until `bytes` is full, telling how far it is; fails where nothing comes for as long as `patience`.
+async fn fill(
+    lane: &mut (impl AsyncRead + Unpin),
+    bytes: &mut [u8],
+    patience: Duration,
+    came: impl Fn(usize),
+) -> Result<(), LaneError> {
     let mut at = 0;
-    while at < len {
-        match lane.read(&mut encoded[at..]).await? {
+    while at < bytes.len() {
+        let read = timeout(patience, lane.read(&mut bytes[at..])).await;
+        match read.map_err(|_| LaneError::Stalled(patience))?? {
             0 => return Err(LaneError::Closed),
             n => at += n,
         }
-        arriving.set(header.request, at);
+        came(at);
     }
-    Ok(Response { header, encoded })
+    Ok(())
 }
 
 async fn read_header(
@@ -162,7 +202,9 @@ async fn read_header(
     kind: FrameKind,
 ) -> Result<usize, LaneError> {
     let mut header = [0; FRAME_HEADER_LEN];
-    lane.read_exact(&mut header).await?;
+    // Between frames a lane may be silent for as long as it likes.
+    lane.read_exact(&mut header[..1]).await?;
+    fill(lane, &mut header[1..], READ_PATIENCE, |_| ()).await?;
     let header = FrameHeader::decode(&header)?;
     if header.kind == kind {
         Ok(header.len)
@@ -173,11 +215,51 @@ async fn read_header(
 
 #[cfg(test)]
 mod tests {
+    use std::pin::Pin;
+    use std::task::{Context, Poll};
+
     use capsule_proto::wire::MAX_CONTROL_LEN;
-    use futures::executor::block_on;
     use futures::io::Cursor;
 
     use super::*;
+
+    fn block_on<T>(work: impl Future<Output = T>) -> T {
+        let mut runtime = tokio::runtime::Builder::new_current_thread();
+        runtime.enable_time().build().unwrap().block_on(work)
+    }
+
+    /// Gives some bytes, then neither more nor an end.
+    struct Silent<'a>(Cursor<&'a [u8]>);
+
+    impl AsyncRead for Silent<'_> {
+        fn poll_read(
+            mut self: Pin<&mut Self>,
+            cx: &mut Context<'_>,
+            into: &mut [u8],
+        ) -> Poll<io::Result<usize>> {
+            match Pin::new(&mut self.0).poll_read(cx, into) {
+                Poll::Ready(Ok(0)) => Poll::Pending,
+                read => read,
+            }
+        }
+    }
+
+    #[test]
+    fn silence_within_a_frame_ends_and_between_frames_does_not() {
+        let patience = Duration::from_millis(20);
+        let mut lane = Silent(Cursor::new(&[1, 2, 3]));
+        let mut bytes = [0; 4];
+        let filled = block_on(fill(&mut lane, &mut bytes, patience, |_| ()));
+        assert!(matches!(filled, Err(LaneError::Stalled(_))), "{filled:?}");
+        assert_eq!(bytes, [1, 2, 3, 0]);
+        let frame = control_frame(&Control::Ping { nonce: 300 });
+        let mut lane = Silent(Cursor::new(&frame));
+        block_on(async {
+            read_control(&mut lane).await.unwrap();
+            let waits = timeout(patience, read_control(&mut lane)).await;
+            assert!(waits.is_err(), "{waits:?}");
+        });
+    }
 
     #[test]
     fn control_frames_round_trip_and_every_truncation_is_refused() {

@@ -17,7 +17,7 @@ use bytes::Bytes;
 use capsule_proto::wire::Control;
 use futures::channel::mpsc;
 use futures::future::BoxFuture;
-use futures::io::{AsyncWriteExt, BufReader};
+use futures::io::BufReader;
 use futures::{FutureExt, SinkExt, StreamExt};
 use libp2p::StreamProtocol;
 use libp2p::core::upgrade::ReadyUpgrade;
@@ -211,15 +211,18 @@ async fn write_lane(
     let mut write = async || -> Result<(), LaneError> {
         while let Some(frame) = frames.next().await {
             match frame {
-                FromBehaviour::Control(bytes) => stream.write_all(&bytes).await?,
-                FromBehaviour::Content { request, frame } => {
+                FromBehaviour::Control(bytes) => frame::write_moving(&mut stream, &bytes).await?,
+                FromBehaviour::Content {
+                    request,
+                    frame: content,
+                } => {
                     let mut at = 0;
                     let last = loop {
-                        let end = frame.len().min(at + REPORT_EVERY);
-                        stream.write_all(&frame[at..end]).await?;
+                        let end = content.len().min(at + REPORT_EVERY);
+                        frame::write_moving(&mut stream, &content[at..end]).await?;
                         let bytes = end - at;
                         at = end;
-                        if at == frame.len() {
+                        if at == content.len() {
                             break bytes;
                         }
                         let sent = ToBehaviour::Sent {
@@ -230,7 +233,7 @@ async fn write_lane(
                         let _gone = events.send(sent).await;
                     };
                     // First, so that its memory is there for the next response when this one is reported.
-                    drop(frame);
+                    drop(content);
                     let sent = ToBehaviour::Sent {
                         request,
                         bytes: last,

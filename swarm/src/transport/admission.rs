@@ -17,7 +17,7 @@ use libp2p::PeerId;
 use libp2p::identity::{PublicKey, ed25519};
 use thiserror::Error;
 
-use crate::api::{RecordId, RecordStore};
+use crate::api::{Offer, RecordId, RecordStore};
 
 /// Time for TLS and the exchange together: a slow link carries it in 5 s; a stranger who stays silent is gone soon.
 pub const TIMEOUT: Duration = Duration::from_secs(10);
@@ -230,7 +230,10 @@ impl Gatekeeper {
         if self.lock().last_revocation != Some(id) {
             let offer = self.records.offer(record);
             tracing::debug!(?offer, "revocation record with a hello");
-            self.lock().last_revocation = Some(id);
+            // What could not be kept is worth another try with the next hello.
+            if !matches!(offer, Offer::Later(_)) {
+                self.lock().last_revocation = Some(id);
+            }
         }
     }
 
@@ -303,7 +306,6 @@ mod tests {
     use futures::io::Cursor;
 
     use super::*;
-    use crate::api::Offer;
 
     struct NoRecords;
 

@@ -7,6 +7,7 @@ mod admission;
 mod tls;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures::{AsyncRead, AsyncWrite};
 use libp2p::core::muxing::StreamMuxerBox;
@@ -21,6 +22,8 @@ use tls::Tls;
 
 /// Substreams a connection may have: our four, gossip's two, and some that are being closed.
 const MAX_STREAMS: usize = 32;
+/// Time for a stranger's TLS handshake, of the whole that `admission` allows: who says nothing soon gives its place up.
+const TLS_PATIENCE: Duration = Duration::from_secs(5);
 
 /// The transport of a node: everything up to the multiplexer.
 pub fn build(
@@ -56,9 +59,9 @@ where
         ConnectedPoint::Dialer { role_override, .. } => role_override == Endpoint::Listener,
     };
     let mut secured: futures_rustls::TlsStream<_> = if is_server {
-        tls.acceptor
-            .accept(socket)
+        tokio::time::timeout(TLS_PATIENCE, tls.acceptor.accept(socket))
             .await
+            .map_err(|_| AdmissionError::Tls(std::io::ErrorKind::TimedOut.into()))?
             .map_err(AdmissionError::Tls)?
             .into()
     } else {

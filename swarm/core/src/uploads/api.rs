@@ -15,9 +15,12 @@ pub struct UploadConfig {
     pub max_queue: usize,
     /// Most peers.
     pub max_peers: usize,
-    /// How long a node that holds all of a blob keeps back a second copy of a piece, when it has nothing better to
-    /// send: the first receiver is about to announce it, and to pass it on itself. Zero turns it off.
+    /// How long at least a node that holds all of a blob keeps back a second copy of a piece, when it has nothing
+    /// better to send: the first receiver is about to announce it, and to pass it on itself. Where receivers take
+    /// longer to announce what they were sent, so does this.
     pub echo: Duration,
+    /// How long at most. Zero, with `echo`, turns it off.
+    pub echo_max: Duration,
 }
 
 impl Default for UploadConfig {
@@ -26,6 +29,7 @@ impl Default for UploadConfig {
             max_queue: 128,
             max_peers: 256,
             echo: Duration::from_millis(150),
+            echo_max: Duration::from_secs(1),
         }
     }
 }

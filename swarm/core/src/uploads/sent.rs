@@ -216,6 +216,13 @@ impl SentLog {
         oldest
     }
 
+    /// When the part with this group was last sent, if it was to this peer.
+    pub(super) fn sent_to(&self, root: &RootHash, group: u64, peer: PeerKey) -> Option<Time> {
+        let log = self.logs[*self.at.get(root)?].as_ref()?;
+        let (last, time) = log.parts.get((group >> log.shift) as usize)?.last?;
+        (last == peer).then_some(time)
+    }
+
     /// Content bytes sent of a blob.
     pub(super) fn bytes(&self, root: &RootHash) -> Option<u64> {
         Some(self.logs[*self.at.get(root)?].as_ref()?.bytes)

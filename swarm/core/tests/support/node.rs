@@ -184,6 +184,7 @@ impl Node {
                     self.announcements
                         .set_interested(now, peer, self.root, false);
                 }
+                self.uploads.handle_have(now, peer, &self.root, &ranges);
                 self.downloads.handle_have(now, peer, &self.root, &ranges);
             }
             Message::Unhave { ranges } => {

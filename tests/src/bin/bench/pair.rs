@@ -88,9 +88,11 @@ fn compare(what: &str, scratch: &Path, source: &Path, runs: usize) -> Result<Tab
         .map(|name| (name, vec![]))
         .into();
     for _ in 0..runs {
+        eprintln!("{what}: capsule");
         ours.push(pull(source)?);
         for (name, costs) in &mut others {
             sync_file_system(scratch)?;
+            eprintln!("{what}: {name}");
             costs.push(match *name {
                 "TCP copy" => tools::tcp_copy(ADDRESS, source, &target)?,
                 "rsync" => tools::rsync(ADDRESS, scratch, source, &target)?,
