@@ -77,7 +77,7 @@ fn wrong_arguments_exit_2() {
         &["follow", "lab:1"],
         &["peers", "--have", "12"],
         &["pull", "lab", "--wait", "soon"],
-        &["fleet", "invite", "--channel", "lab"],
+        &["fleet", "invite", "--role", "member", "--channel", "lab"],
         &["fleet", "invite", "--expires", "0d"],
         &["demo", "--nodes", "1"],
         &["completions", "tcl"],
