@@ -18,10 +18,7 @@ fn commands_without_a_daemon_name_the_way_out() {
     node.fails(2, &["no-such-command"]);
     node.fails(1, &["join", "hello"]);
     assert!(
-        node.ok(&["fleet", "invite"])
-            .split_whitespace()
-            .count()
-            == 1,
+        node.ok(&["fleet", "invite"]).split_whitespace().count() == 1,
         "only the token is printed"
     );
     node.fails(1, &["fleet", "init"]);
