@@ -175,12 +175,6 @@ impl Home {
         Ok(settings)
     }
 
-    /// Replaces the settings.
-    pub fn save_settings(&self, settings: &Settings) -> Result<(), HomeError> {
-        self.make()?;
-        Ok(write_json(&self.path(HOME_FILE), settings, Mode::Private)?)
-    }
-
     /// Who this machine is.
     pub fn identity(&self) -> Result<Identity, HomeError> {
         self.settings()?;

@@ -86,11 +86,6 @@ impl Store {
             .register(root, Component { size, recipe }, outboard.into())
     }
 
-    /// Serves a component no longer.
-    pub fn remove_component(&self, root: &RootHash) -> Result<(), DatabaseError> {
-        self.inner.drop_components(&[*root])
-    }
-
     /// A registered component.
     pub fn component(&self, root: &RootHash) -> Option<Component> {
         self.inner
