@@ -96,6 +96,29 @@ fn on_shared_processors_the_publisher_still_sends_about_one_copy() {
     reaches(&run("processors", plan), 0.95, 1.5, 0.01, 0.01);
 }
 
+/// Seven pullers on equal links, and a publisher on another.
+fn beside_a_publisher_on(publisher: Link, pullers: Link) -> Plan {
+    let mut plan = Plan::equal(1, 128 * MIB, 7, pullers);
+    plan.members[0].link = publisher;
+    plan
+}
+
+#[test]
+fn a_publisher_faster_than_its_peers_is_spared_where_they_can_do_it_among_themselves() {
+    let plan = beside_a_publisher_on(Link::symmetric(1000.0, 0.5), Link::symmetric(200.0, 0.5));
+    reaches(&run("fast publisher", plan), 0.9, 2.0, 0.01, 0.01);
+}
+
+#[test]
+fn a_fast_publisher_helps_where_peers_have_thin_uplinks() {
+    let thin = Link {
+        up: 10e6 / 8.0,
+        ..Link::symmetric(100.0, 5.0)
+    };
+    let plan = beside_a_publisher_on(Link::symmetric(500.0, 5.0), thin);
+    reaches(&run("thin uplinks", plan), 0.9, 7.0, 0.01, 0.01);
+}
+
 #[test]
 fn one_peer_fills_the_link() {
     let report = run(

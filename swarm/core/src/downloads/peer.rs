@@ -110,6 +110,11 @@ impl Peer {
         self.meter.rate()
     }
 
+    /// The rate, taking a silence into account.
+    pub(crate) fn rate_at(&self, now: Time) -> Option<f64> {
+        self.meter.rate_at(now)
+    }
+
     /// Least time from a request to its first bytes.
     pub(crate) fn delay(&self) -> Option<Duration> {
         self.delay

@@ -9,12 +9,16 @@ use rand::rngs::SmallRng;
 
 use super::blob::Blob;
 use super::peer::Peer;
-use super::view::View;
 use super::{Downloads, Flight, Output};
 use crate::{RequestId, Time, spans};
 
 /// How many pieces of one rarity are looked at for one that a seeder should be asked for.
 const SEEDER_TRIES: usize = 3;
+/// How many pieces of all rarities: bounds the search where a seeder is spared nearly everything.
+const SEEDER_TRIES_IN_ALL: usize = 16;
+/// A partial provider delivers if its rate is at least this part of the mean of those that send anything: well below
+/// what fair shares and jitter make of equals, well above what a dripping peer sends.
+const FAIR_PART: f64 = 0.25;
 /// A request over several short pieces covers at most one part in this many of the blob, so that a small
 /// blob is still spread over all peers.
 const STRETCH: u64 = 256;
@@ -31,7 +35,7 @@ impl Downloads {
             let Some(blob) = self.blobs[at].as_mut().filter(|blob| blob.is_active()) else {
                 continue;
             };
-            if let Some(run) = pick(blob, &self.peers, slot, most, &mut self.rng) {
+            if let Some(run) = pick(now, blob, &self.peers, slot, most, &mut self.rng) {
                 self.issue(now, slot, at, run, false);
                 return true;
             }
@@ -103,18 +107,19 @@ impl Downloads {
 
 /// The next run to ask a peer for.
 fn pick(
+    now: Time,
     blob: &mut Blob,
     peers: &[Option<Peer>],
     slot: usize,
     most: u64,
     rng: &mut SmallRng,
 ) -> Option<Range<u64>> {
-    let view = blob.view(slot)?;
-    if let Some(run) = continued(blob, slot, most) {
-        return Some(run);
-    }
-    let start = if view.is_seeder() {
-        rarest_for_seeder(blob, peers, rng)?
+    let start = if blob.view(slot)?.is_seeder() {
+        let partial = Partial::of(now, blob, peers, slot);
+        continued_by_seeder(blob, slot, &partial)
+            .or_else(|| rarest_for_seeder(blob, &partial, rng))?
+    } else if let Some(start) = continued(blob, slot) {
+        start
     } else {
         let (view, map) = blob.view_and_map(slot)?;
         let piece = view.rarest_candidate(map, rng)?;
@@ -123,49 +128,96 @@ fn pick(
     stretch(blob, slot, start, most)
 }
 
-/// The run after the last one asked of this peer, if that ended within a piece: a long piece is finished first.
-fn continued(blob: &Blob, slot: usize, most: u64) -> Option<Range<u64>> {
+/// Where the last run asked of this peer ended, if that is within a piece: a long piece is finished first.
+fn continued(blob: &Blob, slot: usize) -> Option<u64> {
     let view = blob.view(slot)?;
     let (geometry, start) = (blob.map.geometry(), view.cursor);
     let inside = start < geometry.groups() && start % geometry.piece_groups() != 0;
-    if !inside || !blob.map.open().contains(start) || !view.have().contains(start) {
-        return None;
-    }
-    let spread = blob.map.partial(geometry.piece_of(start)) > 0;
-    if view.is_seeder() && spread && blob.map.has_unspread() {
-        return None;
-    }
-    stretch(blob, slot, start, most)
+    (inside && blob.map.open().contains(start) && view.have().contains(start)).then_some(start)
+}
+
+/// The same for a seeder: unless it has something better to do.
+fn continued_by_seeder(blob: &Blob, slot: usize, partial: &Partial<'_>) -> Option<u64> {
+    let start = continued(blob, slot)?;
+    let spread = blob.map.partial(blob.map.geometry().piece_of(start)) > 0;
+    let better = blob.map.has_unspread() || partial.are_enough && partial.deliver(start);
+    (!spread || !better).then_some(start)
 }
 
 /// An open group of the rarest open piece, ties broken at random, that a seeder should be asked for: of one that no
-/// partial provider holds; or else one that none with room holds. So a publisher sends each piece about once.
-fn rarest_for_seeder(blob: &Blob, peers: &[Option<Peer>], rng: &mut SmallRng) -> Option<u64> {
-    let has_room = |slot: usize| peers[slot].as_ref().is_some_and(Peer::has_room);
-    let with_room = |(slot, view): &(usize, &View)| !view.is_seeder() && has_room(*slot);
-    for (rarity, bucket) in blob
-        .map
-        .buckets()
-        .iter()
-        .enumerate()
-        .filter(|(_, bucket)| !bucket.is_empty())
-    {
-        for _ in 0..SEEDER_TRIES {
+/// partial provider holds, or else that none of them will deliver.
+fn rarest_for_seeder(blob: &Blob, partial: &Partial<'_>, rng: &mut SmallRng) -> Option<u64> {
+    let mut tries = SEEDER_TRIES_IN_ALL;
+    for (rarity, bucket) in blob.map.buckets().iter().enumerate() {
+        if bucket.is_empty() {
+            continue;
+        }
+        for _ in 0..SEEDER_TRIES.min(tries) {
             let piece = bucket[rng.random_range(0..bucket.len())];
             let start = spans::overlaps(blob.map.open(), blob.map.geometry().groups_of(piece))
                 .next()?
                 .start;
-            if rarity == 0
-                || !blob
-                    .providers()
-                    .filter(with_room)
-                    .any(|(_, view)| view.have().contains(start))
-            {
+            if rarity == 0 || !partial.deliver(start) {
                 return Some(start);
             }
+            tries -= 1;
         }
     }
     None
+}
+
+/// The partial providers of a blob, beside one seeder.
+///
+/// A seeder is spared what they hold while they deliver more than it does, all together: a publisher among equals so
+/// sends each piece about once, and one that is much faster than they are helps them out. Otherwise they are preferred
+/// only as long as they have room. What would come late from them is asked of the seeder in any case (see `late`).
+struct Partial<'a> {
+    blob: &'a Blob,
+    peers: &'a [Option<Peer>],
+    now: Time,
+    /// Whether the seeder is spared.
+    are_enough: bool,
+    /// Rate of one that counts as delivering: claims alone must not keep the seeder from being asked.
+    fair: f64,
+}
+
+impl<'a> Partial<'a> {
+    fn of(now: Time, blob: &'a Blob, peers: &'a [Option<Peer>], seeder: usize) -> Self {
+        let rates = || {
+            let partial = blob.providers().filter(|(_, view)| !view.is_seeder());
+            partial.map(|(slot, _)| rate(now, peers, slot))
+        };
+        let total: f64 = rates().sum();
+        let working = rates().filter(|rate| *rate > 0.0).count().max(1);
+        Self {
+            blob,
+            peers,
+            now,
+            are_enough: total > rate(now, peers, seeder),
+            fair: total / working as f64 * FAIR_PART,
+        }
+    }
+
+    /// Whether this group is better asked of one of them.
+    fn deliver(&self, start: u64) -> bool {
+        let mut holders = self
+            .blob
+            .providers()
+            .filter(|(_, view)| !view.is_seeder() && view.have().contains(start));
+        holders.any(|(slot, _)| {
+            if self.are_enough {
+                rate(self.now, self.peers, slot) >= self.fair
+            } else {
+                self.peers[slot].as_ref().is_some_and(Peer::has_room)
+            }
+        })
+    }
+}
+
+/// What a peer delivers, in bytes a second; nothing if it may not be asked.
+fn rate(now: Time, peers: &[Option<Peer>], slot: usize) -> f64 {
+    let peer = peers[slot].as_ref().filter(|peer| peer.is_usable());
+    peer.and_then(|peer| peer.rate_at(now)).unwrap_or_default()
 }
 
 /// The run from an open group that the peer holds: to the end of the piece, and on through whole pieces that are no
