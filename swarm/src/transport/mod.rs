@@ -9,6 +9,7 @@ mod tls;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::io::{BufReader, BufWriter};
 use futures::{AsyncRead, AsyncWrite};
 use libp2p::core::muxing::StreamMuxerBox;
 use libp2p::core::transport::Boxed;
@@ -24,6 +25,12 @@ use tls::Tls;
 const MAX_STREAMS: usize = 32;
 /// Time for a stranger's TLS handshake, of the whole that `admission` allows: who says nothing soon gives its place up.
 const TLS_PATIENCE: Duration = Duration::from_secs(5);
+
+/// Bytes asked of the socket at once: rustls by itself asks for 4 KiB, a quarter of a record.
+const READ_AHEAD: usize = 128 << 10;
+/// Bytes gathered before they are encrypted, unless the multiplexer flushes: it writes each frame's header by itself, which
+/// would become a record, and a packet, of 12 bytes.
+const WRITE_BEHIND: usize = 64 << 10;
 
 /// The transport of a node: everything up to the multiplexer.
 pub fn build(
@@ -58,6 +65,7 @@ where
         ConnectedPoint::Listener { .. } => true,
         ConnectedPoint::Dialer { role_override, .. } => role_override == Endpoint::Listener,
     };
+    let socket = BufReader::with_capacity(READ_AHEAD, socket);
     let mut secured: futures_rustls::TlsStream<_> = if is_server {
         tokio::time::timeout(TLS_PATIENCE, tls.acceptor.accept(socket))
             .await
@@ -72,6 +80,7 @@ where
     gatekeeper.admit(peer, &mut secured, is_server).await?;
     let mut config = yamux::Config::default();
     config.set_max_num_streams(MAX_STREAMS);
+    let secured = BufWriter::with_capacity(WRITE_BEHIND, secured);
     let muxer = if is_server {
         config.upgrade_inbound(secured, "").await
     } else {
