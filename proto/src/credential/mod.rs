@@ -2,20 +2,28 @@
 //!
 //! The root signs a token's key with its roles; whoever holds the token signs machines' keys, so that one token enrols
 //! hundreds of machines without the root. Keys are Ed25519 (RFC 8032), checked strictly. Time and revocations are
-//! arguments: this module knows no clock and no store. What is secret of a token, and its text, is in `token`. Byte-level description: `proto/docs/credential.md`.
+//! arguments: this module knows no clock and no store. Byte-level description: `proto/docs/credential.md`.
+//!
+//! | file | what lives there |
+//! |---|---|
+//! | here | the chain: a token's certificate, a machine's credential, why one does not count |
+//! | `identity` | ids, key pairs, signatures |
+//! | `grant` | what a token's machines may do |
+//! | `token` | what is secret of a token, and its text |
 
+mod grant;
+mod identity;
 mod token;
 
 use std::collections::BTreeSet;
-use std::fmt;
-use std::str::FromStr;
 
-use ed25519_dalek::{Signature, Signer, SigningKey, VerifyingKey};
 use thiserror::Error;
 
 use crate::codec::{DecodeError, Reader, Writer};
-use crate::name::{self, Channel};
+use identity::verify;
 
+pub use grant::{Channels, Grant, MAX_CHANNELS, Roles};
+pub use identity::{FleetId, FleetKey, MachineId, MachineKey, TokenId};
 pub use token::{MAX_ADDRESS_LEN, MAX_ADDRESSES, MAX_TOKEN_LEN, Token, TokenError};
 
 const CREDENTIAL_MAGIC: &[u8; 4] = b"CAPC";
@@ -26,62 +34,8 @@ const MACHINE_CONTEXT: &[u8] = b"capsule machine certificate v1\0";
 
 /// Longest credential, in bytes: 64 channels of 64 bytes, and change.
 pub const MAX_CREDENTIAL_LEN: usize = 8 << 10;
-/// Most channels that a token grants by name.
-pub const MAX_CHANNELS: usize = 64;
 /// Longest name that a machine gives itself, in bytes.
 pub const MAX_MACHINE_NAME_LEN: usize = 64;
-
-/// A fleet: its root's public key.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct FleetId(pub [u8; 32]);
-
-/// A machine: its public key, which is also its identity on the network.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct MachineId(pub [u8; 32]);
-
-/// A token's number, by which it is revoked.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct TokenId(pub [u8; 8]);
-
-/// What a member may do beyond fetching and serving.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
-pub struct Roles {
-    /// Publish names, layers, prefetch lists and releases, in the channels granted.
-    pub publisher: bool,
-    /// Revoke tokens and machines.
-    pub admin: bool,
-}
-
-/// In which channels a publisher may publish.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub enum Channels {
-    /// In every channel.
-    All,
-    /// In these, sorted, without repetition.
-    Only(Vec<Channel>),
-}
-
-/// What a token grants; signed by the root.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Grant {
-    /// The token's number.
-    pub id: TokenId,
-    /// What its machines may do.
-    pub roles: Roles,
-    /// Where they may publish.
-    pub channels: Channels,
-    /// When it was made: seconds since 1970.
-    pub issued: u64,
-    /// When it and every credential made with it end: seconds since 1970.
-    pub expires: u64,
-}
-
-/// The root's key pair; whoever has it can invite.
-pub struct FleetKey(SigningKey);
-
-/// A machine's key pair.
-#[derive(Clone)]
-pub struct MachineKey(SigningKey);
 
 /// A machine's proof that it belongs to a fleet; public.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -153,57 +107,6 @@ pub enum CredentialError {
     Revoked(MachineId),
 }
 
-impl FleetKey {
-    /// The key pair of 32 secret random bytes.
-    pub fn from_secret(secret: [u8; 32]) -> Self {
-        Self(SigningKey::from_bytes(&secret))
-    }
-
-    /// The secret bytes, to be stored where only the owner reads.
-    pub fn secret(&self) -> [u8; 32] {
-        self.0.to_bytes()
-    }
-
-    /// The fleet.
-    pub fn fleet(&self) -> FleetId {
-        FleetId(self.0.verifying_key().to_bytes())
-    }
-}
-
-impl MachineKey {
-    /// The key pair of 32 secret random bytes.
-    pub fn from_secret(secret: [u8; 32]) -> Self {
-        Self(SigningKey::from_bytes(&secret))
-    }
-
-    /// The secret bytes, to be stored where only the owner reads.
-    pub fn secret(&self) -> [u8; 32] {
-        self.0.to_bytes()
-    }
-
-    /// The machine.
-    pub fn machine(&self) -> MachineId {
-        MachineId(self.0.verifying_key().to_bytes())
-    }
-
-    pub(crate) fn sign(&self, bytes: &[u8]) -> [u8; 64] {
-        self.0.sign(bytes).to_bytes()
-    }
-}
-
-impl MachineId {
-    pub(crate) fn verify(&self, bytes: &[u8], signature: &[u8; 64]) -> bool {
-        verify(&self.0, bytes, signature)
-    }
-}
-
-fn verify(key: &[u8; 32], bytes: &[u8], signature: &[u8; 64]) -> bool {
-    VerifyingKey::from_bytes(key).is_ok_and(|key| {
-        key.verify_strict(bytes, &Signature::from_bytes(signature))
-            .is_ok()
-    })
-}
-
 impl TokenCertificate {
     fn signed_bytes(&self, fleet: &FleetId) -> Vec<u8> {
         let mut w = Writer::default();
@@ -239,75 +142,6 @@ impl TokenCertificate {
             grant: Grant::decode(r)?,
             signature: r.array("token signature")?,
         })
-    }
-}
-
-impl Grant {
-    fn encode(&self, w: &mut Writer) {
-        w.raw(&self.id.0);
-        w.u8(u8::from(self.roles.publisher) | u8::from(self.roles.admin) << 1);
-        let only = match &self.channels {
-            Channels::All => None,
-            Channels::Only(channels) => Some(channels),
-        };
-        w.option(only, |w, channels| {
-            w.list(channels, |w, channel| w.bytes(channel.as_str().as_bytes()))
-        });
-        w.varint(self.issued);
-        w.varint(self.expires);
-    }
-
-    fn decode(r: &mut Reader<'_>) -> Result<Self, DecodeError> {
-        let id = TokenId(r.array("token id")?);
-        let at = r.at();
-        let roles = r.u8("roles")?;
-        if roles > 3 {
-            return Err(r.invalid("roles", at, "roles are bits 0 and 1"));
-        }
-        let at = r.at();
-        let only = r.option("channels", |r| {
-            r.list("channels", MAX_CHANNELS, 2, |r| {
-                let at = r.at();
-                let text = r.text("channel", name::MAX_NAME_LEN)?;
-                text.parse::<Channel>()
-                    .map_err(|_| r.invalid("channel", at, "it is not a channel's name"))
-            })
-        })?;
-        if only
-            .as_ref()
-            .is_some_and(|channels| !channels.is_sorted_by(|a, b| a < b))
-        {
-            return Err(r.invalid("channels", at, "they are sorted, without repetition"));
-        }
-        Ok(Self {
-            id,
-            roles: Roles {
-                publisher: roles & 1 != 0,
-                admin: roles & 2 != 0,
-            },
-            channels: only.map_or(Channels::All, Channels::Only),
-            issued: r.varint("time of issue", u64::MAX)?,
-            expires: r.varint("time of expiry", u64::MAX)?,
-        })
-    }
-
-    /// Whether a member with this grant may publish in the channel.
-    pub fn may_publish(&self, channel: &Channel) -> bool {
-        self.roles.publisher
-            && match &self.channels {
-                Channels::All => true,
-                Channels::Only(channels) => channels.binary_search(channel).is_ok(),
-            }
-    }
-}
-
-impl Channels {
-    /// Sorts a list of channels; an empty list grants none.
-    pub fn only(mut channels: Vec<Channel>) -> Self {
-        channels.sort();
-        channels.dedup();
-        channels.truncate(MAX_CHANNELS);
-        Self::Only(channels)
     }
 }
 
@@ -396,44 +230,6 @@ impl Credential {
         Ok(credential)
     }
 }
-
-macro_rules! hex_text {
-    ($type:ident, $len:literal, $what:literal) => {
-        impl fmt::Display for $type {
-            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str(&data_encoding::HEXLOWER.encode(&self.0))
-            }
-        }
-
-        impl fmt::Debug for $type {
-            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                write!(f, "{}({self})", stringify!($type))
-            }
-        }
-
-        impl FromStr for $type {
-            type Err = String;
-
-            fn from_str(text: &str) -> Result<Self, String> {
-                let bytes = data_encoding::HEXLOWER_PERMISSIVE
-                    .decode(text.as_bytes())
-                    .ok();
-                let bytes = bytes.and_then(|bytes| <[u8; $len]>::try_from(bytes).ok());
-                bytes.map(Self).ok_or_else(|| {
-                    format!(
-                        "{text:?} is not {}: expected {} hexadecimal digits",
-                        $what,
-                        $len * 2
-                    )
-                })
-            }
-        }
-    };
-}
-
-hex_text!(FleetId, 32, "a fleet's id");
-hex_text!(MachineId, 32, "a machine's id");
-hex_text!(TokenId, 8, "a token's id");
 
 #[cfg(test)]
 mod tests {

@@ -66,7 +66,7 @@ impl FleetKey {
             key: key.verifying_key().to_bytes(),
             signature: [0; 64],
         };
-        certificate.signature = self.0.sign(&certificate.signed_bytes(&fleet)).to_bytes();
+        certificate.signature = self.sign(&certificate.signed_bytes(&fleet));
         let fits = |address: &&String| {
             address.len() <= MAX_ADDRESS_LEN && !address.chars().any(char::is_control)
         };
