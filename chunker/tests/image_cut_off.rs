@@ -2,16 +2,13 @@
 
 mod image_util;
 
-use std::fs::OpenOptions;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use capsule_chunker::content::ReadError;
-use capsule_chunker::image::{self, ImageError, ImageOptions};
-use image_util::{assert_holds, open, oracle, qemu_io, write};
+use capsule_chunker::image::ImageError;
+use image_util::{MIB, assert_holds, convert, create, open, oracle, qemu_io, refused, set_len};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
-
-const MIB: usize = 1 << 20;
 
 fn noise(len: usize) -> Vec<u8> {
     let mut bytes = vec![0; len];
@@ -29,20 +26,9 @@ fn text_and_noise(len: usize) -> Vec<u8> {
     bytes
 }
 
-fn convert(dir: &Path, disk: &[u8], options: &str, compress: bool) -> PathBuf {
-    let raw = write(dir, "disk.raw", disk);
-    let image = dir.join("disk.qcow2");
-    let compress = if compress { "-c" } else { "-q" };
-    run!(
-        "qemu-img", "convert", "-f", "raw", "-O", "qcow2", compress, "-o", options, &raw, &image
-    );
-    image
-}
-
 fn cut(path: &Path, len: u64) {
     assert!(len <= std::fs::metadata(path).unwrap().len());
-    let file = OpenOptions::new().write(true).open(path).unwrap();
-    file.set_len(len).unwrap();
+    set_len(path, len);
 }
 
 fn u64_at(bytes: &[u8], at: u64) -> u64 {
@@ -59,14 +45,13 @@ fn tables(image: &Path) -> (u64, u64) {
 /// Expects that opening `image` names `file` as cut off at its length.
 fn assert_cut_off(image: &Path, file: &Path) {
     let len = std::fs::metadata(file).unwrap().len();
-    match image::open(image, &ImageOptions::default()) {
-        Ok(_) => panic!("{len} bytes of {} were opened", file.display()),
-        Err(ImageError::Read(ReadError::Format { path, offset, why })) => {
+    match refused(image) {
+        ImageError::Read(ReadError::Format { path, offset, why }) => {
             assert_eq!((path.as_path(), offset), (file, len), "{why}");
             assert!(why.contains("cut off") && why.contains("copy it again"));
             assert!(why.contains(&format!("it has {len}: ")), "{why}");
         }
-        Err(error) => panic!("{len} bytes: {error}"),
+        error => panic!("{len} bytes: {error}"),
     }
 }
 
@@ -128,12 +113,12 @@ fn a_cut_in_compressed_data() {
 fn a_file_that_ends_within_a_sector_of_compressed_data() {
     let temp = tempfile::tempdir().unwrap();
     let image = temp.path().join("image");
-    run!("qemu-img", "create", "-q", "-f", "qcow2", &image, "1M");
+    create(&image, &[], "1M");
     // Written so, and not to be told from a cut.
-    qemu_io(&image, "qcow2", &["write -q -c -P 3 0 64k"]);
+    qemu_io(&image, &["write -q -c -P 3 0 64k"]);
     assert_cut_off(&image, &image);
-    let error = image::open(&image, &ImageOptions::default()).err().unwrap();
-    assert!(error.to_string().contains("qemu-img convert"), "{error}");
+    let error = refused(&image).to_string();
+    assert!(error.contains("qemu-img convert"), "{error}");
     // The way out.
     let whole = temp.path().join("whole");
     run!(
@@ -163,7 +148,7 @@ fn clusters_that_are_never_read_need_not_be_there() {
     // Allocated, and then zeroed where they lie.
     let temp = tempfile::tempdir().unwrap();
     let image = convert(temp.path(), &noise(MIB), "cluster_size=64k", false);
-    qemu_io(&image, "qcow2", &["write -q -z 512k 512k"]);
+    qemu_io(&image, &["write -q -z 512k 512k"]);
     let expected = oracle(&image, "qcow2");
     let len = std::fs::metadata(&image).unwrap().len();
     cut(&image, len - MIB as u64 / 2);
@@ -171,11 +156,8 @@ fn clusters_that_are_never_read_need_not_be_there() {
 
     // Of one cluster in extended tables, only the first subclusters.
     let image = temp.path().join("subclusters");
-    let options = "extended_l2=on,cluster_size=64k";
-    run!(
-        "qemu-img", "create", "-q", "-f", "qcow2", "-o", options, &image, "1M"
-    );
-    qemu_io(&image, "qcow2", &["write -q -P 8 512k 3k"]);
+    create(&image, &["-o", "extended_l2=on,cluster_size=64k"], "1M");
+    qemu_io(&image, &["write -q -P 8 512k 3k"]);
     assert_holds(&*open(&image).source, &oracle(&image, "qcow2"));
     let len = std::fs::metadata(&image).unwrap().len();
     cut(&image, len - 512);
@@ -186,10 +168,7 @@ fn clusters_that_are_never_read_need_not_be_there() {
 fn preallocated_tables() {
     let temp = tempfile::tempdir().unwrap();
     let image = temp.path().join("image");
-    let options = "preallocation=metadata";
-    run!(
-        "qemu-img", "create", "-q", "-f", "qcow2", "-o", options, &image, "3000k"
-    );
+    create(&image, &["-o", "preallocation=metadata"], "3000k");
     assert_holds(&*open(&image).source, &oracle(&image, "qcow2"));
 }
 
@@ -198,22 +177,15 @@ fn any_file_of_the_image() {
     let temp = tempfile::tempdir().unwrap();
     let base = convert(temp.path(), &noise(MIB), "cluster_size=64k", false);
     let top = temp.path().join("top");
-    run!(
-        "qemu-img", "create", "-q", "-f", "qcow2", "-b", &base, "-F", "qcow2", &top
-    );
+    let below = base.to_str().unwrap();
+    create(&top, &["-b", below, "-F", "qcow2"], "1M");
     cut(&base, MIB as u64);
     assert_cut_off(&top, &base);
 
     let (image, data) = (temp.path().join("image"), temp.path().join("data"));
     let option = format!("data_file={}", data.display());
-    run!(
-        "qemu-img", "create", "-q", "-f", "qcow2", "-o", &option, &image, "4M"
-    );
-    qemu_io(
-        &image,
-        "qcow2",
-        &["write -q -P 8 1M 300k", "write -q -P 7 0 1k"],
-    );
+    create(&image, &["-o", &option], "4M");
+    qemu_io(&image, &["write -q -P 8 1M 300k", "write -q -P 7 0 1k"]);
     open(&image);
     cut(&data, MIB as u64 + 200_000);
     assert_cut_off(&image, &data);
@@ -225,12 +197,8 @@ fn any_file_of_the_image() {
 fn a_disk_of_many_tables() {
     let temp = tempfile::tempdir().unwrap();
     let image = temp.path().join("image");
-    run!("qemu-img", "create", "-q", "-f", "qcow2", &image, "8G");
-    qemu_io(
-        &image,
-        "qcow2",
-        &["write -q -P 1 0 64k", "write -q -P 2 8000M 64k"],
-    );
+    create(&image, &[], "8G");
+    qemu_io(&image, &["write -q -P 1 0 64k", "write -q -P 2 8000M 64k"]);
     let opened = open(&image);
     let mut last = [0; 4096];
     opened.source.read_at(8000 << 20, &mut last).unwrap();

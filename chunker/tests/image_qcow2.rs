@@ -6,20 +6,14 @@ use std::path::Path;
 
 use capsule_chunker::content::ReadError;
 use capsule_chunker::image::{self, Format, ImageError, ImageKind, ImageOptions, ReadAs};
-use image_util::{assert_holds, disk, open, oracle, qemu_io, write};
-
-const MIB: usize = 1 << 20;
+use image_util::{
+    MIB, assert_holds, convert, create, disk, open, oracle, qemu_io, refused, set_len, write,
+};
 
 /// Converts a disk with some options, and compares what we read; returns the bytes known to be zero.
 fn check(disk: &[u8], options: &str, compress: bool) -> u64 {
     let temp = tempfile::tempdir().unwrap();
-    let raw = write(temp.path(), "disk.raw", disk);
-    let image = temp.path().join("disk.qcow2");
-    let compress = if compress { "-c" } else { "-q" };
-    run!(
-        "qemu-img", "convert", "-f", "raw", "-O", "qcow2", compress, "-o", options, &raw, &image
-    );
-    let opened = open(&image);
+    let opened = open(&convert(temp.path(), disk, options, compress));
     assert_eq!(
         (opened.kind, opened.format),
         (ImageKind::Disk, Format::Qcow2)
@@ -71,7 +65,7 @@ fn an_empty_disk_and_the_smallest() {
     let temp = tempfile::tempdir().unwrap();
     for (size, len) in [("0", 0), ("512", 512), ("1T", 1_u64 << 40)] {
         let image = temp.path().join(size);
-        run!("qemu-img", "create", "-q", "-f", "qcow2", &image, size);
+        create(&image, &[], size);
         let opened = open(&image);
         assert_eq!(opened.source.len(), len);
         let extents: Vec<_> = opened.source.extents().map(Result::unwrap).collect();
@@ -92,22 +86,10 @@ fn chain(dir: &Path, sizes: [usize; 3]) -> std::path::PathBuf {
     write(&dir.join("below"), "base.img", &disk(4, sizes[0]));
     let middle = dir.join("below/middle.qcow2");
     // Names are relative to the image that holds them.
-    run!(
-        "qemu-img",
-        "create",
-        "-q",
-        "-f",
-        "qcow2",
-        "-b",
-        "base.img",
-        "-F",
-        "raw",
-        &middle,
-        sizes[1].to_string()
-    );
+    let base = ["-b", "base.img", "-F", "raw"];
+    create(&middle, &base, &sizes[1].to_string());
     qemu_io(
         &middle,
-        "qcow2",
         &[
             "write -q -P 7 100k 300k",
             "write -q -z 1M 128k",
@@ -115,24 +97,17 @@ fn chain(dir: &Path, sizes: [usize; 3]) -> std::path::PathBuf {
         ],
     );
     let top = dir.join("top.qcow2");
-    run!(
-        "qemu-img",
-        "create",
-        "-q",
-        "-f",
-        "qcow2",
+    let below = [
         "-o",
         "cluster_size=4k",
         "-b",
         "below/middle.qcow2",
         "-F",
         "qcow2",
-        &top,
-        sizes[2].to_string()
-    );
+    ];
+    create(&top, &below, &sizes[2].to_string());
     qemu_io(
         &top,
-        "qcow2",
         &[
             "write -q -P 3 64k 64k",
             "write -q -z 200k 20k",
@@ -161,13 +136,9 @@ fn a_backing_chain_of_three() {
 #[test]
 fn a_resized_image_and_one_with_a_snapshot() {
     let temp = tempfile::tempdir().unwrap();
-    let raw = write(temp.path(), "disk.raw", &disk(5, 2 * MIB));
-    let image = temp.path().join("disk.qcow2");
-    run!(
-        "qemu-img", "convert", "-f", "raw", "-O", "qcow2", &raw, &image
-    );
+    let image = convert(temp.path(), &disk(5, 2 * MIB), "compat=1.1", false);
     run!("qemu-img", "snapshot", "-c", "before", &image);
-    qemu_io(&image, "qcow2", &["write -q -P 1 0 1M"]);
+    qemu_io(&image, &["write -q -P 1 0 1M"]);
     assert_holds(&*open(&image).source, &oracle(&image, "qcow2"));
     run!("qemu-img", "snapshot", "-d", "before", &image);
     run!("qemu-img", "resize", "-q", "--shrink", &image, "1500k");
@@ -181,18 +152,11 @@ fn an_external_data_file() {
     let image = temp.path().join("disk.qcow2");
     let data = temp.path().join("disk.data");
     let option = format!("data_file={}", data.display());
-    run!(
-        "qemu-img", "create", "-q", "-f", "qcow2", "-o", &option, &image, "4M"
-    );
-    qemu_io(&image, "qcow2", &["write -q -P 8 1M 300k"]);
+    create(&image, &["-o", &option], "4M");
+    qemu_io(&image, &["write -q -P 8 1M 300k"]);
     let opened = open(&image);
     assert_holds(&*opened.source, &oracle(&image, "qcow2"));
-    std::fs::OpenOptions::new()
-        .append(true)
-        .open(data)
-        .unwrap()
-        .set_len(5 << 20)
-        .unwrap();
+    set_len(&data, 5 << 20);
     assert!(
         matches!(opened.source.check_unchanged(), Err(ReadError::Changed { path, .. }) if path.ends_with("disk.data"))
     );
@@ -205,12 +169,7 @@ fn a_change_anywhere_in_the_chain_is_noticed() {
         let opened = open(&chain(temp.path(), [2 * MIB; 3]));
         opened.source.check_unchanged().unwrap();
         let path = temp.path().join(changed);
-        std::fs::OpenOptions::new()
-            .append(true)
-            .open(&path)
-            .unwrap()
-            .set_len(64 << 20)
-            .unwrap();
+        set_len(&path, 64 << 20);
         let error = opened.source.check_unchanged().unwrap_err();
         assert!(
             matches!(&error, ReadError::Changed { path: named, .. } if *named == path),
@@ -223,7 +182,7 @@ fn a_change_anywhere_in_the_chain_is_noticed() {
 fn as_a_file_it_is_its_bytes() {
     let temp = tempfile::tempdir().unwrap();
     let image = temp.path().join("disk");
-    run!("qemu-img", "create", "-q", "-f", "qcow2", &image, "1M");
+    create(&image, &[], "1M");
     let opened = image::open(
         &image,
         &ImageOptions {
@@ -236,10 +195,7 @@ fn as_a_file_it_is_its_bytes() {
 }
 
 fn refusal(path: &Path) -> String {
-    match image::open(path, &ImageOptions::default()) {
-        Ok(_) => panic!("{} was opened", path.display()),
-        Err(error) => error.to_string(),
-    }
+    refused(path).to_string()
 }
 
 #[test]
@@ -248,108 +204,28 @@ fn what_cannot_be_read_is_refused_with_the_reason() {
     let at = |name: &str| temp.path().join(name);
     let secret = "secret,id=s,data=capsule";
     let luks = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10";
-    run!(
-        "qemu-img",
-        "create",
-        "-q",
-        "--object",
-        secret,
-        "-f",
-        "qcow2",
-        "-o",
-        luks,
-        at("luks"),
-        "1M"
-    );
+    create(&at("luks"), &["--object", secret, "-o", luks], "1M");
     assert!(refusal(&at("luks")).contains("encrypted"));
 
-    run!(
-        "qemu-img",
-        "create",
-        "-q",
-        "-u",
-        "-f",
-        "qcow2",
-        "-b",
-        "gone.img",
-        "-F",
-        "raw",
-        at("orphan"),
-        "1M"
-    );
+    // Without a look at what is behind it.
+    let upon = |name: &str, base: &str, format: &str| {
+        create(&at(name), &["-u", "-b", base, "-F", format], "1M");
+    };
+    upon("orphan", "gone.img", "raw");
     assert!(refusal(&at("orphan")).contains("gone.img"));
-
-    run!(
-        "qemu-img",
-        "create",
-        "-q",
-        "-u",
-        "-f",
-        "qcow2",
-        "-b",
-        "b",
-        "-F",
-        "qcow2",
-        at("a"),
-        "1M"
-    );
-    run!(
-        "qemu-img",
-        "create",
-        "-q",
-        "-u",
-        "-f",
-        "qcow2",
-        "-b",
-        "a",
-        "-F",
-        "qcow2",
-        at("b"),
-        "1M"
-    );
+    upon("a", "b", "qcow2");
+    upon("b", "a", "qcow2");
     assert!(refusal(&at("a")).contains("loop"));
-
-    run!(
-        "qemu-img",
-        "create",
-        "-q",
-        "-u",
-        "-f",
-        "qcow2",
-        "-b",
-        "nbd://127.0.0.1:1/x",
-        "-F",
-        "raw",
-        at("net"),
-        "1M"
-    );
+    upon("net", "nbd://127.0.0.1:1/x", "raw");
     assert!(refusal(&at("net")).contains("no local file"));
-
-    run!(
-        "qemu-img",
-        "create",
-        "-q",
-        "-u",
-        "-f",
-        "qcow2",
-        "-b",
-        "/dev/zero",
-        "-F",
-        "raw",
-        at("zero"),
-        "1M"
-    );
+    upon("zero", "/dev/zero", "raw");
     assert!(refusal(&at("zero")).contains("neither a regular file nor a device"));
 }
 
 #[test]
 fn damaged_headers_and_tables_never_read_as_good_data() {
     let temp = tempfile::tempdir().unwrap();
-    let raw = write(temp.path(), "disk.raw", &disk(6, MIB));
-    let good = temp.path().join("good");
-    run!(
-        "qemu-img", "convert", "-f", "raw", "-O", "qcow2", &raw, &good
-    );
+    let good = convert(temp.path(), &disk(6, MIB), "compat=1.1", false);
     let good = std::fs::read(good).unwrap();
     let bad = |change: &dyn Fn(&mut Vec<u8>)| {
         let mut bytes = good.clone();

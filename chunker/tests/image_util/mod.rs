@@ -6,9 +6,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use capsule_chunker::content::Source;
-use capsule_chunker::image::{self, ImageOptions, OpenedImage};
+use capsule_chunker::image::{self, ImageError, ImageOptions, OpenedImage};
 use rand::rngs::StdRng;
 use rand::{Rng, RngExt, SeedableRng};
+
+pub const MIB: usize = 1 << 20;
 
 /// Runs a tool of QEMU's. These tests do not pass without them.
 pub fn run(tool: &str, args: &[&OsStr]) -> Output {
@@ -31,10 +33,28 @@ macro_rules! run {
     };
 }
 
-/// Runs commands of qemu-io on an image.
-pub fn qemu_io(image: &Path, format: &str, commands: &[&str]) {
+/// Makes an empty qcow2 image with some arguments of `qemu-img create`, such as `["-o", "cluster_size=4k"]`.
+pub fn create(image: &Path, arguments: &[&str], size: &str) {
+    let mut all: Vec<&OsStr> = ["create", "-q", "-f", "qcow2"].map(OsStr::new).into();
+    all.extend(arguments.iter().map(OsStr::new));
+    all.extend([image.as_os_str(), OsStr::new(size)]);
+    run("qemu-img", &all);
+}
+
+/// Makes a qcow2 image of a disk's bytes; both lie in a directory, as `disk.raw` and `disk.qcow2`.
+pub fn convert(dir: &Path, disk: &[u8], options: &str, compress: bool) -> PathBuf {
+    let (raw, image) = (write(dir, "disk.raw", disk), dir.join("disk.qcow2"));
+    let compress = if compress { "-c" } else { "-q" };
+    run!(
+        "qemu-img", "convert", "-f", "raw", "-O", "qcow2", compress, "-o", options, &raw, &image
+    );
+    image
+}
+
+/// Runs commands of qemu-io on a qcow2 image.
+pub fn qemu_io(image: &Path, commands: &[&str]) {
     for command in commands {
-        run!("qemu-io", "-f", format, "-c", command, image);
+        run!("qemu-io", "-f", "qcow2", "-c", command, image);
     }
 }
 
@@ -76,10 +96,24 @@ pub fn write(dir: &Path, name: &str, bytes: &[u8]) -> PathBuf {
     path
 }
 
+/// Cuts a file, or lengthens it by a hole.
+pub fn set_len(path: &Path, len: u64) {
+    let file = std::fs::OpenOptions::new().write(true).open(path).unwrap();
+    file.set_len(len).unwrap();
+}
+
 /// Opens an image with the defaults.
 pub fn open(path: &Path) -> OpenedImage {
     image::open(path, &ImageOptions::default())
         .unwrap_or_else(|e| panic!("{}: {e}", path.display()))
+}
+
+/// Expects that an image cannot be opened with the defaults; why.
+pub fn refused(path: &Path) -> ImageError {
+    match image::open(path, &ImageOptions::default()) {
+        Ok(_) => panic!("{} was opened", path.display()),
+        Err(error) => error,
+    }
 }
 
 /// Reads a source in every way, and compares it with what it should hold; returns the bytes known to be zero.
