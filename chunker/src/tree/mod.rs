@@ -1,7 +1,7 @@
 //! Directory trees: read to be published, written back, compared.
 //!
-//! [`scan`] walks a directory into a [`TreeSource`]: metadata in memory, contents read from the files as they are asked
-//! for. [`TreeWriter`] puts a listing and its contents, handed over in order, into a directory; [`restore`] drives it from
+//! [`scan()`] walks a directory into a [`TreeSource`]: metadata in memory, contents read from the files as they are asked
+//! for. [`TreeWriter`] puts a listing and its contents, handed over in order, into a directory; [`restore()`] drives it from
 //! contents that can be read. [`verify_tree`] compares. No path is ever followed through a symbolic link, and nothing outside
 //! the directory is touched, whatever others do in it meanwhile (`root`).
 //!

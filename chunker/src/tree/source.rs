@@ -27,7 +27,7 @@ const MIN_SPARSE: u64 = 16 << 10;
 
 /// A directory's contents: its regular files' bytes, one after another in listing order.
 ///
-/// Made by [`scan`](super::scan). Reading fails where a file is no longer what the scan saw.
+/// Made by [`scan`](super::scan()). Reading fails where a file is no longer what the scan saw.
 #[derive(Debug)]
 pub struct TreeSource {
     root: Root,
