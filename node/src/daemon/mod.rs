@@ -87,6 +87,16 @@ pub enum NodeError {
     /// The database could not be read.
     #[error(transparent)]
     Database(#[from] DatabaseError),
+    /// An address cannot be listened on.
+    #[error(
+        "cannot listen on {address}: {source}: choose another with `--listen IP:PORT` (port 0: any free one), or `listen` in home.json"
+    )]
+    Listen {
+        /// The address.
+        address: SocketAddr,
+        /// What the system said.
+        source: std::io::Error,
+    },
     /// The network did not start.
     #[error(transparent)]
     Network(#[from] StartError),
@@ -208,10 +218,12 @@ impl Daemon {
         } else {
             options.listen
         };
+        let listen = same_ports(&listen, &home.listening()?);
+        refuse_taken(&listen)?;
         let config = NetworkConfig {
             machine: identity.machine.clone(),
             credential: identity.credential.clone(),
-            listen: same_ports(&listen, &home.listening()?),
+            listen,
             bootstrap,
             lan_discovery: options.lan_discovery.unwrap_or(settings.lan_discovery),
             banned: banned(&store, clock.now())?,
@@ -397,6 +409,16 @@ fn same_ports(listen: &[SocketAddr], last: &[String]) -> Vec<SocketAddr> {
         .iter()
         .map(|address| same(address).unwrap_or(*address))
         .collect()
+}
+
+/// Refuses what somebody else listens on: the network's own sockets would share a port with any other node of this user,
+/// and the system then deals connections out between the two.
+fn refuse_taken(listen: &[SocketAddr]) -> Result<(), NodeError> {
+    for &address in listen {
+        std::net::TcpListener::bind(address)
+            .map_err(|source| NodeError::Listen { address, source })?;
+    }
+    Ok(())
 }
 
 /// Addresses to put into tokens: of sockets that listen everywhere, each interface's; loopback only where there is nothing else.

@@ -342,3 +342,34 @@ async fn a_second_daemon_is_kept_away() {
     ));
     lab.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_daemons_never_share_an_address() {
+    let lab = lab().await;
+    let other = Home::new(lab.temp.path().join("other"));
+    let (now, mut entropy) = (crate::clock::system_seconds(), crate::home::system_entropy);
+    other
+        .init_fleet(&Default::default(), now, &mut entropy)
+        .unwrap();
+    let taken = lab.publisher.ready.listening.clone();
+    let start = |listen| {
+        let options = NodeOptions {
+            listen,
+            ..NodeOptions::default()
+        };
+        Daemon::start(other.clone(), options)
+    };
+    let Err(refused) = start(taken.clone()).await else {
+        panic!("it listens on {taken:?} too")
+    };
+    assert!(matches!(refused, NodeError::Listen { address, .. } if address == taken[0]));
+    let text = refused.to_string();
+    assert!(text.contains("--listen"), "{text}");
+    start(vec!["127.0.0.1:0".parse().unwrap()])
+        .await
+        .unwrap()
+        .stop()
+        .await
+        .unwrap();
+    lab.stop().await;
+}

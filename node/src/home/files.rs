@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use serde_json::error::Category;
 use thiserror::Error;
 
 /// Longest file read here, in bytes: the settings, and a credential, fit many times.
@@ -26,12 +27,14 @@ pub enum Fault {
         source: io::Error,
     },
     /// The file is not what it should be.
-    #[error("{} is damaged ({why}): correct it, or restore it from a backup", .path.display())]
+    #[error("{}: {why}: {way_out}", .path.display())]
     Damaged {
         /// The file.
         path: PathBuf,
         /// What is wrong with it.
         why: String,
+        /// What to do.
+        way_out: &'static str,
     },
 }
 
@@ -44,10 +47,11 @@ impl Fault {
         }
     }
 
-    fn damaged(path: &Path, why: impl ToString) -> Self {
+    fn damaged(path: &Path, why: impl ToString, way_out: &'static str) -> Self {
         Self::Damaged {
             path: path.into(),
             why: why.to_string(),
+            way_out,
         }
     }
 }
@@ -68,26 +72,36 @@ pub(super) fn make_private_dir(dir: &Path) -> Result<(), Fault> {
         .map_err(Fault::io("making", dir))
 }
 
-/// Reads a JSON file, if there is one.
-pub(super) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, Fault> {
-    let Some(bytes) = read(path)? else {
+/// Reads a JSON file, if there is one; with what to do if it is damaged.
+pub(super) fn read_json<T: DeserializeOwned>(
+    path: &Path,
+    way_out: &'static str,
+) -> Result<Option<T>, Fault> {
+    let Some(bytes) = read(path, way_out)? else {
         return Ok(None);
     };
-    serde_json::from_slice(&bytes)
-        .map(Some)
-        .map_err(|e| Fault::damaged(path, e))
+    serde_json::from_slice(&bytes).map(Some).map_err(|e| {
+        let why = match e.classify() {
+            Category::Eof => format!("it is empty or cut off ({e})"),
+            Category::Syntax => format!("it is not JSON ({e})"),
+            Category::Data | Category::Io => e.to_string(),
+        };
+        Fault::damaged(path, why, way_out)
+    })
 }
 
 /// Replaces a JSON file.
 pub(super) fn write_json(path: &Path, value: &impl Serialize, mode: Mode) -> Result<(), Fault> {
-    let mut bytes = serde_json::to_vec_pretty(value).map_err(|e| Fault::damaged(path, e))?;
+    let mut bytes = serde_json::to_vec_pretty(value)
+        .map_err(io::Error::from)
+        .map_err(Fault::io("writing", path))?;
     bytes.push(b'\n');
     write(path, &bytes, mode)
 }
 
-/// Reads a secret of 32 bytes, if there is one.
-pub(super) fn read_secret(path: &Path) -> Result<Option<[u8; 32]>, Fault> {
-    let Some(bytes) = read(path)? else {
+/// Reads a secret of 32 bytes, if there is one; with what to do if it is damaged.
+pub(super) fn read_secret(path: &Path, way_out: &'static str) -> Result<Option<[u8; 32]>, Fault> {
+    let Some(bytes) = read(path, way_out)? else {
         return Ok(None);
     };
     let text = String::from_utf8_lossy(&bytes);
@@ -95,7 +109,7 @@ pub(super) fn read_secret(path: &Path) -> Result<Option<[u8; 32]>, Fault> {
     let secret = text.trim().parse::<capsule_proto::RootHash>();
     secret
         .map(|secret| Some(*secret.as_bytes()))
-        .map_err(|_| Fault::damaged(path, "it is not 64 hexadecimal digits"))
+        .map_err(|_| Fault::damaged(path, "it is not 64 hexadecimal digits", way_out))
 }
 
 /// Replaces a secret.
@@ -104,7 +118,7 @@ pub(super) fn write_secret(path: &Path, secret: &[u8; 32]) -> Result<(), Fault> 
     write(path, text.as_bytes(), Mode::Private)
 }
 
-fn read(path: &Path) -> Result<Option<Vec<u8>>, Fault> {
+fn read(path: &Path, way_out: &'static str) -> Result<Option<Vec<u8>>, Fault> {
     let file = match File::open(path) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
         file => file.map_err(Fault::io("reading", path))?,
@@ -114,7 +128,11 @@ fn read(path: &Path) -> Result<Option<Vec<u8>>, Fault> {
         .read_to_end(&mut bytes)
         .map_err(Fault::io("reading", path))?;
     if bytes.len() as u64 > MAX_LEN {
-        return Err(Fault::damaged(path, "it is longer than a megabyte"));
+        return Err(Fault::damaged(
+            path,
+            "it is longer than a megabyte",
+            way_out,
+        ));
     }
     Ok(Some(bytes))
 }
@@ -158,6 +176,7 @@ mod tests {
     fn secrets_are_private_and_damage_is_told() {
         let temp = tempfile::tempdir().unwrap();
         let path = temp.path().join("machine.key");
+        let read_secret = |path| read_secret(path, "restore it");
         assert_eq!(read_secret(&path).unwrap(), None);
         write_secret(&path, &[7; 32]).unwrap();
         assert_eq!(
@@ -173,10 +192,33 @@ mod tests {
             "nothing is left beside"
         );
         fs::write(&path, "0123").unwrap();
-        assert!(matches!(read_secret(&path), Err(Fault::Damaged { .. })));
-        assert!(matches!(
-            read_json::<super::super::Settings>(&path),
-            Err(Fault::Damaged { .. })
-        ));
+        let damaged = read_secret(&path).unwrap_err().to_string();
+        assert!(damaged.ends_with("machine.key: it is not 64 hexadecimal digits: restore it"));
+    }
+
+    #[test]
+    fn json_that_is_cut_off_is_told_from_json_that_is_wrong() {
+        let temp = tempfile::tempdir().unwrap();
+        let path = temp.path().join("home.json");
+        let read = || read_json::<super::super::Settings>(&path, "correct that");
+        let refusal = |bytes: &[u8]| {
+            fs::write(&path, bytes).unwrap();
+            let text = read().unwrap_err().to_string();
+            assert!(
+                text.contains("home.json: ") && text.ends_with(": correct that"),
+                "{text}"
+            );
+            text
+        };
+        let mut whole = serde_json::to_vec_pretty(&super::super::Settings::default()).unwrap();
+        for cut in 0..whole.len() {
+            assert!(refusal(&whole[..cut]).contains("cut off"), "at {cut}");
+        }
+        assert!(refusal(b"quota = 5").contains("not JSON"));
+        assert!(refusal(b"7").contains("line 1"));
+        whole.resize(MAX_LEN as usize + 1, b' ');
+        assert!(refusal(&whole).contains("longer than"));
+        fs::write(&path, &whole[..MAX_LEN as usize]).unwrap();
+        assert!(read().unwrap().is_some());
     }
 }

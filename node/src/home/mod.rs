@@ -4,15 +4,17 @@
 //! |---|---|---|
 //! | `home.json` | format of the directory; settings that people edit | 0600 |
 //! | `machine.key` | the machine's secret, 64 hex digits | 0600 |
-//! | `fleet.key` | the fleet's root secret, where this home did `fleet init` | 0600 |
+//! | `fleet.key` | the fleet's root secret, where this home did `fleet init`; an older fleet's: `fleet-ID.key` | 0600 |
 //! | `membership.json` | credential, and addresses of the fleet from the token | 0600 |
 //! | `listening.json` | addresses that the node listened on last, for `fleet invite` | 0600 |
 //! | `store/` | blobs and database (`crate::store`) | 0700 |
 //! | `control.sock` | the control socket (`socket`) | 0600 |
 //!
 //! Every file is written whole, beside its place, synced and renamed: a crash leaves the old one or the new one. Joining
-//! a fleet lives in `fleet`, times as people write them in `expiry`. Nothing here talks to the network or a daemon.
+//! a fleet lives in `fleet`, what people write in `address` and `expiry`. Nothing here talks to the network or a daemon.
+//! For people: `node/docs/home.md`.
 
+mod address;
 mod expiry;
 mod files;
 mod fleet;
@@ -26,6 +28,7 @@ use capsule_proto::credential::{
 };
 use thiserror::Error;
 
+pub use address::check_address;
 pub use expiry::{DEFAULT_EXPIRY, ExpiryError, parse_expiry};
 pub use files::Fault;
 pub use fleet::{Entropy, Founded, Invitation, InviteOptions, JoinOptions, Joined, system_entropy};
@@ -40,6 +43,15 @@ const FLEET_KEY: &str = "fleet.key";
 const MEMBERSHIP: &str = "membership.json";
 const LISTENING: &str = "listening.json";
 const STORE: &str = "store";
+
+// What to do where one of them is damaged.
+const CORRECT_SETTINGS: &str = "correct that, or move the file away to have the defaults";
+const FORGET_LISTENING: &str = "remove it; the node writes it again when it starts";
+const RENEW_MEMBERSHIP: &str =
+    "restore it from a backup, or join again with `capsule join --force TOKEN`";
+const RENEW_MACHINE: &str = "restore it from a backup, or remove it and join again, as a new machine, with \
+                             `capsule join --force TOKEN`";
+const RESTORE_ROOT: &str = "restore it from a backup; it cannot be made again";
 
 /// A home directory, which need not exist yet.
 #[derive(Debug, Clone)]
@@ -163,7 +175,8 @@ impl Home {
 
     /// The settings; the defaults where there are none.
     pub fn settings(&self) -> Result<Settings, HomeError> {
-        let settings: Settings = read_json(&self.path(HOME_FILE))?.unwrap_or_default();
+        let settings: Settings =
+            read_json(&self.path(HOME_FILE), CORRECT_SETTINGS)?.unwrap_or_default();
         if settings.format > Settings::FORMAT {
             let (dir, known) = (self.dir.clone(), Settings::FORMAT);
             return Err(HomeError::Newer {
@@ -182,8 +195,9 @@ impl Home {
         let membership = self
             .membership()?
             .ok_or_else(|| HomeError::NotAMember { dir: dir() })?;
-        let machine = read_secret(&self.path(MACHINE_KEY))?.map(MachineKey::from_secret);
-        let machine = machine.ok_or_else(|| HomeError::WrongKey { dir: dir() })?;
+        let machine = self
+            .known_machine_key()?
+            .ok_or_else(|| HomeError::WrongKey { dir: dir() })?;
         let Membership {
             credential,
             addresses,
@@ -211,25 +225,33 @@ impl Home {
 
     /// Where the node listened last.
     pub fn listening(&self) -> Result<Vec<String>, HomeError> {
-        let listening: Listening = read_json(&self.path(LISTENING))?.unwrap_or_default();
+        let listening: Listening =
+            read_json(&self.path(LISTENING), FORGET_LISTENING)?.unwrap_or_default();
         Ok(listening.addresses)
     }
 
     fn membership(&self) -> Result<Option<Membership>, HomeError> {
-        Ok(read_json(&self.path(MEMBERSHIP))?)
+        Ok(read_json(&self.path(MEMBERSHIP), RENEW_MEMBERSHIP)?)
+    }
+
+    fn known_machine_key(&self) -> Result<Option<MachineKey>, HomeError> {
+        let secret = read_secret(&self.path(MACHINE_KEY), RENEW_MACHINE)?;
+        Ok(secret.map(MachineKey::from_secret))
     }
 
     fn fleet_key(&self) -> Result<Option<FleetKey>, HomeError> {
-        Ok(read_secret(&self.path(FLEET_KEY))?.map(FleetKey::from_secret))
+        let root = read_secret(&self.path(FLEET_KEY), RESTORE_ROOT)?;
+        Ok(root.map(FleetKey::from_secret))
     }
 
     fn path(&self, name: &str) -> PathBuf {
         self.dir.join(name)
     }
 
-    /// Makes the directory, private, with its settings.
+    /// Makes the directory and that of the store, private, with the settings.
     fn make(&self) -> Result<(), HomeError> {
         files::make_private_dir(&self.dir)?;
+        files::make_private_dir(&self.store_dir())?;
         if !self.path(HOME_FILE).exists() {
             write_json(&self.path(HOME_FILE), &Settings::default(), Mode::Private)?;
         }

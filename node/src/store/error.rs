@@ -54,7 +54,7 @@ impl fmt::Display for Full {
             } => write!(
                 f,
                 "the store is full: {needed} bytes needed, {used} of the quota of {quota} in use. \
-                 Raise the quota, or make room with `capsule unpin` or `capsule rm`, then `capsule gc`; \
+                 Raise `quota` in home.json and restart the node, or make room with `capsule unpin` or `capsule rm`, then `capsule gc`; \
                  what was fetched is kept, and the same command resumes"
             ),
             Self::FileSystem { path } => write!(
