@@ -5,6 +5,12 @@ use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
+#[path = "documents/markdown.rs"]
+mod markdown;
+#[path = "documents/values.rs"]
+#[allow(dead_code, reason = "each test program uses a part")]
+mod values;
+
 fn demo(temp: &Path, args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_capsule"));
     command
@@ -49,6 +55,10 @@ fn it_ends_with_identical_copies_and_leaves_nothing() {
         String::from_utf8_lossy(&output.stderr)
     );
     let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let document = markdown::Document::read("cli.md");
+    let mut comparison = values::Comparison::with(&document);
+    comparison.samples("DemoReport", &[&with_differences(&report)]);
+    comparison.conclude();
     assert_eq!(report["identical"], true);
     assert_eq!(report["verified_nodes"], 3);
     assert_eq!(report["export"]["bytes"], report["content_bytes"]);
@@ -62,6 +72,13 @@ fn it_ends_with_identical_copies_and_leaves_nothing() {
         );
     }
     assert_clean(temp.path());
+}
+
+/// The report as if something had differed, to have a sample of every value.
+fn with_differences(report: &serde_json::Value) -> serde_json::Value {
+    let mut report = report.clone();
+    report["export"]["differences"] = serde_json::json!(["sample"]);
+    report
 }
 
 #[test]

@@ -22,6 +22,13 @@ pub struct Output {
 }
 
 impl Output {
+    /// Says on standard error what a person may want to do next.
+    pub fn next(self, text: impl std::fmt::Display) {
+        if !self.json {
+            output::tell(format_args!("{} {text}", Style::stderr().dim("next:")));
+        }
+    }
+
     /// Says on standard error that a list is empty: for people only, who could think that nothing happened.
     pub fn empty(self, text: &str) {
         if !self.json {

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use capsule_node::control::{CapsuleRef, Export, Exported};
+use capsule_node::control::{CapsuleRef, ComponentInfo, Export, Exported};
 use clap::Args;
 
 use super::context::{Context, Output, absolute};
@@ -61,10 +61,8 @@ fn render(exported: &Exported, style: Style) -> String {
     fields(
         style,
         &[
-            (
-                "exported",
-                format!("{} ({})", exported.component.name, exported.component.kind),
-            ),
+            ("exported", component(&exported.component)),
+            ("of", exported.capsule.to_string()),
             ("to", shell_word(&exported.to)),
             ("root hash", exported.component.root.to_string()),
             ("content", format!("{}{files}", size(exported.bytes))),
@@ -74,4 +72,13 @@ fn render(exported: &Exported, style: Style) -> String {
             ),
         ],
     )
+}
+
+/// A component's name, with its kind where that says more.
+fn component(component: &ComponentInfo) -> String {
+    if component.name == component.kind {
+        component.name.clone()
+    } else {
+        format!("{} ({})", component.name, component.kind)
+    }
 }

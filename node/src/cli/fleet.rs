@@ -5,8 +5,8 @@ use std::path::Path;
 
 use anyhow::Context as _;
 use capsule_node::home::{
-    DEFAULT_EXPIRY, Home, HomeError, Invitation, InviteOptions, JoinOptions, parse_expiry,
-    system_entropy,
+    DEFAULT_EXPIRY, Home, HomeError, Invitation, InviteOptions, JoinOptions, check_address,
+    parse_expiry, system_entropy,
 };
 use capsule_proto::credential::{Channels, Grant, MAX_TOKEN_LEN, Roles};
 use capsule_proto::name::Channel;
@@ -57,7 +57,7 @@ pub struct InviteArgs {
     expires: Option<u64>,
     /// Where the fleet is found: HOST:PORT or a multiaddr; may be given more than once; where this node listened last,
     /// when not given
-    #[arg(long = "addr", value_name = "ADDR")]
+    #[arg(long = "addr", value_name = "ADDR", value_parser = address)]
     addresses: Vec<String>,
     #[command(flatten)]
     output: Output,
@@ -101,6 +101,7 @@ enum Role {
 struct Membership<'a> {
     fleet: String,
     machine: String,
+    machine_name: String,
     home: &'a Path,
     roles: Vec<&'static str>,
     channels: Option<Vec<String>>,
@@ -132,6 +133,7 @@ fn init(args: InitArgs, context: &Context) -> Result<(), Exit> {
     let membership = Membership {
         fleet: founded.fleet.to_string(),
         machine: founded.machine.to_string(),
+        machine_name: founded.machine_name,
         home: home.dir(),
         roles: vec!["publisher", "admin"],
         channels: None,
@@ -184,6 +186,13 @@ fn invite(args: InviteArgs, context: &Context) -> Result<(), Exit> {
     }
 }
 
+/// As it was written, if it is an address.
+pub fn address(text: &str) -> Result<String, String> {
+    check_address(text)
+        .map(|()| text.to_owned())
+        .map_err(|error| error.to_string())
+}
+
 /// The roles of a token: who is given channels publishes, unless it was said to be a member only.
 fn granted(asked: &[Role], with_channels: bool) -> Result<Roles, Exit> {
     let publisher = asked.contains(&Role::Publisher);
@@ -215,6 +224,7 @@ pub fn join(args: JoinArgs, context: &Context) -> Result<(), Exit> {
     let membership = Membership {
         fleet: joined.fleet.to_string(),
         machine: joined.machine.to_string(),
+        machine_name: joined.machine_name,
         home: home.dir(),
         roles: role_words(&joined.grant),
         channels: channel_words(&joined.grant),
@@ -297,7 +307,14 @@ fn render_membership(membership: &Membership<'_>, style: Style) -> String {
         style,
         &[
             ("fleet", membership.fleet.clone()),
-            ("machine", short(&membership.machine).to_owned()),
+            (
+                "machine",
+                format!(
+                    "{} ({})",
+                    membership.machine_name,
+                    short(&membership.machine)
+                ),
+            ),
             ("home", shell_word(membership.home)),
             ("roles", roles),
             ("may publish to", channels),
@@ -311,17 +328,15 @@ fn next_steps(membership: &Membership<'_>, output: Output, more: &str) {
     if output.json {
         return;
     }
-    let style = Style::stderr();
     if membership.restart_needed {
         output::tell(format_args!(
             "{} the node that runs for this home still has its old membership: restart it",
-            style.yellow("note:")
+            Style::stderr().yellow("note:")
         ));
     } else {
         let home = shell_word(membership.home);
-        output::tell(format_args!(
-            "{} start the node with `capsule --home {home} node`; {more}",
-            style.dim("next:")
+        output.next(format_args!(
+            "start the node with `capsule --home {home} node`; {more}"
         ));
     }
 }
@@ -349,6 +364,7 @@ mod tests {
         let mut membership = Membership {
             fleet: "aa".into(),
             machine: "bb".into(),
+            machine_name: "pc".into(),
             home: Path::new("/h"),
             roles: Vec::new(),
             channels: Some(vec!["lab".into()]),

@@ -46,11 +46,11 @@ pub struct GcArgs {
 /// What other capsules here need stays, and so does its name in the fleet.
 #[derive(Debug, Args)]
 pub struct RmArgs {
-    #[command(flatten)]
-    which: Which,
     /// Even if it is pinned
     #[arg(long)]
     force: bool,
+    #[command(flatten)]
+    which: Which,
 }
 
 /// Runs `pin`.
@@ -60,7 +60,7 @@ pub fn pin(args: PinArgs, context: &Context) -> Result<(), Exit> {
         &context.ask(Pin {
             capsule: CapsuleRef(capsule),
         })?,
-        render_pins,
+        render_pinned,
     )
 }
 
@@ -71,7 +71,7 @@ pub fn unpin(args: UnpinArgs, context: &Context) -> Result<(), Exit> {
         &context.ask(Unpin {
             capsule: CapsuleRef(capsule),
         })?,
-        render_pins,
+        render_unpinned,
     )
 }
 
@@ -97,15 +97,21 @@ pub fn rm(args: RmArgs, context: &Context) -> Result<(), Exit> {
     )
 }
 
-fn render_pins(pinned: &Pinned, _: Style) -> String {
-    let changed = if pinned.changed { "" } else { " already" };
-    match pinned.pins.as_slice() {
-        [] => format!("{} is{changed} without a pin\n", pinned.capsule),
-        pins => format!(
-            "{} is{changed} pinned by {}\n",
-            pinned.capsule,
-            pins.join(", ")
-        ),
+fn render_pinned(pinned: &Pinned, _: Style) -> String {
+    let now = if pinned.changed { "now" } else { "already" };
+    let pins = pinned.pins.join(", ");
+    format!("{} is {now} pinned (by {pins})\n", pinned.capsule)
+}
+
+fn render_unpinned(unpinned: &Pinned, _: Style) -> String {
+    let capsule = unpinned.capsule;
+    match (unpinned.changed, unpinned.pins.as_slice()) {
+        (true, []) => format!("{capsule} is no longer pinned: `capsule gc` removes it\n"),
+        (false, []) => format!("{capsule} was not pinned\n"),
+        (_, pins) => {
+            let pins = pins.join(", ");
+            format!("{capsule} is still pinned (by {pins}): `capsule unfollow` ends that\n")
+        }
     }
 }
 
@@ -120,6 +126,9 @@ fn render_collected(collected: &Collected, _: Style) -> String {
         .iter()
         .map(|capsule| format!("{verb} capsule {capsule}\n"))
         .collect();
+    if collected.capsules.is_empty() && collected.blobs == 0 && collected.busy == 0 {
+        return "nothing to remove: pinned capsules need all that is here\n".to_owned();
+    }
     capsules + &amounts(verb, collected.blobs, collected.bytes, collected.busy)
 }
 
@@ -142,6 +151,46 @@ mod tests {
     use capsule_proto::{CapsuleId, RootHash};
 
     use super::*;
+
+    #[test]
+    fn what_stays_pinned_is_told_with_the_way_out() {
+        let capsule = CapsuleId(RootHash::of(b"x"));
+        let unpinned = |changed, pins: &[&str]| {
+            let pins = pins.iter().map(ToString::to_string).collect();
+            let text = render_unpinned(
+                &Pinned {
+                    capsule,
+                    changed,
+                    pins,
+                },
+                Style::PLAIN,
+            );
+            text.strip_prefix(&capsule.to_string()).unwrap().to_owned()
+        };
+        assert_eq!(
+            unpinned(true, &[]),
+            " is no longer pinned: `capsule gc` removes it\n"
+        );
+        assert_eq!(unpinned(false, &[]), " was not pinned\n");
+        for changed in [true, false] {
+            assert_eq!(
+                unpinned(changed, &["follow:lab"]),
+                " is still pinned (by follow:lab): `capsule unfollow` ends that\n"
+            );
+        }
+    }
+
+    #[test]
+    fn nothing_to_collect_is_said_so() {
+        let collected = Collected {
+            dry_run: false,
+            capsules: Vec::new(),
+            blobs: 0,
+            bytes: 0,
+            busy: 0,
+        };
+        assert!(render_collected(&collected, Style::PLAIN).starts_with("nothing to remove"));
+    }
 
     #[test]
     fn a_dry_run_says_would() {

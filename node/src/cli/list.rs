@@ -1,7 +1,8 @@
 //! `capsule ls` and `capsule show`.
 
 use capsule_node::control::{
-    BlobStatus, CapsuleRef, Holding, LayerInfo, Listed, ListedCapsule, Ls, Show, Shown,
+    BlobStatus, CapsuleRef, ComponentInfo, Holding, LayerInfo, Listed, ListedCapsule, Ls, Show,
+    Shown,
 };
 use capsule_proto::name::Channel;
 use clap::Args;
@@ -162,7 +163,7 @@ fn render_shown(shown: &Shown, style: Style, long: bool) -> String {
         sections.push(table.render(style));
     }
     if !shown.layers.is_empty() {
-        sections.push(layers(&shown.layers, style, long));
+        sections.push(layers(shown, style, long));
     }
     if !shown.holders.is_empty() {
         let mut table = Table::new(&["HELD BY", "NAME", "HOLDS"]);
@@ -183,12 +184,12 @@ fn render_shown(shown: &Shown, style: Style, long: bool) -> String {
     sections.join("\n")
 }
 
-fn layers(layers: &[LayerInfo], style: Style, long: bool) -> String {
+fn layers(shown: &Shown, style: Style, long: bool) -> String {
     let mut table = Table::new(&[
         "LAYER OF", "FROM", ">CONTENT", "INDEX", ">BYTES", "PACK", ">BYTES", "HERE",
     ]);
     let bytes = |blob: &BlobStatus| (hash(&blob.root.to_string(), long), size(blob.size));
-    for layer in layers {
+    for layer in &shown.layers {
         let (index, index_size) = bytes(&layer.index);
         let (pack, pack_size) = layer.pack.as_ref().map(bytes).unwrap_or_default();
         let blobs = || {
@@ -201,7 +202,7 @@ fn layers(layers: &[LayerInfo], style: Style, long: bool) -> String {
             blobs().map(|blob| blob.size).sum(),
         );
         table.row([
-            layer.component.clone(),
+            target(layer, &shown.components),
             layer.parent.map_or("nothing".to_owned(), |parent| {
                 hash(&parent.to_string(), long)
             }),
@@ -214,6 +215,18 @@ fn layers(layers: &[LayerInfo], style: Style, long: bool) -> String {
         ]);
     }
     table.render(style)
+}
+
+/// What a layer makes: of a tree, its listing or its files' contents.
+fn target(layer: &LayerInfo, components: &[ComponentInfo]) -> String {
+    let of_tree = components
+        .iter()
+        .any(|part| part.name == layer.component && part.kind == "tree");
+    match (of_tree, layer.space.as_str()) {
+        (false, _) => layer.component.clone(),
+        (true, "stream") => format!("{}: listing", layer.component),
+        (true, space) => format!("{}: {space}", layer.component),
+    }
 }
 
 /// How much is here, in a word.

@@ -14,6 +14,8 @@
 
 mod completions;
 mod context;
+#[cfg(test)]
+mod documented;
 pub mod exit;
 mod export;
 mod fleet;
@@ -40,15 +42,21 @@ use crate::demo;
 use context::Context;
 use exit::Exit;
 
+const AFTER_HELP: &str = "\
+First steps: `capsule fleet init`, `capsule node` and `capsule fleet invite` on one machine; `capsule join TOKEN` and \
+`capsule node` on the others; then `publish`, `pull`, `export`.
+
+Exit codes: 0 done, 1 failed, 2 wrong arguments, 3 no node is running for this home, 130 stopped by Ctrl-C.";
+
 /// Moves the state of computers, as named, verified, immutable capsules, to many machines at once
 ///
 /// A publisher makes a new version; each machine fetches what it lacks from many peers in parallel, every byte verified
 /// as it arrives. `capsule demo` shows it on this machine, with no set-up at all.
 #[derive(Debug, Parser)]
-#[command(name = "capsule", version, max_term_width = 100)]
+#[command(name = "capsule", version, max_term_width = 100, after_help = AFTER_HELP)]
 pub struct Cli {
     /// The node's directory: keys, membership, store [default: $CAPSULE_HOME, or capsule in the user's data directory]
-    #[arg(long, value_name = "DIR", global = true)]
+    #[arg(long, value_name = "DIR", global = true, help_heading = "Home")]
     home: Option<PathBuf>,
     #[command(subcommand)]
     command: Command,

@@ -20,15 +20,17 @@ const DEFAULT_LOG: &str = "warn,capsule=info,capsule_node=info,capsule_swarm=inf
 /// Run the node, which serves what it holds and answers the other commands
 ///
 /// Runs until Ctrl-C or SIGTERM. Prints a line `listening ADDR` for each address once it is ready. It logs to standard
-/// error; RUST_LOG says how much. Quota, site and other lasting settings are in the home's home.json.
+/// error; RUST_LOG says how much. Lasting settings are in the home's home.json (node/docs/home.md): listen, quota (bytes),
+/// site, lan_discovery, bootstrap.
 #[derive(Debug, Args)]
 pub struct NodeArgs {
     /// Where to listen: IP:PORT, port 0 for any free one; may be given more than once [default: 0.0.0.0:4277, or as
     /// set in home.json]
     #[arg(long = "listen", value_name = "ADDR")]
     listen: Vec<SocketAddr>,
-    /// One more address where the fleet may be found, beside the token's; may be given more than once
-    #[arg(long = "bootstrap", value_name = "ADDR")]
+    /// One more address where the fleet may be found, beside the token's: HOST:PORT or a multiaddr; may be given more
+    /// than once
+    #[arg(long = "bootstrap", value_name = "ADDR", value_parser = super::fleet::address)]
     bootstrap: Vec<String>,
     /// Do not look for the fleet by multicast on the LAN
     #[arg(long)]

@@ -17,6 +17,9 @@ use super::style::{Style, printable};
 use super::table::{Table, fields};
 
 const STOPPED: &str = "nothing was published";
+/// Bounds of the longest frame: the encoder's.
+const MIN_FRAME_MAX: u32 = 4 << 10;
+const MAX_FRAME_MAX: u32 = 16 << 20;
 
 /// Publish a file, disk image, device or directory as a version of a channel
 ///
@@ -37,7 +40,8 @@ pub struct PublishArgs {
     /// How hard to compress: zstd level 1, 3 or 19
     #[arg(long, value_enum, default_value_t = Strength::Default)]
     effort: Strength,
-    /// Longest frame, such as 256K: smaller ones read faster at random places, larger ones compress better
+    /// Longest frame, 4K to 16M: smaller ones read faster at random places, larger ones compress better [default: what
+    /// suits the content]
     #[arg(long, value_name = "SIZE", value_parser = frame_max)]
     frame_max: Option<u32>,
     /// For a directory: leave out what other file systems are mounted below it
@@ -78,8 +82,10 @@ fn versioned_name(text: &str) -> Result<CapsuleName, String> {
 }
 
 fn frame_max(text: &str) -> Result<u32, String> {
-    let bytes = parse_size(text)?;
-    u32::try_from(bytes).map_err(|_| format!("{text} is too long for a frame"))
+    let bytes = u32::try_from(parse_size(text)?).ok();
+    bytes
+        .filter(|bytes| (MIN_FRAME_MAX..=MAX_FRAME_MAX).contains(bytes))
+        .ok_or_else(|| format!("a frame cannot be {text} long: write 4K to 16M"))
 }
 
 /// Runs the command.
@@ -106,7 +112,12 @@ pub fn run(args: PublishArgs, context: &Context) -> Result<(), Exit> {
     for warning in &published.warnings {
         tell(format_args!("note: {}", printable(warning)));
     }
-    args.output.print(&published, render)
+    args.output.print(&published, render)?;
+    args.output.next(format_args!(
+        "`capsule pull {}` fetches it on another machine of the fleet",
+        published.name
+    ));
+    Ok(())
 }
 
 fn render(published: &Published, style: Style) -> String {
@@ -139,7 +150,7 @@ fn render(published: &Published, style: Style) -> String {
     let share = if content == 0 {
         String::new()
     } else {
-        format!(", {:.1} %", blobs as f64 * 100.0 / content as f64)
+        format!(" ({:.1} % of it)", blobs as f64 * 100.0 / content as f64)
     };
     let summary = fields(
         style,
@@ -169,6 +180,18 @@ mod tests {
     }
 
     #[test]
+    fn a_longest_frame_is_within_the_bounds_of_frames() {
+        assert_eq!(frame_max("4K"), Ok(4 << 10));
+        assert_eq!(frame_max("16M"), Ok(16 << 20));
+        for wrong in ["0", "4095", "16777217", "5G"] {
+            assert!(
+                frame_max(wrong).unwrap_err().contains("4K to 16M"),
+                "{wrong}"
+            );
+        }
+    }
+
+    #[test]
     fn a_summary_tells_what_others_will_fetch() {
         let published = Published {
             capsule: capsule_proto::CapsuleId(capsule_proto::RootHash::of(b"x")),
@@ -184,7 +207,10 @@ mod tests {
             warnings: Vec::new(),
         };
         let text = render(&published, Style::PLAIN);
-        assert!(text.contains("to fetch   1.00 MiB, 25.0 %\n"), "{text}");
+        assert!(
+            text.contains("to fetch   1.00 MiB (25.0 % of it)\n"),
+            "{text}"
+        );
         assert!(
             text.contains("content    4.00 MiB, 1.00 MiB repeated\n"),
             "{text}"

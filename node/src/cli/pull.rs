@@ -41,7 +41,8 @@ struct Which {
     /// CHANNEL:VERSION, CHANNEL for its newest, or an id or the first 8 or more digits of one
     #[arg(value_name = "NAME|ID")]
     capsule: String,
-    /// How long to wait for the name to be known and for somebody who has the content, such as 5m
+    /// How long to wait for the name to be known and for somebody who has the content, such as 5m [default: 10s for the
+    /// name, 30s for the content]
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     wait: Option<Duration>,
     #[command(flatten)]
@@ -91,7 +92,16 @@ pub fn pull(args: PullArgs, context: &Context) -> Result<(), Exit> {
         capsule: CapsuleRef(capsule),
         wait: wait.map(|wait| wait.as_secs()),
     };
-    output.print(&context.work(command, output, STOPPED)?, render_pull)
+    let pulled = context.work(command, output, STOPPED)?;
+    output.print(&pulled, render_pull)?;
+    let capsule = pulled
+        .name
+        .clone()
+        .unwrap_or_else(|| pulled.capsule.to_string());
+    output.next(format_args!(
+        "`capsule export {capsule} --to PATH` writes it out"
+    ));
+    Ok(())
 }
 
 /// Runs `follow`.
@@ -123,7 +133,14 @@ fn render_plan(plan: &Planned, style: Style) -> String {
             ("content", exactly(plan.content_bytes)),
             ("here", exactly(plan.have_bytes)),
             ("to fetch", exactly(plan.fetch_bytes)),
-            ("for this plan", exactly(plan.planning_bytes)),
+            (
+                "planning",
+                format!(
+                    "fetched {} in {}",
+                    exactly(plan.planning_bytes),
+                    duration(seconds(plan.seconds))
+                ),
+            ),
         ],
     );
     summary + "\n" + &components(&plan.components, style)
@@ -251,10 +268,13 @@ mod tests {
         };
         let text = render_plan(&plan, Style::PLAIN);
         assert!(
-            text.contains("to fetch       1.00 MiB (1048577 bytes)\n"),
+            text.contains("to fetch  1.00 MiB (1048577 bytes)\n"),
             "{text}"
         );
-        assert!(text.contains("for this plan  300 B\n"), "{text}");
+        assert!(
+            text.contains("planning  fetched 300 B in 100 ms\n"),
+            "{text}"
+        );
     }
 
     #[test]

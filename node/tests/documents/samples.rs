@@ -1,0 +1,331 @@
+//! A sample of every answer: `full` with all that may be there, else without. A new key must be added here, or this
+//! does not compile.
+
+use capsule_node::control::*;
+use capsule_proto::{CapsuleId, RootHash};
+
+fn root() -> RootHash {
+    RootHash::of(b"sample")
+}
+
+fn capsule() -> CapsuleId {
+    CapsuleId(root())
+}
+
+fn text() -> String {
+    "sample".to_owned()
+}
+
+pub fn progress(full: bool) -> Progress {
+    Progress {
+        phase: Phase::Fetching,
+        done: 1,
+        total: full.then_some(2),
+        rate: 1,
+        peers: 1,
+        written: 1,
+        what: full.then(text),
+    }
+}
+
+pub fn failure(full: bool) -> Failure {
+    Failure {
+        code: FailureCode::NotFound,
+        message: text(),
+        hint: full.then(text),
+    }
+}
+
+fn component() -> ComponentInfo {
+    ComponentInfo {
+        name: text(),
+        kind: "disk".to_owned(),
+        root: root(),
+        size: 1,
+        content_size: 1,
+    }
+}
+
+pub fn published(_full: bool) -> Published {
+    Published {
+        capsule: capsule(),
+        name: text(),
+        unchanged: false,
+        components: vec![component()],
+        content_bytes: 1,
+        zero_bytes: 1,
+        repeated_bytes: 1,
+        pack_bytes: 1,
+        index_bytes: 1,
+        seconds: 1.5,
+        warnings: vec![text()],
+    }
+}
+
+pub fn listed(full: bool) -> Listed {
+    let listed = ListedCapsule {
+        capsule: capsule(),
+        names: vec![text()],
+        holding: Holding::Complete,
+        content_bytes: full.then_some(1),
+        stored_bytes: 1,
+        kinds: vec!["disk".to_owned()],
+        pins: vec![text()],
+        conflict: false,
+        issued: full.then_some(1),
+        added: full.then_some(1),
+    };
+    Listed {
+        capsules: vec![listed],
+    }
+}
+
+pub fn shown(full: bool) -> Shown {
+    let name = NameInfo {
+        name: text(),
+        capsule: capsule(),
+        sequence: 1,
+        issued: 1,
+        expires: full.then_some(1),
+        signer: text(),
+        newest: true,
+        conflict: false,
+    };
+    let holder = HolderInfo {
+        peer: text(),
+        name: full.then(text),
+        complete: true,
+    };
+    Shown {
+        capsule: capsule(),
+        names: vec![name],
+        holding: Holding::Complete,
+        manifest_bytes: full.then_some(1),
+        components: vec![component()],
+        content_bytes: full.then_some(1),
+        layers: vec![layer(full)],
+        stored_bytes: 1,
+        pins: vec![text()],
+        added: full.then_some(1),
+        holders: vec![holder],
+    }
+}
+
+fn layer(full: bool) -> LayerInfo {
+    let blob = || BlobStatus {
+        root: root(),
+        size: 1,
+        have: 1,
+    };
+    LayerInfo {
+        component: text(),
+        parent: full.then(root),
+        target: root(),
+        space: "stream".to_owned(),
+        target_size: 1,
+        index: blob(),
+        pack: full.then(blob),
+        signer: text(),
+        issued: 1,
+    }
+}
+
+pub fn layer_list(full: bool) -> LayerList {
+    LayerList {
+        capsule: capsule(),
+        layers: vec![layer(full)],
+    }
+}
+
+fn planned_component() -> PlannedComponent {
+    PlannedComponent {
+        component: component(),
+        way: "layers".to_owned(),
+        layers: 1,
+        have: 1,
+        fetch: 1,
+    }
+}
+
+pub fn planned(full: bool) -> Planned {
+    Planned {
+        capsule: capsule(),
+        name: full.then(text),
+        components: vec![planned_component()],
+        have_bytes: 1,
+        fetch_bytes: 1,
+        planning_bytes: 1,
+        content_bytes: 1,
+        seconds: 1.5,
+    }
+}
+
+pub fn pulled(full: bool) -> Pulled {
+    let peer = PeerBytes {
+        peer: text(),
+        name: full.then(text),
+        machine: full.then(text),
+        bytes: 1,
+    };
+    Pulled {
+        capsule: capsule(),
+        name: full.then(text),
+        unchanged: false,
+        components: vec![planned_component()],
+        fetched_bytes: 1,
+        had_bytes: 1,
+        planning_bytes: 1,
+        content_bytes: 1,
+        by_peer: vec![peer],
+        planning_seconds: 1.5,
+        fetch_seconds: 1.5,
+        fetch_cpu_seconds: 1.5,
+        check_seconds: 1.5,
+        seconds: 1.5,
+    }
+}
+
+pub fn followed(full: bool) -> Followed {
+    Followed {
+        channel: text(),
+        new: true,
+        newest: full.then(text),
+    }
+}
+
+pub fn unfollowed(_full: bool) -> Unfollowed {
+    Unfollowed {
+        channel: text(),
+        followed: true,
+    }
+}
+
+pub fn exported(full: bool) -> Exported {
+    Exported {
+        capsule: capsule(),
+        component: component(),
+        to: "/sample".into(),
+        bytes: 1,
+        files: full.then_some(1),
+        seconds: 1.5,
+        warnings: vec![text()],
+    }
+}
+
+pub fn verified(_full: bool) -> Verified {
+    let damage = DamageInfo {
+        root: root(),
+        kind: "pack".to_owned(),
+        bytes: 1,
+        repaired: 1,
+    };
+    Verified {
+        checked: 1,
+        checked_bytes: 1,
+        damaged: vec![damage],
+        damaged_bytes: 1,
+        repaired_bytes: 1,
+        seconds: 1.5,
+    }
+}
+
+pub fn status(full: bool) -> NodeStatus {
+    let transfer = TransferInfo {
+        capsule: text(),
+        progress: progress(full),
+    };
+    let follow = FollowInfo {
+        channel: text(),
+        newest: full.then(text),
+        holding: Holding::Absent,
+        since: 1,
+        trouble: full.then(text),
+    };
+    NodeStatus {
+        version: text(),
+        home: "/sample".into(),
+        fleet: text(),
+        machine: text(),
+        machine_name: text(),
+        peer: text(),
+        roles: vec!["publisher".to_owned()],
+        channels: full.then(|| vec![text()]),
+        credential_expires: 1,
+        site: full.then(text),
+        listening: vec![text()],
+        uptime: 1,
+        peers: 1,
+        banned: 1,
+        records: 1,
+        capsules: 1,
+        partial: 1,
+        store_bytes: 1,
+        quota: full.then_some(1),
+        free_bytes: 1,
+        sent_bytes: 1,
+        received_bytes: 1,
+        transfers: vec![transfer],
+        follows: vec![follow],
+        troubles: vec![text()],
+    }
+}
+
+pub fn peer_list(full: bool) -> PeerList {
+    let peer = ConnectedPeer {
+        peer: text(),
+        name: text(),
+        machine: text(),
+        roles: vec!["admin".to_owned()],
+        address: text(),
+        dialled: true,
+        rtt: full.then_some(0.5),
+        rate_in: 1,
+        rate_out: 1,
+        bytes_in: 1,
+        bytes_out: 1,
+        blobs: 1,
+        connected: 1,
+        have: full.then_some(1),
+        have_of: full.then_some(1),
+    };
+    PeerList { peers: vec![peer] }
+}
+
+pub fn hash_list(_full: bool) -> HashList {
+    let held = HeldHash {
+        root: root(),
+        kind: "pack".to_owned(),
+        size: 1,
+        have: 1,
+        sent: 1,
+        received: 1,
+    };
+    HashList { hashes: vec![held] }
+}
+
+pub fn pinned(_full: bool) -> Pinned {
+    Pinned {
+        capsule: capsule(),
+        changed: true,
+        pins: vec![text()],
+    }
+}
+
+pub fn collected(_full: bool) -> Collected {
+    Collected {
+        dry_run: true,
+        capsules: vec![capsule()],
+        blobs: 1,
+        bytes: 1,
+        busy: 1,
+    }
+}
+
+pub fn removed(_full: bool) -> Removed {
+    Removed {
+        capsule: capsule(),
+        blobs: 1,
+        bytes: 1,
+        busy: 1,
+    }
+}
