@@ -156,6 +156,24 @@ fn a_fleet_is_founded_invited_to_and_joined_without_a_daemon() {
     );
 }
 
+#[test]
+fn a_home_is_told_whole_as_hints_are_followed_elsewhere() {
+    let temp = tempfile::tempdir().unwrap();
+    let dir = temp.path().canonicalize().unwrap();
+    let run = |args: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_capsule"));
+        let output = command.current_dir(&dir).args(["--home", "h"]).args(args);
+        output.stdin(Stdio::null()).output().unwrap()
+    };
+    let home = dir.join("h");
+    let founded = run(&["fleet", "init"]);
+    assert!(stdout(&founded).contains(home.to_str().unwrap()));
+    let next = format!("capsule --home {} node", home.display());
+    for output in [founded, run(&["status"])] {
+        assert!(stderr(&output).contains(&next), "{}", stderr(&output));
+    }
+}
+
 fn join_by_stdin(home: &Path, token: &str) -> Output {
     use std::io::Write;
     let mut command = Command::new(env!("CARGO_BIN_EXE_capsule"));

@@ -211,7 +211,12 @@ fn layers(shown: &Shown, style: Style, long: bool) -> String {
             index_size,
             pack,
             pack_size,
-            percent(have, all),
+            // Another way was cheaper, or a tree's listing came as it is.
+            if have == 0 && shown.holding == Holding::Complete {
+                "not needed".to_owned()
+            } else {
+                percent(have, all)
+            },
         ]);
     }
     table.render(style)

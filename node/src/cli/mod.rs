@@ -104,7 +104,9 @@ pub fn run(cli: Cli) -> Result<(), Exit> {
         Command::Completions(args) => return completions::run(args),
         command => command,
     };
-    let context = Context::new(cli.home.map_or_else(Home::default_dir, Ok)?);
+    // Whole, as it is told to the node and in hints, which are followed elsewhere.
+    let home = context::absolute(&cli.home.map_or_else(Home::default_dir, Ok)?)?;
+    let context = Context::new(home);
     match command {
         Command::Fleet(command) => fleet::fleet(command, &context),
         Command::Join(args) => fleet::join(args, &context),

@@ -10,7 +10,7 @@ use capsule_node::home::Home;
 use clap::Args;
 use tracing_subscriber::EnvFilter;
 
-use super::context::{Context, absolute};
+use super::context::Context;
 use super::exit::Exit;
 use super::output;
 
@@ -53,9 +53,8 @@ pub fn run(args: NodeArgs, context: &Context) -> Result<(), Exit> {
         bootstrap: args.bootstrap,
         lan_discovery: args.no_lan_discovery.then_some(false),
     };
-    // As it is told to others, who have another working directory.
-    let home = Home::new(absolute(context.home())?);
-    daemon::run(home, options, announce).map_err(|error| Exit::failed(error.to_string()))
+    daemon::run(Home::new(context.home()), options, announce)
+        .map_err(|error| Exit::failed(error.to_string()))
 }
 
 fn announce(ready: &Ready) {

@@ -6,7 +6,7 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
-use serde::de::DeserializeOwned;
+use serde::de::{DeserializeOwned, IgnoredAny};
 use serde_json::error::Category;
 use thiserror::Error;
 
@@ -80,14 +80,18 @@ pub(super) fn read_json<T: DeserializeOwned>(
     let Some(bytes) = read(path, way_out)? else {
         return Ok(None);
     };
-    serde_json::from_slice(&bytes).map(Some).map_err(|e| {
-        let why = match e.classify() {
-            Category::Eof => format!("it is empty or cut off ({e})"),
-            Category::Syntax => format!("it is not JSON ({e})"),
-            Category::Data | Category::Io => e.to_string(),
-        };
-        Fault::damaged(path, why, way_out)
-    })
+    // Whether it is whole comes first: the last value of what is cut off may look wrong.
+    serde_json::from_slice(&bytes)
+        .and_then(|_: IgnoredAny| serde_json::from_slice(&bytes))
+        .map(Some)
+        .map_err(|e| {
+            let why = match e.classify() {
+                Category::Eof => format!("it is empty or cut off ({e})"),
+                Category::Syntax => format!("it is not JSON ({e})"),
+                Category::Data | Category::Io => e.to_string(),
+            };
+            Fault::damaged(path, why, way_out)
+        })
 }
 
 /// Replaces a JSON file.
@@ -210,7 +214,12 @@ mod tests {
             );
             text
         };
-        let mut whole = serde_json::to_vec_pretty(&super::super::Settings::default()).unwrap();
+        let settings = super::super::Settings {
+            quota: Some(5_368_709_120),
+            site: Some("building 3".into()),
+            ..Default::default()
+        };
+        let mut whole = serde_json::to_vec_pretty(&settings).unwrap();
         for cut in 0..whole.len() {
             assert!(refusal(&whole[..cut]).contains("cut off"), "at {cut}");
         }
