@@ -16,8 +16,8 @@ use super::style::printable;
 const LINE_EVERY: Duration = Duration::from_secs(5);
 /// Between drawings of a bar: smooth, and cheap beside the work.
 const DRAW_HZ: u8 = 10;
-/// Characters in a bar: leaves room for the figures on a terminal of 80 columns.
-const GAUGE: usize = 20;
+/// Characters in a bar: leaves room for amounts, rate, peers and time left on a terminal of 80 columns.
+const GAUGE: usize = 10;
 
 /// Where progress goes.
 #[derive(Debug)]
@@ -106,13 +106,7 @@ impl Bar {
 
     /// Shows how far the work has come.
     pub fn update(&self, progress: &Progress) {
-        let gauge = match progress.total {
-            Some(total) if total > 0 && progress.phase != Phase::Waiting => {
-                gauge(progress.done, total) + " "
-            }
-            _ => String::new(),
-        };
-        self.0.set_message(gauge + &line(progress));
+        self.0.set_message(drawn(progress));
         self.0.tick();
     }
 
@@ -122,7 +116,20 @@ impl Bar {
     }
 }
 
-/// `[=====>    ]`
+/// What a bar shows: `[====>     ] fetching  126 MiB of 300 MiB  93.0 MiB/s  5 peers  1.9 s left`.
+fn drawn(progress: &Progress) -> String {
+    match progress.total {
+        Some(total) if total > 0 && progress.phase != Phase::Waiting => format!(
+            "{} {}  {}",
+            gauge(progress.done, total),
+            phase(progress.phase),
+            details(progress)
+        ),
+        _ => line(progress),
+    }
+}
+
+/// `[====>     ]`
 fn gauge(done: u64, total: u64) -> String {
     let filled = (u128::from(done.min(total)) * GAUGE as u128 / u128::from(total.max(1))) as usize;
     let head = if filled < GAUGE { ">" } else { "" };
@@ -146,7 +153,7 @@ pub fn line(progress: &Progress) -> String {
     )
 }
 
-/// Amounts, rate, peers and time left, as far as they are known.
+/// Amounts, rate, peers and time left, as far as they are known; last what a narrow terminal may cut off.
 fn details(progress: &Progress) -> String {
     let mut parts = Vec::new();
     match progress.total {
@@ -156,9 +163,6 @@ fn details(progress: &Progress) -> String {
         _ if progress.done > 0 => parts.push(size(progress.done)),
         _ => {}
     }
-    if progress.written > 0 {
-        parts.push(format!("packed to {}", size(progress.written)));
-    }
     if progress.rate > 0 {
         parts.push(rate(progress.rate, Duration::from_secs(1)));
     }
@@ -167,6 +171,9 @@ fn details(progress: &Progress) -> String {
     }
     if let Some(left) = time_left(progress) {
         parts.push(format!("{} left", duration(left)));
+    }
+    if progress.written > 0 {
+        parts.push(format!("packed to {}", size(progress.written)));
     }
     if let Some(what) = &progress.what {
         parts.push(printable(what));
@@ -201,6 +208,27 @@ const fn phase(phase: Phase) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_time_left_is_seen_on_80_columns() {
+        let mut progress = Progress {
+            phase: Phase::Fetching,
+            done: 1001 << 20,
+            total: Some(10_001 << 20),
+            rate: 1001 << 20,
+            peers: 24,
+            written: 0,
+            what: Some("a-channel-with-a-long-name:2026-11".into()),
+        };
+        let spinner = 2;
+        for (phase, written) in [(Phase::Fetching, 0), (Phase::Publishing, 900 << 20)] {
+            (progress.phase, progress.written) = (phase, written);
+            let text = drawn(&progress);
+            let left = text.find("s left").unwrap() + "s left".len();
+            assert!(spinner + left <= 80, "{text}");
+            assert!(text.starts_with("[=>        ] "), "{text}");
+        }
+    }
 
     #[test]
     fn a_line_tells_what_is_known() {
