@@ -294,7 +294,7 @@ impl Engine {
         self.downloads.peer_disconnected(now, key);
         self.uploads.peer_disconnected(now, key);
         self.announcements.peer_disconnected(now, key);
-        self.sync.forget(key);
+        self.records.forget(key);
         self.forget_probes(key);
         self.connector
             .directory

@@ -32,7 +32,7 @@ impl Engine {
             .iter()
             .filter(|(other, _)| **other != key)
             .collect();
-        let mut told: Vec<_> = self.sync.own_address().into_iter().collect();
+        let mut told: Vec<_> = self.status.own_address().into_iter().collect();
         while told.len() <= EXCHANGED && !others.is_empty() {
             let (_, other) = others.swap_remove(self.connector.rng().random_range(0..others.len()));
             let reachable = other

@@ -9,7 +9,7 @@
 //! | `transfers`, `sizing`, `responses` | what this node fetches |
 //! | `serve` | what it serves, and announces |
 //! | `claims` | what peers announce |
-//! | `sync` | records and status, by gossip and anti-entropy |
+//! | `records`, `status` | records, by gossip and anti-entropy; what members say of themselves |
 //! | `connect`, `exchange` | who is connected: dials, bans, the dead, too many |
 //! | `peer`, `directory`, `gossip`, `pool`, `wants` | their parts that stand alone |
 
@@ -20,11 +20,12 @@ mod exchange;
 mod gossip;
 mod peer;
 mod pool;
+mod records;
 mod responses;
 mod serve;
 mod sizing;
 mod start;
-mod sync;
+mod status;
 mod transfers;
 mod wants;
 
@@ -51,10 +52,12 @@ use crate::discovery::lan::Found;
 use crate::protocol::{self, Buffers};
 use crate::transport::Gatekeeper;
 use connect::Connector;
+use gossip::Topics;
 use peer::Peer;
 use pool::{Done, Pool};
+use records::Records;
 pub use start::Network;
-use sync::Sync;
+use status::Statuses;
 use transfers::Transfer;
 
 /// Events kept for the node while it is behind; then the oldest that can be spared are lost.
@@ -132,7 +135,7 @@ struct Held {
 /// See the module.
 struct Engine {
     start: Instant,
-    unix_time: Arc<dyn Fn() -> u64 + Send + std::marker::Sync>,
+    unix_time: Arc<dyn Fn() -> u64 + Send + Sync>,
     limits: Limits,
     swarm: Swarm<Node>,
     gatekeeper: Arc<Gatekeeper>,
@@ -157,7 +160,9 @@ struct Engine {
     next_transfer: u64,
     /// Our name in our credential, for people.
     machine_name: String,
-    sync: Sync,
+    topics: Topics,
+    records: Records,
+    status: Statuses,
     connector: Connector,
     found: mpsc::Receiver<Found>,
     ticked: Instant,
@@ -237,6 +242,7 @@ impl Engine {
         self.tick_peers(now, elapsed);
         self.tick_transfers();
         self.tick_records(now);
+        self.tick_status(now);
         self.connect_more();
         if self.tick_length() == IDLE_TICK {
             self.inbound.trim();

@@ -19,7 +19,8 @@ use tokio::time::timeout;
 
 use super::connect::Connector;
 use super::pool::Pool;
-use super::sync::Sync;
+use super::records::Records;
+use super::status::Statuses;
 use super::{Engine, Node, PATIENCE, gossip, sizing};
 use crate::address;
 use crate::api::{BlobStore, Event, NetworkConfig, NetworkHandle, RecordStore, StartError};
@@ -106,7 +107,9 @@ impl Network {
             totals: BTreeMap::new(),
             next_probe: sizing::FIRST_PROBE,
             next_transfer: 0,
-            sync: Sync::new(topics, &config.credential, listening.clone()),
+            topics,
+            records: Records::new(),
+            status: Statuses::new(config.credential.machine(), listening.clone()),
             machine_name,
             connector: Connector::new(local, &config, search),
             found,
