@@ -4,10 +4,16 @@
 //! Deliberately absent: which piece to ask of whom (`capsule-swarm-core`, without sockets or clock); what
 //! a blob means and where it lies (the node, behind [`BlobStore`] and [`RecordStore`]).
 
+// The network tests' nodes are used by tests inside, too.
+#[cfg(test)]
+extern crate self as capsule_swarm;
+
 mod address;
 mod api;
 mod discovery;
 mod engine;
+#[cfg(test)]
+mod hostile;
 mod protocol;
 mod transport;
 

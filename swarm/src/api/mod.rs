@@ -53,7 +53,8 @@ pub struct Limits {
     pub connections_wanted: usize,
     /// Connections beyond which new ones replace old ones.
     pub connections_max: usize,
-    /// Bytes of received or served content that may wait in memory, over all peers.
+    /// Bytes of received or served content that may wait in memory, over all peers. Beside them each connection may pin one
+    /// response (1 MiB) that its peer does not take, so that who does not read keeps nobody else from being served.
     pub buffered_bytes: usize,
     /// Threads that read from and write to the store.
     pub store_threads: usize,

@@ -56,6 +56,8 @@ use gossip::Topics;
 use peer::Peer;
 use pool::{Done, Pool};
 use records::Records;
+#[cfg(test)]
+pub(crate) use start::NEVER_IDLE;
 pub use start::Network;
 use status::Statuses;
 use transfers::Transfer;

@@ -1,6 +1,6 @@
 //! What the engine knows of one connected peer.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::net::SocketAddr;
 use std::ops::Range;
 use std::time::{Duration, Instant};
@@ -9,8 +9,9 @@ use capsule_proto::credential::Member;
 use capsule_proto::{GroupRanges, RootHash};
 use libp2p::{Multiaddr, PeerId};
 
+use super::pool::Part;
 use crate::api::{PeerInfo, RecordId};
-use crate::protocol::{Arriving, Connected};
+use crate::protocol::{Arriving, Connected, MAX_CONTENT_FRAME, Place};
 
 /// Most blobs remembered of what a peer announces: as many as the scheduler remembers.
 pub const MAX_CLAIMS: usize = 16_384;
@@ -93,7 +94,13 @@ pub struct Peer {
     /// Runs in all claims.
     pub claimed_runs: usize,
     pub asked: HashMap<u64, Asked>,
+    /// Its requests that are neither answered nor refused yet.
+    pub open: HashSet<u64>,
     pub serving: HashMap<u64, Serving>,
+    /// Memory for one response to it, which no other peer can use up.
+    pub place: Place,
+    /// Of what it is served, that for which there was no memory yet.
+    pub delayed: VecDeque<Part>,
     pub incoming: Meter,
     pub outgoing: Meter,
     /// Where it listens, as it says.
@@ -136,7 +143,10 @@ impl Peer {
             claims: HashMap::new(),
             claimed_runs: 0,
             asked: HashMap::new(),
+            open: HashSet::new(),
             serving: HashMap::new(),
+            place: Place::new(MAX_CONTENT_FRAME),
+            delayed: VecDeque::new(),
             incoming: Meter::default(),
             outgoing: Meter::default(),
             listening: Vec::new(),

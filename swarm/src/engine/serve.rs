@@ -7,11 +7,15 @@ use capsule_proto::wire::{Control, MAX_RUNS_PER_HAVE, Reject, RejectReason, Requ
 use capsule_proto::{GroupRanges, RootHash};
 use capsule_swarm_core::{Change, IncomingRequest, PeerKey, Refusal, RequestId};
 
-use super::peer::Serving;
+use super::peer::{Peer, Serving};
 use super::pool::{Job, Part};
 use super::{Engine, Held};
 use crate::api::{Event, ServeError};
 use crate::protocol::{self, Buffer};
+
+/// Requests of one peer that are neither answered nor refused: those that the scheduler queues, and as many that are being
+/// answered. Only who asks for tiny blobs and does not read what comes has more.
+const MAX_OPEN: usize = 256;
 
 impl Engine {
     /// Takes in that the store holds groups of a blob, and announces them.
@@ -62,10 +66,14 @@ impl Engine {
 
     pub(super) fn on_request(&mut self, key: PeerKey, request: Request) {
         let Some(held) = self.held.get(&request.root) else {
-            return self.reject(key, request.id, RejectReason::NotHeld);
+            return self.refuse(key, request.id, RejectReason::NotHeld);
         };
         if held.size != request.size || !held.groups.contains_run(&request.groups) {
-            return self.reject(key, request.id, RejectReason::NotHeld);
+            return self.refuse(key, request.id, RejectReason::NotHeld);
+        }
+        let open = self.peers.get(&key).map_or(0, |peer| peer.open.len());
+        if open >= MAX_OPEN {
+            return self.refuse(key, request.id, RejectReason::Busy);
         }
         let incoming = IncomingRequest {
             id: RequestId(request.id),
@@ -77,9 +85,13 @@ impl Engine {
         };
         let now = self.now();
         match self.uploads.handle_request(now, key, incoming) {
-            Ok(()) => {}
+            Ok(()) => {
+                if let Some(peer) = self.peers.get_mut(&key) {
+                    peer.open.insert(request.id);
+                }
+            }
             Err(Refusal::Busy | Refusal::UnknownPeer) => {
-                self.reject(key, request.id, RejectReason::Busy)
+                self.refuse(key, request.id, RejectReason::Busy)
             }
             Err(error @ (Refusal::Malformed | Refusal::Duplicate)) => {
                 self.violation(key, &format!("its request is refused: {error}"));
@@ -94,21 +106,25 @@ impl Engine {
         }
     }
 
+    /// Ends a request that was taken in.
     fn reject(&mut self, key: PeerKey, id: u64, reason: RejectReason) {
+        if let Some(peer) = self.peers.get_mut(&key) {
+            peer.open.remove(&id);
+        }
+        self.refuse(key, id, reason);
+    }
+
+    fn refuse(&mut self, key: PeerKey, id: u64, reason: RejectReason) {
         self.send(key, &Control::Reject(Reject { id, reason }));
     }
 
     /// Has responses read, as long as the scheduler and the memory for them allow.
     pub(super) fn pump_uploads(&mut self) {
         let now = self.now();
-        while let Some(mut frame) = self.outbound.try_empty(protocol::MAX_CONTENT_FRAME) {
-            let Some(serve) = self.uploads.poll_serve(now) else {
-                return;
-            };
+        self.read_delayed();
+        while let Some(serve) = self.uploads.poll_serve(now) {
             let bytes = group_bytes(&serve.groups, serve.size);
             let bytes = bytes.end - bytes.start;
-            let encoded = capsule_chunker::bao::encoded_len(serve.size, &serve.groups);
-            frame.claim_only(protocol::CONTENT_HEADER + encoded as usize);
             let Some(peer) = self.peers.get_mut(&serve.peer) else {
                 continue;
             };
@@ -119,7 +135,7 @@ impl Engine {
                     bytes,
                 },
             );
-            let part = Part {
+            peer.delayed.push_back(Part {
                 peer: serve.peer,
                 peer_id: peer.id,
                 request: serve.id.0,
@@ -127,8 +143,34 @@ impl Engine {
                 size: serve.size,
                 groups: serve.groups,
                 transfer: 0,
+            });
+            self.read_delayed_of(serve.peer);
+        }
+    }
+
+    /// Has responses read that had to wait for memory.
+    fn read_delayed(&mut self) {
+        let waits = |(&key, peer): (&PeerKey, &Peer)| (!peer.delayed.is_empty()).then_some(key);
+        let waiting: Vec<_> = self.peers.iter().filter_map(waits).collect();
+        waiting
+            .into_iter()
+            .for_each(|key| self.read_delayed_of(key));
+    }
+
+    /// Has a peer's responses read as far as there is memory: its own place, or what all share.
+    fn read_delayed_of(&mut self, key: PeerKey) {
+        let Some(peer) = self.peers.get_mut(&key) else {
+            return;
+        };
+        while let Some(part) = peer.delayed.front() {
+            let encoded = capsule_chunker::bao::encoded_len(part.size, &part.groups);
+            let len = protocol::CONTENT_HEADER + encoded as usize;
+            let Some(frame) = self.outbound.try_empty(&peer.place, len) else {
+                return;
             };
-            self.pool.submit(Job::Read { part, frame });
+            if let Some(part) = peer.delayed.pop_front() {
+                self.pool.submit(Job::Read { part, frame });
+            }
         }
     }
 
@@ -182,6 +224,7 @@ impl Engine {
         let Some(peer) = self.peers.get_mut(&key) else {
             return;
         };
+        peer.open.remove(&request);
         if let Some(serving) = peer.serving.remove(&request) {
             peer.outgoing.bytes += serving.bytes;
             self.totals.entry(serving.root).or_default().sent += serving.bytes;

@@ -38,7 +38,7 @@ const MAX_FOUND: usize = 256;
 /// Connections that may be in their handshake: strangers hold a place for 10 s at most.
 const MAX_PENDING: u32 = 64;
 /// libp2p would end idle connections; ours are never idle to it, as their lanes stay open.
-const NEVER_IDLE: Duration = Duration::from_secs(3600);
+pub(crate) const NEVER_IDLE: Duration = Duration::from_secs(3600);
 
 /// The network of a node; see [`Network::start`].
 pub struct Network;

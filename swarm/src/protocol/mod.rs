@@ -6,7 +6,7 @@ mod frame;
 mod handler;
 
 pub use behaviour::{Behaviour, Connected, Event};
-pub use buffers::{Buffer, Buffers};
+pub use buffers::{Buffer, Buffers, Place};
 pub use frame::{
     Arriving, CONTENT_HEADER, LaneError, MAX_CONTENT_FRAME, Response, control_frame,
     fill_content_header, reserve_content_header,
