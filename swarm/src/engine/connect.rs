@@ -1,7 +1,7 @@
 //! Who is connected: dialling, letting go, bans, the dead.
 //!
-//! A node dials until it has the connections it wants, and accepts some more; beyond that it lets the least useful
-//! go, so that a newcomer always gets in. Members tell each other where members are.
+//! A node dials until it has the connections it wants, and accepts some more; beyond that one gives way to each newcomer
+//! (`turnover`). Members tell each other where members are.
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
@@ -20,6 +20,7 @@ use tokio::task::JoinSet;
 
 use super::directory::{Directory, Target};
 use super::peer::{Peer, Vital};
+use super::turnover::{self, Standing};
 use super::{Engine, rng};
 use crate::address;
 use crate::api::{Event, NetworkConfig};
@@ -32,8 +33,8 @@ const DIALS_AT_ONCE: usize = 8;
 /// How often the LAN is asked while peers are lacking (discovery itself backs off), and members are told of members.
 const SEARCH_EVERY: Duration = Duration::from_secs(5);
 const EXCHANGE_EVERY: Duration = Duration::from_secs(30);
-/// A connection younger than this is not let go for another, if there are older ones.
-const SETTLING: Duration = Duration::from_secs(30);
+/// Newcomers beyond the bound that may wait for the next tick to be let go.
+const MAX_LEAVING: usize = 8;
 /// Faults that may be misunderstandings, before a peer is cut off for them.
 const MAX_FAULTS: u32 = 8;
 /// The same refusal at the same place is told once in a while.
@@ -302,27 +303,38 @@ impl Engine {
         self.tell(Event::PeerDisconnected(id));
     }
 
-    /// Lets the least useful connection go if there are too many; never the newest.
+    /// Lets a connection go if there are too many; see `turnover`.
     fn let_go_excess(&mut self, newest: PeerKey) {
-        if self.peers.len() <= self.limits.connections_max {
+        let now = Instant::now();
+        let staying = self.peers.iter().filter(|(_, peer)| !peer.leaving);
+        let standings: Vec<_> = staying
+            .map(|(&key, peer)| {
+                let address = address::to_socket(&peer.address).map(|address| address.ip());
+                Standing {
+                    key,
+                    token: peer.member.grant.id,
+                    address: address.filter(|ip| !ip.is_loopback()),
+                    age: now - peer.since,
+                    good_for: peer.good_for(now, self.transfers.keys()),
+                    given: peer.incoming.bytes,
+                    taken: peer.outgoing.bytes,
+                }
+            })
+            .collect();
+        let max = self.limits.connections_max;
+        if standings.len() <= max {
             return;
         }
-        let now = Instant::now();
-        let draw = self.connector.rng.random::<u64>();
-        let usefulness = |(&key, peer): (&PeerKey, &Peer)| {
-            let settling = now - peer.since < SETTLING;
-            let working = !peer.asked.is_empty() || !peer.serving.is_empty();
-            // Ties are broken at random, so that no peer is always the one.
-            (
-                settling,
-                working,
-                peer.incoming.bytes + peer.outgoing.bytes,
-                key.0 ^ draw,
-            )
+        let Some(key) = turnover::gives_way(&standings, newest, max) else {
+            return;
         };
-        let candidates = self.peers.iter().filter(|(key, _)| **key != newest);
-        if let Some((&key, peer)) = candidates.min_by_key(|entry| usefulness(*entry)) {
-            tracing::debug!(peer = %peer.id, "let go: too many connections");
+        // A newcomer that cannot stay has time to read where others are.
+        let waits = key == newest && self.peers.len() - standings.len() < MAX_LEAVING;
+        if let Some(peer) = self.peers.get_mut(&key) {
+            tracing::debug!(peer = %peer.id, newest = key == newest, "let go: too many connections");
+            peer.leaving = true;
+        }
+        if !waits {
             self.swarm.behaviour_mut().peers.close(key);
         }
     }
@@ -338,6 +350,10 @@ impl Engine {
             if let Some((request, bytes)) = peer.progress(now) {
                 let id = capsule_swarm_core::RequestId(request);
                 self.downloads.handle_progress(time, key, id, bytes);
+            }
+            if peer.leaving {
+                self.swarm.behaviour_mut().peers.close(key);
+                continue;
             }
             match peer.tick(now, elapsed) {
                 Vital::Fine => {}

@@ -11,7 +11,7 @@
 //! | `claims` | what peers announce |
 //! | `records`, `status` | records, by gossip and anti-entropy; what members say of themselves |
 //! | `connect`, `exchange` | who is connected: dials, bans, the dead, too many |
-//! | `peer`, `directory`, `gossip`, `pool`, `wants` | their parts that stand alone |
+//! | `peer`, `directory`, `gossip`, `pool`, `turnover`, `wants` | their parts that stand alone |
 
 mod claims;
 mod connect;
@@ -27,6 +27,7 @@ mod sizing;
 mod start;
 mod status;
 mod transfers;
+mod turnover;
 mod wants;
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
@@ -334,6 +335,7 @@ impl Engine {
             protocol::Event::Content { key, response } => {
                 if let Some(peer) = self.peers.get_mut(&key) {
                     peer.heard(now);
+                    peer.gave = now;
                     self.on_content(key, response);
                 }
             }

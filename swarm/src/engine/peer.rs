@@ -10,6 +10,7 @@ use capsule_proto::{GroupRanges, RootHash};
 use libp2p::{Multiaddr, PeerId};
 
 use super::pool::Part;
+use super::turnover::Use;
 use crate::api::{PeerInfo, RecordId};
 use crate::protocol::{Arriving, Connected, MAX_CONTENT_FRAME, Place};
 
@@ -23,6 +24,9 @@ const PING_AFTER: Duration = Duration::from_secs(6);
 const DEAD_AFTER: Duration = Duration::from_secs(16);
 /// How often the round trip is measured of a peer that is never silent.
 const MEASURE_EVERY: Duration = Duration::from_secs(30);
+/// A request of ours that is not answered at all for so long, or content that is not taken for so long, counts as none: a busy
+/// provider of 100 peers at 20 Mbit/s sends one of them something every 3 s.
+const STUCK_AFTER: Duration = Duration::from_secs(10);
 /// How fast measured rates follow: the weight of the newest second.
 const RATE_WEIGHT: f64 = 0.4;
 
@@ -103,6 +107,11 @@ pub struct Peer {
     pub delayed: VecDeque<Part>,
     pub incoming: Meter,
     pub outgoing: Meter,
+    /// When content last came from it, or was first asked of it; when it last took some, or was first sent some.
+    pub gave: Instant,
+    pub took: Instant,
+    /// Its connection is being closed.
+    pub leaving: bool,
     /// Where it listens, as it says.
     pub listening: Vec<SocketAddr>,
     /// Records of its that are being checked, and reads of records for it that are under way.
@@ -149,6 +158,9 @@ impl Peer {
             delayed: VecDeque::new(),
             incoming: Meter::default(),
             outgoing: Meter::default(),
+            gave: now,
+            took: now,
+            leaving: false,
             listening: Vec::new(),
             offers: 0,
             record_reads: 0,
@@ -187,7 +199,7 @@ impl Peer {
         let before = if request == last { told } else { 0 };
         self.reported = (request, bytes);
         if bytes > before {
-            self.heard = now;
+            (self.heard, self.gave) = (now, now);
         }
         (bytes > before).then_some((request, bytes - before))
     }
@@ -209,6 +221,25 @@ impl Peer {
         self.ping = Some((self.pings, now));
         self.measured = Some(now);
         Vital::Ping(self.pings)
+    }
+
+    /// What the connection is good for just now; `fetched` are the blobs that we fetch.
+    pub fn good_for<'a>(
+        &self,
+        now: Instant,
+        mut fetched: impl Iterator<Item = &'a RootHash>,
+    ) -> Use {
+        let takes =
+            !self.open.is_empty() && (self.serving.is_empty() || now - self.took < STUCK_AFTER);
+        if !self.asked.is_empty() && now - self.gave < STUCK_AFTER {
+            Use::Gives
+        } else if takes {
+            Use::Takes
+        } else if fetched.any(|root| self.claims.contains_key(root)) {
+            Use::Offers
+        } else {
+            Use::Idle
+        }
     }
 
     /// Takes in more that it holds of a blob.

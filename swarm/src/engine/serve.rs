@@ -128,6 +128,9 @@ impl Engine {
             let Some(peer) = self.peers.get_mut(&serve.peer) else {
                 continue;
             };
+            if peer.serving.is_empty() {
+                peer.took = Instant::now();
+            }
             peer.serving.insert(
                 serve.id.0,
                 Serving {
@@ -215,6 +218,7 @@ impl Engine {
         if let Some(peer) = self.peers.get_mut(&key) {
             // The lane takes no more than the peer makes room for: it lives, though its pongs may wait in a slow link.
             peer.heard(Instant::now());
+            peer.took = Instant::now();
         }
         if !finished {
             return;

@@ -212,6 +212,9 @@ impl Engine {
             .transfers
             .get(&root)
             .map_or(0, |transfer| transfer.number);
+        if peer.asked.is_empty() {
+            peer.gave = Instant::now();
+        }
         peer.asked.insert(
             id,
             Asked {

@@ -1,15 +1,12 @@
 //! Peers that lie, stall, drip; stores that are full. The transfer goes on with the others.
 
-use std::net::SocketAddr;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use capsule_proto::GroupRanges;
 use capsule_swarm::{Event, FetchError, FetchSpec, StoreError};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
 
-use crate::node::{Fleet, Start, content, within};
+use crate::node::{Fleet, Start, content, relay, within};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_liar_is_banned_and_the_transfer_goes_on() {
@@ -98,37 +95,10 @@ async fn a_provider_that_drips_does_not_hold_up_the_rest() {
     let tree = honest.share(&data).await;
     dripping.share(&data).await;
     let mut start = Start::new(fleet.enrol()).to(&honest);
-    start.bootstrap.push(drip(dripping.address()).await);
+    start.bootstrap.push(relay(dripping.address(), 320).await);
     let puller = start.go().await;
     puller.connected(2).await;
     puller.pull(tree.root, Some(tree.size)).await;
-}
-
-/// A place that passes connections on, from the provider at some hundred bytes a second once the handshake is done.
-async fn drip(to: SocketAddr) -> SocketAddr {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = listener.local_addr().unwrap();
-    tokio::spawn(async move {
-        while let Ok((client, _)) = listener.accept().await {
-            let provider = TcpStream::connect(to).await.unwrap();
-            let (mut from_client, mut to_client) = client.into_split();
-            let (mut from_provider, mut to_provider) = provider.into_split();
-            tokio::spawn(async move { tokio::io::copy(&mut from_client, &mut to_provider).await });
-            tokio::spawn(async move {
-                let (mut buffer, mut passed) = ([0; 64], 0);
-                while let Ok(n @ 1..) = from_provider.read(&mut buffer).await {
-                    passed += n;
-                    if passed > 8 << 10 {
-                        tokio::time::sleep(Duration::from_millis(200)).await;
-                    }
-                    if to_client.write_all(&buffer[..n]).await.is_err() {
-                        return;
-                    }
-                }
-            });
-        }
-    });
-    address
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -4,11 +4,11 @@ use std::sync::Arc;
 
 use capsule_proto::credential::{Revoked, TokenId};
 use capsule_proto::record::Body;
-use capsule_swarm::Event;
+use capsule_swarm::{Event, FetchSpec};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-use crate::node::{Fleet, NOW, Records, Start, content, within};
+use crate::node::{Fleet, NOW, Records, Start, content, relay, within};
 
 fn refusal(event: Event) -> Option<String> {
     match event {
@@ -159,4 +159,48 @@ async fn a_full_node_lets_newcomers_in() {
         nodes.push(node);
     }
     assert!(hub.net.peers().await.unwrap().len() <= 3);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn newcomers_do_not_break_a_transfer() {
+    let fleet = Fleet::new(1);
+    let provider = Start::new(fleet.enrol()).go().await;
+    let wanted = provider.share(&content(1, 1_000_000)).await;
+    // A node with two places: one for its provider, over a slow link, one for whoever comes.
+    let mut start = Start::new(fleet.enrol());
+    start.limits.connections_max = 2;
+    start
+        .bootstrap
+        .push(relay(provider.address(), 150_000).await);
+    let mut hub = start.go().await;
+    let spec = FetchSpec::whole(wanted.root, Some(wanted.size));
+    let mut fetch = hub.net.fetch(spec).await.unwrap();
+    hub.until(async || fetch.progress().borrow().bytes_done > 0)
+        .await;
+    // Somebody takes more of it in that time than it gets from its provider ...
+    let served = hub.share(&content(2, 6 << 20)).await;
+    let alone = |machine| Start {
+        listen: None,
+        ..Start::new(machine)
+    };
+    let mut taker = alone(fleet.enrol());
+    taker.bootstrap.push(relay(hub.address(), 2_000_000).await);
+    let taker = taker.go().await;
+    let spec = FetchSpec::whole(served.root, Some(served.size));
+    let mut taking = taker.net.fetch(spec).await.unwrap();
+    hub.until(async || {
+        let peers = hub.net.peers().await.unwrap();
+        peers.iter().any(|peer| peer.bytes_out > wanted.size)
+    })
+    .await;
+    // ... when a newcomer knocks, which gets its share too.
+    let newcomer = alone(fleet.enrol()).to(&hub).go().await;
+    newcomer.pull(served.root, Some(served.size)).await;
+    within(taking.done()).await.unwrap();
+    within(fetch.done()).await.unwrap();
+    let provider = provider.net.local_peer();
+    while let Ok(event) = hub.events.try_recv() {
+        let broke = matches!(event, Event::PeerDisconnected(peer) if peer == provider);
+        assert!(!broke, "the newcomer took the provider's place");
+    }
 }

@@ -18,6 +18,8 @@ use capsule_swarm::{
     BlobStore, Event, FetchProgress, FetchSpec, Limits, Network, NetworkConfig, NetworkHandle,
     Offer, RecordStore, ServeError, StoreError,
 };
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
 
 /// The time in all tests: seconds since 1970.
@@ -453,6 +455,35 @@ pub async fn within<T>(work: impl Future<Output = T>) -> T {
     tokio::time::timeout(PATIENCE, work)
         .await
         .expect("done in time")
+}
+
+/// A place that passes connections on; from the provider at so many bytes a second, once the handshake is done.
+pub async fn relay(to: SocketAddr, rate: usize) -> SocketAddr {
+    const STEP: Duration = Duration::from_millis(50);
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((client, _)) = listener.accept().await {
+            let provider = TcpStream::connect(to).await.unwrap();
+            let (mut from_client, mut to_client) = client.into_split();
+            let (mut from_provider, mut to_provider) = provider.into_split();
+            tokio::spawn(async move { tokio::io::copy(&mut from_client, &mut to_provider).await });
+            tokio::spawn(async move {
+                let mut buffer = vec![0; rate.div_ceil(20)];
+                let mut passed = 0;
+                while let Ok(n @ 1..) = from_provider.read(&mut buffer).await {
+                    passed += n;
+                    if passed > 8 << 10 {
+                        tokio::time::sleep(STEP).await;
+                    }
+                    if to_client.write_all(&buffer[..n]).await.is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+    });
+    address
 }
 
 /// Content that does not compress and has no two equal groups.
