@@ -106,7 +106,7 @@ pub enum Control {
         /// The ping's.
         nonce: u64,
     },
-    /// Asks for a `Have` of a blob whose size the sender does not know.
+    /// Asks what the receiver holds of a blob: for a `Have`, or a `Drop` of all.
     SizeQuery {
         /// The blob.
         root: RootHash,

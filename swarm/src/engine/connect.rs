@@ -297,6 +297,7 @@ impl Engine {
         self.announcements.peer_disconnected(now, key);
         self.records.forget(key);
         self.forget_probes(key);
+        self.forget_asked(key);
         self.connector
             .directory
             .disconnected(self.start.elapsed(), &id, peer.since.elapsed());

@@ -8,7 +8,7 @@
 //! | `start` | setting all of it up |
 //! | `transfers`, `sizing`, `responses` | what this node fetches |
 //! | `serve` | what it serves, and announces |
-//! | `claims` | what peers announce |
+//! | `claims`, `inquiries` | what peers announce; asking those that hold too much to announce it all |
 //! | `records`, `status` | records, by gossip and anti-entropy; what members say of themselves |
 //! | `connect`, `exchange` | who is connected: dials, bans, the dead, too many |
 //! | `peer`, `directory`, `gossip`, `pool`, `turnover`, `wants` | their parts that stand alone |
@@ -18,6 +18,7 @@ mod connect;
 mod directory;
 mod exchange;
 mod gossip;
+mod inquiries;
 mod peer;
 mod pool;
 mod records;
@@ -54,6 +55,7 @@ use crate::protocol::{self, Buffers};
 use crate::transport::Gatekeeper;
 use connect::Connector;
 use gossip::Topics;
+use inquiries::Inquiries;
 use peer::Peer;
 use pool::{Done, Pool};
 use records::Records;
@@ -158,6 +160,7 @@ struct Engine {
     keys: HashMap<PeerId, PeerKey>,
     held: HashMap<RootHash, Held>,
     transfers: BTreeMap<RootHash, Transfer>,
+    inquiries: Inquiries,
     totals: BTreeMap<RootHash, BlobTotals>,
     next_probe: u64,
     next_transfer: u64,
@@ -244,6 +247,7 @@ impl Engine {
         self.ticked = now;
         self.tick_peers(now, elapsed);
         self.tick_transfers();
+        self.tick_inquiries(now);
         self.tick_records(now);
         self.tick_status(now);
         self.connect_more();
@@ -262,9 +266,7 @@ impl Engine {
             Command::PublishRecord { bytes } => self.publish_record(bytes),
             Command::SetCapsules { capsules } => self.set_capsules(capsules),
             Command::AddAddress { address } => self.add_address(&address),
-            Command::Providers { root, reply } => {
-                let _gone = reply.send(self.providers(&root));
-            }
+            Command::Providers { root, reply } => self.find_providers(root, reply),
             Command::Peers { reply } => {
                 let now = Instant::now();
                 let _gone = reply.send(self.peers.values().map(|peer| peer.info(now)).collect());

@@ -9,6 +9,7 @@ use capsule_proto::credential::Member;
 use capsule_proto::{GroupRanges, RootHash};
 use libp2p::{Multiaddr, PeerId};
 
+use super::inquiries::Asking;
 use super::pool::Part;
 use super::turnover::Use;
 use crate::api::{PeerInfo, RecordId};
@@ -41,7 +42,7 @@ pub struct Claim {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Claimed {
     Taken,
-    /// More than is remembered of one peer: it may well hold it, but is not asked for it.
+    /// More than is remembered of one peer: it may well hold it, see `inquiries`.
     TooMany,
     /// Another size than it said before.
     Contradiction,
@@ -97,6 +98,9 @@ pub struct Peer {
     pub claims: HashMap<RootHash, Claim>,
     /// Runs in all claims.
     pub claimed_runs: usize,
+    pub asking: Asking,
+    /// While it is told all that we hold: blobs and runs told so far.
+    pub greeting: Option<(usize, usize)>,
     pub asked: HashMap<u64, Asked>,
     /// Its requests that are neither answered nor refused yet.
     pub open: HashSet<u64>,
@@ -151,6 +155,8 @@ impl Peer {
             reported: (0, 0),
             claims: HashMap::new(),
             claimed_runs: 0,
+            asking: Asking::default(),
+            greeting: Some((0, 0)),
             asked: HashMap::new(),
             open: HashSet::new(),
             serving: HashMap::new(),
@@ -261,6 +267,29 @@ impl Peer {
         claim.groups.union_with(groups);
         self.claimed_runs += claim.groups.runs().len();
         Claimed::Taken
+    }
+
+    /// Whether it is to be told of one more blob that we hold, of so many runs. A newcomer is told all, up to a little more than it
+    /// remembers: from that it knows that there is more to ask for (`inquiries`).
+    pub fn is_told(&mut self, runs: usize) -> bool {
+        let Some((blobs, all_runs)) = &mut self.greeting else {
+            return true;
+        };
+        let tell = *blobs <= MAX_CLAIMS && *all_runs <= MAX_CLAIMED_RUNS;
+        if tell {
+            *blobs += 1;
+            *all_runs += runs;
+        }
+        tell
+    }
+
+    /// Forgets something that it announced, to make room; nothing that is wanted.
+    pub fn forget_other(
+        &mut self,
+        wanted: impl Fn(&RootHash) -> bool,
+    ) -> Option<(RootHash, GroupRanges)> {
+        let root = *self.claims.keys().find(|root| !wanted(root))?;
+        Some((root, self.disclaim(&root, None)))
     }
 
     /// Takes in that it no longer holds some (or all) of a blob; returns what it did hold of that.

@@ -50,7 +50,13 @@ impl Engine {
 
     pub(super) fn pump_announcements(&mut self) {
         let now = self.now();
-        while let Some(announce) = self.announcements.poll_announce(now) {
+        while let Some(mut announce) = self.announcements.poll_announce(now) {
+            if announce.change == Change::Have {
+                let runs = announce.ranges.runs().len();
+                let peers = &mut self.peers;
+                let is_told = |key: &PeerKey| peers.get_mut(key).is_some_and(|p| p.is_told(runs));
+                announce.peers.retain(is_told);
+            }
             let messages = match announce.change {
                 Change::Have => haves(announce.root, announce.size, &announce.ranges),
                 Change::Unhave => drops(announce.root, &announce.ranges),
@@ -62,6 +68,10 @@ impl Engine {
                 }
             }
         }
+        // Whoever was new is told all by now.
+        self.peers
+            .values_mut()
+            .for_each(|peer| peer.greeting = None);
     }
 
     pub(super) fn on_request(&mut self, key: PeerKey, request: Request) {

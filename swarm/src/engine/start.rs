@@ -18,6 +18,7 @@ use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::timeout;
 
 use super::connect::Connector;
+use super::inquiries::Inquiries;
 use super::pool::Pool;
 use super::records::Records;
 use super::status::Statuses;
@@ -104,6 +105,7 @@ impl Network {
             keys: HashMap::new(),
             held: HashMap::new(),
             transfers: BTreeMap::new(),
+            inquiries: Inquiries::default(),
             totals: BTreeMap::new(),
             next_probe: sizing::FIRST_PROBE,
             next_transfer: 0,

@@ -43,6 +43,8 @@ pub(super) struct Transfer {
     pub(super) probe: Option<(PeerKey, Instant)>,
     /// Peers that did not prove their claim when asked.
     pub(super) unproved: BTreeSet<PeerKey>,
+    /// When peers were last asked who has it.
+    pub(super) inquired: Instant,
 }
 
 /// One fetch.
@@ -163,8 +165,10 @@ impl Engine {
             demanded: GroupRanges::new(),
             probe: None,
             unproved: BTreeSet::new(),
+            inquired: Instant::now(),
         };
         self.transfers.insert(root, transfer);
+        self.inquire(root);
         match (size, have) {
             (Some(size), Some(have)) => self.activate(root, size, have),
             _ => self.pool.submit(Job::Presence { root }),
@@ -264,6 +268,7 @@ impl Engine {
                 AddBlobError::Known(_) => unreachable!("a blob is handed over once a transfer"),
             });
         }
+        self.remind_of_claims(root, size);
         self.hold(root, size, &have);
         self.demand(root, demanded);
     }

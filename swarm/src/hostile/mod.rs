@@ -2,6 +2,7 @@
 //!
 //! They have a credential, our transport and our lanes, but neither engine nor scheduler; and they read no content.
 
+mod asking;
 #[path = "../../tests/network/node.rs"]
 #[allow(dead_code, reason = "the network tests use more of it")]
 mod node;
