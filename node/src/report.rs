@@ -240,8 +240,8 @@ pub async fn status(node: &Arc<Node>) -> Result<NodeStatus, Failure> {
             store_bytes: usage.used,
             quota: usage.quota,
             free_bytes: free,
-            sent_bytes: totals.iter().map(|(_, totals)| totals.sent).sum(),
-            received_bytes: totals.iter().map(|(_, totals)| totals.received).sum(),
+            sent_bytes: totals.all.sent,
+            received_bytes: totals.all.received,
             transfers,
             follows: follow::list(&node)?,
             troubles: node.troubles(),
@@ -306,7 +306,7 @@ fn connected_peer(peer: &PeerInfo) -> ConnectedPeer {
 
 /// Lists what is held and announced.
 pub async fn hashes(node: &Arc<Node>) -> Result<HashList, Failure> {
-    let totals: BTreeMap<_, _> = node.network.totals().await?.into_iter().collect();
+    let totals: BTreeMap<_, _> = node.network.totals().await?.blobs.into_iter().collect();
     let store = node.store.clone();
     blocking(move || {
         let mut hashes = BTreeMap::new();

@@ -20,6 +20,6 @@ mod transport;
 pub use api::{
     BlobStore, BlobTotals, Event, Fetch, FetchError, FetchProgress, FetchSpec, Limits, Multiaddr,
     NetworkClosed, NetworkConfig, NetworkHandle, Offer, PeerId, PeerInfo, Priority, Provider,
-    RecordId, RecordStore, ServeError, StartError, StoreError,
+    RecordId, RecordStore, ServeError, StartError, StoreError, Totals,
 };
 pub use engine::Network;

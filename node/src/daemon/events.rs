@@ -111,10 +111,7 @@ pub async fn trim_when_quiet(node: Arc<Node>) {
         let Ok(totals) = node.network.totals().await else {
             return;
         };
-        let now: u64 = totals
-            .iter()
-            .map(|(_, totals)| totals.sent + totals.received)
-            .sum();
+        let now = totals.all.sent + totals.all.received;
         let quiet = now == moved;
         if quiet && busy {
             memory::trim();

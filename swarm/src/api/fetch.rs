@@ -141,11 +141,6 @@ impl Fetch {
         )
     }
 
-    /// The blob.
-    pub fn root(&self) -> RootHash {
-        self.root
-    }
-
     /// Progress, renewed a few times a second.
     pub fn progress(&self) -> watch::Receiver<FetchProgress> {
         self.progress.clone()

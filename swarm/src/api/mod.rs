@@ -184,13 +184,22 @@ pub struct Provider {
     pub groups: GroupRanges,
 }
 
-/// Content bytes sent and received of one blob since the start.
+/// Content bytes sent and received since the start, of one blob or of all.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct BlobTotals {
     /// Content bytes sent to peers.
     pub sent: u64,
     /// Verified content bytes received from peers.
     pub received: u64,
+}
+
+/// What was sent and received since the start.
+#[derive(Clone, Debug, Default)]
+pub struct Totals {
+    /// Of all blobs together.
+    pub all: BlobTotals,
+    /// Of each; where there are very many, those that moved least are left out.
+    pub blobs: Vec<(RootHash, BlobTotals)>,
 }
 
 /// The running network. Clones share it; it shuts down when told to, or when the last clone is dropped.
@@ -287,7 +296,7 @@ impl NetworkHandle {
     }
 
     /// Bytes sent and received by blob since the start.
-    pub async fn totals(&self) -> Result<Vec<(RootHash, BlobTotals)>, NetworkClosed> {
+    pub async fn totals(&self) -> Result<Totals, NetworkClosed> {
         self.ask(|reply| Command::Totals { reply }).await
     }
 

@@ -11,7 +11,7 @@
 //! | `claims`, `inquiries` | what peers announce; asking those that hold too much to announce it all |
 //! | `records`, `status` | records, by gossip and anti-entropy; what members say of themselves |
 //! | `connect`, `exchange` | who is connected: dials, bans, the dead, too many |
-//! | `peer`, `directory`, `gossip`, `pool`, `turnover`, `wants` | their parts that stand alone |
+//! | `peer`, `directory`, `gossip`, `pool`, `tally`, `turnover`, `wants` | their parts that stand alone |
 
 mod claims;
 mod connect;
@@ -27,6 +27,7 @@ mod serve;
 mod sizing;
 mod start;
 mod status;
+mod tally;
 mod transfers;
 mod turnover;
 mod wants;
@@ -47,9 +48,7 @@ use rand::rngs::SmallRng;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio::time::{sleep_until, timeout};
 
-use crate::api::{
-    BlobTotals, Event, FetchError, FetchProgress, FetchSpec, Limits, PeerInfo, Provider,
-};
+use crate::api::{Event, FetchError, FetchProgress, FetchSpec, Limits, PeerInfo, Provider, Totals};
 use crate::discovery::lan::Found;
 use crate::protocol::{self, Buffers};
 use crate::transport::Gatekeeper;
@@ -63,6 +62,7 @@ use records::Records;
 pub(crate) use start::NEVER_IDLE;
 pub use start::Network;
 use status::Statuses;
+use tally::Tally;
 use transfers::Transfer;
 
 /// Events kept for the node while it is behind; then the oldest that can be spared are lost.
@@ -106,7 +106,7 @@ pub enum Command {
         reply: oneshot::Sender<Vec<PeerInfo>>,
     },
     Totals {
-        reply: oneshot::Sender<Vec<(RootHash, BlobTotals)>>,
+        reply: oneshot::Sender<Totals>,
     },
     Shutdown {
         reply: oneshot::Sender<()>,
@@ -161,7 +161,7 @@ struct Engine {
     held: HashMap<RootHash, Held>,
     transfers: BTreeMap<RootHash, Transfer>,
     inquiries: Inquiries,
-    totals: BTreeMap<RootHash, BlobTotals>,
+    tally: Tally,
     next_probe: u64,
     next_transfer: u64,
     /// Our name in our credential, for people.
@@ -272,12 +272,7 @@ impl Engine {
                 let _gone = reply.send(self.peers.values().map(|peer| peer.info(now)).collect());
             }
             Command::Totals { reply } => {
-                let _gone = reply.send(
-                    self.totals
-                        .iter()
-                        .map(|(root, totals)| (*root, *totals))
-                        .collect(),
-                );
+                let _gone = reply.send(self.tally.totals());
             }
             Command::Shutdown { reply } => self.shutdown = Some(reply),
         }

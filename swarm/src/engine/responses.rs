@@ -80,7 +80,7 @@ impl Engine {
         } = *part;
         let bytes = group_bytes(groups, size);
         let bytes = bytes.end - bytes.start;
-        self.totals.entry(root).or_default().received += bytes;
+        self.tally.received(root, bytes);
         if let Some(peer) = self.peers.get_mut(&key) {
             peer.incoming.bytes += bytes;
         }

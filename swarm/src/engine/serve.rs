@@ -241,7 +241,7 @@ impl Engine {
         peer.open.remove(&request);
         if let Some(serving) = peer.serving.remove(&request) {
             peer.outgoing.bytes += serving.bytes;
-            self.totals.entry(serving.root).or_default().sent += serving.bytes;
+            self.tally.sent(serving.root, serving.bytes);
         }
     }
 }

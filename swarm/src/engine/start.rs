@@ -22,6 +22,7 @@ use super::inquiries::Inquiries;
 use super::pool::Pool;
 use super::records::Records;
 use super::status::Statuses;
+use super::tally::Tally;
 use super::{Engine, Node, PATIENCE, gossip, sizing};
 use crate::address;
 use crate::api::{BlobStore, Event, NetworkConfig, NetworkHandle, RecordStore, StartError};
@@ -106,7 +107,7 @@ impl Network {
             held: HashMap::new(),
             transfers: BTreeMap::new(),
             inquiries: Inquiries::default(),
-            totals: BTreeMap::new(),
+            tally: Tally::default(),
             next_probe: sizing::FIRST_PROBE,
             next_transfer: 0,
             topics,

@@ -18,6 +18,8 @@ use super::pool::{Job, Part};
 use super::{Engine, FetchCommand};
 use crate::api::{FetchError, FetchProgress, FetchSpec, Priority, StoreError};
 
+/// Most blobs fetched at once, also while their size is not known yet: as many as the scheduler takes.
+const MAX_TRANSFERS: usize = 1024;
 /// Most fetches that wait for one blob.
 const MAX_WAITERS: usize = 64;
 
@@ -154,6 +156,9 @@ impl Engine {
             waiter.spec.have.clone(),
             waiter.spec.priority,
         );
+        if self.transfers.len() >= MAX_TRANSFERS {
+            return waiter.end(Err(FetchError::TooMany(MAX_TRANSFERS)));
+        }
         self.next_transfer += 1;
         let transfer = Transfer {
             number: self.next_transfer,

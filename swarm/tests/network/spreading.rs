@@ -74,6 +74,7 @@ async fn eight_nodes_help_each_other() {
     }
     let totals = publisher.net.totals().await.unwrap();
     let sent = totals
+        .blobs
         .iter()
         .find(|(root, _)| *root == tree.root)
         .unwrap()
