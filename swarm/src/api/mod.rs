@@ -51,7 +51,7 @@ pub struct NetworkConfig {
 pub struct Limits {
     /// Connections that the node dials up to by itself.
     pub connections_wanted: usize,
-    /// Connections beyond which new ones replace old ones.
+    /// Connections beyond which one gives way to each new one: the least useful, or the new one.
     pub connections_max: usize,
     /// Bytes of received or served content that may wait in memory, over all peers. Beside them each connection may pin one
     /// response (1 MiB) that its peer does not take, so that who does not read keeps nobody else from being served.

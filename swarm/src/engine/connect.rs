@@ -408,13 +408,16 @@ impl Engine {
     }
 
     pub(super) fn ban_id(&mut self, id: PeerId, reason: &str) {
-        if !self.gatekeeper.ban(id) {
+        let Some(lifted) = self.gatekeeper.ban(id) else {
             return;
-        }
+        };
         tracing::warn!(peer = %id, "banned: {reason}");
         self.connector.directory.remove(&id);
         let node = self.swarm.behaviour_mut();
         node.gossip.blacklist_peer(&id);
+        lifted
+            .iter()
+            .for_each(|other| node.gossip.remove_blacklisted_peer(other));
         let _gone = self.swarm.disconnect_peer_id(id);
         self.tell(Event::PeerBanned {
             peer: id,

@@ -23,6 +23,9 @@ use crate::api::{Offer, RecordId, RecordStore};
 pub const TIMEOUT: Duration = Duration::from_secs(10);
 /// Most members admitted whose connections the behaviour has not yet taken over: more than dials and accepts at once.
 const MAX_ADMITTED: usize = 256;
+/// Most machines refused for what they sent: 2 MiB. Beyond, any one of them may come back, and is refused again for its
+/// next wrong byte.
+const MAX_BANNED: usize = 1 << 14;
 /// What a greeting says of the program.
 const AGENT: &str = concat!("capsule/", env!("CARGO_PKG_VERSION"));
 
@@ -108,7 +111,7 @@ impl Gatekeeper {
         banned: impl IntoIterator<Item = PeerId>,
     ) -> Self {
         let state = State {
-            banned: banned.into_iter().collect(),
+            banned: banned.into_iter().take(MAX_BANNED).collect(),
             ..State::default()
         };
         Self {
@@ -121,9 +124,17 @@ impl Gatekeeper {
         }
     }
 
-    /// Refuses a peer from now on; false if it was refused already.
-    pub fn ban(&self, peer: PeerId) -> bool {
-        self.lock().banned.insert(peer)
+    /// Refuses a peer from now on. `None` if it was refused already; else those that no longer are, for it.
+    pub fn ban(&self, peer: PeerId) -> Option<Vec<PeerId>> {
+        let banned = &mut self.lock().banned;
+        if banned.contains(&peer) {
+            return None;
+        }
+        let excess = (banned.len() + 1).saturating_sub(MAX_BANNED);
+        let lifted: Vec<_> = banned.iter().take(excess).copied().collect();
+        banned.retain(|other| !lifted.contains(other));
+        banned.insert(peer);
+        Some(lifted)
     }
 
     /// Whether the peer is refused for what it sent before.
@@ -394,7 +405,8 @@ mod tests {
             Refusal::OtherMachine
         ));
         assert!(matches!(refusal(keeper.local, &good), Refusal::Myself));
-        assert!(keeper.ban(peer) && !keeper.ban(peer));
+        assert_eq!(keeper.ban(peer), Some(Vec::new()));
+        assert_eq!(keeper.ban(peer), None);
         assert!(matches!(refusal(peer, &good), Refusal::Banned));
     }
 
@@ -418,6 +430,20 @@ mod tests {
         let message = [&(verdict.len() as u32).to_be_bytes()[..], &verdict].concat();
         let error = block_on(read_verdict(&mut Cursor::new(message))).unwrap_err();
         assert_eq!(error.to_string(), "the peer refused us: no[31m");
+    }
+
+    #[test]
+    fn the_banned_are_bounded_and_the_newest_is_among_them() {
+        let keeper = keeper();
+        let mut lifted = 0;
+        for _ in 0..MAX_BANNED + 10 {
+            let peer = PeerId::random();
+            let others = keeper.ban(peer).unwrap();
+            assert!(keeper.is_banned(&peer));
+            assert!(others.iter().all(|other| !keeper.is_banned(other)));
+            lifted += others.len();
+        }
+        assert_eq!((keeper.lock().banned.len(), lifted), (MAX_BANNED, 10));
     }
 
     #[test]
