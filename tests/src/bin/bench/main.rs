@@ -1,21 +1,33 @@
 //! Benchmarks beside the tools that people would use instead: same data, same run, ratios.
 //!
-//! `cargo run --release -p capsule-tests --bin bench -- NAME`. Each prints a table and writes JSON. Needs root where other
-//! tools are measured: it installs them, and puts all in a network namespace of its own.
+//! `cargo run --release -p capsule-tests --bin bench -- NAME`. Each prints a table and writes JSON, with figures as numbers in
+//! plain units and every run's raw figures. `pair` needs root: it installs the other tools, and puts all in namespaces of its own.
 
+mod capsule;
+mod files;
 mod idle;
 mod measure;
+mod namespace;
 mod pair;
+mod process;
 mod publish;
 mod report;
+mod series;
+mod stop;
 mod swarm;
 mod tools;
-mod tracker;
+mod transfer;
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context, Result, anyhow, ensure};
 use clap::{Parser, Subcommand};
+
+use crate::process::Deadline;
+use crate::report::MIB;
 
 /// Capsule's benchmarks.
 #[derive(Parser)]
@@ -29,58 +41,120 @@ struct Args {
     #[arg(long, global = true)]
     json: Option<PathBuf>,
     /// How often each is measured; medians are printed.
-    #[arg(long, global = true, default_value_t = 3)]
-    runs: usize,
+    #[arg(long, global = true, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
+    runs: u32,
+    /// How many seconds a leg may take; by default a minute and what the data takes at 4 MiB/s.
+    #[arg(long, global = true)]
+    deadline: Option<u64>,
 }
 
 #[derive(Subcommand)]
 enum Bench {
-    /// One node pulls from one peer; beside a TCP copy, rsync, aria2 and transmission.
-    Pair {
-        /// Size of each data set, in MiB.
-        #[arg(long, default_value_t = 2048)]
-        mib: u64,
-    },
+    /// One node pulls from one peer; beside a TCP copy, rsync and BitTorrent clients.
+    Pair(pair::Options),
     /// Publishing real files as a tree and as one tar; beside zstd and b3sum.
     Publish {
         /// Size of the data, in MiB.
-        #[arg(long, default_value_t = 4096)]
+        #[arg(long, default_value_t = 4096, value_parser = clap::value_parser!(u64).range(1..))]
         mib: u64,
     },
-    /// One publisher and seven that pull at once.
+    /// One publisher and several that pull at once.
     Swarm {
         /// Size of the data, in MiB.
-        #[arg(long, default_value_t = 512)]
+        #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u64).range(1..))]
         mib: u64,
         /// How many pull.
-        #[arg(long, default_value_t = 7)]
-        pullers: usize,
+        #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u64).range(1..=100))]
+        pullers: u64,
     },
     /// Memory and CPU of a daemon that has nothing to do.
     Idle {
         /// How long to watch, in seconds.
-        #[arg(long, default_value_t = 60)]
+        #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..))]
         seconds: u64,
     },
+    /// The sending end of the plain TCP copy.
+    #[command(hide = true)]
+    TcpSend { listen: SocketAddr, file: PathBuf },
+    /// The receiving end of the plain TCP copy.
+    #[command(hide = true)]
+    TcpReceive { from: SocketAddr, file: PathBuf },
 }
 
-fn main() -> Result<()> {
+/// What all benchmarks need to know.
+#[derive(Debug)]
+pub struct Setting {
+    /// A directory of their own.
+    pub scratch: PathBuf,
+    /// How often each leg is measured.
+    pub runs: u32,
+    deadline: Option<Duration>,
+}
+
+impl Setting {
+    /// When a leg that moves so many bytes has to be done, if it begins now.
+    pub fn deadline(&self, bytes: u64) -> Deadline {
+        let default = 60.0 + bytes as f64 / (4.0 * MIB);
+        Deadline::after(self.deadline.unwrap_or(Duration::from_secs_f64(default)))
+    }
+
+    /// Fails where the scratch directory's file system has less room.
+    pub fn need_room(&self, bytes: u64) -> Result<()> {
+        let file_system = rustix::fs::statvfs(&self.scratch)?;
+        let free = file_system.f_bavail * file_system.f_frsize;
+        ensure!(
+            free >= bytes,
+            "{} has {:.0} MiB free, this needs {:.0}: give another directory with --dir, or less data with --mib",
+            self.scratch.display(),
+            free as f64 / MIB,
+            bytes as f64 / MIB
+        );
+        Ok(())
+    }
+}
+
+fn main() -> Result<ExitCode> {
     let args = Args::parse();
+    match &args.bench {
+        Bench::TcpSend { listen, file } => {
+            return tools::tcp::send(*listen, file).map(|()| ExitCode::SUCCESS);
+        }
+        Bench::TcpReceive { from, file } => {
+            return tools::tcp::receive(*from, file).map(|()| ExitCode::SUCCESS);
+        }
+        Bench::Pair(_) if !namespace::is_inside() => {
+            // Built before the network is gone.
+            capsule_tests::binary::capsule();
+            pair::install_tools();
+            return namespace::enter();
+        }
+        _ => {}
+    }
     let scratch = match &args.dir {
-        Some(dir) => tempfile::tempdir_in(dir)?,
-        None => tempfile::tempdir()?,
+        Some(dir) => tempfile::tempdir_in(dir),
+        None => tempfile::tempdir(),
+    };
+    let scratch = scratch.context("making a scratch directory")?;
+    // The homes of fleets lie in it too.
+    tempfile::env::override_temp_dir(scratch.path())
+        .map_err(|dir| anyhow!("temporary files go to {} already", dir.display()))?;
+    stop::on_signals(scratch.path())?;
+    if namespace::is_inside() {
+        stop::with_starter(scratch.path());
+    }
+    let setting = Setting {
+        scratch: scratch.path().to_owned(),
+        runs: args.runs,
+        deadline: args.deadline.map(Duration::from_secs),
     };
     let (name, report) = match args.bench {
-        Bench::Pair { mib } => ("pair", pair::run(scratch.path(), mib << 20, args.runs)?),
-        Bench::Publish { mib } => (
-            "publish",
-            publish::run(scratch.path(), mib << 20, args.runs)?,
-        ),
-        Bench::Swarm { mib, pullers } => (
-            "swarm",
-            swarm::run(scratch.path(), mib << 20, pullers, args.runs)?,
-        ),
-        Bench::Idle { seconds } => ("idle", idle::run(scratch.path(), seconds)?),
+        Bench::Pair(options) => ("pair", pair::run(&setting, &options)?),
+        Bench::Publish { mib } => ("publish", publish::run(&setting, mib << 20)?),
+        Bench::Swarm { mib, pullers } => {
+            ("swarm", swarm::run(&setting, mib << 20, pullers as usize)?)
+        }
+        Bench::Idle { seconds } => ("idle", idle::run(&setting, seconds)?),
+        Bench::TcpSend { .. } | Bench::TcpReceive { .. } => unreachable!("done above"),
     };
     report.print();
     let path = args
@@ -88,5 +162,10 @@ fn main() -> Result<()> {
         .unwrap_or_else(|| format!("bench-{name}.json").into());
     report.write(&path)?;
     println!("\nwritten to {}", path.display());
-    Ok(())
+    let failures = report.failures();
+    if failures.is_empty() {
+        return Ok(ExitCode::SUCCESS);
+    }
+    eprintln!("failed: {}", failures.join(", "));
+    Ok(ExitCode::FAILURE)
 }

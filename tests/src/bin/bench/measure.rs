@@ -1,38 +1,121 @@
-//! Wall time, CPU time and peak memory of processes, from the operating system's own accounts.
+//! CPU time and peak memory of processes, from the operating system's own accounts.
 
+use std::collections::BTreeMap;
+use std::fs;
 use std::path::Path;
-use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
+use serde::Serialize;
 
-/// What something cost.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Cost {
-    /// Wall time, in seconds.
-    pub wall: f64,
-    /// CPU time of all processes that took part, in seconds.
-    pub cpu: f64,
-    /// Largest resident set of any process that took part, in bytes.
-    pub peak: u64,
+/// What a process and its descendants used.
+#[derive(Debug, Clone, Copy, Default, Serialize)]
+pub struct Used {
+    /// CPU seconds, those that the kernel spent on their behalf included.
+    pub cpu_seconds: f64,
+    /// The largest resident set of each, summed.
+    pub peak_bytes: u64,
 }
 
-/// CPU seconds that a process and its finished children have used.
+/// A process and its descendants, watched from now on. Accounts of processes that end are lost between two looks, except
+/// for the CPU time of children, which goes over to their parents.
+#[derive(Debug)]
+pub struct Family {
+    root: u32,
+    before: f64,
+    cpu: f64,
+    peaks: BTreeMap<u32, u64>,
+}
+
+impl Family {
+    /// Begins to watch; what they used before does not count.
+    pub fn watch(root: u32) -> Self {
+        let members = members(root);
+        members.iter().for_each(|&pid| forget_peak(pid));
+        let cpu = members.iter().map(|&pid| cpu_of(pid)).sum();
+        Self {
+            before: cpu,
+            cpu,
+            ..Self::new(root)
+        }
+    }
+
+    /// Watches a process that was just started: all that it used counts.
+    pub fn new(root: u32) -> Self {
+        Self {
+            root,
+            before: 0.0,
+            cpu: 0.0,
+            peaks: BTreeMap::new(),
+        }
+    }
+
+    /// Looks at their accounts.
+    pub fn look(&mut self) {
+        let mut cpu = 0.0;
+        for pid in members(self.root) {
+            cpu += cpu_of(pid);
+            let peak = self.peaks.entry(pid).or_default();
+            *peak = (*peak).max(peak_of(pid));
+        }
+        // A child that is reaped between two readings is missing in one look.
+        self.cpu = self.cpu.max(cpu);
+    }
+
+    /// What they used, as last seen.
+    pub fn used(&self) -> Used {
+        Used {
+            cpu_seconds: self.cpu - self.before,
+            peak_bytes: self.peaks.values().sum(),
+        }
+    }
+}
+
+/// A process and all its descendants.
+pub fn members(root: u32) -> Vec<u32> {
+    let mut members = vec![root];
+    let mut next = 0;
+    while let Some(&pid) = members.get(next) {
+        next += 1;
+        for thread in fs::read_dir(format!("/proc/{pid}/task"))
+            .into_iter()
+            .flatten()
+            .flatten()
+        {
+            let children = fs::read_to_string(thread.path().join("children")).unwrap_or_default();
+            members.extend(
+                children
+                    .split_whitespace()
+                    .filter_map(|pid| pid.parse::<u32>().ok()),
+            );
+        }
+    }
+    members
+}
+
+/// CPU seconds that a process and its finished children have used; of one that has ended, until it is reaped.
 pub fn cpu_of(pid: u32) -> f64 {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     // Fields after the command's name, which may hold anything: utime, stime, cutime, cstime are the 12th to 15th.
+    let fields = stat.rsplit(')').next().unwrap_or("").split_whitespace();
+    seconds(fields.skip(11).take(4))
+}
+
+/// CPU seconds that all of the machine has spent on anything but idling.
+pub fn cpu_of_machine() -> f64 {
+    let stat = fs::read_to_string("/proc/stat").unwrap_or_default();
     let fields: Vec<&str> = stat
-        .rsplit(')')
+        .lines()
         .next()
         .unwrap_or("")
         .split_whitespace()
         .collect();
-    let ticks: u64 = fields
-        .iter()
-        .skip(11)
-        .take(4)
-        .filter_map(|field| field.parse::<u64>().ok())
-        .sum();
+    // cpu user nice system idle iowait irq softirq
+    let busy = [1, 2, 3, 6, 7];
+    seconds(busy.iter().filter_map(|&field| fields.get(field).copied()))
+}
+
+fn seconds<'a>(ticks: impl Iterator<Item = &'a str>) -> f64 {
+    let ticks: u64 = ticks.filter_map(|field| field.parse::<u64>().ok()).sum();
     ticks as f64 / rustix::param::clock_ticks_per_second() as f64
 }
 
@@ -46,68 +129,76 @@ pub fn resident_of(pid: u32) -> u64 {
     memory(pid, "VmRSS:")
 }
 
-fn memory(pid: u32, field: &str) -> u64 {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-    let line = status
-        .lines()
-        .find_map(|line| line.strip_prefix(field))
-        .unwrap_or("0");
-    line.split_whitespace()
-        .next()
-        .and_then(|kib| kib.parse::<u64>().ok())
-        .unwrap_or(0)
-        * 1024
+/// Makes the resident set of now the largest so far. Where the kernel refuses, the older peak counts.
+pub fn forget_peak(pid: u32) {
+    let _ = fs::write(format!("/proc/{pid}/clear_refs"), "5");
 }
 
-/// Runs a command to its end, with `sync` of the file system it wrote to counted in where given.
-pub fn command(command: &mut Command, sync: Option<&Path>) -> Result<Cost> {
-    let started = Instant::now();
-    let mut child = command
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()
-        .with_context(|| format!("starting {command:?}"))?;
-    let pid = child.id();
-    let mut cost = Cost::default();
-    // The accounts go away with the process: the last look before its end is at most 2 ms old.
-    let status = loop {
-        if let Some(status) = child.try_wait()? {
-            break status;
-        }
-        cost.peak = cost.peak.max(peak_of(pid));
-        cost.cpu = cost.cpu.max(cpu_of(pid));
-        std::thread::sleep(Duration::from_millis(2));
-    };
-    ensure!(status.success(), "{command:?} failed with {status}");
-    if let Some(path) = sync {
-        sync_file_system(path)?;
-    }
-    cost.wall = started.elapsed().as_secs_f64();
-    Ok(cost)
+fn memory(pid: u32, field: &str) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix(field));
+    let kib = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
+    kib.unwrap_or(0) * 1024
+}
+
+/// Bytes that the loopback interface of this network namespace has carried.
+pub fn loopback_bytes() -> u64 {
+    let devices = fs::read_to_string("/proc/thread-self/net/dev").unwrap_or_default();
+    let line = devices
+        .lines()
+        .find_map(|line| line.trim_start().strip_prefix("lo:"));
+    line.and_then(|line| line.split_whitespace().next()?.parse().ok())
+        .unwrap_or(0)
 }
 
 /// Waits until everything written to the file system of the path is on its disk.
 pub fn sync_file_system(path: &Path) -> Result<()> {
-    rustix::fs::syncfs(std::fs::File::open(path)?).context("syncing")
+    rustix::fs::syncfs(fs::File::open(path)?).with_context(|| format!("syncing {}", path.display()))
 }
 
-/// The median.
-pub fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
-}
-
-/// Field by field, the median of several costs; of memory, the largest.
-pub fn median_cost(costs: &[Cost]) -> Cost {
-    Cost {
-        wall: median(costs.iter().map(|cost| cost.wall).collect()),
-        cpu: median(costs.iter().map(|cost| cost.cpu).collect()),
-        peak: costs.iter().map(|cost| cost.peak).max().unwrap_or(0),
+/// Waits until a file, or a directory's files, and their names are on the disk.
+pub fn sync_result(path: &Path) -> Result<()> {
+    if path.is_dir() {
+        for entry in fs::read_dir(path)? {
+            sync_result(&entry?.path())?;
+        }
     }
+    let parent = path.parent().filter(|_| path.is_file());
+    for path in [Some(path), parent].into_iter().flatten() {
+        let file = fs::File::open(path).with_context(|| format!("opening {}", path.display()))?;
+        file.sync_all()
+            .with_context(|| format!("syncing {}", path.display()))?;
+    }
+    Ok(())
 }
 
-/// Bytes as MiB.
-pub fn mib(bytes: u64) -> String {
-    format!("{:.0}", bytes as f64 / f64::from(1 << 20))
+#[cfg(test)]
+mod tests {
+    use std::process::{Command, Stdio};
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn a_childs_work_counts_for_its_family() {
+        let mut shell = Command::new("sh");
+        shell.args([
+            "-c",
+            "i=0; (while [ $i -lt 200000 ]; do i=$((i+1)); done); echo; read line; true",
+        ]);
+        let mut shell = shell
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut family = Family::watch(shell.id());
+        let mut byte = [0];
+        std::io::Read::read_exact(shell.stdout.as_mut().unwrap(), &mut byte).unwrap();
+        std::thread::sleep(Duration::from_millis(20));
+        family.look();
+        assert!(family.used().cpu_seconds >= 0.02, "{:?}", family.used());
+        assert!(family.used().peak_bytes > 100_000, "{:?}", family.used());
+        drop(shell.stdin.take());
+        shell.wait().unwrap();
+    }
 }

@@ -1,195 +1,336 @@
-//! `bench pair`: one node pulls from one peer, beside a plain TCP copy, rsync, aria2 and transmission.
-//!
-//! All run in a network namespace of their own, on an address that BitTorrent clients do not take for themselves (they
-//! refuse 127.0.0.0/8).
+//! `bench pair`: one node pulls from one peer, beside a plain TCP copy, rsync and BitTorrent clients.
 
 use std::fs;
-use std::net::Ipv4Addr;
 use std::path::Path;
-use std::process::Command;
-use std::time::Instant;
 
-use anyhow::{Context, Result, bail, ensure};
-use capsule_node::control::{Client, Phase, Pull};
+use anyhow::{Result, anyhow, ensure};
+use capsule_node::control::Phase;
 use capsule_tests::{Fleet, data};
+use serde::Serialize;
 
-use crate::measure::{Cost, cpu_of, median, median_cost, mib, peak_of, sync_file_system};
-use crate::publish::real_files;
-use crate::report::{Report, Table};
-use crate::tools;
+use crate::Setting;
+use crate::capsule::{self, pid};
+use crate::files::{real_files, tar};
+use crate::measure::sync_file_system;
+use crate::namespace::ADDRESS;
+use crate::process::Deadline;
+use crate::report::{Column, MIB, Report, Table};
+use crate::series::Series;
+use crate::tools::bittorrent::{self, Client};
+use crate::tools::tracker::Tracker;
+use crate::tools::{Job, empty_dir, install, rsync, tcp};
+use crate::transfer::{Meter, Transfer, same_content};
 
-const ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 1);
-/// Tells the program that it is in its namespace already.
-const INSIDE: &str = "CAPSULE_BENCH_NAMESPACE";
+/// Programs that are measured beside ours, and their Debian packages.
+const NEEDS: [(&str, &str); 5] = [
+    ("rsync", "rsync"),
+    ("aria2c", "aria2"),
+    ("transmission-cli", "transmission-cli"),
+    ("qbittorrent-nox", "qbittorrent-nox"),
+    ("tar", "tar"),
+];
 
-/// Measures both data sets.
-pub fn run(scratch: &Path, bytes: u64, runs: usize) -> Result<Report> {
-    tools::install(&["rsync", "aria2", "transmission-cli", "tar"])?;
-    if std::env::var_os(INSIDE).is_none() {
-        return enter_namespace();
+const COLUMNS: [Column; 12] = [
+    Column::plain("wall s", "wall_seconds", 2),
+    Column::plain("x ours", "wall_ratio", 2),
+    Column::plain("first data s", "first_data_seconds", 2),
+    Column::plain("rest s", "transfer_seconds", 2),
+    Column::plain("x ours", "transfer_ratio", 2),
+    Column::mib("MiB/s", "transfer_bytes_per_second"),
+    Column::plain("CPU s", "cpu_seconds", 2),
+    Column::plain("ns/B", "cpu_nanoseconds_per_byte", 2),
+    Column::plain("machine CPU s", "machine_cpu_seconds", 2),
+    Column::mib("sender MiB", "sender_peak_bytes"),
+    Column::mib("receiver MiB", "receiver_peak_bytes"),
+    Column::plain("runs", "runs", 0),
+];
+
+/// Who brings the data over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Tool {
+    /// Ours.
+    Capsule,
+    /// A plain TCP copy.
+    Tcp,
+    /// rsync from a daemon.
+    Rsync,
+    /// aria2 from an aria2 seeder.
+    Aria2,
+    /// qBittorrent from a qBittorrent seeder.
+    Qbittorrent,
+    /// transmission from a transmission seeder.
+    Transmission,
+}
+
+/// What is brought over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Data {
+    /// Incompressible bytes.
+    Noise,
+    /// A tar of files of this machine.
+    Real,
+}
+
+/// What `bench pair` is asked for.
+#[derive(Debug, clap::Args)]
+pub struct Options {
+    /// Size of each data set, in MiB.
+    #[arg(long, default_value_t = 2048, value_parser = clap::value_parser!(u64).range(4..))]
+    mib: u64,
+    /// Only these tools.
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Tool::Capsule, Tool::Tcp, Tool::Rsync, Tool::Aria2, Tool::Qbittorrent, Tool::Transmission])]
+    only: Vec<Tool>,
+    /// Only these data sets.
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Data::Noise, Data::Real])]
+    data: Vec<Data>,
+}
+
+/// Installs the other tools, as far as it can: those that are there are measured, the others' legs fail.
+pub fn install_tools() {
+    if let Err(error) = install(&NEEDS) {
+        eprintln!("{error:#}");
     }
+}
+
+/// Measures the data sets.
+pub fn run(setting: &Setting, options: &Options) -> Result<Report> {
+    let bytes = options.mib << 20;
+    // The source, a publisher's and a puller's store; or a tree and its tar.
+    setting.need_room(bytes * 4)?;
     let mut report = Report::new();
-    let noise = scratch.join("noise");
-    data::noise_file(&noise, 2, bytes);
-    report
-        .tables
-        .push(compare("incompressible data", scratch, &noise, runs)?);
-    fs::remove_file(&noise)?;
-    let (tree, tar) = (scratch.join("tree"), scratch.join("real.tar"));
-    real_files(&tree, bytes)?;
-    ensure!(
-        Command::new("tar")
-            .arg("-cf")
-            .arg(&tar)
-            .arg("-C")
-            .arg(&tree)
-            .arg(".")
-            .status()?
-            .success(),
-        "tar failed"
-    );
-    fs::remove_dir_all(&tree)?;
-    report
-        .tables
-        .push(compare("a tar of real files", scratch, &tar, runs)?);
+    for data in &options.data {
+        let source = setting.scratch.join("source");
+        let what = match data {
+            Data::Noise => {
+                data::noise_file(&source, 2, bytes);
+                "incompressible data"
+            }
+            Data::Real => {
+                let tree = setting.scratch.join("tree");
+                real_files(&tree, bytes)?;
+                tar(&tree, &source)?;
+                fs::remove_dir_all(&tree)?;
+                "a tar of real files"
+            }
+        };
+        let table = compare(what, setting, &source, &options.only)?;
+        report.tables.push(table);
+        fs::remove_file(&source)?;
+    }
     Ok(report)
 }
 
-/// Runs this program again in a network namespace that has only loopback, and ends with its exit code.
-fn enter_namespace() -> Result<Report> {
-    let me = std::env::current_exe()?;
-    let script =
-        format!("ip link set lo up && ip address add {ADDRESS}/32 dev lo && exec \"$0\" \"$@\"");
-    let mut inner = Command::new("unshare");
-    inner
-        .args(["--net", "sh", "-c", &script])
-        .arg(me)
-        .args(std::env::args_os().skip(1))
-        .env(INSIDE, "1");
-    let status = inner
-        .status()
-        .context("unshare (util-linux) and ip (iproute2) are needed, and root")?;
-    std::process::exit(status.code().unwrap_or(1));
-}
-
-/// What our transfer cost, beside what every tool reports.
+/// A leg of ours: its figures up to durable packs, and what came after.
+#[derive(Debug, Serialize)]
 struct Ours {
-    fetch: Cost,
+    #[serde(flatten)]
+    transfer: Transfer,
+    pack_bytes: u64,
+    /// The puller's own account, to compare: planning, fetching until durable, and the CPU that it spent on fetching.
+    own_planning_seconds: f64,
+    own_fetch_seconds: f64,
+    own_fetch_cpu_seconds: f64,
     check_seconds: f64,
-    pack: u64,
+    check_cpu_seconds: f64,
+    check_peak_bytes: u64,
 }
 
-fn compare(what: &str, scratch: &Path, source: &Path, runs: usize) -> Result<Table> {
-    let size = fs::metadata(source)?.len();
-    let torrent = tools::torrent(ADDRESS, scratch, source)?;
-    let target = scratch.join("target");
-    let mut ours = vec![];
-    let mut others: Vec<(&str, Vec<Cost>)> = ["TCP copy", "rsync", "aria2", "transmission"]
-        .map(|name| (name, vec![]))
-        .into();
-    for _ in 0..runs {
-        eprintln!("{what}: capsule");
-        ours.push(pull(source)?);
-        for (name, costs) in &mut others {
-            sync_file_system(scratch)?;
-            eprintln!("{what}: {name}");
-            costs.push(match *name {
-                "TCP copy" => tools::tcp_copy(ADDRESS, source, &target)?,
-                "rsync" => tools::rsync(ADDRESS, scratch, source, &target)?,
-                "aria2" => tools::aria2(ADDRESS, &torrent, source, &target)?,
-                "transmission" => tools::transmission(ADDRESS, scratch, &torrent, source, &target)?,
-                other => bail!("no tool {other}"),
-            });
-            if target.is_dir() {
-                fs::remove_dir_all(&target)?
-            } else {
-                fs::remove_file(&target)?
-            }
+/// What a leg found.
+#[derive(Debug, Serialize)]
+#[serde(untagged)]
+enum Found {
+    Ours(Box<Ours>),
+    Other(Transfer),
+}
+
+impl Found {
+    fn transfer(&self) -> &Transfer {
+        match self {
+            Self::Ours(ours) => &ours.transfer,
+            Self::Other(transfer) => transfer,
         }
     }
-    let mut table = Table::new(
-        format!("pull {what}: {} MiB", mib(size)),
-        &["wall s", "x ours", "CPU s", "CPU ns/B", "peak MiB"],
-    );
-    let fetch = median_cost(&ours.iter().map(|ours| ours.fetch).collect::<Vec<_>>());
-    let pack = ours.first().map_or(1, |ours| ours.pack);
-    let row = |cost: Cost, bytes: u64| {
-        vec![
-            format!("{:.2}", cost.wall),
-            format!("{:.2}", cost.wall / fetch.wall),
-            format!("{:.2}", cost.cpu),
-            format!("{:.2}", cost.cpu * 1e9 / bytes as f64),
-            mib(cost.peak),
-        ]
-    };
-    table.row("capsule, packs durable", row(fetch, pack));
-    let check = median(ours.iter().map(|ours| ours.check_seconds).collect());
-    table.row(
-        "capsule, then checking",
-        vec![
-            format!("{check:.2}"),
-            String::new(),
-            String::new(),
-            String::new(),
-            String::new(),
-        ],
-    );
-    others
+
+    fn ours(&self) -> Option<&Ours> {
+        match self {
+            Self::Ours(ours) => Some(ours),
+            Self::Other(_) => None,
+        }
+    }
+}
+
+fn compare(what: &str, setting: &Setting, source: &Path, only: &[Tool]) -> Result<Table> {
+    let size = fs::metadata(source)?.len();
+    let torrent = setting.scratch.join("source.torrent");
+    let tracker = Tracker::start(ADDRESS)?;
+    // Without it the BitTorrent legs fail, and say so.
+    let made = bittorrent::torrent(&tracker, source, &torrent);
+    let mut legs: Vec<(Tool, Series<Found>)> = only
         .iter()
-        .for_each(|(name, costs)| table.row(*name, row(median_cost(costs), size)));
-    table.note(format!(
-        "the pack has {} MiB; ns/B are per pack byte for capsule, per content byte for the others",
-        mib(pack)
-    ));
-    table.note("to reach: ahead of aria2 and transmission in wall; at most 3 ns of CPU a pack byte, both ends");
-    Ok(table)
+        .map(|&tool| (tool, Series::new(tool.name())))
+        .collect();
+    let dir = setting.scratch.join("leg");
+    for run in 1..=setting.runs {
+        for (tool, series) in &mut legs {
+            if series.is_over() {
+                continue;
+            }
+            empty_dir(&dir)?;
+            sync_file_system(&dir)?;
+            let job = Job {
+                address: ADDRESS,
+                source,
+                dir: &dir,
+                deadline: setting.deadline(size),
+            };
+            let label = format!("{what}, run {run} of {}", setting.runs);
+            series.measure(&label, || {
+                let torrented = |client| {
+                    made.as_ref().map_err(|error| anyhow!("{error:#}"))?;
+                    bittorrent::measure(client, &job, &tracker, &torrent)
+                };
+                let (transfer, target) = match tool {
+                    Tool::Capsule => {
+                        return Ok(Found::Ours(Box::new(ours(source, &job.deadline)?)));
+                    }
+                    Tool::Tcp => (tcp::measure(&job)?, job.path(job.name()?)),
+                    Tool::Rsync => (rsync::measure(&job)?, job.path(job.name()?)),
+                    Tool::Aria2 => (torrented(Client::Aria2)?, job.path("into/source")),
+                    Tool::Qbittorrent => (torrented(Client::QBittorrent)?, job.path("into/source")),
+                    Tool::Transmission => {
+                        (torrented(Client::Transmission)?, job.path("into/source"))
+                    }
+                };
+                same_content(source, &target)?;
+                Ok(Found::Other(transfer))
+            });
+        }
+    }
+    fs::remove_dir_all(&dir)?;
+    let legs: Vec<Series<Found>> = legs.into_iter().map(|(_, series)| series).collect();
+    Ok(table(what, size, &legs))
+}
+
+impl Tool {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Capsule => "capsule, packs durable",
+            Self::Tcp => "TCP copy",
+            Self::Rsync => "rsync daemon",
+            Self::Aria2 => "aria2",
+            Self::Qbittorrent => "qBittorrent",
+            Self::Transmission => "transmission",
+        }
+    }
 }
 
 /// One pull, measured from its request until the packs are durable.
-fn pull(source: &Path) -> Result<Ours> {
+fn ours(source: &Path, deadline: &Deadline) -> Result<Ours> {
     let fleet = Fleet::of(2);
-    let published = fleet[0].publish(source, "lab:1");
+    let published = capsule::publish(&fleet[0], source, deadline)?;
     fleet[1].wait_for_peers(1);
     sync_file_system(fleet.dir())?;
-    let pids: Vec<u32> = fleet
-        .nodes()
-        .iter()
-        .map(|node| node.pid().as_raw_nonzero().get() as u32)
-        .collect();
-    let cpu = || pids.iter().map(|&pid| cpu_of(pid)).sum::<f64>();
-    let before = cpu();
-    let started = Instant::now();
-    let mut at_check: Option<Cost> = None;
-    let request = Pull {
-        capsule: serde_json::from_value("lab:1".into())?,
-        wait: None,
-    };
-    let pulled = Client::connect(fleet[1].home())?.run(
-        request,
-        |progress| {
-            if progress.phase == Phase::Checking && at_check.is_none() {
-                at_check = Some(Cost {
-                    wall: started.elapsed().as_secs_f64(),
-                    cpu: cpu() - before,
-                    peak: 0,
-                });
-            }
-        },
-        drop,
-    )?;
-    // The daemon's own clock is exact about the wall; our view of its phases dates the CPU.
-    let seen = at_check.context("the pull told when it began to check")?;
-    let peak = pids.iter().map(|&pid| peak_of(pid)).max().unwrap_or(0);
-    let wall = pulled.planning_seconds + pulled.fetch_seconds;
+    let mut meter = Meter::start(pid(&fleet[0]), pid(&fleet[1]));
+    // The puller tells that it checks within milliseconds of its packs being durable.
+    let mut at_check = None;
+    let pulled = capsule::pull(&fleet[1], deadline, |progress| {
+        if progress.phase == Phase::Checking && at_check.is_none() {
+            at_check = Some(meter.now());
+        }
+    })?;
+    let whole = meter.now();
+    // The checking of a small capsule may be over before it is told of.
+    let transfer = at_check.unwrap_or_else(|| whole.clone());
+    ensure!(
+        pulled.fetched_bytes >= published.pack_bytes,
+        "only {} bytes were fetched of a pack of {}",
+        pulled.fetched_bytes,
+        published.pack_bytes
+    );
     Ok(Ours {
-        fetch: Cost {
-            wall,
-            cpu: seen.cpu,
-            peak,
-        },
+        pack_bytes: published.pack_bytes,
+        own_planning_seconds: pulled.planning_seconds,
+        own_fetch_seconds: pulled.fetch_seconds,
+        own_fetch_cpu_seconds: pulled.fetch_cpu_seconds,
         check_seconds: pulled.check_seconds,
-        pack: published["pack_bytes"]
-            .as_u64()
-            .context("publish tells the pack's bytes")?,
+        check_cpu_seconds: whole.cpu_seconds() - transfer.cpu_seconds(),
+        check_peak_bytes: whole.receiver.peak_bytes,
+        transfer,
     })
+}
+
+fn table(what: &str, size: u64, legs: &[Series<Found>]) -> Table {
+    let mut table = Table::new(
+        format!("pull {what}: {:.0} MiB", size as f64 / MIB),
+        &COLUMNS,
+    );
+    let ours = legs
+        .iter()
+        .find(|leg| leg.runs.iter().any(|run| run.ours().is_some()));
+    let of_ours = |figure: &dyn Fn(&Transfer) -> f64| ours?.median(|run| figure(run.transfer()));
+    let (our_wall, our_rest) = (
+        of_ours(&|transfer| transfer.wall_seconds),
+        of_ours(&Transfer::transfer_seconds),
+    );
+    for leg in legs {
+        let median = |figure: &dyn Fn(&Transfer) -> f64| leg.median(|run| figure(run.transfer()));
+        let most =
+            |figure: &dyn Fn(&Transfer) -> u64| leg.most(|run| figure(run.transfer()) as f64);
+        let bytes = |run: &Found| run.ours().map_or(size, |ours| ours.pack_bytes) as f64;
+        let ratio = |ours: Option<f64>, theirs: Option<f64>| Some(theirs? / ours?);
+        let wall = median(&|transfer| transfer.wall_seconds);
+        let rest = median(&Transfer::transfer_seconds);
+        let figures = vec![
+            wall,
+            ratio(our_wall, wall),
+            median(&|transfer| transfer.first_data_seconds),
+            rest,
+            ratio(our_rest, rest),
+            leg.median(|run| bytes(run) / run.transfer().transfer_seconds()),
+            median(&Transfer::cpu_seconds),
+            leg.median(|run| run.transfer().cpu_seconds() * 1e9 / bytes(run)),
+            median(&|transfer| transfer.machine_cpu_seconds),
+            most(&|transfer| transfer.sender.peak_bytes),
+            most(&|transfer| transfer.receiver.peak_bytes),
+            Some(leg.runs.len() as f64).filter(|&runs| runs > 0.0),
+        ];
+        table.row(leg, figures);
+        if ours.is_some_and(|ours| ours.name == leg.name) {
+            let check = |figure: &dyn Fn(&Ours) -> f64| {
+                leg.median(|run| run.ours().map_or(f64::NAN, figure))
+            };
+            let mut figures = vec![None; COLUMNS.len()];
+            figures[0] = check(&|ours| ours.check_seconds);
+            figures[6] = check(&|ours| ours.check_cpu_seconds);
+            figures[10] = check(&|ours| ours.check_peak_bytes as f64);
+            table.part("capsule, then checking", figures);
+        }
+    }
+    notes(&mut table, legs);
+    table
+}
+
+fn notes(table: &mut Table, legs: &[Series<Found>]) {
+    if let Some(ours) = legs.iter().flat_map(|leg| &leg.runs).find_map(Found::ours) {
+        table.note(format!(
+            "the pack has {:.0} MiB; ns/B and MiB/s are of pack bytes for capsule, of content bytes for the others",
+            ours.pack_bytes as f64 / MIB
+        ));
+    }
+    table.note(
+        "wall: from the order (a pull, or the start of the receiving program with URL or torrent) to all data durable, \
+         fsync of the result included; first data: until 256 KiB crossed loopback; rest: from there on",
+    );
+    table.note(
+        "medians; of memory the largest; it counts mapped pages of files, of which qBittorrent maps what it moves",
+    );
+    table.note(
+        "capsule's daemons are connected beforehand; seeders have checked their data and announced themselves",
+    );
+    table.note(
+        "transmission 3.00 decides every 10 s whom it wants and unchokes, and asks one peer for at most 512 blocks of \
+         16 KiB in two rounds of 0.5 s: 8.4 MB/s, whatever its settings",
+    );
+    table.note("a leg that takes over a minute is measured once");
+    table.note("to reach: ahead of every BitTorrent client in wall; at most 3 ns of CPU a pack byte, both ends");
 }

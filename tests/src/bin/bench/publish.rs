@@ -1,159 +1,182 @@
 //! `bench publish`: real files as a tree and as one tar, beside `zstd -T0` at the same level plus `b3sum`.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
+use std::time::Instant;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use capsule_tests::Fleet;
+use serde::Serialize;
 
-use crate::measure::{self, Cost, median, median_cost, mib, peak_of, sync_file_system};
-use crate::report::{Report, Table};
-use crate::tools;
+use crate::Setting;
+use crate::capsule::{self, pid};
+use crate::files::{real_files, tar};
+use crate::measure::{Family, sync_file_system, sync_result};
+use crate::process::{self, Cost, Deadline};
+use crate::report::{Column, MIB, Report, Table};
+use crate::series::{Series, median};
+use crate::tools::install;
 
 /// The level of zstd that publishing uses by default.
 const LEVEL: &str = "-3";
 
-/// Publishes both data sets `runs` times in turn with the other tools.
-pub fn run(scratch: &Path, bytes: u64, runs: usize) -> Result<Report> {
-    tools::install(&["zstd", "b3sum", "tar"])?;
-    let tree = scratch.join("tree");
+const COLUMNS: [Column; 5] = [
+    Column::plain("wall s", "wall_seconds", 2),
+    Column::plain("CPU s", "cpu_seconds", 2),
+    Column::mib("peak MiB", "peak_bytes"),
+    Column::mib("out MiB", "out_bytes"),
+    Column::plain("runs", "runs", 0),
+];
+
+/// Publishes both data sets in turn with the other tools.
+pub fn run(setting: &Setting, bytes: u64) -> Result<Report> {
+    if let Err(error) = install(&[("zstd", "zstd"), ("b3sum", "b3sum"), ("tar", "tar")]) {
+        // Tools that are there are measured; the others say that they are not.
+        eprintln!("{error:#}");
+    }
+    // The tree, its tar, and what is made of one of them.
+    setting.need_room(bytes * 4)?;
+    let tree = setting.scratch.join("tree");
+    let one = setting.scratch.join("tree.tar");
     let held = real_files(&tree, bytes)?;
-    let tar = scratch.join("tree.tar");
-    let status = Command::new("tar")
-        .arg("-cf")
-        .arg(&tar)
-        .arg("-C")
-        .arg(&tree)
-        .arg(".")
-        .status()?;
-    ensure!(status.success(), "tar failed");
+    tar(&tree, &one)?;
+    let out = setting.scratch.join("out.zst");
+    let (shown_tree, shown_one, shown_out) = (tree.display(), one.display(), out.display());
     let mut report = Report::new();
-    let compress_tar = format!(
-        "exec zstd -q -f -T0 {LEVEL} '{}' -o '{}/out.zst'",
-        tar.display(),
-        scratch.display()
-    );
-    let hash_tar = format!("exec b3sum '{}'", tar.display());
-    report.tables.push(compare(
-        "one tar",
-        &tar,
-        [&compress_tar, &hash_tar],
-        scratch,
+    let job = |what, source, compress: String, hash: String| Job {
+        what,
+        source,
+        compress,
+        hash,
+        out: &out,
         held,
-        runs,
-    )?);
-    let compress_tree = format!(
-        "tar -cf - -C '{}' . | zstd -q -f -T0 {LEVEL} -o '{}/out.zst'",
-        tree.display(),
-        scratch.display()
+    };
+    let as_tar = job(
+        "one tar",
+        &one,
+        format!("exec zstd -q -f -T0 {LEVEL} '{shown_one}' -o '{shown_out}'"),
+        format!("exec b3sum '{shown_one}'"),
     );
-    let hash_tree = format!("find '{}' -type f -print0 | xargs -0 b3sum", tree.display());
-    report.tables.push(compare(
+    report.tables.push(as_tar.compare(setting)?);
+    fs::remove_file(&one)?;
+    let as_tree = job(
         "a tree",
         &tree,
-        [&compress_tree, &hash_tree],
-        scratch,
-        held,
-        runs,
-    )?);
+        format!("tar -cf - -C '{shown_tree}' . | zstd -q -f -T0 {LEVEL} -o '{shown_out}'"),
+        format!("find '{shown_tree}' -type f -print0 | xargs -0 b3sum"),
+    );
+    report.tables.push(as_tree.compare(setting)?);
     Ok(report)
 }
 
-fn compare(
-    what: &str,
-    source: &Path,
-    others: [&str; 2],
-    scratch: &Path,
+/// One data set, and what the other tools do with it.
+struct Job<'a> {
+    what: &'static str,
+    source: &'a Path,
+    compress: String,
+    hash: String,
+    out: &'a Path,
     held: u64,
-    runs: usize,
-) -> Result<Table> {
-    let mut ours: Vec<Cost> = vec![];
-    let (mut zstd, mut b3sum) = (vec![], vec![]);
-    let mut pack = 0;
-    for _ in 0..runs {
-        let shell = |script: &str| {
-            let mut command = Command::new("bash");
-            command.arg("-c").arg(script);
-            measure::command(&mut command, Some(scratch))
-        };
-        zstd.push(shell(others[0])?);
-        b3sum.push(shell(others[1])?);
-        // A fresh fleet: what was published before must not help.
-        let fleet = Fleet::new();
-        sync_file_system(scratch)?;
-        let pid = fleet[0].pid().as_raw_nonzero().get() as u32;
-        let before = measure::cpu_of(pid);
-        let started = std::time::Instant::now();
-        let published = fleet[0].publish(source, "lab:1");
-        let wall = started.elapsed().as_secs_f64();
-        ours.push(Cost {
-            wall,
-            cpu: measure::cpu_of(pid) - before,
-            peak: peak_of(pid),
-        });
-        pack = published["pack_bytes"].as_u64().unwrap_or(0);
-    }
-    let mut table = Table::new(
-        format!("publish {what}: {} MiB of real files", mib(held)),
-        &["wall s", "CPU s", "peak MiB", "out MiB"],
-    );
-    let out = fs::metadata(scratch.join("out.zst"))?.len();
-    let row = |cost: Cost, out: String| {
-        vec![
-            format!("{:.2}", cost.wall),
-            format!("{:.2}", cost.cpu),
-            mib(cost.peak),
-            out,
-        ]
-    };
-    table.row("capsule publish", row(median_cost(&ours), mib(pack)));
-    table.row(
-        format!("zstd -T0 {LEVEL}"),
-        row(median_cost(&zstd), mib(out)),
-    );
-    table.row("b3sum", row(median_cost(&b3sum), "-".into()));
-    let ratios = ours
-        .iter()
-        .zip(zstd.iter().zip(&b3sum))
-        .map(|(ours, (zstd, b3sum))| ours.wall / (zstd.wall + b3sum.wall));
-    table.note(format!(
-        "wall against the sum of both, run by run: median {:.2} (to reach: 1.35)",
-        median(ratios.collect())
-    ));
-    table.note("peak memory to reach: under 512 MiB; the CPU of a pipeline of tools counts its shell's children");
-    Ok(table)
 }
 
-/// Copies files of this machine until there is enough; goes over them again under other names where there is not.
-pub fn real_files(to: &Path, bytes: u64) -> Result<u64> {
-    let mut held = 0;
-    let mut round = 0;
-    while held < bytes {
-        let before = held;
-        let base = to.join(format!("round{round}"));
-        let mut open: Vec<PathBuf> = vec!["/usr".into()];
-        while let Some(dir) = open.pop().filter(|_| held < bytes) {
-            let mut entries: Vec<_> = fs::read_dir(&dir)
-                .with_context(|| format!("{}", dir.display()))?
-                .flatten()
-                .collect();
-            entries.sort_by_key(fs::DirEntry::path);
-            for entry in entries {
-                let kind = entry.file_type()?;
-                let path = entry.path();
-                if kind.is_dir() {
-                    open.push(path);
-                } else if kind.is_file() && held < bytes {
-                    let target = base.join(path.strip_prefix("/")?);
-                    fs::create_dir_all(target.parent().context("a file lies in a directory")?)?;
-                    // Files that only root may read, or that went away meanwhile, are left out.
-                    held += fs::copy(&path, &target).unwrap_or(0);
-                }
+/// What a leg found.
+#[derive(Debug, Serialize)]
+struct Found {
+    #[serde(flatten)]
+    cost: Cost,
+    out_bytes: Option<u64>,
+}
+
+impl Job<'_> {
+    fn compare(&self, setting: &Setting) -> Result<Table> {
+        let mut ours = Series::new("capsule publish");
+        let mut zstd = Series::new(format!("zstd -T0 {LEVEL}"));
+        let mut b3sum = Series::new("b3sum");
+        for run in 1..=setting.runs {
+            let label = format!("publish {}, run {run} of {}", self.what, setting.runs);
+            let deadline = || setting.deadline(self.held);
+            sync_file_system(&setting.scratch)?;
+            zstd.measure(&label, || {
+                let synced = || sync_result(self.out);
+                let cost = shell(&self.compress, setting, &deadline(), synced)?;
+                let out_bytes = Some(fs::metadata(self.out)?.len());
+                Ok(Found { cost, out_bytes })
+            });
+            if self.out.exists() {
+                fs::remove_file(self.out)?;
             }
+            sync_file_system(&setting.scratch)?;
+            b3sum.measure(&label, || {
+                let cost = shell(&self.hash, setting, &deadline(), || Ok(()))?;
+                Ok(Found {
+                    cost,
+                    out_bytes: None,
+                })
+            });
+            // A fresh fleet each time: what was published before must not help.
+            ours.measure(&label, || publish(self.source, &deadline()));
         }
-        ensure!(held > before, "/usr holds no files to measure on");
-        round += 1;
+        Ok(self.table(&ours, &zstd, &b3sum))
     }
-    Ok(held)
+
+    fn table(&self, ours: &Series<Found>, zstd: &Series<Found>, b3sum: &Series<Found>) -> Table {
+        let held = self.held as f64 / MIB;
+        let title = format!("publish {}: {held:.0} MiB of real files", self.what);
+        let mut table = Table::new(title, &COLUMNS);
+        for series in [ours, zstd, b3sum] {
+            let out = series.runs.iter().filter_map(|run| run.out_bytes);
+            let figures = vec![
+                series.median(|run| run.cost.wall_seconds),
+                series.median(|run| run.cost.used.cpu_seconds),
+                series.most(|run| run.cost.used.peak_bytes as f64),
+                median(out.map(|bytes| bytes as f64).collect()),
+                Some(series.runs.len() as f64).filter(|&runs| runs > 0.0),
+            ];
+            table.row(series, figures);
+        }
+        let ratios = ours.runs.iter().zip(zstd.runs.iter().zip(&b3sum.runs));
+        let ratios = ratios.map(|(ours, (zstd, b3sum))| {
+            ours.cost.wall_seconds / (zstd.cost.wall_seconds + b3sum.cost.wall_seconds)
+        });
+        if let Some(ratio) = median(ratios.collect()) {
+            table.note(format!(
+                "wall against the sum of both, run by run: median {ratio:.2} (to reach: 1.35)"
+            ));
+        }
+        table.note(
+            "the sync of zstd's output is counted in; capsule's packs are durable when it ends",
+        );
+        table.note("peak memory to reach: under 512 MiB; of a pipeline the peaks of its processes are added");
+        table
+    }
+}
+
+fn shell(
+    script: &str,
+    setting: &Setting,
+    deadline: &Deadline,
+    then: impl FnOnce() -> Result<()>,
+) -> Result<Cost> {
+    let mut command = Command::new("bash");
+    command.args(["-o", "pipefail", "-c", script]);
+    process::run(&mut command, &setting.scratch.join("log"), deadline, then)
+}
+
+fn publish(source: &Path, deadline: &Deadline) -> Result<Found> {
+    let fleet = Fleet::new();
+    sync_file_system(fleet.dir())?;
+    let mut family = Family::watch(pid(&fleet[0]));
+    let started = Instant::now();
+    let published = capsule::publish(&fleet[0], source, deadline).context("capsule")?;
+    let wall_seconds = started.elapsed().as_secs_f64();
+    family.look();
+    let cost = Cost {
+        wall_seconds,
+        used: family.used(),
+    };
+    Ok(Found {
+        cost,
+        out_bytes: Some(published.pack_bytes + published.index_bytes),
+    })
 }

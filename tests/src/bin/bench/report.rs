@@ -1,30 +1,78 @@
-//! A benchmark's result: tables for people, the same as JSON for programs.
+//! A benchmark's result: tables for people, the same as JSON for programs, where figures are numbers in plain units.
 
 use std::path::Path;
 
 use anyhow::{Context, Result};
 use serde::Serialize;
+use serde_json::{Map, Value, json};
+
+use crate::series::Series;
+
+/// Bytes of a MiB.
+pub const MIB: f64 = (1 << 20) as f64;
 
 /// What a benchmark found.
-#[derive(Serialize, Default)]
+#[derive(Debug, Default)]
 pub struct Report {
-    /// What was measured on.
-    pub machine: String,
+    machine: String,
     /// One table a data set.
     pub tables: Vec<Table>,
 }
 
+/// A figure that all rows of a table have.
+#[derive(Debug, Clone, Copy)]
+pub struct Column {
+    title: &'static str,
+    /// Its key in the JSON, with its unit.
+    key: &'static str,
+    /// What people see is the figure divided by this.
+    scale: f64,
+    decimals: usize,
+}
+
 /// Figures of one data set.
-#[derive(Serialize)]
+#[derive(Debug)]
 pub struct Table {
-    /// What was measured.
-    pub title: String,
-    /// Names of the figures.
-    pub columns: Vec<String>,
-    /// A row a tool: its name, and its figures as text.
-    pub rows: Vec<(String, Vec<String>)>,
-    /// What is to be reached, and what was.
-    pub notes: Vec<String>,
+    title: String,
+    columns: Vec<Column>,
+    rows: Vec<Row>,
+    notes: Vec<String>,
+}
+
+#[derive(Debug)]
+struct Row {
+    name: String,
+    figures: Vec<Option<f64>>,
+    runs: Vec<Value>,
+    failed: Option<String>,
+}
+
+impl Column {
+    /// A figure shown as it is.
+    pub const fn plain(title: &'static str, key: &'static str, decimals: usize) -> Self {
+        Self {
+            title,
+            key,
+            scale: 1.0,
+            decimals,
+        }
+    }
+
+    /// Bytes, shown in MiB.
+    pub const fn mib(title: &'static str, key: &'static str) -> Self {
+        Self {
+            title,
+            key,
+            scale: MIB,
+            decimals: 0,
+        }
+    }
+
+    fn show(&self, figure: Option<f64>) -> String {
+        figure.map_or("-".into(), |figure| {
+            format!("{:.*}", self.decimals, figure / self.scale)
+        })
+    }
 }
 
 impl Report {
@@ -48,33 +96,58 @@ impl Report {
     /// Prints the tables.
     pub fn print(&self) {
         println!("{}", self.machine);
-        for table in &self.tables {
-            table.print();
-        }
+        self.tables
+            .iter()
+            .for_each(|table| print!("\n{}", table.text()));
     }
 
     /// Writes the JSON.
     pub fn write(&self, path: &Path) -> Result<()> {
-        let text = serde_json::to_string_pretty(self)?;
+        let tables: Vec<Value> = self.tables.iter().map(Table::json).collect();
+        let value = json!({ "machine": self.machine, "tables": tables });
+        let text = serde_json::to_string_pretty(&value)?;
         std::fs::write(path, text).with_context(|| format!("writing {}", path.display()))
+    }
+
+    /// Names of the legs that failed.
+    pub fn failures(&self) -> Vec<&str> {
+        let rows = self.tables.iter().flat_map(|table| &table.rows);
+        rows.filter(|row| row.failed.is_some())
+            .map(|row| row.name.as_str())
+            .collect()
     }
 }
 
 impl Table {
     /// An empty table.
-    pub fn new(title: impl Into<String>, columns: &[&str]) -> Self {
-        let columns = columns.iter().map(|&column| column.to_owned()).collect();
+    pub fn new(title: impl Into<String>, columns: &[Column]) -> Self {
         Self {
             title: title.into(),
-            columns,
+            columns: columns.to_vec(),
             rows: vec![],
             notes: vec![],
         }
     }
 
-    /// Adds a row.
-    pub fn row(&mut self, name: impl Into<String>, figures: Vec<String>) {
-        self.rows.push((name.into(), figures));
+    /// Adds a row of a leg: its figures in the order of the columns, and what each run found.
+    pub fn row<T: Serialize>(&mut self, series: &Series<T>, figures: Vec<Option<f64>>) {
+        let runs = series.runs.iter().map(serde_json::to_value);
+        self.rows.push(Row {
+            name: series.name.clone(),
+            figures,
+            runs: runs.filter_map(Result::ok).collect(),
+            failed: series.failed.clone(),
+        });
+    }
+
+    /// Adds a row that goes with the one before it.
+    pub fn part(&mut self, name: impl Into<String>, figures: Vec<Option<f64>>) {
+        self.rows.push(Row {
+            name: name.into(),
+            figures,
+            runs: vec![],
+            failed: None,
+        });
     }
 
     /// Adds a note.
@@ -82,37 +155,98 @@ impl Table {
         self.notes.push(note.into());
     }
 
-    fn print(&self) {
-        println!("\n{}", self.title);
+    fn text(&self) -> String {
+        let cells: Vec<Vec<String>> = self
+            .rows
+            .iter()
+            .map(|row| {
+                let figures = row.figures.iter().chain(std::iter::repeat(&None));
+                let shown = self.columns.iter().zip(figures);
+                shown.map(|(column, figure)| column.show(*figure)).collect()
+            })
+            .collect();
         let width = |i: usize| {
-            let cells = self
-                .rows
-                .iter()
-                .filter_map(|(_, figures)| figures.get(i))
-                .map(|figure| figure.chars().count());
+            let cells = cells.iter().map(|row| row[i].chars().count());
             cells
-                .chain([self.columns[i].chars().count()])
+                .chain([self.columns[i].title.chars().count()])
                 .max()
                 .unwrap_or(0)
         };
-        let first = self
-            .rows
-            .iter()
-            .map(|(name, _)| name.chars().count())
-            .max()
-            .unwrap_or(0);
-        let line = |name: &str, cells: &[String]| {
+        let names = self.rows.iter().map(|row| row.name.chars().count());
+        let first = names.max().unwrap_or(0);
+        let line = |name: &str, cells: &mut dyn Iterator<Item = &str>| {
             let cells: Vec<_> = cells
-                .iter()
                 .enumerate()
                 .map(|(i, cell)| format!("{cell:>0$}", width(i)))
                 .collect();
-            println!("  {name:<first$}  {}", cells.join("  "));
+            format!("  {name:<first$}  {}", cells.join("  "))
         };
-        line("", &self.columns);
-        self.rows
+        let mut text = format!("{}\n", self.title);
+        text += &line("", &mut self.columns.iter().map(|column| column.title));
+        text.push('\n');
+        for (row, cells) in self.rows.iter().zip(&cells) {
+            if row.figures.iter().any(Option::is_some) {
+                text += &line(&row.name, &mut cells.iter().map(String::as_str));
+                text.push('\n');
+            }
+            if let Some(reason) = &row.failed {
+                text += &format!("  {:<first$}  failed: {reason}\n", row.name);
+            }
+        }
+        self.notes
             .iter()
-            .for_each(|(name, figures)| line(name, figures));
-        self.notes.iter().for_each(|note| println!("  - {note}"));
+            .for_each(|note| text += &format!("  - {note}\n"));
+        text
+    }
+
+    fn json(&self) -> Value {
+        let rows = self.rows.iter().map(|row| {
+            let figures = self.columns.iter().zip(&row.figures);
+            let figures: Map<String, Value> = figures
+                .map(|(column, figure)| (column.key.to_owned(), json!(figure)))
+                .collect();
+            json!({ "name": row.name, "figures": figures, "runs": row.runs, "failed": row.failed })
+        });
+        json!({ "title": self.title, "rows": rows.collect::<Vec<_>>(), "notes": self.notes })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const COLUMNS: [Column; 2] = [
+        Column::plain("wall s", "wall_seconds", 2),
+        Column::mib("peak MiB", "peak_bytes"),
+    ];
+
+    fn table() -> Table {
+        let mut table = Table::new("title", &COLUMNS);
+        let mut good = Series::new("good");
+        good.measure("test", || Ok(1.25));
+        table.row(&good, vec![Some(1.25), Some(3.0 * MIB)]);
+        let mut bad = Series::<f64>::new("bad one");
+        bad.measure("test", || anyhow::bail!("it broke"));
+        table.row(&bad, vec![None, None]);
+        table.note("a note");
+        table
+    }
+
+    #[test]
+    fn people_see_units_and_failures() {
+        let expected = "title\n           wall s  peak MiB\n  good       1.25         3\n  \
+                        bad one  failed: it broke\n  - a note\n";
+        assert_eq!(table().text(), expected);
+    }
+
+    #[test]
+    fn programs_see_numbers() {
+        let json = table().json();
+        assert_eq!(json["rows"][0]["figures"]["wall_seconds"], 1.25);
+        assert_eq!(json["rows"][0]["figures"]["peak_bytes"], 3_145_728.0);
+        assert_eq!(json["rows"][0]["runs"], json!([1.25]));
+        assert_eq!(json["rows"][0]["failed"], Value::Null);
+        assert_eq!(json["rows"][1]["figures"]["wall_seconds"], Value::Null);
+        assert_eq!(json["rows"][1]["failed"], "it broke");
     }
 }
