@@ -5,6 +5,7 @@
 
 mod capsule;
 mod files;
+mod flow;
 mod idle;
 mod measure;
 mod namespace;

@@ -30,20 +30,25 @@ const NEEDS: [(&str, &str); 5] = [
     ("tar", "tar"),
 ];
 
-const COLUMNS: [Column; 12] = [
-    Column::plain("wall s", "wall_seconds", 2),
+const COLUMNS: [Column; 13] = [
+    Column::plain("wall s", WALL, 2),
     Column::plain("x ours", "wall_ratio", 2),
-    Column::plain("first data s", "first_data_seconds", 2),
-    Column::plain("rest s", "transfer_seconds", 2),
-    Column::plain("x ours", "transfer_ratio", 2),
-    Column::mib("MiB/s", "transfer_bytes_per_second"),
-    Column::plain("CPU s", "cpu_seconds", 2),
+    Column::plain("wait s", "wait_seconds", 2),
+    Column::plain("data s", "data_seconds", 2),
+    Column::plain("end s", "end_seconds", 2),
+    Column::plain("data x ours", "data_ratio", 2),
+    Column::mib("MiB/s", "data_bytes_per_second"),
+    Column::plain("CPU s", CPU, 2),
     Column::plain("ns/B", "cpu_nanoseconds_per_byte", 2),
-    Column::plain("machine CPU s", "machine_cpu_seconds", 2),
+    Column::plain("machine s", "machine_cpu_seconds", 2),
     Column::mib("sender MiB", "sender_peak_bytes"),
-    Column::mib("receiver MiB", "receiver_peak_bytes"),
+    Column::mib("receiver MiB", RECEIVER_PEAK),
     Column::plain("runs", "runs", 0),
 ];
+/// Keys of figures that checking has too.
+const WALL: &str = "wall_seconds";
+const CPU: &str = "cpu_seconds";
+const RECEIVER_PEAK: &str = "receiver_peak_bytes";
 
 /// Who brings the data over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -268,25 +273,26 @@ fn table(what: &str, size: u64, legs: &[Series<Found>]) -> Table {
         .iter()
         .find(|leg| leg.runs.iter().any(|run| run.ours().is_some()));
     let of_ours = |figure: &dyn Fn(&Transfer) -> f64| ours?.median(|run| figure(run.transfer()));
-    let (our_wall, our_rest) = (
+    let (our_wall, our_data) = (
         of_ours(&|transfer| transfer.wall_seconds),
-        of_ours(&Transfer::transfer_seconds),
+        of_ours(&|transfer| transfer.data_seconds),
     );
     for leg in legs {
         let median = |figure: &dyn Fn(&Transfer) -> f64| leg.median(|run| figure(run.transfer()));
         let most =
             |figure: &dyn Fn(&Transfer) -> u64| leg.most(|run| figure(run.transfer()) as f64);
         let bytes = |run: &Found| run.ours().map_or(size, |ours| ours.pack_bytes) as f64;
-        let ratio = |ours: Option<f64>, theirs: Option<f64>| Some(theirs? / ours?);
+        let ratio = |theirs: Option<f64>, ours: Option<f64>| Some(theirs? / ours?);
         let wall = median(&|transfer| transfer.wall_seconds);
-        let rest = median(&Transfer::transfer_seconds);
+        let data = median(&|transfer| transfer.data_seconds);
         let figures = vec![
             wall,
-            ratio(our_wall, wall),
-            median(&|transfer| transfer.first_data_seconds),
-            rest,
-            ratio(our_rest, rest),
-            leg.median(|run| bytes(run) / run.transfer().transfer_seconds()),
+            ratio(wall, our_wall),
+            median(&|transfer| transfer.wait_seconds),
+            data,
+            median(&|transfer| transfer.end_seconds),
+            ratio(data, our_data),
+            leg.median(|run| bytes(run) / run.transfer().data_seconds),
             median(&Transfer::cpu_seconds),
             leg.median(|run| run.transfer().cpu_seconds() * 1e9 / bytes(run)),
             median(&|transfer| transfer.machine_cpu_seconds),
@@ -299,11 +305,14 @@ fn table(what: &str, size: u64, legs: &[Series<Found>]) -> Table {
             let check = |figure: &dyn Fn(&Ours) -> f64| {
                 leg.median(|run| run.ours().map_or(f64::NAN, figure))
             };
-            let mut figures = vec![None; COLUMNS.len()];
-            figures[0] = check(&|ours| ours.check_seconds);
-            figures[6] = check(&|ours| ours.check_cpu_seconds);
-            figures[10] = check(&|ours| ours.check_peak_bytes as f64);
-            table.part("capsule, then checking", figures);
+            let most = leg.most(|run| run.ours().map_or(0.0, |ours| ours.check_peak_bytes as f64));
+            let figures = COLUMNS.map(|column| match column.key {
+                WALL => check(&|ours| ours.check_seconds),
+                CPU => check(&|ours| ours.check_cpu_seconds),
+                RECEIVER_PEAK => most,
+                _ => None,
+            });
+            table.part("capsule, then checking", figures.to_vec());
         }
     }
     notes(&mut table, legs);
@@ -318,18 +327,24 @@ fn notes(table: &mut Table, legs: &[Series<Found>]) {
         ));
     }
     table.note(
-        "wall: from the order (a pull, or the start of the receiving program with URL or torrent) to all data durable, \
-         fsync of the result included; first data: until 256 KiB crossed loopback; rest: from there on",
+        "wall: from the order (a pull; the start of the receiving program with its URL or torrent) until the program says that it \
+         is done and the result is on the disk (fsync included)",
     );
     table.note(
-        "medians; of memory the largest; it counts mapped pages of files, of which qBittorrent maps what it moves",
+        "wait, data, end: until 256 KiB have crossed loopback; until all but 256 KiB have; the rest: disk, last blocks, reporting",
     );
     table.note(
-        "capsule's daemons are connected beforehand; seeders have checked their data and announced themselves",
+        "CPU: both ends, kernel time included; machine: all of the machine meanwhile, so also whoever disturbed",
     );
     table.note(
-        "transmission 3.00 decides every 10 s whom it wants and unchokes, and asks one peer for at most 512 blocks of \
-         16 KiB in two rounds of 0.5 s: 8.4 MB/s, whatever its settings",
+        "medians; of memory the largest of all runs; it counts mapped files, and qBittorrent maps what it moves",
+    );
+    table.note(
+        "capsule's daemons are connected beforehand; seeders have checked their data and announced themselves; all sources lie in the page cache",
+    );
+    table.note(
+        "transmission 3.00 decides every 10 s what it wants and whom it serves, and asks a peer for no more than 512 blocks of 16 KiB \
+         at a time, which take two or three rounds of 0.5 s: 5.6 to 8.4 MB/s, whatever its settings",
     );
     table.note("a leg that takes over a minute is measured once");
     table.note("to reach: ahead of every BitTorrent client in wall; at most 3 ns of CPU a pack byte, both ends");

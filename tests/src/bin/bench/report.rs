@@ -24,7 +24,7 @@ pub struct Report {
 pub struct Column {
     title: &'static str,
     /// Its key in the JSON, with its unit.
-    key: &'static str,
+    pub key: &'static str,
     /// What people see is the figure divided by this.
     scale: f64,
     decimals: usize,

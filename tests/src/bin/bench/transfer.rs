@@ -1,25 +1,19 @@
 //! One transfer over loopback, measured the same way whoever does it.
 //!
-//! Three moments: the receiver is told what to fetch; the first data crosses the loopback interface; everything is on
-//! the receiver's disk. What lies before the second (start of the program, tracker, choking rounds, planning) and what after
-//! it are told apart, so that no tool's timers are taken for its speed.
+//! Four moments: the receiver is told what to fetch; the first data crosses the loopback interface; the last does; everything is
+//! on the receiver's disk, and it says so. The three spans between them are told apart: waiting (start of the program,
+//! tracker, choking rounds, planning), the data itself, and the end. No tool's timers are taken for its speed.
 
 use std::path::Path;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 
-use crate::measure::{Family, Used, cpu_of_machine, loopback_bytes, sync_result};
+use crate::flow::Flow;
+use crate::measure::{Family, Used, cpu_of_machine, sync_result};
 use crate::process::{Deadline, Process};
 
-/// Data flows once so many bytes have crossed: more than handshakes, announcements and the like take.
-const FIRST_DATA: u64 = 256 << 10;
-/// How often the loopback interface is looked at until data flows.
-const GLANCE: Duration = Duration::from_millis(2);
 /// How often the processes' accounts are looked at.
 const LOOK: Duration = Duration::from_millis(20);
 /// How often the file is looked for by which a client tells that it is done.
@@ -30,8 +24,12 @@ const KNOCK: Duration = Duration::from_millis(4);
 pub struct Transfer {
     /// From the order to everything on the disk.
     pub wall_seconds: f64,
-    /// From the order to the first data.
-    pub first_data_seconds: f64,
+    /// Of these, until the first data crossed.
+    pub wait_seconds: f64,
+    /// From the first data to the last.
+    pub data_seconds: f64,
+    /// From the last data on.
+    pub end_seconds: f64,
     /// From the order until the receiver knew the sender, for BitTorrent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub peer_known_seconds: Option<f64>,
@@ -44,11 +42,6 @@ pub struct Transfer {
 }
 
 impl Transfer {
-    /// From the first data to everything on the disk.
-    pub fn transfer_seconds(&self) -> f64 {
-        self.wall_seconds - self.first_data_seconds
-    }
-
     /// CPU seconds of both ends.
     pub fn cpu_seconds(&self) -> f64 {
         self.sender.cpu_seconds + self.receiver.cpu_seconds
@@ -68,7 +61,7 @@ pub enum Done<'a> {
 #[derive(Debug)]
 pub struct Meter {
     started: Instant,
-    first_data: FirstData,
+    flow: Flow,
     machine: f64,
     sender: Family,
     receiver: Family,
@@ -100,7 +93,7 @@ impl Meter {
     fn of(sender: Family, receiver: Family, started: Instant) -> Self {
         Self {
             started,
-            first_data: FirstData::watch(started),
+            flow: Flow::watch(started),
             machine: cpu_of_machine(),
             sender,
             receiver,
@@ -150,66 +143,19 @@ impl Meter {
         let wall = self.started.elapsed().as_secs_f64();
         self.sender.look();
         self.receiver.look();
+        // Whoever moves less than can be told from chatter does nothing but wait.
+        let (first, last) = self.flow.span().unwrap_or((wall, wall));
+        let (first, last) = (first.min(wall), last.min(wall));
         Transfer {
             wall_seconds: wall,
-            first_data_seconds: self.first_data.seconds().unwrap_or(wall),
+            wait_seconds: first,
+            data_seconds: last - first,
+            end_seconds: wall - last,
             peer_known_seconds: None,
             sender: self.sender.used(),
             receiver: self.receiver.used(),
             machine_cpu_seconds: cpu_of_machine() - self.machine,
         }
-    }
-}
-
-/// Waits for the first data in a thread of its own.
-#[derive(Debug)]
-struct FirstData {
-    stop: Arc<AtomicBool>,
-    /// Microseconds from the start; 0 until there is any.
-    seen: Arc<AtomicU64>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl FirstData {
-    fn watch(started: Instant) -> Self {
-        let (stop, seen) = (
-            Arc::new(AtomicBool::new(false)),
-            Arc::new(AtomicU64::new(0)),
-        );
-        let before = loopback_bytes();
-        let (stopped, tell) = (stop.clone(), seen.clone());
-        let thread = std::thread::spawn(move || {
-            while !stopped.load(Ordering::Relaxed) {
-                if loopback_bytes() - before >= FIRST_DATA {
-                    tell.store(
-                        started.elapsed().as_micros().max(1) as u64,
-                        Ordering::Relaxed,
-                    );
-                    return;
-                }
-                std::thread::sleep(GLANCE);
-            }
-        });
-        Self {
-            stop,
-            seen,
-            thread: Some(thread),
-        }
-    }
-
-    fn seconds(&self) -> Option<f64> {
-        match self.seen.load(Ordering::Relaxed) {
-            0 => None,
-            micros => Some(micros as f64 / 1e6),
-        }
-    }
-}
-
-impl Drop for FirstData {
-    fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
-        // It does nothing that could panic.
-        let _ = self.thread.take().map(JoinHandle::join);
     }
 }
 
