@@ -14,8 +14,8 @@ use crate::series::Series;
 
 /// How much each of them holds.
 const BYTES: u64 = 256 << 20;
-/// How long after its work a daemon counts as idle.
-const SETTLING: Duration = Duration::from_secs(15);
+/// How long after its work a daemon counts as idle: it hands free memory back within half a minute.
+const SETTLING: Duration = Duration::from_secs(35);
 
 const COLUMNS: [Column; 2] = [
     Column::mib("resident MiB", "resident_bytes"),
