@@ -230,20 +230,25 @@ impl Uploads {
     /// Takes in that the transport accepted `bytes` more of a response. Encoding overhead may be counted: what
     /// exceeds the content is ignored.
     pub fn handle_sent(&mut self, now: Time, peer: PeerKey, id: RequestId, bytes: u64) {
-        let sending = self
-            .peers
-            .get_mut(&peer)
-            .and_then(|queue| queue.sending.iter_mut().find(|s| s.id == id));
-        let Some(sending) = sending else { return };
+        let Some(queue) = self.peers.get_mut(&peer) else {
+            return;
+        };
+        let slow = queue.slow;
+        let Some(sending) = queue.sending.iter_mut().find(|s| s.id == id) else {
+            return;
+        };
         let bytes = bytes.min(sending.bytes - sending.sent);
         sending.sent += bytes;
-        self.meter.add(now, bytes);
+        if !slow {
+            self.meter.add(now, bytes);
+        }
     }
 
     /// Takes in that a response is finished: sent in full, or (`sent == false`) given up, e.g. as the local data
     /// could not be read.
     pub fn handle_finished(&mut self, now: Time, peer: PeerKey, id: RequestId, sent: bool) {
-        let held_up = self.held_up();
+        // By all that is in flight: so that after a trouble of our own link those that take what they are sent count as such again.
+        let held_up = self.held_up(self.peers.values().map(Queue::in_flight).sum());
         let Some(queue) = self.peers.get_mut(&peer) else {
             return;
         };
@@ -252,8 +257,10 @@ impl Uploads {
         };
         let sending = queue.sending.swap_remove(at);
         if sent {
-            queue.slow = now - sending.since > held_up;
-            self.meter.add(now, sending.bytes - sending.sent);
+            let was_slow = std::mem::replace(&mut queue.slow, now - sending.since > held_up);
+            if !was_slow {
+                self.meter.add(now, sending.bytes - sending.sent);
+            }
             self.bytes_sent += sending.bytes;
             self.sent
                 .finished(sending.log, &sending.groups, peer, now, sending.bytes);
@@ -341,16 +348,17 @@ impl Uploads {
         ((rate * IN_FLIGHT_SECONDS) as u64).clamp(MIN_IN_FLIGHT, MAX_IN_FLIGHT)
     }
 
-    /// How long a response may take before the receiver counts as slow.
-    fn held_up(&self) -> Duration {
+    /// How long a response may take before the receiver counts as slow, when so many bytes are sent at once.
+    fn held_up(&self, bytes: u64) -> Duration {
         let rate = self.meter.rate().unwrap_or(f64::INFINITY).max(1.0);
-        let total: u64 = self.peers.values().map(Queue::in_flight).sum();
-        HELD_UP + Duration::from_secs_f64((2.0 * total as f64 / rate).min(60.0))
+        HELD_UP + Duration::from_secs_f64((2.0 * bytes as f64 / rate).min(60.0))
     }
 
     /// Bytes in flight, without those that receivers hold up.
     fn counted_in_flight(&mut self, now: Time) -> u64 {
-        let held_up = self.held_up();
+        // What is held up already takes nothing of our rate.
+        let moving = self.peers.values().filter(|queue| !queue.slow);
+        let held_up = self.held_up(moving.map(Queue::in_flight).sum());
         let mut counted = 0;
         for queue in self.peers.values_mut() {
             let Some(oldest) = queue.sending.iter().map(|sending| sending.since).min() else {
@@ -362,6 +370,7 @@ impl Uploads {
                 self.wake_at = earliest(self.wake_at, Some(oldest + held_up));
             }
         }
+        self.measure(now);
         counted
     }
 
@@ -409,9 +418,10 @@ impl Uploads {
         )
     }
 
-    /// Time counts for the rate while something is in flight.
+    /// Time counts for the rate while something is in flight that no receiver holds up: the rate is our own.
     fn measure(&mut self, now: Time) {
-        if self.peers.values().all(|queue| queue.sending.is_empty()) {
+        let rests = |queue: &Queue| queue.slow || queue.sending.is_empty();
+        if self.peers.values().all(rests) {
             self.meter.stop(now);
         }
     }

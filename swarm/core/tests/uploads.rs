@@ -186,6 +186,49 @@ fn a_receiver_that_takes_nothing_does_not_hold_up_the_others() {
 }
 
 #[test]
+fn what_is_held_up_is_not_taken_for_our_own_rate() {
+    let mut uploads = uploads(4);
+    // Peer 2 asks for a little now and then and takes it within a millisecond; the others take nothing.
+    let served_after = |uploads: &mut Uploads, from: u64, id: u64| {
+        uploads
+            .handle_request(at(from), PeerKey(2), request(id, id % 256))
+            .expect("room");
+        let served = (from..from + 5000).find(|&ms| {
+            let mut served = false;
+            while let Some(serve) = uploads.poll_serve(at(ms)) {
+                if serve.peer == PeerKey(2) {
+                    uploads.handle_finished(at(ms + 1), serve.peer, serve.id, true);
+                    served = true;
+                }
+            }
+            served
+        });
+        served.map(|ms| ms - from)
+    };
+    let take_nothing = |uploads: &mut Uploads, ms: u64, peer: u64| {
+        let long = IncomingRequest {
+            groups: 0..64,
+            ..request(0, 0)
+        };
+        uploads
+            .handle_request(at(ms), PeerKey(peer), long)
+            .expect("room");
+    };
+    for id in 0..200 {
+        assert_eq!(served_after(&mut uploads, 2 * id, id), Some(0));
+    }
+    take_nothing(&mut uploads, 1000, 0);
+    take_nothing(&mut uploads, 1000, 1);
+    for id in 200..230 {
+        let waited = served_after(&mut uploads, 1000 + (id - 199) * 2000, id);
+        assert!(waited.is_some_and(|ms| ms < 500), "{waited:?}");
+    }
+    take_nothing(&mut uploads, 70_000, 3);
+    let waited = served_after(&mut uploads, 70_001, 230);
+    assert!(waited.is_some_and(|ms| ms < 500), "{waited:?}");
+}
+
+#[test]
 fn bytes_in_flight_are_bounded() {
     let mut uploads = uploads(1);
     for id in 0..100 {
