@@ -2,16 +2,17 @@
 //!
 //! They stand on the network crate with a store of their own; the shipped program has no fault switches.
 
+use std::collections::HashMap;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::ops::Range;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use capsule_chunker::bao::{self, Tree};
 use capsule_proto::RootHash;
-use capsule_proto::credential::{MachineKey, Revoked, Token};
+use capsule_proto::credential::Revoked;
 use capsule_proto::ranges::GroupRanges;
 use capsule_proto::record::RecordId;
 use capsule_swarm::{
@@ -19,9 +20,13 @@ use capsule_swarm::{
     StoreError,
 };
 
+use crate::member::{self, Member};
+
 /// How a hostile member treats requests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Vice {
+    /// None in this: it serves what it has as it is.
+    Honest,
     /// Sends the right range with one wrong bit in it.
     Corrupts,
     /// Announces the blob and then refuses every request.
@@ -36,64 +41,107 @@ pub struct Hostile {
     runtime: tokio::runtime::Runtime,
     asked: Arc<AtomicU64>,
     ending: Arc<AtomicBool>,
+    records: Arc<Spread>,
 }
 
 struct HostileStore {
     vice: Vice,
-    tree: Tree,
-    content: Vec<u8>,
-    outboard: Vec<u8>,
+    blobs: HashMap<RootHash, Held>,
     asked: Arc<AtomicU64>,
     ending: Arc<AtomicBool>,
 }
 
-struct NoRecords;
+/// A blob that a hostile member has.
+struct Held {
+    tree: Tree,
+    content: Vec<u8>,
+    outboard: Vec<u8>,
+}
+
+/// Records that a hostile member spreads, whatever they are, and which of them it was asked for.
+#[derive(Default)]
+struct Spread {
+    records: Vec<Vec<u8>>,
+    given: Mutex<Vec<RecordId>>,
+}
 
 impl Hostile {
     /// Joins with the token and announces the blob whole.
     pub fn start(token: &str, number: u8, vice: Vice, content: Vec<u8>) -> Self {
-        let now = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .expect("the clock is set")
-            .as_secs();
-        let token = Token::parse(token, now).expect("the token is good");
-        let machine = MachineKey::from_secret([number; 32]);
-        let (tree, outboard) = bao::tree_of(&content);
+        let listen = vec![SocketAddr::from(([127, 0, 0, 1], 0))];
+        let member = Member::of(token, number);
+        Self::run(member, vice, vec![content], vec![], listen)
+    }
+
+    /// Joins at the first address of its token, and nowhere else; offers records, and serves the blobs that they speak of.
+    ///
+    /// It does not listen either: whoever else has one of its records has it of the node that it joined.
+    pub fn with_records(member: Member, records: Vec<Vec<u8>>, blobs: Vec<Vec<u8>>) -> Self {
+        Self::run(member, Vice::Honest, blobs, records, vec![])
+    }
+
+    fn run(
+        member: Member,
+        vice: Vice,
+        blobs: Vec<Vec<u8>>,
+        records: Vec<Vec<u8>>,
+        listen: Vec<SocketAddr>,
+    ) -> Self {
+        let now = member::now();
+        let hold = |content: Vec<u8>| {
+            let (tree, outboard) = bao::tree_of(&content);
+            let held = Held {
+                tree,
+                content,
+                outboard,
+            };
+            (tree.root, held)
+        };
+        let blobs: HashMap<_, _> = blobs.into_iter().map(hold).collect();
+        let announced: Vec<Tree> = blobs.values().map(|held| held.tree).collect();
         let (asked, ending) = (Arc::<AtomicU64>::default(), Arc::<AtomicBool>::default());
         let store = HostileStore {
             vice,
-            tree,
-            content,
-            outboard,
+            blobs,
             asked: asked.clone(),
             ending: ending.clone(),
         };
+        let limits = Limits {
+            connections_wanted: if listen.is_empty() { 1 } else { 16 },
+            ..Limits::default()
+        };
         let config = NetworkConfig {
-            credential: token.enrol(machine.machine(), "hostile", now),
-            machine,
-            listen: vec![SocketAddr::from(([127, 0, 0, 1], 0))],
-            bootstrap: token.addresses().to_vec(),
+            seed: member.key.secret()[0].into(),
+            credential: member.credential,
+            machine: member.key,
+            listen,
+            bootstrap: member.addresses,
             lan_discovery: false,
             banned: vec![],
-            limits: Limits::default(),
+            limits,
             unix_time: Arc::new(move || now),
-            seed: number.into(),
         };
+        let records = Arc::new(Spread {
+            records,
+            ..Spread::default()
+        });
+        let spread = records.clone();
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
             .enable_all()
             .build()
             .expect("a runtime");
         let network = runtime.block_on(async {
-            let (network, mut events) =
-                Network::start(config, Arc::new(store), Arc::new(NoRecords))
-                    .await
-                    .expect("it starts");
-            tokio::spawn(async move { while events.recv().await.is_some() {} });
-            network
-                .announce(tree.root, tree.size, GroupRanges::all(tree.size))
+            let (network, mut events) = Network::start(config, Arc::new(store), spread)
                 .await
-                .expect("it runs");
+                .expect("it starts");
+            tokio::spawn(async move { while events.recv().await.is_some() {} });
+            for tree in announced {
+                network
+                    .announce(tree.root, tree.size, GroupRanges::all(tree.size))
+                    .await
+                    .expect("it runs");
+            }
             network
         });
         Self {
@@ -101,7 +149,20 @@ impl Hostile {
             runtime,
             asked,
             ending,
+            records,
         }
+    }
+
+    /// Which of its records were taken from it, each as often as it was.
+    pub fn given(&self) -> Vec<RecordId> {
+        self.records.given.lock().expect("no panics").clone()
+    }
+
+    /// Sends a record to everybody as if it had just made it.
+    pub fn gossip(&self, record: Vec<u8>) {
+        self.runtime
+            .block_on(self.network.publish_record(record))
+            .expect("it runs");
     }
 
     /// How often it was asked for content.
@@ -131,7 +192,8 @@ impl Drop for Hostile {
 
 impl BlobStore for HostileStore {
     fn presence(&self, root: &RootHash) -> Option<(u64, GroupRanges)> {
-        (*root == self.tree.root).then(|| (self.tree.size, GroupRanges::all(self.tree.size)))
+        let tree = self.blobs.get(root)?.tree;
+        Some((tree.size, GroupRanges::all(tree.size)))
     }
 
     fn read_encoded(
@@ -149,19 +211,22 @@ impl BlobStore for HostileStore {
                 }
                 return Err(ServeError::Missing { root: *root });
             }
-            Vice::Corrupts => {}
+            Vice::Corrupts | Vice::Honest => {}
         }
+        let held = &self.blobs[root];
         let start = out.len();
         bao::encode_range(
-            &self.tree,
+            &held.tree,
             groups,
-            &&self.content[..],
-            &&self.outboard[..],
+            &&held.content[..],
+            &&held.outboard[..],
             out,
         )
         .expect("its copy is right");
-        let last = out.len() - 1;
-        out[start + (last - start) / 2] ^= 4;
+        if self.vice == Vice::Corrupts {
+            let last = out.len() - 1;
+            out[start + (last - start) / 2] ^= 4;
+        }
         Ok(())
     }
 
@@ -176,13 +241,19 @@ impl BlobStore for HostileStore {
     }
 }
 
-impl RecordStore for NoRecords {
+impl RecordStore for Spread {
     fn ids(&self) -> Vec<RecordId> {
-        vec![]
+        let mut ids: Vec<_> = self.records.iter().map(|record| id_of(record)).collect();
+        ids.sort();
+        ids
     }
 
-    fn get(&self, _: &RecordId) -> Option<Vec<u8>> {
-        None
+    fn get(&self, id: &RecordId) -> Option<Vec<u8>> {
+        self.given.lock().expect("no panics").push(*id);
+        self.records
+            .iter()
+            .find(|record| id_of(record) == *id)
+            .cloned()
     }
 
     fn offer(&self, _: &[u8]) -> Offer {
@@ -196,6 +267,11 @@ impl RecordStore for NoRecords {
     fn revoked(&self) -> Revoked {
         Revoked::default()
     }
+}
+
+/// A record's name, of whatever bytes it is.
+pub fn id_of(record: &[u8]) -> RecordId {
+    RecordId(RootHash::of(record))
 }
 
 /// A relay before a node that, once told to, passes one byte a second.

@@ -8,7 +8,11 @@ pub mod binary;
 pub mod data;
 pub mod fleet;
 pub mod hostile;
+pub mod member;
 pub mod node;
+pub mod rogue;
+pub mod shelf;
+pub mod small_disk;
 
 pub use fleet::Fleet;
 pub use node::Node;

@@ -57,6 +57,24 @@ impl Node {
         Pid::from_child(self.daemon.as_ref().expect("the daemon runs"))
     }
 
+    /// How many files and sockets the daemon has open.
+    pub fn open_files(&self) -> usize {
+        let dir = format!("/proc/{}/fd", self.pid().as_raw_nonzero());
+        std::fs::read_dir(dir).expect("the daemon runs").count()
+    }
+
+    /// Bytes of memory that the daemon has resident.
+    pub fn resident_bytes(&self) -> u64 {
+        let path = format!("/proc/{}/statm", self.pid().as_raw_nonzero());
+        let pages = std::fs::read_to_string(path).expect("the daemon runs");
+        let pages: u64 = pages
+            .split(' ')
+            .nth(1)
+            .and_then(|pages| pages.parse().ok())
+            .expect("resident pages come second");
+        pages * rustix::param::page_size() as u64
+    }
+
     /// A command on this home, not yet run.
     pub fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(binary::capsule());
@@ -131,10 +149,15 @@ impl Node {
 
     /// Starts the daemon on an address and waits until it is ready.
     pub fn start_on(&mut self, listen: &str) {
+        self.start_with(&["--listen", listen]);
+    }
+
+    /// Starts the daemon with options and waits until it is ready.
+    pub fn start_with(&mut self, options: &[&str]) {
         assert!(self.daemon.is_none(), "the daemon runs already");
         let log =
             std::fs::File::create(self.home.with_extension("log")).expect("the log can be written");
-        let mut command = self.command(&["node", "--listen", listen]);
+        let mut command = self.command(&[&["node"], options].concat());
         let mut child = command
             .stdout(Stdio::piped())
             .stderr(log)

@@ -1,0 +1,65 @@
+//! A machine that holds a token, without a home: who signs by hand, or enters by hand.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use capsule_proto::credential::{Credential, MachineKey, Token};
+use capsule_proto::record::{Body, Record, SignedRecord};
+
+/// A member's key, and its proof that it is one.
+#[derive(Clone)]
+pub struct Member {
+    /// Its key.
+    pub key: MachineKey,
+    /// What it shows.
+    pub credential: Credential,
+    /// Where its token says that the fleet is.
+    pub addresses: Vec<String>,
+}
+
+impl Member {
+    /// The machine of that number, enrolled by a token's text.
+    pub fn of(token: &str, number: u8) -> Self {
+        let now = now();
+        Self::enrol(
+            &Token::parse(token, now).expect("the token is good"),
+            number,
+        )
+    }
+
+    /// The machine of that number, enrolled by a token.
+    pub fn enrol(token: &Token, number: u8) -> Self {
+        let key = MachineKey::from_secret([number; 32]);
+        Self {
+            credential: token.enrol(key.machine(), "hostile", now()),
+            addresses: token.addresses().to_vec(),
+            key,
+        }
+    }
+
+    /// Signs a statement of now, whether or not it may say that.
+    pub fn sign(&self, sequence: u64, body: Body) -> Vec<u8> {
+        self.sign_record(Record {
+            issued: now(),
+            expires: None,
+            sequence,
+            body,
+        })
+    }
+
+    /// Signs a statement.
+    pub fn sign_record(&self, record: Record) -> Vec<u8> {
+        let signed = SignedRecord::sign(record, &self.credential, &self.key);
+        signed
+            .expect("the statement is well-formed")
+            .as_bytes()
+            .to_vec()
+    }
+}
+
+/// Seconds since 1970.
+pub fn now() -> u64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .expect("the clock is set")
+        .as_secs()
+}
