@@ -17,7 +17,8 @@
 //! | `cv` | chaining values of groups and subtrees; the only user of `hazmat` |
 //! | `zeros` | chaining values of zero ranges, and why they need no storage |
 //! | `pairs` | reading verified pairs from an outboard that may have holes |
-//! | `hasher`, `encode`, `decode`, `verify`, `update` | one operation each |
+//! | `pushed` | content as it comes to a hasher: cut into groups |
+//! | `hasher`, `root`, `encode`, `decode`, `verify`, `update` | one operation each |
 
 mod cv;
 mod decode;
@@ -25,6 +26,8 @@ mod encode;
 mod geometry;
 mod hasher;
 mod pairs;
+mod pushed;
+mod root;
 mod update;
 mod verify;
 mod zeros;
@@ -37,7 +40,8 @@ use positioned_io::ReadAt;
 pub use decode::{DecodeError, decode_range};
 pub use encode::{EncodeError, encode_range};
 pub use geometry::{PAIR_LEN, encoded_len, outboard_len};
-pub use hasher::{HashError, TreeHasher, tree_of};
+pub use hasher::{ContentHasher, HashError, TreeHasher, tree_of};
+pub use root::RootHasher;
 pub use update::{Change, UpdateError, update};
 pub use verify::{VerifyError, verify};
 pub use zeros::ZERO_SPAN;

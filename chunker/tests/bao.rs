@@ -6,8 +6,9 @@ use bao_tree::io::outboard::PreOrderMemOutboard;
 use bao_tree::io::sync::encode_ranges_validated;
 use bao_tree::{BlockSize, ChunkNum, ChunkRanges};
 use capsule_chunker::bao::{
-    Change, DecodeError, EncodeError, PAIR_LEN, Tree, TreeHasher, UpdateError, ZERO_SPAN,
-    decode_range, encode_range, encoded_len, outboard_len, tree_of, update, verify,
+    Change, ContentHasher, DecodeError, EncodeError, PAIR_LEN, RootHasher, Tree, TreeHasher,
+    UpdateError, ZERO_SPAN, decode_range, encode_range, encoded_len, outboard_len, tree_of, update,
+    verify,
 };
 use capsule_proto::ranges::{MAX_CONTENT_LEN, group_bytes, group_count};
 use capsule_proto::{GROUP_LEN, GroupRanges, RootHash};
@@ -144,6 +145,45 @@ fn roots_and_outboards_at_every_boundary() {
             .chunks(5000)
             .for_each(|part| hasher.push(part).unwrap());
         assert_eq!(hasher.finish().unwrap(), expected, "size {size}");
+        for portion in [5000, usize::MAX] {
+            let mut hasher = RootHasher::new();
+            content
+                .chunks(portion)
+                .for_each(|part| hasher.push(part).unwrap());
+            assert_eq!(hasher.finish().unwrap(), expected.0.root, "size {size}");
+        }
+    }
+}
+
+#[test]
+fn roots_of_sparse_content_need_no_outboard() {
+    let span = ZERO_SPAN * GROUP_LEN;
+    // Bytes of data, of zeros, of data: whole spans alone, at the start, in the middle and at the end.
+    let shapes = [
+        (0, span, 0),
+        (0, span - 1, 0),
+        (0, span + 1, 0),
+        (0, 2 * span, 0),
+        (0, 3 * span, 5),
+        (1, 2 * span, 0),
+        (span, span, 0),
+        (span, span, 1),
+        (3 * GROUP_LEN, 3 * span, 3 * GROUP_LEN),
+    ];
+    for (before, zeros, after) in shapes {
+        let (before, after) = (content(before, 1), content(after, 2));
+        let mut hasher = RootHasher::new();
+        hasher.push(&before).unwrap();
+        hasher.push_zeros(zeros).unwrap();
+        hasher.push(&after).unwrap();
+        let all = [before, vec![0; zeros as usize], after].concat();
+        assert_eq!(
+            hasher.finish().unwrap(),
+            RootHash::of(&all),
+            "{} zeros of {}",
+            zeros,
+            all.len()
+        );
     }
 }
 
@@ -206,19 +246,23 @@ proptest! {
     /// Data and zeros in any order and portion.
     #[test]
     fn pushes_of_any_portion(parts in prop::collection::vec((any::<bool>(), 0u64..5 * GROUP_LEN), 0..12)) {
-        let mut hasher = TreeHasher::new();
+        let (mut hasher, mut rooter) = (TreeHasher::new(), RootHasher::new());
         let mut all = Vec::new();
         for (i, (zero, len)) in parts.into_iter().enumerate() {
             if zero {
                 hasher.push_zeros(len).unwrap();
+                rooter.push_zeros(len).unwrap();
                 all.resize(all.len() + len as usize, 0);
             } else {
                 let data = content(len, i as u64);
                 hasher.push(&data).unwrap();
+                rooter.push(&data).unwrap();
                 all.extend(data);
             }
         }
-        prop_assert_eq!(hasher.finish().unwrap(), oracle(&all));
+        let expected = oracle(&all);
+        prop_assert_eq!(rooter.finish().unwrap(), expected.0.root);
+        prop_assert_eq!(hasher.finish().unwrap(), expected);
     }
 
     #[test]

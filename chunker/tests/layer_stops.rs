@@ -209,8 +209,7 @@ fn a_full_disk_and_cancelling_end_the_restoring() {
         "{error}"
     );
     let progress = CancelAfter(1 << 20, AtomicU64::new(0));
-    let error =
-        restore::<Vec<u8>>(&content, threads, &mut Gather::default(), None, &progress).unwrap_err();
+    let error = restore(&content, threads, &mut Gather::default(), None, &progress).unwrap_err();
     assert!(matches!(error, RestoreError::Cancelled), "{error}");
 }
 

@@ -41,6 +41,12 @@ impl Blobs {
         self.expected().remove(root);
     }
 
+    /// Whether a blob of unknown size is expected.
+    #[cfg(test)]
+    pub fn is_expected(&self, root: &RootHash) -> bool {
+        self.expected().contains_key(root)
+    }
+
     fn expected(&self) -> MutexGuard<'_, HashMap<RootHash, BlobKind>> {
         self.expected.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -138,60 +144,91 @@ mod tests {
     use super::*;
     use crate::store::StoreOptions;
 
-    #[test]
-    fn a_size_that_does_not_verify_is_not_noted() {
+    /// An empty store as the network sees it, and content that comes to it.
+    struct Set {
+        _temp: tempfile::TempDir,
+        store: Store,
+        blobs: Blobs,
+        content: Vec<u8>,
+        outboard: Vec<u8>,
+        tree: Tree,
+    }
+
+    fn set() -> Set {
         let temp = tempfile::tempdir().unwrap();
         let store = Store::open(temp.path(), StoreOptions::default()).unwrap();
-        let blobs = Blobs::new(store.clone());
         let content = vec![7; 100_000];
         let (tree, outboard) = tree_of(&content);
-        let mut encoded = Vec::new();
-        encode_range(&tree, 5..7, &content, &outboard, &mut encoded).unwrap();
-        blobs.expect(tree.root, BlobKind::Manifest);
+        Set {
+            _temp: temp,
+            blobs: Blobs::new(store.clone()),
+            store,
+            content,
+            outboard,
+            tree,
+        }
+    }
+
+    impl Set {
+        fn encoded(&self, groups: Range<u64>) -> Vec<u8> {
+            let mut encoded = Vec::new();
+            encode_range(
+                &self.tree,
+                groups,
+                &self.content,
+                &self.outboard,
+                &mut encoded,
+            )
+            .unwrap();
+            encoded
+        }
+
+        /// A peer sends a range, as of content of `size` bytes.
+        fn write(&self, size: u64, groups: Range<u64>) -> Result<(), StoreError> {
+            let encoded = self.encoded(groups.clone());
+            self.blobs
+                .write_encoded(&self.tree.root, size, groups, &encoded)
+        }
+    }
+
+    #[test]
+    fn a_size_that_does_not_verify_is_not_noted() {
+        let set = set();
+        let (root, size) = (set.tree.root, set.tree.size);
+        set.blobs.expect(root, BlobKind::Manifest);
         for wrong in [0, 99_999, 100_001, 1 << 40] {
-            let result = blobs.write_encoded(&tree.root, wrong, 5..7, &encoded);
+            let result = set.write(wrong, 5..7);
             assert!(matches!(result, Err(StoreError::Invalid { .. })), "{wrong}");
-            assert_eq!(blobs.presence(&tree.root), None);
+            assert_eq!(set.blobs.presence(&root), None);
         }
         // A range that would verify with other sizes too proves none.
-        let mut early = Vec::new();
-        encode_range(&tree, 0..2, &content, &outboard, &mut early).unwrap();
-        let unproved = blobs.write_encoded(&tree.root, tree.size - 1, 0..2, &early);
-        assert!(matches!(unproved, Err(StoreError::Io(_))));
-        assert_eq!(blobs.presence(&tree.root), None);
-        blobs
-            .write_encoded(&tree.root, tree.size, 5..7, &encoded)
-            .unwrap();
+        assert!(matches!(set.write(size - 1, 0..2), Err(StoreError::Io(_))));
+        assert_eq!(set.blobs.presence(&root), None);
+        set.write(size, 5..7).unwrap();
         assert_eq!(
-            blobs.presence(&tree.root),
-            Some((tree.size, GroupRanges::from(5..7)))
+            set.blobs.presence(&root),
+            Some((size, GroupRanges::from(5..7)))
         );
-        assert_eq!(store.blobs()[0].kind, BlobKind::Manifest);
+        assert_eq!(set.store.blobs()[0].kind, BlobKind::Manifest);
         let mut out = Vec::new();
-        blobs.read_encoded(&tree.root, 5..7, &mut out).unwrap();
-        assert!(out == encoded);
-        let absent = blobs.read_encoded(&tree.root, 0..1, &mut out);
+        set.blobs.read_encoded(&root, 5..7, &mut out).unwrap();
+        assert!(out == set.encoded(5..7));
+        let absent = set.blobs.read_encoded(&root, 0..1, &mut out);
         assert!(matches!(absent, Err(ServeError::Missing { .. })));
     }
 
     #[test]
     fn an_entry_of_another_size_is_not_the_senders_fault_and_gives_way() {
-        let temp = tempfile::tempdir().unwrap();
-        let store = Store::open(temp.path(), StoreOptions::default()).unwrap();
-        let blobs = Blobs::new(store.clone());
-        let content = vec![7; 100_000];
-        let (tree, outboard) = tree_of(&content);
-        let mut encoded = Vec::new();
-        encode_range(&tree, 0..7, &content, &outboard, &mut encoded).unwrap();
-        let create = |size| store.create_partial(&tree.root, size, BlobKind::Other);
-        let write = || blobs.write_encoded(&tree.root, tree.size, 0..7, &encoded);
-        create(tree.size + 1).unwrap();
-        assert!(matches!(write(), Err(StoreError::Io(_))));
-        let guard = store.guard([tree.root]);
-        assert!(create(tree.size).is_err(), "a fetch uses it");
+        let set = set();
+        let (root, size) = (set.tree.root, set.tree.size);
+        let create = |size| set.store.create_partial(&root, size, BlobKind::Other);
+        create(size + 1).unwrap();
+        assert!(matches!(set.write(size, 0..7), Err(StoreError::Io(_))));
+        let guard = set.store.guard([root]);
+        assert!(create(size).is_err(), "a fetch uses it");
         drop(guard);
-        create(tree.size).unwrap();
-        write().unwrap();
-        assert!(create(tree.size + 1).is_err(), "the size is proved");
+        create(size).unwrap();
+        set.write(size, 0..7).unwrap();
+        assert!(create(size + 1).is_err(), "the size is proved");
     }
 }

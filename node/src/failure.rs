@@ -5,6 +5,7 @@
 
 use std::io;
 
+use capsule_chunker::bao::HashError;
 use capsule_chunker::content::ReadError as ContentError;
 use capsule_chunker::image::ImageError;
 use capsule_chunker::layer::encode::EncodeError;
@@ -14,7 +15,7 @@ use capsule_chunker::tree::{RestoreError as TreeRestoreError, ScanError};
 use capsule_swarm::{FetchError, NetworkClosed, StoreError};
 
 use crate::control::{Failure, FailureCode as Code};
-use crate::store::{DatabaseError, ReadError, RemoveError, WriteError};
+use crate::store::{DatabaseError, Full, ReadError, RemoveError, WriteError};
 
 impl From<WriteError> for Failure {
     fn from(error: WriteError) -> Self {
@@ -104,12 +105,15 @@ impl From<EncodeError> for Failure {
             EncodeError::Cancelled => {
                 return Self::new(Code::Cancelled, "stopped; nothing was published");
             }
+            // Pack and outboards grow in the store.
+            EncodeError::Pack { source, .. } if io_code(&source) == Code::Full => {
+                return store_is_full(&source);
+            }
             EncodeError::Pack { ref source, .. } => io_code(source),
+            EncodeError::Hash(error) => return of_hash(error),
             EncodeError::Parts { .. } => Code::Changed,
             EncodeError::Extents { .. } => Code::Invalid,
-            EncodeError::Hash(_) | EncodeError::Compress { .. } | EncodeError::Index(_) => {
-                Code::Internal
-            }
+            EncodeError::Compress { .. } | EncodeError::Index(_) => Code::Internal,
         };
         Self::new(code, error.to_string())
     }
@@ -127,11 +131,35 @@ impl From<LayerRestoreError> for Failure {
             LayerRestoreError::Cancelled => return Self::cancelled(),
             LayerRestoreError::Layer { .. } => Code::Damaged,
             LayerRestoreError::Sink { offset, source } => return of_sink(offset, source),
-            LayerRestoreError::Hash(_) => Code::Io,
+            LayerRestoreError::Hash(error) => return of_hash(error),
         };
         Self::new(code, error.to_string())
     }
 }
+
+/// A hash tree that could not be made: while it grows it lies in the store.
+pub fn of_hash(error: HashError) -> Failure {
+    match error {
+        HashError::TooLarge => Failure::new(Code::Invalid, error.to_string()),
+        HashError::Outboard { source, .. } if io_code(&source) == Code::Full => {
+            store_is_full(&source)
+        }
+        HashError::Outboard { ref source, .. } => {
+            Failure::new(Code::Io, format!("hashing: {error}: {source}"))
+        }
+    }
+}
+
+/// The store's own words, where its error came by way of a room that does not know them.
+fn store_is_full(error: &io::Error) -> Failure {
+    let quota = error.get_ref().and_then(|e| e.downcast_ref::<Full>());
+    let path = "tmp".into();
+    let full = quota.cloned().unwrap_or(Full::FileSystem { path });
+    WriteError::Full(full).into()
+}
+
+/// The way out where it is not the store that has no room.
+pub const NO_ROOM_THERE: &str = "make room there, or choose another place";
 
 /// A sink's own error, out of the general one it had to travel in.
 fn of_sink(offset: u64, error: io::Error) -> Failure {
@@ -158,6 +186,9 @@ impl From<TreeRestoreError> for Failure {
             TreeRestoreError::NotEmpty { .. }
             | TreeRestoreError::NotADirectory { .. }
             | TreeRestoreError::NotRemoved { .. } => Code::Exists,
+            TreeRestoreError::Io { ref source, .. } if io_code(source) == Code::Full => {
+                return Self::new(Code::Full, error.to_string()).hint(NO_ROOM_THERE);
+            }
             TreeRestoreError::Io { ref source, .. } => io_code(source),
             TreeRestoreError::Damaged { .. } => Code::Damaged,
             TreeRestoreError::NoProc => Code::Refused,
@@ -198,5 +229,45 @@ pub fn io_code(error: &io::Error) -> Code {
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Code::Full,
         io::ErrorKind::AlreadyExists => Code::Exists,
         _ => Code::Io,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_store_is_told_as_that_whichever_room_met_it() {
+        let full = || io::Error::from(io::ErrorKind::StorageFull);
+        let outboard = || HashError::Outboard {
+            offset: 64,
+            source: full(),
+        };
+        let pack = EncodeError::Pack {
+            offset: 1,
+            source: full(),
+        };
+        let quota = Full::Quota {
+            needed: 3,
+            used: 2,
+            quota: 4,
+        };
+        let over = EncodeError::Pack {
+            offset: 1,
+            source: io::Error::new(io::ErrorKind::StorageFull, quota.clone()),
+        };
+        assert_eq!(Failure::from(over).message, quota.to_string());
+        for failure in [
+            Failure::from(pack),
+            EncodeError::Hash(outboard()).into(),
+            LayerRestoreError::Hash(outboard()).into(),
+        ] {
+            assert_eq!(failure.code, Code::Full);
+            let way_out = failure.message.contains("Free space there");
+            assert!(
+                way_out && failure.message.contains("`capsule gc`"),
+                "{failure}"
+            );
+        }
     }
 }

@@ -16,7 +16,7 @@ use crate::control::{
 use crate::node::Node;
 use crate::records::{KnownName, Resolution};
 use crate::store::{Follow as FollowRow, PinOrigin};
-use crate::transfer::{fetch_capsule, manner};
+use crate::transfer::{DEFAULT_PATIENCE, fetch_capsule, manner};
 use crate::work::blocking;
 
 /// Versions of a followed channel that stay pinned: the current one, and the one to go back to.
@@ -117,15 +117,11 @@ pub async fn resume(node: &Arc<Node>) -> Result<(), Failure> {
 
 /// Follows a channel.
 pub async fn follow(node: &Arc<Node>, request: Follow) -> Result<Followed, Failure> {
-    let channel = request.channel;
-    let (shared, followed) = (node.clone(), channel.clone());
-    let (new, newest, row) = blocking(move || {
-        let known = shared.store.follows()?;
-        let row = FollowRow {
-            keep: KEEP,
-            since: shared.clock.now(),
-        };
-        let new = !known.iter().any(|(channel, _)| *channel == followed);
+    let (channel, shared) = (request.channel, node.clone());
+    // What the store says and who follows change together, though who asked may go away.
+    node.while_keeping(move |node| {
+        let known = node.store.follows()?;
+        let new = !known.iter().any(|(known, _)| *known == channel);
         if new && known.len() >= MAX_FOLLOWS {
             let message = format!("{MAX_FOLLOWS} channels are followed already");
             return Err(
@@ -133,47 +129,45 @@ pub async fn follow(node: &Arc<Node>, request: Follow) -> Result<Followed, Failu
             );
         }
         if new {
-            shared.store.follow(&followed, &row)?;
+            let row = FollowRow {
+                keep: KEEP,
+                since: node.clock.now(),
+            };
+            node.store.follow(&channel, &row)?;
+            node.follower.start(&shared, channel.clone(), row);
         }
-        Ok((new, shared.records.newest(&followed)?, row))
+        let newest = node.records.newest(&channel)?;
+        Ok(Followed {
+            channel: channel.to_string(),
+            new,
+            newest: newest.map(|newest| newest.name.to_string()),
+        })
     })
-    .await?;
-    if new {
-        node.follower.start(node, channel.clone(), row);
-    }
-    let newest = newest.map(|newest| newest.name.to_string());
-    Ok(Followed {
-        channel: channel.to_string(),
-        new,
-        newest,
-    })
+    .await
 }
 
 /// Follows a channel no longer; its pins go, its content stays until collected.
 pub async fn unfollow(node: &Arc<Node>, request: Unfollow) -> Result<Unfollowed, Failure> {
     let channel = request.channel;
-    node.follower.stop(&channel);
-    let unfollowed = channel.clone();
-    // Its task may be pinning at this moment: what it pins goes too.
-    let followed = node
-        .while_keeping(move |node| {
-            let followed = node.store.unfollow(&unfollowed)?;
-            let ours = PinOrigin::Follow(unfollowed.to_string());
-            for (capsule, _) in node
-                .store
-                .pins()?
-                .into_iter()
-                .filter(|(_, origin)| *origin == ours)
-            {
-                node.store.unpin(&capsule, &ours)?;
-            }
-            Ok(followed)
+    node.while_keeping(move |node| {
+        let followed = node.store.unfollow(&channel)?;
+        // It pins while it holds what is held here: none of its pins comes later.
+        node.follower.stop(&channel);
+        let ours = PinOrigin::Follow(channel.to_string());
+        for (capsule, _) in node
+            .store
+            .pins()?
+            .into_iter()
+            .filter(|(_, origin)| *origin == ours)
+        {
+            node.store.unpin(&capsule, &ours)?;
+        }
+        Ok(Unfollowed {
+            channel: channel.to_string(),
+            followed,
         })
-        .await?;
-    Ok(Unfollowed {
-        channel: channel.to_string(),
-        followed,
     })
+    .await
 }
 
 /// Channels followed, for `status`. Blocks.
@@ -219,8 +213,8 @@ async fn catch_up(node: &Arc<Node>, channel: &Channel, follow: &FollowRow) -> Re
     let shared = node.clone();
     let held = blocking(move || Ok(shared.holdings.holding(&newest.capsule)?)).await?;
     if held != Holding::Complete {
-        let manner = manner(&resolution, None, Priority::Background);
-        fetch_capsule(node, resolution, manner, &(|_| ())).await?;
+        let manner = manner(&resolution, Priority::Background);
+        fetch_capsule(node, resolution, manner, DEFAULT_PATIENCE, &(|_| ())).await?;
     }
     let (followed, keep) = (channel.clone(), follow.keep as usize);
     node.while_keeping(move |node| pin_newest(node, &followed, &names, keep))

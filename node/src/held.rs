@@ -109,6 +109,16 @@ impl HeldWay {
                 .collect(),
         }
     }
+
+    /// The indexes of its layers: what says which layers they are. Another layer may rightly have the same pack.
+    pub fn indexes(&self) -> BTreeSet<RootHash> {
+        let of = |layers: &[LayerBlobs]| layers.iter().map(|layer| layer.index).collect();
+        match self {
+            Self::Blob => BTreeSet::new(),
+            Self::Layers(layers) => of(layers),
+            Self::Tree(way) => of(&[&way.listing[..], &way.contents].concat()),
+        }
+    }
 }
 
 /// Looks into the store for what it holds of capsules. Calls block.
@@ -197,6 +207,21 @@ impl Holdings {
     /// Keeps the layers through which a tree was checked.
     pub fn put_tree_way(&self, root: &RootHash, way: &TreeWay) -> Result<(), DatabaseError> {
         self.store.set_value(&tree_key(root), &way.encode())
+    }
+
+    /// Forgets the layers of trees whose listings are gone; what among the roots is no such tree is passed over.
+    pub fn forget_tree_ways<'a>(
+        &self,
+        removed: impl Iterator<Item = &'a RootHash>,
+    ) -> Result<(), DatabaseError> {
+        let mut keys = Vec::new();
+        for root in removed {
+            let key = tree_key(root);
+            if self.store.value(&key)?.is_some() {
+                keys.push(key);
+            }
+        }
+        self.store.remove_values(&keys)
     }
 
     /// A tree's listing.

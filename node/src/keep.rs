@@ -4,16 +4,16 @@
 //! removes blobs; which of them are needed is decided here. All of it happens while `Node::keeping` is held: what was decided is
 //! still so when it is done.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use capsule_proto::{CapsuleId, RootHash};
+use capsule_proto::{CapsuleId, GroupRanges, RootHash};
 
 use crate::control::{
     CapsuleRef, Collected, Failure, FailureCode, Gc, Pin, Pinned, Removed, Rm, Unpin,
 };
 use crate::node::{Node, spelled};
-use crate::store::{DatabaseError, GcMode, GcReport, PinOrigin};
+use crate::store::{DatabaseError, GcMode, GcReport, PinOrigin, Store};
 use crate::work::{blocking, panicked};
 
 /// A pin's owner in answers.
@@ -115,7 +115,17 @@ fn collect(node: &Node, dry_run: bool) -> Result<(Vec<CapsuleId>, GcReport), Fai
     } else {
         GcMode::Collect
     };
-    Ok((dead, node.store.gc(&|root| live.contains(root), mode)?))
+    let report = node.store.gc(&|root| live.contains(root), mode)?;
+    if !dry_run {
+        forget_ways(node, &report)?;
+    }
+    Ok((dead, report))
+}
+
+/// Forgets how trees were read whose listings went.
+fn forget_ways(node: &Node, report: &GcReport) -> Result<(), DatabaseError> {
+    node.holdings
+        .forget_tree_ways(report.blobs.iter().map(|(root, _, _)| root))
 }
 
 fn live_blobs<'a>(
@@ -174,7 +184,9 @@ fn remove(node: &Node, request: &Rm) -> Result<(CapsuleId, GcReport), Failure> {
     node.components.close_all();
     // Everything lives but what this capsule alone needed.
     let live = |root: &RootHash| !candidates.contains(root) || needed.contains(root);
-    Ok((capsule, node.store.gc(&live, GcMode::Collect)?))
+    let report = node.store.gc(&live, GcMode::Collect)?;
+    forget_ways(node, &report)?;
+    Ok((capsule, report))
 }
 
 /// Removes, and withdraws what is gone, before anything else is kept: content that comes back is announced after that.
@@ -187,22 +199,42 @@ async fn take_away<T: Send + 'static>(
     let done = tokio::spawn(async move {
         let _keeping = node.keeping.lock().await;
         let shared = node.clone();
-        let (removed, report) = blocking(move || removal(&shared)).await?;
-        withdraw(&node, &report).await?;
-        Ok((removed, report))
+        let (removed, less) = blocking(move || {
+            let before = presence(&shared.store);
+            let removed = removal(&shared);
+            Ok((removed, less(&shared.store, before)))
+        })
+        .await?;
+        // Also where it failed half-way.
+        withdraw(&node, less).await?;
+        removed
     });
     done.await.unwrap_or_else(|panic| Err(panicked(&panic)))
 }
 
+/// All that can be announced.
+fn presence(store: &Store) -> BTreeMap<RootHash, GroupRanges> {
+    let blobs = store.blobs().into_iter().map(|blob| blob.root);
+    let components = store.components().into_iter().map(|(root, _)| root);
+    let here = |root| Some((root, store.present(&root)?.ranges));
+    blobs.chain(components).filter_map(here).collect()
+}
+
+/// Of what less is here than before.
+fn less(store: &Store, before: BTreeMap<RootHash, GroupRanges>) -> Vec<RootHash> {
+    let is_less = |(root, before): &(RootHash, GroupRanges)| {
+        let now = store.present(root).map(|here| here.ranges);
+        !before.difference(&now.unwrap_or_default()).is_empty()
+    };
+    let less = before.into_iter().filter(is_less);
+    less.map(|(root, _)| root).collect()
+}
+
 /// Takes back what was announced, and tells the fleet.
-async fn withdraw(node: &Node, report: &GcReport) -> Result<(), Failure> {
-    for root in report
-        .blobs
-        .iter()
-        .map(|(root, _, _)| root)
-        .chain(&report.components)
-    {
-        node.network.withdraw(*root).await?;
+async fn withdraw(node: &Node, less: Vec<RootHash>) -> Result<(), Failure> {
+    for root in less {
+        node.network.withdraw(root).await?;
+        node.announce([root]).await?;
     }
     node.tell_capsules().await
 }

@@ -4,6 +4,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::future::Future;
+use std::ops::Deref;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -33,8 +34,8 @@ const MAX_PEERS: usize = 4096;
 /// Capsules remembered of one peer.
 const MAX_CAPSULES_OF_PEER: usize = 1024;
 
-/// A running node.
-pub struct Node {
+/// What a node is made of: what its start puts together, and everything else works with.
+pub struct Parts {
     /// Its directory.
     pub home: Home,
     /// What its user set.
@@ -43,8 +44,6 @@ pub struct Node {
     pub identity: Identity,
     /// Its blobs and tables.
     pub store: Store,
-    /// What the store holds of capsules.
-    pub holdings: Holdings,
     /// What the fleet says.
     pub records: Arc<Records>,
     /// The fleet's machines.
@@ -55,6 +54,13 @@ pub struct Node {
     pub blobs: Arc<Blobs>,
     /// Components open for peers.
     pub components: Arc<Components>,
+}
+
+/// A running node: its parts, and what goes on.
+pub struct Node {
+    parts: Parts,
+    /// What the store holds of capsules.
+    pub holdings: Holdings,
     /// Long work.
     pub works: Works,
     /// Pulls under way.
@@ -71,6 +77,14 @@ pub struct Node {
     memory: Mutex<Memory>,
 }
 
+impl Deref for Node {
+    type Target = Parts;
+
+    fn deref(&self) -> &Parts {
+        &self.parts
+    }
+}
+
 /// What the node heard since it started.
 #[derive(Debug, Default)]
 struct Memory {
@@ -79,53 +93,12 @@ struct Memory {
     capsules: BTreeMap<PeerId, Vec<(CapsuleId, bool)>>,
 }
 
-/// What a node is made of.
-pub struct Parts {
-    /// Its directory.
-    pub home: Home,
-    /// What its user set.
-    pub settings: Settings,
-    /// Who it is.
-    pub identity: Identity,
-    /// Its store.
-    pub store: Store,
-    /// Its records.
-    pub records: Arc<Records>,
-    /// Its network.
-    pub network: NetworkHandle,
-    /// Its clock.
-    pub clock: Arc<Clock>,
-    /// The store as its network sees it.
-    pub blobs: Arc<Blobs>,
-    /// The store's provider of components.
-    pub components: Arc<Components>,
-}
-
 impl Node {
     /// Puts the parts together; nothing runs yet.
     pub fn new(parts: Parts) -> Arc<Self> {
-        let Parts {
-            home,
-            settings,
-            identity,
-            store,
-            records,
-            network,
-            clock,
-            blobs,
-            components,
-        } = parts;
         Arc::new(Self {
-            holdings: Holdings::new(store.clone()),
-            home,
-            settings,
-            identity,
-            store,
-            records,
-            network,
-            clock,
-            blobs,
-            components,
+            holdings: Holdings::new(parts.store.clone()),
+            parts,
             works: Works::new(),
             transfers: Transfers::default(),
             follower: Follower::default(),

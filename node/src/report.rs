@@ -6,20 +6,23 @@ use std::sync::Arc;
 use capsule_proto::CapsuleId;
 use capsule_proto::credential::{Channels, Roles};
 use capsule_proto::manifest::Manifest;
-use capsule_swarm::PeerInfo;
+use capsule_swarm::{PeerId, PeerInfo};
 
 use crate::control::{
-    BlobStatus, ConnectedPeer, Failure, HashList, HeldHash, HolderInfo, LayerInfo, LayerList,
-    Layers, Listed, ListedCapsule, Ls, NameInfo, NodeStatus, PeerList, Peers, Show, Shown,
-    TransferInfo,
+    BanInfo, BlobStatus, ConnectedPeer, Failure, HashList, HeldHash, HolderInfo, LayerInfo,
+    LayerList, Layers, Listed, ListedCapsule, Ls, NameInfo, NodeStatus, PeerList, Peers, Show,
+    Shown, TransferInfo,
 };
 use crate::follow;
 use crate::held::{component_info, kind_word, space_word};
 use crate::keep::{origin_word, pins_of};
 use crate::node::{Node, conflicts};
 use crate::records::KnownName;
-use crate::store::HeldCapsule;
+use crate::store::{Ban, HeldCapsule};
 use crate::work::blocking;
+
+/// Bans listed by `status`: more than a person reads.
+const MAX_BANS_SHOWN: usize = 32;
 
 /// Lists capsules.
 pub async fn ls(node: &Arc<Node>, request: Ls) -> Result<Listed, Failure> {
@@ -200,6 +203,7 @@ pub async fn status(node: &Arc<Node>) -> Result<NodeStatus, Failure> {
     let shared = node.clone();
     blocking(move || {
         let node = shared;
+        let banned = node.store.bans(node.clock.now())?;
         let credential = &node.identity.credential;
         let grant = credential.grant();
         let capsules = node.store.capsules()?;
@@ -233,7 +237,8 @@ pub async fn status(node: &Arc<Node>) -> Result<NodeStatus, Failure> {
                 .collect(),
             uptime: node.started.elapsed().as_secs(),
             peers: peers.len(),
-            banned: node.store.bans(node.clock.now())?.len(),
+            banned: banned.len(),
+            bans: bans(&node, banned),
             records: node.records.count(),
             capsules: complete,
             partial: capsules.len() - complete,
@@ -248,6 +253,21 @@ pub async fn status(node: &Arc<Node>) -> Result<NodeStatus, Failure> {
         })
     })
     .await
+}
+
+/// Bans for people, the latest first; of very many, the earlier ones are left out.
+fn bans(node: &Node, mut banned: Vec<(Vec<u8>, Ban)>) -> Vec<BanInfo> {
+    banned.sort_by_key(|(_, ban)| std::cmp::Reverse(ban.until));
+    let shown = banned.into_iter().filter_map(|(peer, ban)| {
+        let peer = PeerId::from_bytes(&peer).ok()?;
+        Some(BanInfo {
+            peer: peer.to_string(),
+            name: node.name_of(&peer),
+            reason: ban.reason,
+            until: ban.until,
+        })
+    });
+    shown.take(MAX_BANS_SHOWN).collect()
 }
 
 fn roles(roles: &Roles) -> Vec<String> {

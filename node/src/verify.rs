@@ -1,9 +1,13 @@
 //! Reading everything again: what no longer matches its hash is taken out of what is held, and fetched again where wanted.
+//!
+//! A capsule counts as complete as long as all that it takes is here. What ends that is noted by whoever finds it
+//! ([`mark_hurt`]); what was not noted (a crash came between, files were removed by hand) is found by [`mark_lacking`].
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Instant;
 
+use capsule_proto::ranges::group_count;
 use capsule_proto::{CapsuleId, RootHash};
 use capsule_swarm::Priority;
 
@@ -12,10 +16,14 @@ use crate::control::{
 };
 use crate::held::kind_word;
 use crate::node::{Node, spelled};
-use crate::store::{BlobInfo, BlobKind, HeldCapsule};
-use crate::transfer::fetch::{DEFAULT_PATIENCE, Manner, Wanted, fetch};
-use crate::transfer::{fetch_capsule, manner};
+use crate::store::{BlobInfo, BlobKind, DatabaseError, ReadError, Store};
+use crate::transfer::fetch::{Manner, Wanted, fetch};
+use crate::transfer::patience::Patience;
+use crate::transfer::{DEFAULT_PATIENCE, fetch_capsule, manner};
 use crate::work::{Task, Work, blocking};
+
+/// Chunk groups read at a time: 64 MiB, a moment's work.
+const PART: u64 = 4096;
 
 /// Something to read again.
 #[derive(Debug, Clone)]
@@ -60,7 +68,7 @@ pub async fn verify(
         .works
         .run(task, reporter, move |work| read_all(&store, &reading, work))
         .await?;
-    let hurt = hurt_capsules(node, &damaged).await?;
+    let hurt = hurt_capsules(node, &damaged, reporter).await?;
     let mut answer = Verified {
         checked: held.len() as u64,
         checked_bytes,
@@ -138,51 +146,73 @@ fn list(node: &Node, reference: Option<&CapsuleRef>) -> Result<Vec<Held>, Failur
 }
 
 /// Reads all; what was damaged, and how many bytes of it.
-fn read_all(
-    store: &crate::store::Store,
-    held: &[Held],
-    work: &Work,
-) -> Result<Vec<(Held, u64)>, Failure> {
+fn read_all(store: &Store, held: &[Held], work: &Work) -> Result<Vec<(Held, u64)>, Failure> {
     let mut damaged: Vec<(Held, u64)> = Vec::new();
     for held in held {
-        work.check()?;
-        // What is gone meanwhile was removed, and a component whose blobs are damaged cannot be read: both are known.
-        let bad = match store.verify(&held.root) {
-            Ok(bad) => bad.bytes(held.size),
-            Err(crate::store::ReadError::Unknown(_)) => 0,
-            Err(crate::store::ReadError::Component { .. }) if !damaged.is_empty() => held.have,
+        let bad = match read_one(store, held, work)? {
+            Ok(bad) => bad,
+            // What is gone meanwhile was removed, and a component whose blobs are damaged cannot be read: both are known.
+            Err(ReadError::Unknown(_)) => 0,
+            Err(ReadError::Component { .. }) if !damaged.is_empty() => held.have,
             // Damage that was taken out of its layers earlier, which a repair fetches.
-            Err(crate::store::ReadError::Component { .. }) if lacks_layers(store, &held.root) => 0,
+            Err(ReadError::Component { .. }) if lacks_layers(store, &held.root) => 0,
             Err(error) => return Err(error.into()),
         };
         if bad > 0 {
             damaged.push((held.clone(), bad));
         }
-        work.advance(held.have);
     }
     Ok(damaged)
 }
 
+/// Reads one in parts, between which it can be stopped; how many bytes of it were damaged.
+fn read_one(store: &Store, held: &Held, work: &Work) -> Result<Result<u64, ReadError>, Failure> {
+    let (mut bad, count) = (0, group_count(held.size));
+    for start in (0..count).step_by(PART as usize) {
+        work.check()?;
+        match store.verify_part(&held.root, start..count.min(start + PART)) {
+            Ok(checked) => {
+                bad += checked.bad.bytes(held.size);
+                work.advance(checked.read.bytes(held.size));
+            }
+            Err(error) => return Ok(Err(error)),
+        }
+    }
+    Ok(Ok(bad))
+}
+
 /// Whether a component cannot be read because its layers are not all here.
-fn lacks_layers(store: &crate::store::Store, root: &RootHash) -> bool {
+fn lacks_layers(store: &Store, root: &RootHash) -> bool {
     store.component(root).is_some_and(|component| {
         let mut blobs = component.recipe.blobs().into_iter();
         blobs.any(|blob| !store.durable(&blob).is_some_and(|here| here.complete))
     })
 }
 
-/// Capsules that are no longer whole; notes that.
+/// Capsules that are no longer whole; notes that, also of what nobody noted when it went.
 async fn hurt_capsules(
     node: &Arc<Node>,
     damaged: &[(Held, u64)],
+    reporter: &Reporter,
 ) -> Result<Vec<CapsuleId>, Failure> {
     let roots: BTreeSet<RootHash> = damaged.iter().map(|(held, _)| held.root).collect();
-    if roots.is_empty() {
-        return Ok(Vec::new());
+    let noted = node.while_keeping(move |node| {
+        let hurt = if roots.is_empty() {
+            Vec::new()
+        } else {
+            mark_hurt(node, &roots)?
+        };
+        Ok((hurt, mark_lacking(node)?))
+    });
+    let (hurt, lacking) = noted.await?;
+    for id in &lacking {
+        reporter.notice(format!(
+            "{id} is no longer all here: `capsule verify --repair` or `capsule pull` fetches what is missing"
+        ));
     }
-    let shared = node.clone();
-    let hurt = blocking(move || mark_hurt(&shared, &roots)).await?;
-    node.tell_capsules().await?;
+    if !hurt.is_empty() || !lacking.is_empty() {
+        node.tell_capsules().await?;
+    }
     Ok(hurt)
 }
 
@@ -248,7 +278,8 @@ fn add_fetched(node: &Node, lacking: &[Held], answer: &mut Verified) {
     }
 }
 
-/// Notes which capsules are no longer complete without some roots.
+/// Notes which capsules are no longer complete without some roots. The caller holds `Node::keeping`: what is removed
+/// meanwhile would come back.
 pub fn mark_hurt(node: &Node, roots: &BTreeSet<RootHash>) -> Result<Vec<CapsuleId>, Failure> {
     let mut hurt = Vec::new();
     for (id, held) in node.store.capsules()? {
@@ -257,18 +288,34 @@ pub fn mark_hurt(node: &Node, roots: &BTreeSet<RootHash>) -> Result<Vec<CapsuleI
         if takes.is_disjoint(roots) {
             continue;
         }
-        if held.complete {
-            node.store.put_capsule(
-                &id,
-                &HeldCapsule {
-                    complete: false,
-                    ..held
-                },
-            )?;
+        if !held.complete || node.store.mark_capsule(&id, false)? {
+            hurt.push(id);
         }
-        hurt.push(id);
     }
     Ok(hurt)
+}
+
+/// Notes which capsules count as complete and are not. The caller holds `Node::keeping`.
+pub fn mark_lacking(node: &Node) -> Result<Vec<CapsuleId>, Failure> {
+    let mut lacking = Vec::new();
+    for (id, held) in node.store.capsules()? {
+        if held.complete && !is_whole(node, &id)? && node.store.mark_capsule(&id, false)? {
+            lacking.push(id);
+        }
+    }
+    Ok(lacking)
+}
+
+fn is_whole(node: &Node, capsule: &CapsuleId) -> Result<bool, DatabaseError> {
+    let Some(manifest) = node.holdings.manifest(capsule) else {
+        return Ok(false);
+    };
+    for component in &manifest.components {
+        if node.holdings.way_to(component)?.is_none() {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// Fetches what is missing: of capsules by pulling them, of other blobs directly.
@@ -279,14 +326,24 @@ async fn repair(
     reporter: &Reporter,
 ) -> Result<(), Failure> {
     let hurt: BTreeSet<CapsuleId> = hurt.into_iter().collect();
+    let mut failed = Ok(());
     for id in hurt {
         let asked = node.clone();
-        let resolution = blocking(move || asked.resolve(&CapsuleRef(id.to_string()))).await?;
+        let found = blocking(move || match asked.store.capsule(&id)? {
+            Some(_) => asked.resolve(&CapsuleRef(id.to_string())).map(Some),
+            // Removed meanwhile, and stays so.
+            None => Ok(None),
+        });
+        let Some(resolution) = found.await? else {
+            continue;
+        };
         let manner = Manner {
             phase: Phase::Repairing,
-            ..manner(&resolution, None, Priority::Normal)
+            ..manner(&resolution, Priority::Normal)
         };
-        fetch_capsule(node, resolution, manner, reporter).await?;
+        let fetched = fetch_capsule(node, resolution, manner, DEFAULT_PATIENCE, reporter);
+        // One that nobody has keeps no other from being repaired.
+        failed = failed.and(fetched.await.map(drop));
     }
     let left = damaged
         .iter()
@@ -308,8 +365,43 @@ async fn repair(
         phase: Phase::Repairing,
         name,
         priority: Priority::Normal,
-        patience: DEFAULT_PATIENCE,
     };
-    fetch(node, wanted, &manner, reporter).await?;
-    Ok(())
+    let patience = Arc::new(Patience::default());
+    let _place = patience.wait(Instant::now(), DEFAULT_PATIENCE);
+    let fetched = fetch(node, wanted, &manner, &patience, reporter).await;
+    failed.and(fetched.map(drop))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use super::*;
+    use crate::store::StoreOptions;
+
+    #[test]
+    fn reading_a_large_blob_can_be_stopped_half_way() {
+        let temp = tempfile::tempdir().unwrap();
+        let store = Store::open(temp.path(), StoreOptions::default()).unwrap();
+        let root = store
+            .put_small(&vec![7; 65 << 20], BlobKind::Other)
+            .unwrap();
+        let name = root.to_string();
+        let file = temp
+            .path()
+            .join("blobs")
+            .join(&name[..2])
+            .join(name + ".data");
+        let file = std::fs::File::options().write(true).open(file).unwrap();
+        file.write_all_at(b"damage", 100_000).unwrap();
+        let work = Arc::new(Work::default());
+        let stopping = work.clone();
+        store.on_damage(Arc::new(move |_| stopping.cancel()));
+        let held: Vec<Held> = store.blobs().into_iter().map(Held::from).collect();
+        let stopped = read_all(&store, &held, &work).unwrap_err();
+        assert_eq!(stopped.code, FailureCode::Cancelled);
+        // Nothing is lost of what was found: it no longer counts.
+        let here = store.present(&root).unwrap();
+        assert_eq!(here.ranges.bytes(here.size), (65 << 20) - (16 << 10));
+    }
 }

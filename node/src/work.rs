@@ -148,6 +148,11 @@ impl Work {
         self.read.fetch_add(bytes, Ordering::Relaxed);
     }
 
+    /// Tells it to stop.
+    pub fn cancel(&self) {
+        self.cancelled.store(true, Ordering::Relaxed);
+    }
+
     /// Fails where the work is to stop.
     pub fn check(&self) -> Result<(), Failure> {
         if self.cancelled.load(Ordering::Relaxed) {
@@ -199,7 +204,7 @@ struct StopOnDrop(Arc<Work>);
 
 impl Drop for StopOnDrop {
     fn drop(&mut self) {
-        self.0.cancelled.store(true, Ordering::Relaxed);
+        self.0.cancel();
     }
 }
 

@@ -129,7 +129,6 @@ fn records_are_found_by_id_channel_and_subject() {
     assert_eq!(store.channels().unwrap(), ["lab"]);
     same(store.names_of(&lab).unwrap(), &[&first, &second]);
     same(store.names_of(&"lab2".parse().unwrap()).unwrap(), &[]);
-    same(store.releases_of(&lab).unwrap(), &[&release]);
     same(store.revocations().unwrap(), &[&revocation]);
     same(store.records_about(&hash(5)).unwrap(), &[&layer, &prefetch]);
     same(store.records_about(&hash(4)).unwrap(), &[&layer]);
@@ -183,9 +182,19 @@ fn capsules_and_their_pins() {
         store.pins().unwrap(),
         [(one, follow), (two, PinOrigin::Publication)]
     );
+    assert!(store.mark_capsule(&two, true).unwrap());
+    assert!(store.mark_capsule(&one, false).unwrap());
+    assert!(store.capsule(&two).unwrap().unwrap().complete);
+    assert_eq!(store.capsule(&one).unwrap(), Some(held));
     assert!(store.remove_capsule(&one).unwrap());
     assert_eq!(store.pins().unwrap(), [(two, PinOrigin::Publication)]);
     assert_eq!(store.capsule(&one).unwrap(), None);
+    assert!(!store.mark_capsule(&one, false).unwrap());
+    assert_eq!(
+        store.capsule(&one).unwrap(),
+        None,
+        "what is removed stays so"
+    );
 }
 
 #[test]
@@ -221,9 +230,9 @@ fn follows_bans_and_values() {
     assert!(!store.unfollow(&lab).unwrap());
     assert_eq!(store.bans(99).unwrap().len(), 2);
     assert_eq!(store.bans(100).unwrap().len(), 1);
-    store.lift_ended_bans(100).unwrap();
+    assert!(store.lift_ended_bans(99).unwrap().is_empty());
+    assert_eq!(store.lift_ended_bans(100).unwrap(), [b"for a while"]);
     assert_eq!(store.bans(0).unwrap().len(), 1);
-    assert!(store.unban(b"for good").unwrap());
     assert_eq!(store.value("k").unwrap().as_deref(), Some(&b"v"[..]));
     assert_eq!(store.value("none").unwrap(), None);
     assert_eq!(store.newest_time().unwrap(), 50);

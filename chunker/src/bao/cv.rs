@@ -37,10 +37,15 @@ pub(super) fn hash_leaf(node: &Node, data: &[u8]) -> Cv {
 /// Hash of an inner node from its pair.
 pub(super) fn hash_pair(node: &Node, pair: &[u8; PAIR_LEN]) -> Cv {
     let (left, right) = halves(pair);
-    if node.is_root {
-        merge_subtrees_root(&left, &right, Mode::Hash).into()
+    merge(&left, &right, node.is_root)
+}
+
+/// Hash of the node above two.
+pub(super) fn merge(left: &Cv, right: &Cv, is_root: bool) -> Cv {
+    if is_root {
+        merge_subtrees_root(left, right, Mode::Hash).into()
     } else {
-        merge_subtrees_non_root(&left, &right, Mode::Hash)
+        merge_subtrees_non_root(left, right, Mode::Hash)
     }
 }
 

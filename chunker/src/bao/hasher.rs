@@ -9,13 +9,14 @@
 
 use std::io;
 
-use capsule_proto::ranges::{MAX_CONTENT_LEN, group_count};
-use capsule_proto::{GROUP_LEN, RootHash};
+use capsule_proto::RootHash;
+use capsule_proto::ranges::MAX_CONTENT_LEN;
 use positioned_io::{ReadAt, WriteAt};
 use thiserror::Error;
 
 use super::cv::{self, CV_LEN, Cv};
 use super::geometry::{Node, outboard_len};
+use super::pushed::{Pushed, Values};
 use super::zeros::{self, ZERO_SPAN};
 use super::{PAIR_LEN, Tree, is_zero, read_or_zeros};
 
@@ -62,19 +63,30 @@ pub fn tree_of(content: &[u8]) -> (Tree, Vec<u8>) {
     )
 }
 
+/// Takes content in order, to hash it.
+pub trait ContentHasher: Send {
+    /// Adds content.
+    fn push(&mut self, data: &[u8]) -> Result<(), HashError>;
+
+    /// Adds zeros that nobody needs to read.
+    fn push_zeros(&mut self, len: u64) -> Result<(), HashError>;
+}
+
 /// Computes root and outboard of content that is pushed in order; its size need not be known.
 ///
 /// Large pushes (1 MiB and more) use all cores. Memory is some 100 KiB beside the storage, whatever the size.
 pub struct TreeHasher<S = Vec<u8>> {
+    pushed: Pushed,
+    row: Row<S>,
+}
+
+/// The first step: chaining values of groups, as a plain row in the storage.
+struct Row<S> {
     storage: S,
-    /// Whole groups so far.
-    groups: u64,
-    /// The beginning of the next group; never a whole one.
-    partial: Vec<u8>,
-    /// Chaining values not written yet, those of the groups just before `groups`.
-    row: Vec<u8>,
-    /// The root hash, should the first group remain the only one.
-    first_as_root: Cv,
+    /// Values not written yet, those of the groups just before `end`.
+    buffer: Vec<u8>,
+    /// The group after the last whose value came.
+    end: u64,
 }
 
 impl TreeHasher<Vec<u8>> {
@@ -93,164 +105,83 @@ impl Default for TreeHasher<Vec<u8>> {
 impl<S: ReadAt + WriteAt> TreeHasher<S> {
     /// A hasher that builds the outboard in `storage`, for instance a file; it must be empty.
     pub fn with_storage(storage: S) -> Self {
-        let (partial, row) = (Vec::new(), Vec::new());
-        Self {
+        let row = Row {
             storage,
-            groups: 0,
-            partial,
+            buffer: Vec::new(),
+            end: 0,
+        };
+        Self {
+            pushed: Pushed::default(),
             row,
-            first_as_root: [0; CV_LEN],
         }
     }
 
     /// Bytes pushed so far.
     pub fn size(&self) -> u64 {
-        self.groups * GROUP_LEN + self.partial.len() as u64
+        self.pushed.size()
     }
 
     /// Adds content.
     pub fn push(&mut self, data: &[u8]) -> Result<(), HashError> {
-        self.check_room(data.len() as u64)?;
-        let data = self.fill_partial(data)?;
-        let whole = data.len() - data.len() % GROUP_LEN as usize;
-        let (whole, rest) = data.split_at(whole);
-        self.push_groups(whole)?;
-        self.partial.extend_from_slice(rest);
-        Ok(())
+        self.pushed.push(data, &mut self.row)
     }
 
     /// Adds zeros that nobody needs to read. Aligned spans of [`ZERO_SPAN`] groups are only noted here (their hashing
     /// waits for `finish`) and leave holes in the outboard.
     pub fn push_zeros(&mut self, len: u64) -> Result<(), HashError> {
-        self.check_room(len)?;
-        let end = self.size() + len;
-        if !self.partial.is_empty() {
-            let missing = (GROUP_LEN - self.partial.len() as u64).min(len);
-            self.fill_partial(&zeros::zero_group()[..missing as usize])?;
-        }
-        let end_group = end / GROUP_LEN;
-        if self.groups < end_group {
-            let first_span = self.groups.next_multiple_of(ZERO_SPAN).min(end_group);
-            self.push_zero_groups(first_span - self.groups)?;
-            self.skip_spans((end_group - self.groups) / ZERO_SPAN)?;
-            self.push_zero_groups(end_group - self.groups)?;
-        }
-        self.partial
-            .resize((end - self.groups * GROUP_LEN) as usize, 0);
-        Ok(())
+        self.pushed.push_zeros(len, &mut self.row)
     }
 
     /// Builds the outboard, and returns it as the storage it was built in.
     pub fn finish(mut self) -> Result<(Tree, S), HashError> {
         let size = self.size();
-        if group_count(size) == 1 {
-            let root = if self.groups == 1 {
-                self.first_as_root
-            } else {
-                blake3::hash(&self.partial).into()
-            };
-            return Ok((
-                Tree {
-                    root: RootHash::from_bytes(root),
-                    size,
-                },
-                self.storage,
-            ));
-        }
-        if !self.partial.is_empty() {
-            let hashes = cv::hash_groups(self.groups, &self.partial);
-            self.append(&hashes)?;
-        }
-        self.flush_row()?;
-        let root = Builder {
-            storage: &mut self.storage,
-            size,
-        }
-        .build(&Node::root(size))?;
-        Ok((
-            Tree {
-                root: RootHash::from_bytes(root),
-                size,
-            },
-            self.storage,
-        ))
+        let root = match self.pushed.end(&mut self.row)? {
+            Some(root) => root,
+            None => {
+                self.row.flush()?;
+                let storage = &mut self.row.storage;
+                Builder { storage, size }.build(&Node::root(size))?
+            }
+        };
+        let root = RootHash::from_bytes(root);
+        Ok((Tree { root, size }, self.row.storage))
+    }
+}
+
+impl<S: ReadAt + WriteAt + Send> ContentHasher for TreeHasher<S> {
+    fn push(&mut self, data: &[u8]) -> Result<(), HashError> {
+        Self::push(self, data)
     }
 
-    fn check_room(&self, len: u64) -> Result<(), HashError> {
-        if len > MAX_CONTENT_LEN - self.size() {
-            Err(HashError::TooLarge)
+    fn push_zeros(&mut self, len: u64) -> Result<(), HashError> {
+        Self::push_zeros(self, len)
+    }
+}
+
+impl<S: ReadAt + WriteAt> Values for Row<S> {
+    fn take(&mut self, first: u64, values: &[Cv]) -> Result<(), HashError> {
+        self.buffer.extend_from_slice(values.as_flattened());
+        self.end = first + values.len() as u64;
+        if self.buffer.len() >= ROW_BUFFER {
+            self.flush()
         } else {
             Ok(())
         }
-    }
-
-    /// Completes a group that was begun, and returns what is left of the data.
-    fn fill_partial<'d>(&mut self, data: &'d [u8]) -> Result<&'d [u8], HashError> {
-        if self.partial.is_empty() {
-            return Ok(data);
-        }
-        let missing = GROUP_LEN as usize - self.partial.len();
-        let (part, rest) = data.split_at(missing.min(data.len()));
-        self.partial.extend_from_slice(part);
-        if self.partial.len() as u64 == GROUP_LEN {
-            let mut group = std::mem::take(&mut self.partial);
-            self.push_groups(&group)?;
-            group.clear();
-            self.partial = group;
-        }
-        Ok(rest)
-    }
-
-    fn push_groups(&mut self, whole: &[u8]) -> Result<(), HashError> {
-        if whole.is_empty() {
-            return Ok(());
-        }
-        self.note_first(&whole[..GROUP_LEN as usize]);
-        let hashes = cv::hash_groups(self.groups, whole);
-        self.append(&hashes)
-    }
-
-    fn push_zero_groups(&mut self, mut count: u64) -> Result<(), HashError> {
-        while count > 0 {
-            self.note_first(zeros::zero_group());
-            let part = count.min(ZERO_SPAN);
-            let hashes = zeros::hash_zero_groups(self.groups, part);
-            self.append(&hashes)?;
-            count -= part;
-        }
-        Ok(())
     }
 
     /// Leaves holes in the row.
-    fn skip_spans(&mut self, spans: u64) -> Result<(), HashError> {
-        if spans > 0 {
-            // Content with a whole span in it has more than one group: no need to note the first.
-            self.flush_row()?;
-            self.groups += spans * ZERO_SPAN;
-        }
+    fn take_zero_spans(&mut self, first: u64, spans: u64) -> Result<(), HashError> {
+        self.flush()?;
+        self.end = first + spans * ZERO_SPAN;
         Ok(())
     }
+}
 
-    fn note_first(&mut self, group: &[u8]) {
-        if self.groups == 0 {
-            self.first_as_root = blake3::hash(group).into();
-        }
-    }
-
-    fn append(&mut self, hashes: &[Cv]) -> Result<(), HashError> {
-        self.row.extend_from_slice(hashes.as_flattened());
-        self.groups += hashes.len() as u64;
-        if self.row.len() >= ROW_BUFFER {
-            self.flush_row()
-        } else {
-            Ok(())
-        }
-    }
-
-    fn flush_row(&mut self) -> Result<(), HashError> {
-        let offset = self.groups * CV_LEN as u64 - self.row.len() as u64;
-        write(&mut self.storage, offset, &self.row)?;
-        self.row.clear();
+impl<S: ReadAt + WriteAt> Row<S> {
+    fn flush(&mut self) -> Result<(), HashError> {
+        let offset = self.end * CV_LEN as u64 - self.buffer.len() as u64;
+        write(&mut self.storage, offset, &self.buffer)?;
+        self.buffer.clear();
         Ok(())
     }
 }

@@ -13,12 +13,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
 use capsule_proto::index::RunFrom;
-use positioned_io::{ReadAt, WriteAt};
 use thiserror::Error;
 
 use super::pages::{IndexFault, Part, PartFrom, Parts};
 use super::read::{LayerContent, LayerError};
-use crate::bao::{HashError, TreeHasher};
+use crate::bao::{ContentHasher, HashError};
 use crate::content::{Content, Progress};
 
 /// Bytes in a job, where frames are shorter: enough that handing it over costs nothing.
@@ -66,11 +65,11 @@ pub enum RestoreError {
 ///
 /// A frame is decoded once, but for repeats that lie further apart than the content's cache reaches. The hasher computes
 /// the root while the sink writes; comparing it with the component's is the caller's.
-pub fn restore<S: ReadAt + WriteAt + Send>(
+pub fn restore(
     content: &LayerContent,
     threads: NonZeroUsize,
     sink: &mut dyn Sink,
-    hasher: Option<&mut TreeHasher<S>>,
+    hasher: Option<&mut dyn ContentHasher>,
     progress: &dyn Progress,
 ) -> Result<(), RestoreError> {
     let threads = threads.get();
@@ -277,8 +276,8 @@ fn make(content: &LayerContent, part: &Part) -> Result<Made, RestoreError> {
     }
 }
 
-fn run_hasher<S: ReadAt + WriteAt>(
-    hasher: &mut TreeHasher<S>,
+fn run_hasher(
+    hasher: &mut dyn ContentHasher,
     queue: &Receiver<Arc<Vec<Made>>>,
 ) -> Result<(), HashError> {
     for made in queue {

@@ -105,6 +105,18 @@ fn render_status(status: &NodeStatus, style: Style, now: u64) -> String {
         }
         sections.push(table.render(style));
     }
+    if !status.bans.is_empty() {
+        let mut table = Table::new(&["BANNED", "PEER", "UNTIL", "FOR"]);
+        for ban in &status.bans {
+            table.row([
+                ban.name.clone().unwrap_or_default(),
+                tail(&ban.peer).to_owned(),
+                ban.until.map(date).unwrap_or_default(),
+                ban.reason.clone(),
+            ]);
+        }
+        sections.push(table.render(style));
+    }
     if !status.troubles.is_empty() {
         let lines = status
             .troubles

@@ -8,6 +8,7 @@ use capsule_swarm::{Event, PeerId};
 use tokio::sync::mpsc;
 
 use super::memory;
+use crate::control::Failure;
 use crate::node::Node;
 use crate::store::{Ban, Damage, Store};
 use crate::verify::mark_hurt;
@@ -15,6 +16,8 @@ use crate::work::blocking;
 
 /// How long a peer that sent wrong bytes stays banned: bad memory does not heal, but machines are repaired.
 const BAN: u64 = 7 * 24 * 3600;
+/// How often bans are looked at that may have ended: against a week, an hour more is nothing.
+const LIFT_EVERY: Duration = Duration::from_secs(3600);
 /// Where addresses of peers are kept between runs.
 const ADDRESSES: &str = "peer addresses";
 /// Addresses kept: enough that some of them still answer after a year.
@@ -80,6 +83,30 @@ async fn ban(node: &Arc<Node>, peer: PeerId, reason: String) {
     }
 }
 
+/// Lets banned peers come again when their ban has ended. Runs for ever.
+pub async fn lift_bans(node: Arc<Node>) {
+    loop {
+        tokio::time::sleep(LIFT_EVERY).await;
+        if let Err(failure) = lift_ended_bans(&node, node.clock.now()).await {
+            tracing::warn!(%failure, "bans that have ended could not be lifted");
+        }
+    }
+}
+
+/// Lifts the bans that have ended at a time.
+pub async fn lift_ended_bans(node: &Node, now: u64) -> Result<(), Failure> {
+    let store = node.store.clone();
+    let lifted = blocking(move || Ok(store.lift_ended_bans(now)?)).await?;
+    for peer in lifted
+        .iter()
+        .filter_map(|peer| PeerId::from_bytes(peer).ok())
+    {
+        tracing::info!(%peer, "its ban has ended");
+        node.network.unban(peer).await?;
+    }
+    Ok(())
+}
+
 /// Takes back what no longer verifies, and notes which capsules that hurts.
 pub async fn watch_damage(node: Arc<Node>, mut damage: mpsc::Receiver<Damage>) {
     while let Some(found) = damage.recv().await {
@@ -93,11 +120,11 @@ pub async fn watch_damage(node: Arc<Node>, mut damage: mpsc::Receiver<Damage>) {
     }
 }
 
-async fn take_back(node: &Arc<Node>, found: Damage) -> Result<(), crate::control::Failure> {
+async fn take_back(node: &Arc<Node>, found: Damage) -> Result<(), Failure> {
     node.network.withdraw(found.root).await?;
     node.announce([found.root]).await?;
-    let shared = node.clone();
-    blocking(move || mark_hurt(&shared, &BTreeSet::from([found.root]))).await?;
+    node.while_keeping(move |node| mark_hurt(node, &BTreeSet::from([found.root])))
+        .await?;
     // Followers look whether what they follow is still whole, and fetch what is not.
     node.records.touch();
     node.tell_capsules().await

@@ -36,6 +36,7 @@ use crate::records::Records;
 use crate::store::{
     ComponentProvider, Damage, DatabaseError, OpenError, Store, StoreOptions, WriteError,
 };
+use crate::verify;
 
 /// Threads that run tasks: the network's work is on its own threads, long work on blocking ones.
 const WORKER_THREADS: usize = 2;
@@ -237,7 +238,10 @@ impl Daemon {
         };
         let (network, events) = Network::start(config, blobs.clone(), records.clone()).await?;
         let listening = network.listening().to_vec();
-        home.save_listening(&reachable(&listening))?;
+        // For invitations only: where the disk is full the node is needed all the same, to make room.
+        if let Err(error) = home.save_listening(&reachable(&listening)) {
+            tracing::warn!(%error, "invitations will not name the addresses of this run");
+        }
         let socket = socket::prepare(home.dir())?;
         let peer = network.local_peer().to_string();
         let node = Node::new(Parts {
@@ -251,6 +255,7 @@ impl Daemon {
             blobs,
             components,
         });
+        mark_lacking(&node).await?;
         announce_all(&node).await?;
         follow::resume(&node).await?;
         let clients = control::listen(&socket)?;
@@ -301,6 +306,7 @@ impl Daemon {
             events::watch_damage(node.clone(), damage),
         );
         parts.start("purge of records", events::purge_records(node.clone()));
+        parts.start("end of bans", events::lift_bans(node.clone()));
         parts.start("trimming of memory", events::trim_when_quiet(node.clone()));
         parts.start("closing of components", async move {
             components.close_idle().await
@@ -354,6 +360,17 @@ impl RunningParts {
             how,
         }
     }
+}
+
+/// Notes what went while nobody noted it, before anybody is told what is here.
+async fn mark_lacking(node: &Arc<Node>) -> Result<(), NodeError> {
+    let lacking = node.while_keeping(verify::mark_lacking).await?;
+    for id in lacking {
+        node.trouble(format!(
+            "{id} is no longer all here: `capsule verify --repair` or `capsule pull` fetches what is missing"
+        ));
+    }
+    Ok(())
 }
 
 /// Announces everything that is here, and tells the fleet which capsules.

@@ -48,7 +48,7 @@ pub fn explain(
     };
     if let Ok((roots, _)) = &found
         && !roots.is_empty()
-        && let Err(error) = mark_hurt(node, roots)
+        && let Err(error) = note(node, roots)
     {
         // The damage itself is in the store, and is noted again when it is next looked for.
         tracing::warn!(%error, name, "which capsules the damage hurts could not be noted");
@@ -56,6 +56,12 @@ pub fn explain(
     Failure::new(FailureCode::Damaged, message).hint(format!(
         "`capsule verify --repair {name}` fetches it again; look at the disk's health"
     ))
+}
+
+fn note(node: &Node, roots: &BTreeSet<RootHash>) -> Result<(), Failure> {
+    // On a thread for long work, of which there are few.
+    let _keeping = node.keeping.blocking_lock();
+    mark_hurt(node, roots).map(drop)
 }
 
 /// Reads again all blobs that a component takes: those that were damaged, and how many bytes of them.

@@ -16,7 +16,7 @@ use rustix::fs::{CWD, RenameFlags};
 
 use super::damage::unreadable;
 use crate::control::{Failure, FailureCode};
-use crate::failure::io_code;
+use crate::failure::{NO_ROOM_THERE, io_code};
 use crate::layers::read_directory;
 use crate::store::{LayerBlobs, Store};
 use crate::work::Work;
@@ -94,7 +94,7 @@ impl Target {
             from.read_exact_at(at, part)
                 .map_err(|e| unreadable(component, &e.to_string()))?;
             hasher.update_rayon(part);
-            self.data(at, part).map_err(|e| self.failed(&e))?;
+            self.write(at, part).map_err(|e| self.failed(&e))?;
             work.written(part.len() as u64);
             at += part.len() as u64;
         }
@@ -133,20 +133,9 @@ impl Target {
     fn failed(&self, error: &io::Error) -> Failure {
         failed("writing", &self.to, error)
     }
-}
 
-impl Drop for Target {
-    fn drop(&mut self) {
-        if !self.placed {
-            // What cannot be removed is told by its name.
-            let _ = std::fs::remove_file(&self.beside);
-        }
-    }
-}
-
-impl Sink for Target {
     /// Writes what is not zero; pages of zeros become holes.
-    fn data(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+    fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
         let mut start = 0;
         while start < bytes.len() {
             let page_end = |at: usize| (at + PAGE - (offset as usize + at) % PAGE).min(bytes.len());
@@ -163,6 +152,23 @@ impl Sink for Target {
             start = end;
         }
         Ok(())
+    }
+}
+
+impl Drop for Target {
+    fn drop(&mut self) {
+        if !self.placed {
+            // What cannot be removed is told by its name.
+            let _ = std::fs::remove_file(&self.beside);
+        }
+    }
+}
+
+impl Sink for Target {
+    /// Errors carry the failure that they mean.
+    fn data(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        self.write(offset, bytes)
+            .map_err(|e| io::Error::new(e.kind(), self.failed(&e)))
     }
 
     fn zeros(&mut self, _: u64, _: u64) -> io::Result<()> {
@@ -222,7 +228,7 @@ fn failed(doing: &str, path: &Path, error: &io::Error) -> Failure {
     match error.kind() {
         io::ErrorKind::PermissionDenied => failure
             .hint("the node writes it, not the command: choose a place where the node may write"),
-        io::ErrorKind::StorageFull => failure.hint("make room there, or choose another place"),
+        io::ErrorKind::StorageFull => failure.hint(NO_ROOM_THERE),
         io::ErrorKind::NotFound => failure.hint("make the directory first"),
         _ => failure,
     }
@@ -241,7 +247,7 @@ pub fn check_space(dir: &Path, bytes: u64) -> Result<(), Failure> {
         "{} has {free} bytes free, and the export takes {bytes}",
         dir.display()
     );
-    Err(Failure::new(FailureCode::Full, message).hint("make room there, or choose another place"))
+    Err(Failure::new(FailureCode::Full, message).hint(NO_ROOM_THERE))
 }
 
 /// Bytes of a component that are not known to be zero, by its uppermost layer; an upper bound for what a sparse file takes.

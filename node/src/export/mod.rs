@@ -6,12 +6,14 @@
 
 mod damage;
 mod file;
+#[cfg(test)]
+mod tests;
 
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use capsule_chunker::bao::TreeHasher;
+use capsule_chunker::bao::RootHasher;
 use capsule_chunker::layer::read::ReadOptions;
 use capsule_chunker::layer::restore::restore;
 use capsule_chunker::tree::{self, RestoreOptions, Restored, TreeWriter};
@@ -22,7 +24,7 @@ use crate::control::{Export, Exported, Failure, FailureCode, Phase, Reporter};
 use crate::held::{HeldWay, Holdings, TreeWay, component_info};
 use crate::layers::open;
 use crate::node::{Node, spelled};
-use crate::store::{LayerBlobs, Scratch, Store};
+use crate::store::{LayerBlobs, Store};
 use crate::transfer::check::threads;
 use crate::work::{Task, Work, blocking};
 use file::Target;
@@ -156,7 +158,7 @@ fn write_tree(
         return Ok(tree::restore(to, listing, &*contents, &options, work)?);
     }
     let mut writer = TreeWriter::new(to, listing, &options, work)?;
-    restore::<Vec<u8>>(&contents, threads(), &mut writer, None, work)?;
+    restore(&contents, threads(), &mut writer, None, work)?;
     Ok(writer.finish()?)
 }
 
@@ -188,7 +190,7 @@ fn write_stream(
     target.finish(component.size)
 }
 
-/// Writes what layers make; the hash of it.
+/// Writes what layers make; the hash of it. Nothing is written to the store, which may be full.
 fn restore_stream(
     store: &Store,
     component: &Component,
@@ -197,11 +199,9 @@ fn restore_stream(
     work: &Work,
 ) -> Result<RootHash, Failure> {
     let content = open(store, layers, &ReadOptions::default())?;
-    // The one hasher that skips zeros: its outboard is thrown away.
-    let mut hasher = TreeHasher::<Scratch>::with_storage(store.scratch()?);
+    let mut hasher = RootHasher::new();
     restore(&content, threads(), target, Some(&mut hasher), work)?;
-    let (tree, _) = hasher
+    hasher
         .finish()
-        .map_err(|e| Failure::new(FailureCode::Io, format!("hashing {}: {e}", component.name)))?;
-    Ok(tree.root)
+        .map_err(|e| Failure::new(FailureCode::Io, format!("hashing {}: {e}", component.name)))
 }

@@ -6,8 +6,9 @@
 
 mod make;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -20,7 +21,7 @@ use crate::control::{Failure, FailureCode, Phase, Publish, Published, Reporter};
 use crate::held::{HeldWay, Holdings, TreeWay, blobs_of, component_info, layer_blobs};
 use crate::node::Node;
 use crate::records::{KnownName, SignError};
-use crate::store::{ActiveGuard, BlobKind, HeldCapsule, LayerBlobs, PinOrigin, Store};
+use crate::store::{ActiveGuard, BlobKind, GcMode, HeldCapsule, LayerBlobs, PinOrigin, Store};
 use crate::transfer::check::register;
 use crate::work::{Task, panicked};
 use make::{Draft, DraftPack, make};
@@ -120,12 +121,11 @@ struct Naming {
 
 /// What keeping a draft did.
 struct Made {
-    kept: bool,
+    /// A guard of what was kept, until all is announced; none where it was here.
+    kept: Option<ActiveGuard>,
     named: bool,
-    roots: Vec<RootHash>,
+    roots: BTreeSet<RootHash>,
     records: Vec<Vec<u8>>,
-    /// Until all is announced.
-    _guard: ActiveGuard,
 }
 
 /// Keeps, names and announces a draft; whatever is already so stays. Whether everything was.
@@ -134,7 +134,7 @@ async fn settle(node: &Arc<Node>, naming: Naming, draft: Draft) -> Result<(Draft
     let (draft, made) = node
         .while_keeping(move |node| keep_and_name(node, naming, draft))
         .await?;
-    let unchanged = !made.kept && !made.named;
+    let unchanged = made.kept.is_none() && !made.named;
     if !unchanged {
         node.announce(made.roots).await?;
         for record in made.records {
@@ -152,13 +152,7 @@ fn keep_and_name(node: &Node, naming: Naming, mut draft: Draft) -> Result<(Draft
         version,
         expires,
     } = naming;
-    let mut made = Made {
-        kept: false,
-        named: false,
-        roots: Vec::new(),
-        records: Vec::new(),
-        _guard: guard(&node.store, &draft),
-    };
+    let (mut guard, mut named) = (None, false);
     let capsule = draft.manifest.id();
     let known = node.records.version(&name.channel, &version)?;
     let same = known.iter().find(|known| known.capsule == capsule);
@@ -179,10 +173,9 @@ fn keep_and_name(node: &Node, naming: Naming, mut draft: Draft) -> Result<(Draft
         .capsule(&capsule)?
         .is_some_and(|held| held.complete)
     {
-        keep(&node.store, &mut draft, node.clock.now())?;
-        made.kept = true;
+        guard = Some(keep(&node.store, &mut draft, node.clock.now())?);
     }
-    made.records = sign_layers(node, &draft)?;
+    let mut records = sign_layers(node, &draft)?;
     if known.is_empty() {
         let manifest_size = draft.manifest.encode().len() as u64;
         let body = Body::Name(Name {
@@ -192,15 +185,17 @@ fn keep_and_name(node: &Node, naming: Naming, mut draft: Draft) -> Result<(Draft
             manifest_size,
         });
         let sequence = node.records.next_sequence(&name.channel)?;
-        made.records.push(sign(node, sequence, body, expires)?);
-        made.named = true;
+        records.push(sign(node, sequence, body, expires)?);
+        named = true;
     }
     node.store.pin(&capsule, &PinOrigin::Publication)?;
-    made.roots = node
-        .holdings
-        .blobs_of(&capsule, &node.records)?
-        .into_iter()
-        .collect();
+    let roots = node.holdings.blobs_of(&capsule, &node.records)?;
+    let made = Made {
+        named,
+        roots,
+        records,
+        kept: guard,
+    };
     Ok((draft, made))
 }
 
@@ -228,21 +223,43 @@ fn warnings_of(same: &KnownName, expires: Option<u64>, several: bool) -> Vec<Str
 
 /// Keeps all that a draft is made of from removal.
 fn guard(store: &Store, draft: &Draft) -> ActiveGuard {
-    let layers: Vec<LayerBlobs> = draft.layers.iter().map(|layer| layer.blobs).collect();
+    store.guard(roots(draft))
+}
+
+/// All that a draft is made of.
+fn roots(draft: &Draft) -> impl Iterator<Item = RootHash> + '_ {
+    let layers = draft
+        .layers
+        .iter()
+        .flat_map(|layer| [Some(layer.blobs.index), layer.blobs.pack])
+        .flatten();
     let components = draft
         .manifest
         .components
         .iter()
         .map(|component| component.root);
-    store.guard(
-        blobs_of(&layers)
-            .chain(components)
-            .chain([draft.manifest.id().0]),
-    )
+    layers.chain(components).chain([draft.manifest.id().0])
 }
 
-/// Stores a draft's blobs, durably, and notes that the capsule is here since `added` (seconds since 1970). The caller guards them.
-fn keep(store: &Store, draft: &mut Draft, added: u64) -> Result<(), Failure> {
+/// Stores a draft's blobs, durably, and notes that the capsule is here since `added` (seconds since 1970). Where that fails,
+/// what was stored goes again: it would only take room. Guards all of it; the caller keeps others from collecting until then.
+fn keep(store: &Store, draft: &mut Draft, added: u64) -> Result<ActiveGuard, Failure> {
+    let guard = guard(store, draft);
+    let new: BTreeSet<RootHash> = roots(draft)
+        .filter(|root| store.present(root).is_none())
+        .collect();
+    let Err(failure) = store_all(store, draft, added) else {
+        return Ok(guard);
+    };
+    drop(guard);
+    // What somebody fetches meanwhile stays theirs.
+    if let Err(error) = store.gc(&|root| !new.contains(root), GcMode::Collect) {
+        tracing::warn!(%error, "what was stored for it takes room until the next `capsule gc`");
+    }
+    Err(failure)
+}
+
+fn store_all(store: &Store, draft: &mut Draft, added: u64) -> Result<(), Failure> {
     let component = draft.manifest.components[0].clone();
     let layers: Vec<LayerBlobs> = draft.layers.iter().map(|layer| layer.blobs).collect();
     // Where the component is read through other layers already, these make nothing better.

@@ -38,9 +38,8 @@ fn draft(store: &Store, path: &Path) -> Result<Draft, Failure> {
 }
 
 /// Publishes into a store alone, without records.
-fn published(store: &Store, path: &Path) -> Manifest {
+pub(crate) fn published(store: &Store, path: &Path) -> Manifest {
     let mut draft = draft(store, path).unwrap();
-    let _guard = guard(store, &draft);
     keep(store, &mut draft, 1).unwrap();
     draft.manifest
 }
@@ -119,6 +118,33 @@ fn what_is_not_kept_leaves_nothing() {
     );
     let missing = draft(&store, &temp.path().join("missing"));
     assert_eq!(missing.err().unwrap().code, FailureCode::NotFound);
+}
+
+#[test]
+fn what_cannot_be_kept_whole_leaves_nothing_either() {
+    let temp = tempfile::tempdir().unwrap();
+    let (store, dir) = (store(temp.path(), "store"), tree(temp.path()));
+    let file = temp.path().join("file");
+    fs::write(&file, b"words and words ".repeat(300_000)).unwrap();
+    for path in [&dir, &file] {
+        // As much room as the draft takes while it is made, and a little more: some of it can be stored, not all.
+        let mut failed = 0;
+        for more in (0..).step_by(200) {
+            store.set_quota(None);
+            let mut draft = draft(&store, path).unwrap();
+            store.set_quota(Some(store.usage().used + more));
+            let kept = keep(&store, &mut draft, 1);
+            drop(draft);
+            let Err(failure) = kept else { break };
+            assert_eq!(failure.code, FailureCode::Full, "{}", failure.message);
+            assert!(store.blobs().is_empty() && store.components().is_empty());
+            assert_eq!(store.usage().used, 0);
+            failed += 1;
+        }
+        assert!(failed > 2, "at several places");
+        assert!(!store.blobs().is_empty());
+        store.gc(&|_| false, GcMode::Collect).unwrap();
+    }
 }
 
 #[test]

@@ -15,7 +15,7 @@ use capsule_proto::{GroupRanges, RootHash};
 use positioned_io::ReadAt;
 
 use super::blob::{FileReader, Part, dir_of, lock, path_of};
-use super::damage::Damage;
+use super::damage::{Checked, Damage};
 use super::disk::OpenMode;
 use super::error::{DatabaseError, IoFault, ReadError, WriteError};
 use super::import::Outboard;
@@ -298,6 +298,9 @@ impl Inner {
         entry: &ComponentEntry,
         groups: &GroupRanges,
     ) -> Result<GroupRanges, ReadError> {
+        if groups.is_empty() {
+            return Ok(GroupRanges::new());
+        }
         let (content, outboard) = self.open_component(root, entry)?;
         let tree = Tree {
             root: *root,
@@ -365,17 +368,22 @@ impl Inner {
         Ok((bad, committed))
     }
 
-    pub(super) fn verify_component(&self, root: &RootHash) -> Result<GroupRanges, ReadError> {
+    /// Reads the part of a component that is sound so far again.
+    pub(super) fn verify_component(
+        &self,
+        root: &RootHash,
+        part: &GroupRanges,
+    ) -> Result<Checked, ReadError> {
         let entry = self
             .component_entry(root)
             .ok_or(ReadError::Unknown(*root))?;
-        let held = lock(&entry.ranges).clone();
-        let bad = self.bad_component_groups(root, &entry, &held)?;
+        let read = lock(&entry.ranges).intersection(part);
+        let bad = self.bad_component_groups(root, &entry, &read)?;
         if bad.is_empty() {
-            return Ok(bad);
+            return Ok(Checked { read, bad });
         }
         match self.condemn_component(root, &entry, &bad)? {
-            ReadError::Damaged { groups, .. } => Ok(groups),
+            ReadError::Damaged { groups: bad, .. } => Ok(Checked { read, bad }),
             other => Err(other),
         }
     }

@@ -2,6 +2,7 @@
 //!
 //! Found while serving, or by [`Store::verify`]. Fetching them again is the daemon's business.
 
+use std::ops::Range;
 use std::sync::{Arc, PoisonError};
 
 use capsule_chunker::bao::{VerifyError, verify};
@@ -23,6 +24,15 @@ pub struct Damage {
     pub groups: GroupRanges,
 }
 
+/// What [`Store::verify_part`] read again.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Checked {
+    /// The groups that were present.
+    pub read: GroupRanges,
+    /// Those of them that did not verify.
+    pub bad: GroupRanges,
+}
+
 /// What is told of damage; called on the thread that found it.
 pub type DamageHandler = Arc<dyn Fn(&Damage) + Send + Sync>;
 
@@ -39,19 +49,26 @@ impl Store {
     /// Reads all that is present of a blob or component again, and returns the groups that do not
     /// verify; these no longer count as present, and are reported.
     pub fn verify(&self, root: &RootHash) -> Result<GroupRanges, ReadError> {
+        Ok(self.verify_part(root, 0..u64::MAX)?.bad)
+    }
+
+    /// The same for what is present of a run of groups.
+    pub fn verify_part(&self, root: &RootHash, part: Range<u64>) -> Result<Checked, ReadError> {
+        let part = GroupRanges::from(part);
         let Some(blob) = self.inner.blob(root) else {
-            return self.inner.verify_component(root);
+            return self.inner.verify_component(root, &part);
         };
-        let present = blob.state().present.clone();
-        let bad = self.inner.bad_groups(&blob, &present)?;
+        let read = blob.state().present.intersection(&part);
+        let bad = self.inner.bad_groups(&blob, &read)?;
         if bad.is_empty() {
-            return Ok(bad);
+            return Ok(Checked { read, bad });
         }
-        match self.inner.condemn(&blob, &bad)? {
-            ReadError::Damaged { groups, .. } => Ok(groups),
+        let bad = match self.inner.condemn(&blob, &bad)? {
+            ReadError::Damaged { groups, .. } => groups,
             // Repaired or removed meanwhile.
-            _ => Ok(GroupRanges::new()),
-        }
+            _ => GroupRanges::new(),
+        };
+        Ok(Checked { read, bad })
     }
 }
 

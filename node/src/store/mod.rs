@@ -48,7 +48,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGua
 use capsule_proto::RootHash;
 
 pub use component::ComponentProvider;
-pub use damage::{Damage, DamageHandler};
+pub use damage::{Checked, Damage, DamageHandler};
 pub use disk::{Disk, DiskFile, FileEntry, OpenMode, RealDisk};
 pub use error::{DatabaseError, Full, IoFault, OpenError, ReadError, RemoveError, WriteError};
 pub use gc::{ActiveGuard, GcMode, GcReport};

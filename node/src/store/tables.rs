@@ -101,11 +101,6 @@ impl Store {
         self.records_by_name(&format!("{NAME}{channel}"))
     }
 
-    /// The releases of a channel.
-    pub fn releases_of(&self, channel: &Channel) -> Result<Vec<SignedRecord>> {
-        self.records_by_name(&format!("{RELEASE}{channel}"))
-    }
-
     /// The revocations.
     pub fn revocations(&self) -> Result<Vec<SignedRecord>> {
         self.records_by_name(REVOCATION)
@@ -220,6 +215,21 @@ impl Store {
             tx.open_table(CAPSULES)?
                 .insert(id.0.as_bytes(), &bytes[..])?;
             Ok(())
+        })
+    }
+
+    /// Notes whether all of a capsule is here, if it is held at all; whether it is. One that was removed stays removed.
+    pub fn mark_capsule(&self, id: &CapsuleId, complete: bool) -> Result<bool> {
+        let key = id.0.as_bytes();
+        self.inner.meta.write(|tx| {
+            let mut table = tx.open_table(CAPSULES)?;
+            let known = table.get(key)?.map(|bytes| decode(bytes.value()));
+            let Some(held) = known.transpose()? else {
+                return Ok(false);
+            };
+            let marked = HeldCapsule { complete, ..held }.encode();
+            table.insert(key, &marked[..])?;
+            Ok(true)
         })
     }
 
@@ -367,13 +377,6 @@ impl Store {
         })
     }
 
-    /// Lifts a ban; whether there was one.
-    pub fn unban(&self, peer: &[u8]) -> Result<bool> {
-        self.inner
-            .meta
-            .write(|tx| Ok(tx.open_table(BANS)?.remove(peer)?.is_some()))
-    }
-
     /// All bans that hold at a time (seconds since 1970).
     pub fn bans(&self, now: u64) -> Result<Vec<(Vec<u8>, Ban)>> {
         self.inner.meta.read(|tx| {
@@ -389,14 +392,32 @@ impl Store {
         })
     }
 
-    /// Forgets bans that have ended at a time (seconds since 1970).
-    pub fn lift_ended_bans(&self, now: u64) -> Result<()> {
+    /// Forgets bans that have ended at a time (seconds since 1970); whose they were.
+    pub fn lift_ended_bans(&self, now: u64) -> Result<Vec<Vec<u8>>> {
+        let ended = |bytes: &[u8]| {
+            Ban::decode(bytes).is_ok_and(|ban| ban.until.is_some_and(|until| until <= now))
+        };
+        // Mostly there are none, which costs no commit.
+        let any = self.inner.meta.read(|tx| {
+            for entry in tx.open_table(BANS)?.iter()? {
+                if ended(entry?.1.value()) {
+                    return Ok(true);
+                }
+            }
+            Ok(false)
+        })?;
+        if !any {
+            return Ok(Vec::new());
+        }
         self.inner.meta.write(|tx| {
-            let ended = |bytes: &[u8]| {
-                Ban::decode(bytes).is_ok_and(|ban| ban.until.is_some_and(|until| until <= now))
-            };
-            tx.open_table(BANS)?.retain(|_, bytes| !ended(bytes))?;
-            Ok(())
+            let mut lifted = Vec::new();
+            tx.open_table(BANS)?.retain(|peer, bytes| {
+                if ended(bytes) {
+                    lifted.push(peer.to_vec());
+                }
+                !ended(bytes)
+            })?;
+            Ok(lifted)
         })
     }
 
@@ -405,6 +426,19 @@ impl Store {
         bounded("values", value.len(), MAX_VALUE_LEN)?;
         self.inner.meta.write(|tx| {
             tx.open_table(VALUES)?.insert(key, value)?;
+            Ok(())
+        })
+    }
+
+    /// Forgets single values of the daemon's; what is not there is no matter.
+    pub fn remove_values(&self, keys: &[String]) -> Result<()> {
+        if keys.is_empty() {
+            return Ok(());
+        }
+        self.inner.meta.write(|tx| {
+            let mut table = tx.open_table(VALUES)?;
+            keys.iter()
+                .try_for_each(|key| table.remove(&key[..]).map(drop))?;
             Ok(())
         })
     }

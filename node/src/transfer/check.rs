@@ -8,7 +8,7 @@ use std::io;
 use std::num::NonZeroUsize;
 use std::thread::available_parallelism;
 
-use capsule_chunker::bao::TreeHasher;
+use capsule_chunker::bao::{ContentHasher, TreeHasher};
 use capsule_chunker::content::Content;
 use capsule_chunker::layer::read::{LayerContent, ReadOptions};
 use capsule_chunker::layer::restore::{RestoreError, Sink, restore};
@@ -17,6 +17,7 @@ use capsule_proto::listing::{Listing, MAX_LISTING_LEN};
 use capsule_proto::manifest::Component;
 
 use crate::control::{Failure, FailureCode};
+use crate::failure::of_hash;
 use crate::held::{HeldWay, Holdings, TreeWay};
 use crate::layers::open;
 use crate::store::{BlobKind, ComponentRecipe, LayerBlobs, Scratch, Store};
@@ -76,10 +77,7 @@ fn check_stream(
         Some(&mut hasher),
         work,
     )?;
-    let hash_failed = |e: &dyn std::fmt::Display| {
-        Failure::new(FailureCode::Io, format!("hashing {}: {e}", component.name))
-    };
-    let (tree, outboard) = hasher.finish().map_err(|e| hash_failed(&e))?;
+    let (tree, outboard) = hasher.finish().map_err(of_hash)?;
     if tree.root != component.root {
         return Err(wrong(component, "its bytes have another hash"));
     }
@@ -204,7 +202,7 @@ fn pass(
     layers: &[LayerBlobs],
     content: &LayerContent,
     sink: &mut dyn Sink,
-    hasher: Option<&mut TreeHasher<Scratch>>,
+    hasher: Option<&mut dyn ContentHasher>,
     work: &Work,
 ) -> Result<(), Failure> {
     let Err(error) = restore(content, threads(), sink, hasher, work) else {

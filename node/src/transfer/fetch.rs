@@ -1,6 +1,7 @@
 //! Fetching a set of blobs: a few at a time, with one figure for all, patience, and durability at the end.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use capsule_proto::RootHash;
@@ -10,6 +11,8 @@ use futures::StreamExt;
 use futures::stream::FuturesUnordered;
 use tokio::sync::watch;
 
+use super::patience::{Mood, Patience};
+use crate::blobs::Blobs;
 use crate::control::{Failure, FailureCode, Phase, Progress};
 use crate::node::Node;
 use crate::store::{BlobKind, Store};
@@ -19,8 +22,6 @@ use crate::work::{Tell, blocking};
 const AT_A_TIME: usize = 16;
 /// How often progress is told and patience looked at.
 const TICK: Duration = Duration::from_millis(200);
-/// How long nothing may arrive before a fetch is given up, where the user said nothing: time for a provider to restart.
-pub const DEFAULT_PATIENCE: Duration = Duration::from_secs(30);
 
 /// A blob to be fetched.
 #[derive(Debug, Clone)]
@@ -51,8 +52,6 @@ pub struct Manner {
     pub name: String,
     /// How urgent it is.
     pub priority: Priority,
-    /// How long nothing may arrive.
-    pub patience: Duration,
 }
 
 /// Fetches blobs until all are here and durable.
@@ -60,17 +59,20 @@ pub async fn fetch(
     node: &Node,
     wanted: Vec<Wanted>,
     manner: &Manner,
+    patience: &Patience,
     tell: &dyn Tell,
 ) -> Result<Fetched, Failure> {
     let roots: Vec<RootHash> = wanted.iter().map(|wanted| wanted.root).collect();
     let _guard = node.store.guard(roots.iter().copied());
     let _kept = KeepOnDrop {
         store: node.store.clone(),
+        blobs: node.blobs.clone(),
         roots: roots.clone(),
     };
     let mut state = Fetching {
         node,
         manner,
+        patience,
         queue: wanted.into(),
         progress: BTreeMap::new(),
         last: (Instant::now(), 0),
@@ -95,15 +97,17 @@ pub async fn fetch(
     state.finish(&roots).await
 }
 
-/// Makes what came durable, however the fetch ends: a cancelled one is resumed, perhaps after a crash.
+/// Makes what came durable, and expects nothing more, however the fetch ends: a cancelled one is resumed, perhaps after a crash.
 struct KeepOnDrop {
     store: Store,
+    blobs: Arc<Blobs>,
     roots: Vec<RootHash>,
 }
 
 impl Drop for KeepOnDrop {
     fn drop(&mut self) {
         let (store, roots) = (self.store.clone(), std::mem::take(&mut self.roots));
+        roots.iter().for_each(|root| self.blobs.forget(root));
         let Ok(runtime) = tokio::runtime::Handle::try_current() else {
             return;
         };
@@ -124,6 +128,7 @@ impl Drop for KeepOnDrop {
 struct Fetching<'a> {
     node: &'a Node,
     manner: &'a Manner,
+    patience: &'a Patience,
     queue: VecDeque<Wanted>,
     progress: BTreeMap<RootHash, watch::Receiver<FetchProgress>>,
     /// When bytes arrived last, and how many had by then.
@@ -161,7 +166,6 @@ impl Fetching<'_> {
         root: RootHash,
         result: Result<FetchProgress, FetchError>,
     ) -> Result<(), Failure> {
-        self.node.blobs.forget(&root);
         let last = result.map_err(|error| {
             let failure = Failure::from(error);
             Failure {
@@ -203,17 +207,25 @@ impl Fetching<'_> {
         }
         let done = sum.done;
         tell.tell(sum);
-        if now.duration_since(self.last.0) > self.manner.patience {
-            return Err(self.given_up(done).await);
+        match self.patience.ask(now, self.last.0) {
+            Mood::Wait => Ok(()),
+            Mood::Leave(leaving) => {
+                let failure = self.given_up(done).await;
+                for leave in leaving {
+                    // It may have gone by itself.
+                    let _ = leave.send(failure.clone());
+                }
+                Ok(())
+            }
+            Mood::Over => Err(self.given_up(done).await),
         }
-        Ok(())
     }
 
     /// Why nothing arrives, as far as it can be told.
     async fn given_up(&self, done: u64) -> Failure {
         let peers = self.node.network.peers().await;
         let connected = peers.map_or(0, |peers| peers.len());
-        let (name, seconds) = (&self.manner.name, self.manner.patience.as_secs());
+        let (name, seconds) = (&self.manner.name, self.last.0.elapsed().as_secs());
         let so_far = if done > 0 {
             "; what has come is kept, and the same command resumes"
         } else {

@@ -1,32 +1,40 @@
 //! Pulling capsules: from a name to content that is here, checked and served.
 //!
-//! `prepare` finds out what is needed, `fetch` brings it, `check` proves it; here they are put in order. Pulls of the
-//! same capsule join: one transfer, heard by all who wait for it, stopped when none of them does any more.
+//! `prepare` finds out what is needed, `search` the cheapest ways, `fetch` brings it, `check` proves it; here they are put in
+//! order. Pulls of the same capsule join (`shared`): one transfer, heard by all who wait for it, stopped when none of them does
+//! any more. Each of them waits as long as it said (`patience`).
 
 pub mod check;
 pub mod fetch;
+pub mod patience;
 pub mod prepare;
+mod search;
+mod shared;
 
-use std::collections::{HashMap, HashSet};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use capsule_proto::{CapsuleId, RootHash};
-use capsule_swarm::Priority;
-use tokio::sync::watch;
-use tokio::task::AbortHandle;
+use capsule_swarm::{PeerInfo, Priority};
 
 use crate::control::{
-    CapsuleRef, Failure, FailureCode, PeerBytes, Phase, Plan, Planned, PlannedComponent, Progress,
-    Pull, Pulled, Reporter,
+    CapsuleRef, Failure, FailureCode, PeerBytes, Phase, Plan, Planned, PlannedComponent, Pull,
+    Pulled, Reporter,
 };
 use crate::node::{Node, machine_of, spelled};
 use crate::records::Resolution;
 use crate::store::HeldCapsule;
 use crate::work::{Task, Tell, blocking, panicked};
-use fetch::{DEFAULT_PATIENCE, Fetched, Manner, fetch};
+use fetch::{Fetched, Manner, fetch};
+use patience::Patience;
 use prepare::{ComponentPlan, Excluded, MAX_TRIES, Prepared, add, prepare};
+use shared::waiting;
+pub use shared::{Transfers, fetch_capsule};
 
+/// How long nothing may arrive before a fetch is given up, where the user said nothing: time for a provider to restart.
+pub const DEFAULT_PATIENCE: Duration = Duration::from_secs(30);
+/// The least, whatever the user said: the first bytes take so long where a link is thin or a provider busy.
+const LEAST_PATIENCE: Duration = Duration::from_secs(3);
 /// How long a name that nobody knows is waited for, where the user said nothing.
 const NAME_PATIENCE: Duration = Duration::from_secs(10);
 /// A peer connected for so long has sent its records.
@@ -35,113 +43,6 @@ const SETTLED: Duration = Duration::from_secs(8);
 const SPREAD: Duration = Duration::from_millis(1500);
 /// How often peers are looked at while a name is waited for.
 const LOOK: Duration = Duration::from_millis(300);
-/// Indexes remembered as wrong; beyond, they are found wrong again.
-const MAX_REFUSED: usize = 1024;
-
-/// Pulls under way.
-#[derive(Debug, Default)]
-pub struct Transfers {
-    running: Mutex<HashMap<CapsuleId, Weak<Running>>>,
-    refused: Mutex<HashSet<RootHash>>,
-}
-
-type Outcome = Option<Result<Pulled, Failure>>;
-
-/// A pull that one or more wait for.
-#[derive(Debug)]
-struct Running {
-    name: String,
-    progress: watch::Receiver<Progress>,
-    outcome: watch::Receiver<Outcome>,
-    task: AbortHandle,
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        // Nobody waits any more; what is verified stays.
-        self.task.abort();
-    }
-}
-
-impl Transfers {
-    /// Indexes that turned out not to be what their records say.
-    pub fn refused(&self) -> HashSet<RootHash> {
-        self.refused
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
-    }
-
-    /// Never chooses a layer again.
-    pub fn refuse(&self, index: RootHash) {
-        let mut refused = self.refused.lock().unwrap_or_else(PoisonError::into_inner);
-        if refused.len() < MAX_REFUSED {
-            refused.insert(index);
-        }
-    }
-
-    /// Whether a capsule is being pulled.
-    pub fn is_running(&self, capsule: &CapsuleId) -> bool {
-        self.running()
-            .get(capsule)
-            .is_some_and(|running| running.strong_count() > 0)
-    }
-
-    /// What is being pulled, and how far it is.
-    pub fn list(&self) -> Vec<(String, Progress)> {
-        let running = self.running();
-        let alive = running.values().filter_map(Weak::upgrade);
-        alive
-            .map(|running| (running.name.clone(), running.progress.borrow().clone()))
-            .collect()
-    }
-
-    fn running(&self) -> MutexGuard<'_, HashMap<CapsuleId, Weak<Running>>> {
-        self.running.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// The pull of a capsule that is under way, or a new one.
-    fn join(&self, node: &Arc<Node>, resolution: Resolution, manner: Manner) -> Arc<Running> {
-        let capsule = resolution.capsule;
-        let mut running = self.running();
-        running.retain(|_, running| running.strong_count() > 0);
-        let known = running.get(&capsule).and_then(Weak::upgrade);
-        if let Some(known) = known.filter(|known| known.outcome.borrow().is_none()) {
-            return known;
-        }
-        let name = manner.name.clone();
-        let (progress, progress_receiver) = watch::channel(waiting(&name));
-        let (outcome, outcome_receiver) = watch::channel(None);
-        let node = node.clone();
-        let task = tokio::spawn(async move {
-            let tell = |now| drop(progress.send_replace(now));
-            let result = transfer(&node, &resolution, &manner, &tell).await;
-            outcome.send_replace(Some(result));
-        });
-        let task = task.abort_handle();
-        let new = Arc::new(Running {
-            name,
-            progress: progress_receiver,
-            outcome: outcome_receiver,
-            task,
-        });
-        running.insert(capsule, Arc::downgrade(&new));
-        new
-    }
-}
-
-fn waiting(name: &str) -> Progress {
-    let what = Some(name.to_owned());
-    Progress {
-        phase: Phase::Waiting,
-        done: 0,
-        total: None,
-        rate: 0,
-        peers: 0,
-        written: 0,
-        what,
-    }
-}
 
 /// Says what a pull would fetch.
 pub async fn plan(
@@ -151,11 +52,14 @@ pub async fn plan(
 ) -> Result<Planned, Failure> {
     let started = Instant::now();
     let resolution = find(node, &request.capsule, request.wait, reporter).await?;
-    let manner = manner(&resolution, request.wait, Priority::Normal);
+    let manner = manner(&resolution, Priority::Normal);
+    let asked = Arc::new(Patience::default());
+    let _place = asked.wait(Instant::now(), patience(request.wait));
     let prepared = prepare(
         node,
         &resolution,
         &manner,
+        &asked,
         reporter,
         &mut Excluded::default(),
     )
@@ -180,40 +84,26 @@ pub async fn plan(
 /// Fetches a capsule for somebody who waits.
 pub async fn pull(node: &Arc<Node>, request: Pull, reporter: &Reporter) -> Result<Pulled, Failure> {
     let resolution = find(node, &request.capsule, request.wait, reporter).await?;
-    let manner = manner(&resolution, request.wait, Priority::Normal);
-    fetch_capsule(node, resolution, manner, reporter).await
-}
-
-/// Fetches a capsule that is known, together with whoever else does.
-pub async fn fetch_capsule(
-    node: &Arc<Node>,
-    resolution: Resolution,
-    manner: Manner,
-    tell: &dyn Tell,
-) -> Result<Pulled, Failure> {
-    let running = node.transfers.join(node, resolution, manner);
-    let (mut progress, mut outcome) = (running.progress.clone(), running.outcome.clone());
-    loop {
-        tokio::select! {
-            biased;
-            done = outcome.wait_for(Option::is_some) => {
-                let outcome = done.ok().and_then(|outcome| outcome.clone());
-                return outcome.unwrap_or_else(|| Err(Failure::new(FailureCode::Internal, "the transfer ended without a word")));
-            }
-            Ok(()) = progress.changed() => tell.tell(progress.borrow_and_update().clone()),
-        }
-    }
+    let (manner, patience) = (
+        manner(&resolution, Priority::Normal),
+        patience(request.wait),
+    );
+    fetch_capsule(node, resolution, manner, patience, reporter).await
 }
 
 /// How to pull what a reference resolved to.
-pub fn manner(resolution: &Resolution, wait: Option<u64>, priority: Priority) -> Manner {
-    let patience = wait.map_or(DEFAULT_PATIENCE, Duration::from_secs);
+pub fn manner(resolution: &Resolution, priority: Priority) -> Manner {
     Manner {
         phase: Phase::Fetching,
         name: spelled(resolution),
         priority,
-        patience,
     }
+}
+
+/// How long nothing may arrive, by what the user said.
+pub fn patience(wait: Option<u64>) -> Duration {
+    wait.map_or(DEFAULT_PATIENCE, Duration::from_secs)
+        .max(LEAST_PATIENCE)
 }
 
 /// Waits until a reference means something.
@@ -234,9 +124,7 @@ async fn find(
             other => return other,
         };
         let peers = node.network.peers().await?;
-        let settled = wait.is_none()
-            && started.elapsed() >= SPREAD
-            && peers.iter().any(|peer| peer.connected >= SETTLED);
+        let settled = wait.is_none() && settled(&peers, started);
         if settled || started.elapsed() >= patience {
             return Err(if peers.is_empty() {
                 nobody(failure)
@@ -247,6 +135,11 @@ async fn find(
         tell.tell(waiting("the name"));
         let _ = tokio::time::timeout(LOOK, changes.changed()).await;
     }
+}
+
+/// Whether what connected peers know of something asked for at `started` has come.
+fn settled(peers: &[PeerInfo], started: Instant) -> bool {
+    started.elapsed() >= SPREAD && peers.iter().any(|peer| peer.connected >= SETTLED)
 }
 
 fn nobody(failure: Failure) -> Failure {
@@ -277,13 +170,20 @@ async fn transfer(
     node: &Arc<Node>,
     resolution: &Resolution,
     manner: &Manner,
+    patience: &Patience,
     tell: &dyn Tell,
 ) -> Result<Pulled, Failure> {
     let started = Instant::now();
-    let _manifest = node.store.guard([resolution.capsule.0]);
     let (mut excluded, mut spent) = (Excluded::default(), Spent::default());
     for _ in 0..MAX_TRIES {
-        let attempt = attempt(node, resolution, manner, tell, &mut excluded, &mut spent);
+        let attempt = attempt(
+            node,
+            resolution,
+            (manner, patience),
+            tell,
+            &mut excluded,
+            &mut spent,
+        );
         if let Some(attempted) = attempt.await? {
             return Ok(pulled(node, resolution, attempted, spent, started.elapsed()).await);
         }
@@ -301,14 +201,13 @@ async fn transfer(
 async fn attempt(
     node: &Arc<Node>,
     resolution: &Resolution,
-    manner: &Manner,
+    (manner, patience): (&Manner, &Patience),
     tell: &dyn Tell,
     excluded: &mut Excluded,
     spent: &mut Spent,
 ) -> Result<Option<Attempted>, Failure> {
     let begun = Instant::now();
-    let prepared = prepare(node, resolution, manner, tell, excluded).await?;
-    let _guard = node.store.guard(prepared.roots());
+    let prepared = prepare(node, resolution, manner, patience, tell, excluded).await?;
     spent.planning_seconds += begun.elapsed().as_secs_f64();
     add(&mut spent.planning, prepared.planning.clone());
     if !still_held(node, &prepared).await? {
@@ -326,10 +225,10 @@ async fn attempt(
         return Ok(Some(attempted));
     }
     let prepared = &attempted.prepared;
-    note(node, resolution.capsule, false).await?;
+    begin(node, resolution.capsule).await?;
     let (begun, cpu) = (Instant::now(), cpu_seconds());
     let wanted = prepared.wanted(node);
-    let fetched = fetch(node, wanted.clone(), manner, tell).await;
+    let fetched = fetch(node, wanted.clone(), manner, patience, tell).await;
     spent.fetch_seconds += begun.elapsed().as_secs_f64();
     spent.fetch_cpu_seconds += cpu_seconds() - cpu;
     match fetched {
@@ -343,16 +242,20 @@ async fn attempt(
     for plan in prepared.components.iter().filter(|plan| !plan.held) {
         match check_component(node, plan, tell).await {
             Err(failure) if failure.code == FailureCode::Damaged => {
-                excluded.add(plan.way.blobs(), failure)?;
+                excluded.add(plan.way.indexes(), failure)?;
                 return Ok(None);
             }
             checked => checked?,
         }
     }
     spent.check_seconds += begun.elapsed().as_secs_f64();
-    // Not stopped half-way: what counts as complete is also announced.
+    // Not stopped half-way: what counts as complete is also announced. Guarded to its end, though who waits may go away.
     let (node, roots, capsule) = (node.clone(), prepared.roots(), resolution.capsule);
-    let done = tokio::spawn(async move { complete(&node, roots, capsule).await });
+    let guard = node.store.guard(roots.iter().copied().chain([capsule.0]));
+    let done = tokio::spawn(async move {
+        let _guard = guard;
+        complete(&node, roots, capsule).await
+    });
     done.await.unwrap_or_else(|panic| Err(panicked(&panic)))?;
     Ok(Some(attempted))
 }
@@ -407,8 +310,16 @@ async fn pulled(
 }
 
 /// Notes that a capsule is here, and tells everybody.
-async fn complete(node: &Node, roots: Vec<RootHash>, capsule: CapsuleId) -> Result<(), Failure> {
-    note(node, capsule, true).await?;
+async fn complete(
+    node: &Arc<Node>,
+    roots: Vec<RootHash>,
+    capsule: CapsuleId,
+) -> Result<(), Failure> {
+    // Where nobody waits any more, a collection may have come between.
+    let kept = node.while_keeping(move |node| Ok(node.store.mark_capsule(&capsule, true)?));
+    if !kept.await? {
+        return Err(Failure::cancelled());
+    }
     node.announce(roots.into_iter().chain([capsule.0])).await?;
     node.tell_capsules().await
 }
@@ -436,9 +347,9 @@ async fn check_component(
     {
         // Never by these layers again: perhaps there are others.
         plan.way
-            .blobs()
+            .indexes()
             .into_iter()
-            .for_each(|blob| node.transfers.refuse(blob));
+            .for_each(|index| node.transfers.refuse(index));
     }
     checked
 }
@@ -448,12 +359,19 @@ async fn is_complete(node: &Node, capsule: CapsuleId) -> Result<bool, Failure> {
     blocking(move || Ok(store.capsule(&capsule)?.is_some_and(|held| held.complete))).await
 }
 
-/// Notes that a capsule is here, or begun.
-async fn note(node: &Node, capsule: CapsuleId, complete: bool) -> Result<(), Failure> {
-    let (store, now) = (node.store.clone(), node.clock.now());
-    blocking(move || {
-        let added = store.capsule(&capsule)?.map_or(now, |held| held.added);
-        Ok(store.put_capsule(&capsule, &HeldCapsule { complete, added })?)
+/// Notes that a capsule is begun; not any more where nobody waits for it, as then it may be collected at any moment.
+async fn begin(node: &Arc<Node>, capsule: CapsuleId) -> Result<(), Failure> {
+    node.while_keeping(move |node| {
+        if !node.transfers.is_running(&capsule) {
+            return Err(Failure::cancelled());
+        }
+        let known = node.store.capsule(&capsule)?;
+        let added = known.map_or_else(|| node.clock.now(), |held| held.added);
+        let begun = HeldCapsule {
+            complete: false,
+            added,
+        };
+        Ok(node.store.put_capsule(&capsule, &begun)?)
     })
     .await
 }

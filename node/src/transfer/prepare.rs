@@ -3,32 +3,28 @@
 //! Fetches manifest and indexes, and nothing else; so `plan` and the beginning of a pull are the same code, and their
 //! figures agree to the byte.
 
-use std::cell::RefCell;
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashSet};
+use std::time::Instant;
 
 use capsule_proto::RootHash;
-use capsule_proto::index::Space;
-use capsule_proto::manifest::{Component, ComponentKind, Manifest};
-use capsule_proto::ranges::{GroupRanges, group_count};
+use capsule_proto::manifest::{Component, Manifest};
 use capsule_proto::record::{BlobRef, Layer};
-use capsule_swarm::NetworkHandle;
-use tokio::runtime::Handle;
 
 use super::fetch::{Fetched, Manner, Wanted, fetch};
+use super::patience::{Mood, Patience};
+use super::search::{Choice, Reach, choose, reach};
+use super::shared::waiting;
+use super::{LOOK, settled};
 use crate::control::{ComponentInfo, Failure, FailureCode, Phase, PlannedComponent};
-use crate::graph::{Cost, Known, Way, cheapest};
-use crate::held::{HeldWay, Holdings, TreeWay, blobs_of, component_info, fits, layer_blobs};
+use crate::held::{HeldWay, component_info, fits};
 use crate::layers::read_directory;
 use crate::node::Node;
-use crate::records::{Records, Resolution};
-use crate::store::{BlobKind, DatabaseError, LayerBlobs, Store};
+use crate::records::Resolution;
+use crate::store::{ActiveGuard, BlobKind};
 use crate::work::{Tell, blocking};
 
 /// How often other layers are tried for ones that nobody has, or that are not what their record says.
 pub const MAX_TRIES: usize = 8;
-/// A component as a blob must be cheaper than its layers by this part of its bytes.
-const BLOB_SURCHARGE: u64 = 8;
-
 /// A pull, thought through.
 #[derive(Debug)]
 pub struct Prepared {
@@ -40,6 +36,8 @@ pub struct Prepared {
     pub planning: Fetched,
     /// Bytes of the manifest.
     pub manifest_size: u64,
+    /// Keeps all that it takes from removal.
+    _guard: ActiveGuard,
 }
 
 /// How a component is come by.
@@ -90,11 +88,15 @@ impl Prepared {
 
     /// All roots that the capsule takes here.
     pub fn roots(&self) -> Vec<RootHash> {
-        self.components
-            .iter()
-            .flat_map(|plan| plan.blobs.keys().copied().chain([plan.component.root]))
-            .collect()
+        roots(&self.components).collect()
     }
+}
+
+/// All roots that components take.
+fn roots(components: &[ComponentPlan]) -> impl Iterator<Item = RootHash> + '_ {
+    components
+        .iter()
+        .flat_map(|plan| plan.blobs.keys().copied().chain([plan.component.root]))
 }
 
 impl ComponentPlan {
@@ -123,7 +125,8 @@ impl ComponentPlan {
 /// What a pull tried in vain, and does not try again.
 #[derive(Debug, Default)]
 pub struct Excluded {
-    blobs: HashSet<RootHash>,
+    /// Which blobs.
+    pub blobs: HashSet<RootHash>,
     /// Why the last of them was excluded: what is said if there is nothing else.
     pub failure: Option<Failure>,
 }
@@ -182,6 +185,7 @@ pub async fn prepare(
     node: &Node,
     resolution: &Resolution,
     manner: &Manner,
+    patience: &Patience,
     tell: &dyn Tell,
     excluded: &mut Excluded,
 ) -> Result<Prepared, Failure> {
@@ -189,11 +193,24 @@ pub async fn prepare(
         phase: Phase::Planning,
         ..manner.clone()
     };
+    // What comes belongs to nothing yet: without guards a collection would take it away before it is read.
+    let _manifest = node.store.guard([resolution.capsule.0]);
     let mut planning = Fetched::default();
-    let manifest = manifest(node, resolution, &manner, tell, &mut planning).await?;
+    let manifest = manifest(node, resolution, (&manner, patience), tell, &mut planning).await?;
     let manifest_size = manifest.encode().len() as u64;
+    let mut wrong = false;
     for _ in 0..MAX_TRIES {
-        let choice = choose(node, &manifest, excluded).await?;
+        let choice = if wrong {
+            match choose(node, &manifest, excluded).await {
+                // All that were known turned out wrong, which says more than that there are none.
+                Err(failure) if failure.code == FailureCode::Unreachable => break,
+                chosen => chosen?,
+            }
+        } else {
+            choose_in_time(node, &manifest, patience, tell, excluded).await?
+        };
+        let guard = roots(&choice.components).chain([resolution.capsule.0]);
+        let guard = node.store.guard(guard);
         let indexes = choice
             .indexes
             .iter()
@@ -205,7 +222,7 @@ pub async fn prepare(
                 kind: BlobKind::Index,
             })
             .collect();
-        match fetch(node, wanted.clone(), &manner, tell).await {
+        match fetch(node, wanted.clone(), &manner, patience, tell).await {
             Ok(fetched) => add(&mut planning, fetched),
             Err(failure) => {
                 excluded.missing(node, &wanted, failure).await?;
@@ -218,8 +235,10 @@ pub async fn prepare(
                 components: choice.components,
                 planning,
                 manifest_size,
+                _guard: guard,
             });
         }
+        wrong = true;
     }
     if let Some(failure) = excluded.failure.take() {
         return Err(failure);
@@ -230,6 +249,45 @@ pub async fn prepare(
     );
     Err(Failure::new(FailureCode::Damaged, message)
         .hint("its publisher made them wrong: tell them to publish it again"))
+}
+
+/// Chooses ways. Where none is known, the record that tells one may be on its way: a name's can come before its layers'.
+async fn choose_in_time(
+    node: &Node,
+    manifest: &Manifest,
+    patience: &Patience,
+    tell: &dyn Tell,
+    excluded: &Excluded,
+) -> Result<Choice, Failure> {
+    let started = Instant::now();
+    let mut changes = node.records.changes();
+    loop {
+        changes.borrow_and_update();
+        let failure = match choose(node, manifest, excluded).await {
+            Err(failure)
+                if failure.code == FailureCode::Unreachable && excluded.failure.is_none() =>
+            {
+                failure
+            }
+            chosen => return chosen,
+        };
+        let over = match patience.ask(Instant::now(), started) {
+            Mood::Wait => false,
+            Mood::Leave(leaving) => {
+                for leave in leaving {
+                    // It may have gone by itself.
+                    let _ = leave.send(failure.clone());
+                }
+                false
+            }
+            Mood::Over => true,
+        };
+        if over || settled(&node.network.peers().await?, started) {
+            return Err(failure);
+        }
+        tell.tell(waiting("the records of its layers"));
+        let _ = tokio::time::timeout(LOOK, changes.changed()).await;
+    }
 }
 
 /// Adds up what was fetched.
@@ -243,7 +301,7 @@ pub fn add(sum: &mut Fetched, more: Fetched) {
 async fn manifest(
     node: &Node,
     resolution: &Resolution,
-    manner: &Manner,
+    (manner, patience): (&Manner, &Patience),
     tell: &dyn Tell,
     planning: &mut Fetched,
 ) -> Result<Manifest, Failure> {
@@ -254,7 +312,7 @@ async fn manifest(
             size: resolution.manifest_size,
             kind: BlobKind::Manifest,
         };
-        *planning = fetch(node, vec![wanted], manner, tell).await?;
+        *planning = fetch(node, vec![wanted], manner, patience, tell).await?;
     }
     let holdings = node.holdings.clone();
     let manifest = blocking(move || Ok(holdings.manifest(&capsule))).await?;
@@ -264,64 +322,6 @@ async fn manifest(
         );
         Failure::new(FailureCode::Damaged, message).hint("check the id; or use a newer capsule")
     })
-}
-
-/// The ways chosen, and the layers whose indexes they need.
-struct Choice {
-    components: Vec<ComponentPlan>,
-    indexes: BTreeMap<RootHash, Layer>,
-    /// Whether nobody who is connected has some of it.
-    absent: bool,
-}
-
-/// Chooses ways. After a failure only ones that need not be waited for: patience was spent on what failed.
-async fn choose(node: &Node, manifest: &Manifest, excluded: &Excluded) -> Result<Choice, Failure> {
-    let chosen = choose_any(node, manifest, excluded).await;
-    match (chosen, &excluded.failure) {
-        (Ok(choice), Some(_)) if !choice.absent => Ok(choice),
-        (_, Some(failure)) => Err(failure.clone()),
-        (chosen, None) => chosen,
-    }
-}
-
-async fn choose_any(
-    node: &Node,
-    manifest: &Manifest,
-    excluded: &Excluded,
-) -> Result<Choice, Failure> {
-    let components = manifest.components.clone();
-    let streams = components
-        .iter()
-        .map(|c| ((Space::Stream as u8, c.root), c.size));
-    let trees = components
-        .iter()
-        .filter(|c| c.kind == ComponentKind::Tree)
-        .map(|c| ((Space::Contents as u8, c.root), c.content_size));
-    let mut refused = node.transfers.refused();
-    refused.extend(&excluded.blobs);
-    let search = Search {
-        store: node.store.clone(),
-        holdings: node.holdings.clone(),
-        records: node.records.clone(),
-        network: node.network.clone(),
-        runtime: Handle::current(),
-        refused,
-        sizes: streams.chain(trees).collect(),
-        reach: RefCell::default(),
-    };
-    blocking(move || {
-        let mut choice = Choice {
-            components: Vec::new(),
-            indexes: BTreeMap::new(),
-            absent: false,
-        };
-        let mut taken = HashSet::new();
-        for component in components {
-            search.add(component, &mut choice, &mut taken)?;
-        }
-        Ok(choice)
-    })
-    .await
 }
 
 /// Whether the indexes are what their records say; those that are not are never tried again.
@@ -346,264 +346,4 @@ async fn check_indexes(node: &Node, indexes: BTreeMap<RootHash, Layer>) -> Resul
     .await?;
     wrong.iter().for_each(|root| node.transfers.refuse(*root));
     Ok(wrong.is_empty())
-}
-
-/// What the search for ways may look at.
-struct Search {
-    store: Store,
-    holdings: Holdings,
-    records: std::sync::Arc<Records>,
-    network: NetworkHandle,
-    /// For asking the network from a thread that may block.
-    runtime: Handle,
-    /// Indexes that turned out wrong, and blobs that this pull tried in vain.
-    refused: HashSet<RootHash>,
-    /// What the manifest says of lengths, by space.
-    sizes: HashMap<(u8, RootHash), u64>,
-    /// What the network said of blobs.
-    reach: RefCell<HashMap<RootHash, Reach>>,
-}
-
-/// How much of a blob is here or at connected machines.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Reach {
-    Nothing,
-    Some,
-    All,
-}
-
-async fn reach(network: &NetworkHandle, store: &Store, blob: &BlobRef) -> Reach {
-    let here = store.durable(&blob.root);
-    let mut groups = here.map_or_else(GroupRanges::new, |here| here.ranges);
-    // A closing network has no providers; whoever fetches hears of it.
-    for provider in network.providers(blob.root).await.unwrap_or_default() {
-        if provider.size == blob.size {
-            groups.union_with(&provider.groups);
-        }
-    }
-    match groups.is_empty() {
-        true => Reach::Nothing,
-        false if groups.contains_run(&(0..group_count(blob.size))) => Reach::All,
-        false => Reach::Some,
-    }
-}
-
-impl Search {
-    fn add(
-        &self,
-        component: Component,
-        choice: &mut Choice,
-        taken: &mut HashSet<RootHash>,
-    ) -> Result<(), Failure> {
-        let held = self.holdings.way_to(&component)?;
-        let (way, blobs, held) = match held {
-            Some(way) => {
-                let mut blobs: Vec<RootHash> = way.blobs().into_iter().collect();
-                if way == HeldWay::Blob {
-                    blobs.push(component.root);
-                }
-                let known = |root: RootHash| {
-                    let size = self.store.durable(&root).map_or(0, |here| here.size);
-                    (root, (size, BlobKind::Other))
-                };
-                (way, blobs.into_iter().map(known).collect(), true)
-            }
-            None => {
-                let mut blobs = BTreeMap::new();
-                let way = self.way(&component, &mut blobs, choice)?;
-                (way, blobs, false)
-            }
-        };
-        let blobs = blobs
-            .into_iter()
-            .filter(|(root, _)| taken.insert(*root))
-            .collect();
-        choice.components.push(ComponentPlan {
-            component,
-            held,
-            way,
-            blobs,
-        });
-        Ok(())
-    }
-
-    /// The cheapest way to a component that is not held.
-    fn way(
-        &self,
-        component: &Component,
-        blobs: &mut BTreeMap<RootHash, (u64, BlobKind)>,
-        choice: &mut Choice,
-    ) -> Result<HeldWay, Failure> {
-        let mut find = |space, size| {
-            let way =
-                cheapest(self, space, component.root, size)?.ok_or_else(|| no_way(component))?;
-            Ok::<_, Failure>((self.layers_of(space, component, &way, blobs, choice)?, way))
-        };
-        if component.kind != ComponentKind::Tree {
-            let (layers, way) = find(Space::Stream, component.size)?;
-            return Ok(if matches!(way, Way::Blob(_)) {
-                HeldWay::Blob
-            } else {
-                HeldWay::Layers(layers)
-            });
-        }
-        // A listing that is here needs no layers; those through which it came stay known, to be served.
-        let listing = if self.holdings.is_complete(&component.root) {
-            self.holdings
-                .tree_way(&component.root)?
-                .unwrap_or_default()
-                .listing
-        } else {
-            find(Space::Stream, component.size)?.0
-        };
-        let contents = if component.content_size == 0 {
-            Vec::new()
-        } else {
-            find(Space::Contents, component.content_size)?.0
-        };
-        Ok(HeldWay::Tree(TreeWay { listing, contents }))
-    }
-
-    /// The layers of a way, with those below it that are held; notes the blobs of all.
-    fn layers_of(
-        &self,
-        space: Space,
-        component: &Component,
-        way: &Way,
-        blobs: &mut BTreeMap<RootHash, (u64, BlobKind)>,
-        choice: &mut Choice,
-    ) -> Result<Vec<LayerBlobs>, Failure> {
-        let (below, new) = match way {
-            Way::Held => (Some(component.root), &[][..]),
-            Way::Blob(blob) => {
-                choice.absent |= self.reach(blob) != Reach::All;
-                // A tree's listing is fetched as what it is.
-                blobs.insert(blob.root, (blob.size, BlobKind::Other));
-                return Ok(Vec::new());
-            }
-            Way::Layers(layers) => (layers.first().and_then(|layer| layer.parent), &layers[..]),
-        };
-        let mut layers = below
-            .map_or(Ok(None), |parent| self.recipe(space, &parent))?
-            .unwrap_or_default();
-        for blob in blobs_of(&layers) {
-            let size = self.store.durable(&blob).map_or(0, |here| here.size);
-            blobs.insert(blob, (size, BlobKind::Other));
-        }
-        for layer in new {
-            choice.absent |= !self.is_reachable(layer);
-            choice.indexes.insert(layer.index.root, layer.clone());
-            blobs.insert(layer.index.root, (layer.index.size, BlobKind::Index));
-            blobs.extend(
-                layer
-                    .pack
-                    .map(|pack| (pack.root, (pack.size, BlobKind::Pack))),
-            );
-            layers.push(layer_blobs(layer));
-        }
-        Ok(layers)
-    }
-
-    fn reach(&self, blob: &BlobRef) -> Reach {
-        if self.holdings.is_complete(&blob.root) {
-            return Reach::All;
-        }
-        if let Some(known) = self.reach.borrow().get(&blob.root) {
-            return *known;
-        }
-        let found = self
-            .runtime
-            .block_on(reach(&self.network, &self.store, blob));
-        self.reach.borrow_mut().insert(blob.root, found);
-        found
-    }
-
-    /// Whether a layer may make what its record says, as far as can be told before any of it is fetched.
-    fn is_usable(&self, layer: &Layer) -> bool {
-        let size = self.sizes.get(&(layer.space as u8, layer.target));
-        let mut blobs = [Some(&layer.index), layer.pack.as_ref()]
-            .into_iter()
-            .flatten();
-        size.is_none_or(|size| *size == layer.target_size)
-            && blobs.all(|blob| !self.refused.contains(&blob.root) && self.agrees(blob))
-    }
-
-    /// Whether a blob's size is that of the one here. One of which nothing came has only the size that somebody said: it goes.
-    fn agrees(&self, blob: &BlobRef) -> bool {
-        self.store.durable(&blob.root).is_none_or(|here| {
-            let begun = || {
-                self.store
-                    .present(&blob.root)
-                    .is_some_and(|p| !p.ranges.is_empty())
-            };
-            here.size == blob.size || (!begun() && self.store.remove(&blob.root).is_ok())
-        })
-    }
-
-    /// The layers through which a component is read here, if it is.
-    fn recipe(
-        &self,
-        space: Space,
-        root: &RootHash,
-    ) -> Result<Option<Vec<LayerBlobs>>, DatabaseError> {
-        let layers = match space {
-            Space::Stream => self
-                .store
-                .component(root)
-                .map(|component| component.recipe.layers),
-            Space::Contents => self.holdings.tree_way(root)?.map(|way| way.contents),
-        };
-        Ok(layers.filter(|layers| {
-            !layers.is_empty() && blobs_of(layers).all(|blob| self.holdings.is_complete(&blob))
-        }))
-    }
-}
-
-impl Known for Search {
-    type Error = DatabaseError;
-
-    fn is_held(&self, space: Space, root: &RootHash) -> Result<bool, DatabaseError> {
-        Ok(self.recipe(space, root)?.is_some())
-    }
-
-    fn layers_to(&self, space: Space, root: &RootHash) -> Result<Vec<Layer>, DatabaseError> {
-        let known = self
-            .records
-            .layers_to(root)?
-            .into_iter()
-            .map(|known| known.layer);
-        Ok(known
-            .filter(|layer| layer.space == space && self.is_usable(layer))
-            .collect())
-    }
-
-    fn missing(&self, blob: &BlobRef) -> u64 {
-        blob.size
-            .saturating_sub(self.holdings.bytes_here([blob.root]))
-    }
-
-    /// A little more than its bytes: whoever serves a component decodes it for that, and it is stored as it is. What is here
-    /// already was paid for.
-    fn blob_cost(&self, blob: &BlobRef) -> Option<Cost> {
-        let (reach, missing) = (self.reach(blob), self.missing(blob));
-        let served = reach != Reach::Nothing && !self.refused.contains(&blob.root);
-        let absent = u64::from(reach != Reach::All);
-        served.then(|| (absent, missing.saturating_add(missing / BLOB_SURCHARGE)))
-    }
-
-    fn is_reachable(&self, layer: &Layer) -> bool {
-        let mut blobs = [Some(&layer.index), layer.pack.as_ref()]
-            .into_iter()
-            .flatten();
-        blobs.all(|blob| self.reach(blob) == Reach::All)
-    }
-}
-
-fn no_way(component: &Component) -> Failure {
-    let message = format!(
-        "no layer is known that leads to component {} ({})",
-        component.name, component.root
-    );
-    Failure::new(FailureCode::Unreachable, message)
-        .hint("records arrive from connected peers: wait, or start the machine that published it")
 }

@@ -234,6 +234,12 @@ pub fn status(full: bool) -> NodeStatus {
         capsule: text(),
         progress: progress(full),
     };
+    let ban = BanInfo {
+        peer: text(),
+        name: full.then(text),
+        reason: text(),
+        until: full.then_some(1),
+    };
     let follow = FollowInfo {
         channel: text(),
         newest: full.then(text),
@@ -256,6 +262,7 @@ pub fn status(full: bool) -> NodeStatus {
         uptime: 1,
         peers: 1,
         banned: 1,
+        bans: vec![ban],
         records: 1,
         capsules: 1,
         partial: 1,

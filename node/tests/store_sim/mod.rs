@@ -9,6 +9,7 @@
 
 #![allow(dead_code)] // Each test file uses its part of this.
 
+mod changes;
 pub mod content;
 pub mod script;
 pub mod short;
@@ -22,8 +23,7 @@ use capsule_node::store::{Disk, DiskFile, FileEntry, OpenMode};
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 
-/// What a sector write is atomic in.
-const SECTOR: usize = 512;
+use changes::{Change, Content, NameChange};
 
 /// What goes wrong, and at which operation (counted from 0 among those that change something).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,27 +52,6 @@ struct Machine {
     off: bool,
     /// Whether an injected error was met.
     met: bool,
-}
-
-#[derive(Debug, Clone, Default)]
-struct Content {
-    live: Vec<u8>,
-    durable: Vec<u8>,
-    pending: Vec<Change>,
-}
-
-#[derive(Debug, Clone)]
-enum Change {
-    Write(usize, Vec<u8>),
-    Len(usize),
-    Punch(usize, usize),
-}
-
-#[derive(Debug, Clone)]
-enum NameChange {
-    Make(PathBuf, Option<usize>),
-    Unlink(PathBuf),
-    Rename(PathBuf, PathBuf, usize),
 }
 
 #[derive(Debug)]
@@ -271,95 +250,6 @@ impl Machine {
 
 pub const ENOSPC: i32 = 28;
 pub const EIO: i32 = 5;
-
-impl NameChange {
-    fn touches(&self, dir: &Path) -> bool {
-        match self {
-            Self::Make(path, _) | Self::Unlink(path) => path.parent() == Some(dir),
-            Self::Rename(from, to, _) => from.parent() == Some(dir) || to.parent() == Some(dir),
-        }
-    }
-
-    fn apply(&self, names: &mut BTreeMap<PathBuf, Option<usize>>) {
-        match self {
-            Self::Make(path, id) => drop(names.insert(path.clone(), *id)),
-            Self::Unlink(path) => drop(names.remove(path)),
-            Self::Rename(from, to, id) => {
-                names.remove(from);
-                names.insert(to.clone(), Some(*id));
-            }
-        }
-    }
-}
-
-impl Change {
-    fn apply(&self, bytes: &mut Vec<u8>) {
-        match self {
-            Self::Write(offset, data) => {
-                let end = offset + data.len();
-                bytes.resize(bytes.len().max(end), 0);
-                bytes[*offset..end].copy_from_slice(data);
-            }
-            Self::Len(len) => bytes.resize(*len, 0),
-            Self::Punch(offset, len) => {
-                let end = bytes.len().min(offset + len);
-                bytes[end.min(*offset)..end].fill(0);
-            }
-        }
-    }
-
-    /// Applies a part of the change, sector by sector as the seed says.
-    fn apply_torn(&self, bytes: &mut Vec<u8>, rng: &mut SmallRng, odds: f64) {
-        match self {
-            Self::Len(_) => {
-                if rng.random_bool(odds) {
-                    self.apply(bytes);
-                }
-            }
-            Self::Write(offset, data) => {
-                for range in sectors(*offset, data.len()) {
-                    if rng.random_bool(odds) {
-                        Self::Write(
-                            range.start,
-                            data[range.start - offset..range.end - offset].to_vec(),
-                        )
-                        .apply(bytes);
-                    }
-                }
-            }
-            Self::Punch(offset, len) => {
-                for range in sectors(*offset, *len) {
-                    if rng.random_bool(odds) {
-                        Self::Punch(range.start, range.len()).apply(bytes);
-                    }
-                }
-            }
-        }
-    }
-}
-
-fn sectors(offset: usize, len: usize) -> impl Iterator<Item = std::ops::Range<usize>> {
-    let end = offset + len;
-    (offset / SECTOR..end.div_ceil(SECTOR))
-        .map(move |i| (i * SECTOR).max(offset)..((i + 1) * SECTOR).min(end))
-}
-
-impl Content {
-    fn surviving(&self, rng: &mut SmallRng, odds: f64) -> Vec<u8> {
-        let mut bytes = self.durable.clone();
-        self.pending
-            .iter()
-            .for_each(|change| change.apply_torn(&mut bytes, rng, odds));
-        bytes
-    }
-
-    fn sync(&mut self) {
-        let durable = &mut self.durable;
-        self.pending
-            .drain(..)
-            .for_each(|change| change.apply(durable));
-    }
-}
 
 impl Disk for SimDisk {
     fn open(&self, path: &Path, mode: OpenMode) -> io::Result<Arc<dyn DiskFile>> {

@@ -112,7 +112,8 @@ pub enum Event {
     PeerConnected(PeerId),
     /// It no longer is.
     PeerDisconnected(PeerId),
-    /// A peer sent a wrong byte. Keep it, and pass it as [`NetworkConfig::banned`] from now on.
+    /// A peer sent a wrong byte, and is refused from now on. Keep it, pass it as [`NetworkConfig::banned`], and let it come
+    /// again with [`NetworkHandle::unban`].
     PeerBanned {
         /// The peer.
         peer: PeerId,
@@ -283,6 +284,11 @@ impl NetworkHandle {
     /// Adds a bootstrap address, as in [`NetworkConfig::bootstrap`].
     pub async fn add_address(&self, address: String) -> Result<(), NetworkClosed> {
         send(&self.commands, Command::AddAddress { address }).await
+    }
+
+    /// Refuses a peer no longer that was banned.
+    pub async fn unban(&self, peer: PeerId) -> Result<(), NetworkClosed> {
+        send(&self.commands, Command::Unban { peer }).await
     }
 
     /// Connected peers that announce a blob.

@@ -367,6 +367,14 @@ impl Engine {
         }
     }
 
+    /// Lets go of members whose credential has ended, or was revoked, since they were let in.
+    pub(super) fn let_go_ended(&mut self) {
+        let members = self.peers.iter().map(|(key, peer)| (*key, &peer.member));
+        for (key, why) in self.gatekeeper.ended(members) {
+            self.violation(key, &why.to_string());
+        }
+    }
+
     /// A lane broke: mostly with its connection.
     pub(super) fn on_lane_fault(&mut self, key: PeerKey, error: &LaneError) {
         let Some(peer) = self.peers.get(&key) else {
@@ -423,5 +431,14 @@ impl Engine {
             peer: id,
             reason: reason.to_owned(),
         });
+    }
+
+    /// Its ban has ended: it may come again.
+    pub(super) fn unban(&mut self, id: &PeerId) {
+        self.gatekeeper.unban(id);
+        self.swarm
+            .behaviour_mut()
+            .gossip
+            .remove_blacklisted_peer(id);
     }
 }

@@ -98,6 +98,9 @@ pub enum Command {
     AddAddress {
         address: String,
     },
+    Unban {
+        peer: PeerId,
+    },
     Providers {
         root: RootHash,
         reply: oneshot::Sender<Vec<Provider>>,
@@ -246,6 +249,7 @@ impl Engine {
         let elapsed = now - self.ticked;
         self.ticked = now;
         self.tick_peers(now, elapsed);
+        self.let_go_ended();
         self.tick_transfers();
         self.tick_inquiries(now);
         self.tick_records(now);
@@ -266,6 +270,7 @@ impl Engine {
             Command::PublishRecord { bytes } => self.publish_record(bytes),
             Command::SetCapsules { capsules } => self.set_capsules(capsules),
             Command::AddAddress { address } => self.add_address(&address),
+            Command::Unban { peer } => self.unban(&peer),
             Command::Providers { root, reply } => self.find_providers(root, reply),
             Command::Peers { reply } => {
                 let now = Instant::now();

@@ -137,6 +137,11 @@ impl Gatekeeper {
         Some(lifted)
     }
 
+    /// Refuses it no longer.
+    pub fn unban(&self, peer: &PeerId) {
+        self.lock().banned.remove(peer);
+    }
+
     /// Whether the peer is refused for what it sent before.
     pub fn is_banned(&self, peer: &PeerId) -> bool {
         self.lock().banned.contains(peer)
@@ -150,6 +155,26 @@ impl Gatekeeper {
             .rev()
             .find(|(id, _)| id == peer)
             .map(|(_, member)| member.clone())
+    }
+
+    /// Which of these members no longer count, though they did when they were let in, and why.
+    pub fn ended<'a, K>(
+        &self,
+        members: impl Iterator<Item = (K, &'a Member)>,
+    ) -> Vec<(K, CredentialError)> {
+        let (now, revoked) = ((self.unix_time)(), self.records.revoked());
+        let why = |Member { machine, grant, .. }: &Member| {
+            let expired = grant.expires;
+            if now >= expired {
+                return Some(CredentialError::Expired { expired, now });
+            }
+            let is_revoked =
+                revoked.tokens.contains(&grant.id) || revoked.machines.contains(machine);
+            is_revoked.then_some(CredentialError::Revoked(*machine))
+        };
+        members
+            .filter_map(|(key, member)| Some((key, why(member)?)))
+            .collect()
     }
 
     /// Runs the exchange on a connection whose other end proved to be `peer`.
@@ -408,6 +433,8 @@ mod tests {
         assert_eq!(keeper.ban(peer), Some(Vec::new()));
         assert_eq!(keeper.ban(peer), None);
         assert!(matches!(refusal(peer, &good), Refusal::Banned));
+        keeper.unban(&peer);
+        assert!(keeper.check(peer, &good).is_ok());
     }
 
     #[test]

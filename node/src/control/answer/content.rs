@@ -1,0 +1,168 @@
+//! Answers to what moves or reads content: `publish`, `plan`, `pull`, `export`, `verify`.
+
+use std::path::PathBuf;
+
+use capsule_proto::{CapsuleId, RootHash};
+use serde::{Deserialize, Serialize};
+
+use super::ComponentInfo;
+
+/// Answer to `publish`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Published {
+    /// The capsule.
+    pub capsule: CapsuleId,
+    /// `CHANNEL:VERSION`.
+    pub name: String,
+    /// Whether this content was already published under this name, so that nothing was done.
+    pub unchanged: bool,
+    /// Its components.
+    pub components: Vec<ComponentInfo>,
+    /// Bytes of content.
+    pub content_bytes: u64,
+    /// Of these, bytes that were zero.
+    pub zero_bytes: u64,
+    /// Of these, bytes that repeat earlier ones.
+    pub repeated_bytes: u64,
+    /// Bytes of packs made.
+    pub pack_bytes: u64,
+    /// Bytes of indexes made.
+    pub index_bytes: u64,
+    /// How long it took.
+    pub seconds: f64,
+    /// What a person should know.
+    pub warnings: Vec<String>,
+}
+
+/// Answer to `plan`. All figures are distinct verified blob bytes.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Planned {
+    /// The capsule.
+    pub capsule: CapsuleId,
+    /// Its name, as resolved; none where it was given by id and has none.
+    pub name: Option<String>,
+    /// By component.
+    pub components: Vec<PlannedComponent>,
+    /// Bytes of manifest, indexes and packs that are here already, those fetched for this plan included.
+    pub have_bytes: u64,
+    /// Bytes that a pull fetches from now on.
+    pub fetch_bytes: u64,
+    /// Bytes of manifest and indexes that were fetched for this plan; a pull does not fetch them again.
+    pub planning_bytes: u64,
+    /// Bytes of content that the capsule comes to.
+    pub content_bytes: u64,
+    /// How long planning took.
+    pub seconds: f64,
+}
+
+/// What a pull fetches for a component.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct PlannedComponent {
+    /// The component.
+    #[serde(flatten)]
+    pub component: ComponentInfo,
+    /// By which way: `layers` or `blob`.
+    pub way: String,
+    /// How many layers it goes through.
+    pub layers: usize,
+    /// Bytes that are here.
+    pub have: u64,
+    /// Bytes to be fetched.
+    pub fetch: u64,
+}
+
+/// Answer to `pull`. Byte figures are distinct verified blob bytes.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Pulled {
+    /// The capsule.
+    pub capsule: CapsuleId,
+    /// Its name, as resolved.
+    pub name: Option<String>,
+    /// Whether it was already complete, so that nothing was done.
+    pub unchanged: bool,
+    /// Its components, and what each cost.
+    pub components: Vec<PlannedComponent>,
+    /// Bytes fetched: manifest, indexes and packs.
+    pub fetched_bytes: u64,
+    /// Bytes of these blobs that were here before.
+    pub had_bytes: u64,
+    /// Of the fetched bytes, those of manifest and indexes.
+    pub planning_bytes: u64,
+    /// Bytes of content.
+    pub content_bytes: u64,
+    /// Fetched bytes by the peer that sent them, most first.
+    pub by_peer: Vec<PeerBytes>,
+    /// From the request to the first pack byte's request: finding the name, manifest and indexes.
+    pub planning_seconds: f64,
+    /// From the first request for packs to packs verified and durable.
+    pub fetch_seconds: f64,
+    /// CPU seconds of this node's process in that time, whatever else it did.
+    pub fetch_cpu_seconds: f64,
+    /// Checking the components against their roots.
+    pub check_seconds: f64,
+    /// All together.
+    pub seconds: f64,
+}
+
+/// Bytes from a peer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PeerBytes {
+    /// Its network id.
+    pub peer: String,
+    /// Its machine's name, where known.
+    pub name: Option<String>,
+    /// Its machine's id, where known.
+    pub machine: Option<String>,
+    /// Verified bytes.
+    pub bytes: u64,
+}
+
+/// Answer to `export`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Exported {
+    /// The capsule.
+    pub capsule: CapsuleId,
+    /// The component written.
+    pub component: ComponentInfo,
+    /// Where to.
+    #[serde(with = "crate::control::path")]
+    pub to: PathBuf,
+    /// Bytes of content.
+    pub bytes: u64,
+    /// Of a tree: files written and checked.
+    pub files: Option<u64>,
+    /// How long it took.
+    pub seconds: f64,
+    /// What is missing: owners, device nodes ... for lack of rights.
+    pub warnings: Vec<String>,
+}
+
+/// Answer to `verify`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Verified {
+    /// Blobs and components read.
+    pub checked: u64,
+    /// Bytes of these.
+    pub checked_bytes: u64,
+    /// What was damaged.
+    pub damaged: Vec<DamageInfo>,
+    /// Bytes that were damaged.
+    pub damaged_bytes: u64,
+    /// Of these, bytes fetched again.
+    pub repaired_bytes: u64,
+    /// How long it took.
+    pub seconds: f64,
+}
+
+/// Damage found.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct DamageInfo {
+    /// The blob or component.
+    pub root: RootHash,
+    /// `manifest`, `listing`, `index`, `pack`, `component` or `other`.
+    pub kind: String,
+    /// Bytes that did not verify.
+    pub bytes: u64,
+    /// Of these, bytes fetched again.
+    pub repaired: u64,
+}

@@ -1,0 +1,350 @@
+//! The search for ways: by what is here, what the records say, and what connected machines have, how each component of a
+//! capsule is best come by.
+//!
+//! `graph` finds the cheapest way; here is what it asks, and what its answer takes in blobs.
+
+use std::cell::RefCell;
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::Arc;
+
+use capsule_proto::RootHash;
+use capsule_proto::index::Space;
+use capsule_proto::manifest::{Component, ComponentKind, Manifest};
+use capsule_proto::ranges::{GroupRanges, group_count};
+use capsule_proto::record::{BlobRef, Layer};
+use capsule_swarm::NetworkHandle;
+use tokio::runtime::Handle;
+
+use super::prepare::{ComponentPlan, Excluded};
+use crate::control::{Failure, FailureCode};
+use crate::graph::{Cost, Known, Way, cheapest};
+use crate::held::{HeldWay, Holdings, TreeWay, blobs_of, layer_blobs};
+use crate::node::Node;
+use crate::records::Records;
+use crate::store::{BlobKind, DatabaseError, LayerBlobs, Store};
+use crate::work::blocking;
+
+/// A component as a blob must be cheaper than its layers by this part of its bytes.
+const BLOB_SURCHARGE: u64 = 8;
+
+/// The ways chosen, and the layers whose indexes they need.
+pub(super) struct Choice {
+    pub components: Vec<ComponentPlan>,
+    pub indexes: BTreeMap<RootHash, Layer>,
+    /// Whether nobody who is connected has some of it.
+    absent: bool,
+}
+
+/// Chooses ways. After a failure only ones that need not be waited for: patience was spent on what failed.
+pub(super) async fn choose(
+    node: &Node,
+    manifest: &Manifest,
+    excluded: &Excluded,
+) -> Result<Choice, Failure> {
+    let chosen = choose_any(node, manifest, excluded).await;
+    match (chosen, &excluded.failure) {
+        (Ok(choice), Some(_)) if !choice.absent => Ok(choice),
+        (_, Some(failure)) => Err(failure.clone()),
+        (chosen, None) => chosen,
+    }
+}
+
+async fn choose_any(
+    node: &Node,
+    manifest: &Manifest,
+    excluded: &Excluded,
+) -> Result<Choice, Failure> {
+    let components = manifest.components.clone();
+    let streams = components
+        .iter()
+        .map(|c| ((Space::Stream as u8, c.root), c.size));
+    let trees = components
+        .iter()
+        .filter(|c| c.kind == ComponentKind::Tree)
+        .map(|c| ((Space::Contents as u8, c.root), c.content_size));
+    let mut refused = node.transfers.refused();
+    refused.extend(&excluded.blobs);
+    let search = Search {
+        store: node.store.clone(),
+        holdings: node.holdings.clone(),
+        records: node.records.clone(),
+        network: node.network.clone(),
+        runtime: Handle::current(),
+        refused,
+        sizes: streams.chain(trees).collect(),
+        reach: RefCell::default(),
+    };
+    blocking(move || {
+        let mut choice = Choice {
+            components: Vec::new(),
+            indexes: BTreeMap::new(),
+            absent: false,
+        };
+        let mut taken = HashSet::new();
+        for component in components {
+            search.add(component, &mut choice, &mut taken)?;
+        }
+        Ok(choice)
+    })
+    .await
+}
+
+/// What the search for ways may look at.
+struct Search {
+    store: Store,
+    holdings: Holdings,
+    records: Arc<Records>,
+    network: NetworkHandle,
+    /// For asking the network from a thread that may block.
+    runtime: Handle,
+    /// Indexes that turned out wrong, and blobs that this pull tried in vain.
+    refused: HashSet<RootHash>,
+    /// What the manifest says of lengths, by space.
+    sizes: HashMap<(u8, RootHash), u64>,
+    /// What the network said of blobs.
+    reach: RefCell<HashMap<RootHash, Reach>>,
+}
+
+/// How much of a blob is here or at connected machines.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Reach {
+    Nothing,
+    Some,
+    All,
+}
+
+pub(super) async fn reach(network: &NetworkHandle, store: &Store, blob: &BlobRef) -> Reach {
+    let here = store.durable(&blob.root);
+    let mut groups = here.map_or_else(GroupRanges::new, |here| here.ranges);
+    // A closing network has no providers; whoever fetches hears of it.
+    for provider in network.providers(blob.root).await.unwrap_or_default() {
+        if provider.size == blob.size {
+            groups.union_with(&provider.groups);
+        }
+    }
+    match groups.is_empty() {
+        true => Reach::Nothing,
+        false if groups.contains_run(&(0..group_count(blob.size))) => Reach::All,
+        false => Reach::Some,
+    }
+}
+
+impl Search {
+    fn add(
+        &self,
+        component: Component,
+        choice: &mut Choice,
+        taken: &mut HashSet<RootHash>,
+    ) -> Result<(), Failure> {
+        let held = self.holdings.way_to(&component)?;
+        let (way, blobs, held) = match held {
+            Some(way) => {
+                let mut blobs: Vec<RootHash> = way.blobs().into_iter().collect();
+                if way == HeldWay::Blob {
+                    blobs.push(component.root);
+                }
+                let known = |root: RootHash| {
+                    let size = self.store.durable(&root).map_or(0, |here| here.size);
+                    (root, (size, BlobKind::Other))
+                };
+                (way, blobs.into_iter().map(known).collect(), true)
+            }
+            None => {
+                let mut blobs = BTreeMap::new();
+                let way = self.way(&component, &mut blobs, choice)?;
+                (way, blobs, false)
+            }
+        };
+        let blobs = blobs
+            .into_iter()
+            .filter(|(root, _)| taken.insert(*root))
+            .collect();
+        choice.components.push(ComponentPlan {
+            component,
+            held,
+            way,
+            blobs,
+        });
+        Ok(())
+    }
+
+    /// The cheapest way to a component that is not held.
+    fn way(
+        &self,
+        component: &Component,
+        blobs: &mut BTreeMap<RootHash, (u64, BlobKind)>,
+        choice: &mut Choice,
+    ) -> Result<HeldWay, Failure> {
+        let mut find = |space, size| {
+            let way =
+                cheapest(self, space, component.root, size)?.ok_or_else(|| no_way(component))?;
+            Ok::<_, Failure>((self.layers_of(space, component, &way, blobs, choice)?, way))
+        };
+        if component.kind != ComponentKind::Tree {
+            let (layers, way) = find(Space::Stream, component.size)?;
+            return Ok(if matches!(way, Way::Blob(_)) {
+                HeldWay::Blob
+            } else {
+                HeldWay::Layers(layers)
+            });
+        }
+        // A listing that is here needs no layers; those through which it came stay known, to be served.
+        let listing = if self.holdings.is_complete(&component.root) {
+            self.holdings
+                .tree_way(&component.root)?
+                .unwrap_or_default()
+                .listing
+        } else {
+            find(Space::Stream, component.size)?.0
+        };
+        let contents = if component.content_size == 0 {
+            Vec::new()
+        } else {
+            find(Space::Contents, component.content_size)?.0
+        };
+        Ok(HeldWay::Tree(TreeWay { listing, contents }))
+    }
+
+    /// The layers of a way, with those below it that are held; notes the blobs of all.
+    fn layers_of(
+        &self,
+        space: Space,
+        component: &Component,
+        way: &Way,
+        blobs: &mut BTreeMap<RootHash, (u64, BlobKind)>,
+        choice: &mut Choice,
+    ) -> Result<Vec<LayerBlobs>, Failure> {
+        let (below, new) = match way {
+            Way::Held => (Some(component.root), &[][..]),
+            Way::Blob(blob) => {
+                choice.absent |= self.reach(blob) != Reach::All;
+                // A tree's listing is fetched as what it is.
+                blobs.insert(blob.root, (blob.size, BlobKind::Other));
+                return Ok(Vec::new());
+            }
+            Way::Layers(layers) => (layers.first().and_then(|layer| layer.parent), &layers[..]),
+        };
+        let mut layers = below
+            .map_or(Ok(None), |parent| self.recipe(space, &parent))?
+            .unwrap_or_default();
+        for blob in blobs_of(&layers) {
+            let size = self.store.durable(&blob).map_or(0, |here| here.size);
+            blobs.insert(blob, (size, BlobKind::Other));
+        }
+        for layer in new {
+            choice.absent |= !self.is_reachable(layer);
+            choice.indexes.insert(layer.index.root, layer.clone());
+            blobs.insert(layer.index.root, (layer.index.size, BlobKind::Index));
+            blobs.extend(
+                layer
+                    .pack
+                    .map(|pack| (pack.root, (pack.size, BlobKind::Pack))),
+            );
+            layers.push(layer_blobs(layer));
+        }
+        Ok(layers)
+    }
+
+    fn reach(&self, blob: &BlobRef) -> Reach {
+        if self.holdings.is_complete(&blob.root) {
+            return Reach::All;
+        }
+        if let Some(known) = self.reach.borrow().get(&blob.root) {
+            return *known;
+        }
+        let found = self
+            .runtime
+            .block_on(reach(&self.network, &self.store, blob));
+        self.reach.borrow_mut().insert(blob.root, found);
+        found
+    }
+
+    /// Whether a layer may make what its record says, as far as can be told before any of it is fetched.
+    fn is_usable(&self, layer: &Layer) -> bool {
+        let size = self.sizes.get(&(layer.space as u8, layer.target));
+        let mut blobs = [Some(&layer.index), layer.pack.as_ref()]
+            .into_iter()
+            .flatten();
+        size.is_none_or(|size| *size == layer.target_size)
+            && blobs.all(|blob| !self.refused.contains(&blob.root) && self.agrees(blob))
+    }
+
+    /// Whether a blob's size is that of the one here. One of which nothing came has only the size that somebody said: it goes.
+    fn agrees(&self, blob: &BlobRef) -> bool {
+        self.store.durable(&blob.root).is_none_or(|here| {
+            let begun = || {
+                self.store
+                    .present(&blob.root)
+                    .is_some_and(|p| !p.ranges.is_empty())
+            };
+            here.size == blob.size || (!begun() && self.store.remove(&blob.root).is_ok())
+        })
+    }
+
+    /// The layers through which a component is read here, if it is.
+    fn recipe(
+        &self,
+        space: Space,
+        root: &RootHash,
+    ) -> Result<Option<Vec<LayerBlobs>>, DatabaseError> {
+        let layers = match space {
+            Space::Stream => self
+                .store
+                .component(root)
+                .map(|component| component.recipe.layers),
+            Space::Contents => self.holdings.tree_way(root)?.map(|way| way.contents),
+        };
+        Ok(layers.filter(|layers| {
+            !layers.is_empty() && blobs_of(layers).all(|blob| self.holdings.is_complete(&blob))
+        }))
+    }
+}
+
+impl Known for Search {
+    type Error = DatabaseError;
+
+    fn is_held(&self, space: Space, root: &RootHash) -> Result<bool, DatabaseError> {
+        Ok(self.recipe(space, root)?.is_some())
+    }
+
+    fn layers_to(&self, space: Space, root: &RootHash) -> Result<Vec<Layer>, DatabaseError> {
+        let known = self
+            .records
+            .layers_to(root)?
+            .into_iter()
+            .map(|known| known.layer);
+        Ok(known
+            .filter(|layer| layer.space == space && self.is_usable(layer))
+            .collect())
+    }
+
+    fn missing(&self, blob: &BlobRef) -> u64 {
+        blob.size
+            .saturating_sub(self.holdings.bytes_here([blob.root]))
+    }
+
+    /// A little more than its bytes: whoever serves a component decodes it for that, and it is stored as it is. What is here
+    /// already was paid for.
+    fn blob_cost(&self, blob: &BlobRef) -> Option<Cost> {
+        let (reach, missing) = (self.reach(blob), self.missing(blob));
+        let served = reach != Reach::Nothing && !self.refused.contains(&blob.root);
+        let absent = u64::from(reach != Reach::All);
+        served.then(|| (absent, missing.saturating_add(missing / BLOB_SURCHARGE)))
+    }
+
+    fn is_reachable(&self, layer: &Layer) -> bool {
+        let mut blobs = [Some(&layer.index), layer.pack.as_ref()]
+            .into_iter()
+            .flatten();
+        blobs.all(|blob| self.reach(blob) == Reach::All)
+    }
+}
+
+fn no_way(component: &Component) -> Failure {
+    let message = format!(
+        "no layer is known that leads to component {} ({})",
+        component.name, component.root
+    );
+    Failure::new(FailureCode::Unreachable, message)
+        .hint("records arrive from connected peers: wait, or start the machine that published it")
+}
