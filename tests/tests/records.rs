@@ -99,7 +99,11 @@ fn what_does_not_count_is_neither_taken_nor_passed_on() {
     ];
     let good = publisher.sign(2, name("lab:good", 6));
     let records = fleet[0].json(&["status"])["records"].as_u64().unwrap();
-    let hostile = Hostile::with_records(plain, [&bad[..], &[good.clone()]].concat(), vec![]);
+    let hostile = Hostile::with_records(
+        plain,
+        [&bad[..], std::slice::from_ref(&good)].concat(),
+        vec![],
+    );
     // The good one shows that what came with it has been judged, and where it has come to.
     for node in fleet.nodes() {
         node.wait_until("the good record has arrived", |node| {
