@@ -139,6 +139,11 @@ impl Process {
         })
     }
 
+    /// Whether something stands in its log.
+    pub fn has_said(&self, text: &str) -> bool {
+        fs::read(&self.log).is_ok_and(|log| String::from_utf8_lossy(&log).contains(text))
+    }
+
     fn said(&self) -> String {
         let log = fs::read_to_string(&self.log).unwrap_or_default();
         let lines: Vec<&str> = log.lines().filter(|line| !line.trim().is_empty()).collect();

@@ -11,7 +11,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Result, ensure};
 
-use super::tracker::Tracker;
+use super::tracker::{Held, Tracker};
 use super::{Job, script};
 use crate::process::Process;
 use crate::transfer::{Done, Meter, Transfer};
@@ -84,7 +84,7 @@ pub fn measure(
     job.deadline
         .wait("the seeder's check of its own data", || {
             seeder.check_runs()?;
-            Ok(tracker.has_seeder(seeder_end.port))
+            Ok(client.is_ready(&seeder, tracker.told(seeder_end.port)))
         })?;
     seeder.wait_for_port(seeder_end.port, &job.deadline)?;
     let (told, hook) = (job.path("told"), job.path("hook"));
@@ -111,6 +111,16 @@ pub fn measure(
 }
 
 impl Client {
+    /// Whether a seeder has checked its data and can be found, by what it told the tracker it has.
+    fn is_ready(self, seeder: &Process, told: Option<Held>) -> bool {
+        match (self, told) {
+            (_, None) => false,
+            // It announces itself while it still checks what takes it over a second, and then no more for half an hour.
+            (Self::Transmission, Some(_)) => seeder.has_said("Verification is done"),
+            (_, Some(held)) => held == Held::All,
+        }
+    }
+
     fn command(self, end: &End<'_>) -> Result<Command> {
         match self {
             Self::Aria2 => Ok(aria2(end)),
@@ -151,6 +161,8 @@ fn transmission(end: &End<'_>) -> Result<Command> {
         "dht-enabled": false,
         "encryption": 0,
         "lpd-enabled": false,
+        // With 3 it says when it has checked its data; a few lines more.
+        "message-level": if end.hook.is_none() { 3 } else { 2 },
         "peer-port": end.port,
         "pex-enabled": false,
         "port-forwarding-enabled": false,

@@ -18,9 +18,18 @@ const MAX_CLIENTS: usize = 16;
 /// What a client told, by torrent, address and port.
 type Clients = BTreeMap<(Vec<u8>, Ipv4Addr, u16), Told>;
 
+/// How much of a torrent a client has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Held {
+    /// Not all.
+    Part,
+    /// All.
+    All,
+}
+
 #[derive(Debug, Clone, Copy)]
 struct Told {
-    complete: bool,
+    held: Held,
     /// When it was first told of another.
     introduced: Option<Instant>,
 }
@@ -58,12 +67,11 @@ impl Tracker {
         lock(&self.clients).clear();
     }
 
-    /// Whether the client at a port said that it has everything.
-    pub fn has_seeder(&self, port: u16) -> bool {
+    /// How much the client at a port said that it has; none where it never announced itself.
+    pub fn told(&self, port: u16) -> Option<Held> {
         let clients = lock(&self.clients);
-        clients
-            .iter()
-            .any(|((_, _, at), told)| *at == port && told.complete)
+        let mut found = clients.iter().filter(|((_, _, at), _)| *at == port);
+        found.next().map(|(_, told)| told.held)
     }
 
     /// When the client at a port was first told of another.
@@ -122,10 +130,13 @@ fn announce(query: &str, from: Ipv4Addr, clients: &mut Clients) -> Vec<u8> {
         clients.remove(&me);
     } else if clients.len() < MAX_CLIENTS || clients.contains_key(&me) {
         let told = clients.entry(me).or_insert(Told {
-            complete: false,
+            held: Held::Part,
             introduced: None,
         });
-        told.complete = field("left") == Some("0");
+        told.held = match field("left") {
+            Some("0") => Held::All,
+            _ => Held::Part,
+        };
         if !peers.is_empty() {
             told.introduced.get_or_insert_with(Instant::now);
         }
@@ -169,7 +180,13 @@ mod tests {
             &mut clients,
         );
         assert_eq!(both, b"d8:intervali1800e5:peers6:\x0a\0\0\x01\x01\x02e");
-        assert_eq!(clients.values().filter(|told| told.complete).count(), 2);
+        assert_eq!(
+            clients
+                .values()
+                .filter(|told| told.held == Held::All)
+                .count(),
+            2
+        );
         announce(
             "info_hash=AB&port=258&left=0&event=stopped",
             a,
