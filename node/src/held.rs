@@ -109,16 +109,6 @@ impl HeldWay {
                 .collect(),
         }
     }
-
-    /// The indexes of its layers: what says which layers they are. Another layer may rightly have the same pack.
-    pub fn indexes(&self) -> BTreeSet<RootHash> {
-        let of = |layers: &[LayerBlobs]| layers.iter().map(|layer| layer.index).collect();
-        match self {
-            Self::Blob => BTreeSet::new(),
-            Self::Layers(layers) => of(layers),
-            Self::Tree(way) => of(&[&way.listing[..], &way.contents].concat()),
-        }
-    }
 }
 
 /// Looks into the store for what it holds of capsules. Calls block.

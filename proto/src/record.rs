@@ -86,7 +86,7 @@ pub struct BlobRef {
 }
 
 /// A way to a component: from a parent, or from nothing.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Layer {
     /// What the layer's offsets count.
     pub space: Space,

@@ -255,3 +255,43 @@ fn a_wrong_layer_is_passed_over_for_one_that_is_right() {
     assert!(fs::read(copy).unwrap() == content);
     drop(hostile);
 }
+
+#[test]
+fn who_uses_right_blobs_wrongly_spoils_them_for_nobody() {
+    let fleet = Fleet::of(1);
+    let node = &fleet[0];
+    let invite = || fleet.invite(&["--channel", "lab"]);
+    let content = data::prose(101, 400_000);
+    let (root, size) = (RootHash::of(&content), content.len() as u64);
+    let (index, pack) = encoded(&content, root);
+    // The right index with a wrong pack, the right pack with a wrong index, and both for something else.
+    let mut wrong = Shelf::of(&invite(), 102);
+    let target = (Space::Stream, root, size);
+    let noise = data::noise(103, pack.len());
+    wrong.layer(target, (index.clone(), noise));
+    let zeros = encoded(&vec![0; content.len()], root);
+    wrong.layer(target, (zeros.0, pack.clone()));
+    let other = RootHash::of(b"something else");
+    wrong.file("other", other, size, (index.clone(), pack.clone()));
+    wrong.name("one", component(ComponentKind::File, root, size, size));
+    let _wrong = wrong.open();
+    node.wait_until("the names have arrived", |node| {
+        node.run(&["show", "lab:one"]).code == Some(0)
+    });
+    for name in ["lab:other", "lab:one"] {
+        let said = node.fails(1, &["pull", name]);
+        let why = said.contains("not what their records say")
+            || said.contains("not what the manifest says");
+        assert!(why, "{name}: {said}");
+    }
+    let mut right = Shelf::of(&invite(), 104);
+    right.layer(target, (index, pack));
+    let _right = right.open();
+    let copy = fleet.path("copy");
+    node.wait_until("the right layer has arrived", |node| {
+        node.json(&["status"])["records"] == 6
+    });
+    node.ok(&["pull", "lab:one"]);
+    node.ok(&["export", "lab:one", "--to", copy.to_str().unwrap()]);
+    assert!(fs::read(copy).unwrap() == content);
+}

@@ -242,7 +242,7 @@ async fn attempt(
     for plan in prepared.components.iter().filter(|plan| !plan.held) {
         match check_component(node, plan, tell).await {
             Err(failure) if failure.code == FailureCode::Damaged => {
-                excluded.add(plan.way.indexes(), failure)?;
+                excluded.wrong(&plan.layers, failure)?;
                 return Ok(None);
             }
             checked => checked?,
@@ -346,10 +346,9 @@ async fn check_component(
         && failure.code == FailureCode::Damaged
     {
         // Never by these layers again: perhaps there are others.
-        plan.way
-            .indexes()
-            .into_iter()
-            .for_each(|index| node.transfers.refuse(index));
+        for layer in &plan.layers {
+            node.transfers.refuse(layer.clone());
+        }
     }
     checked
 }

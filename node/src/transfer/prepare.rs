@@ -49,6 +49,8 @@ pub struct ComponentPlan {
     pub held: bool,
     /// How it is read when all blobs are here.
     pub way: HeldWay,
+    /// The layers that its way takes beside those held, as their records say them.
+    pub layers: Vec<Layer>,
     /// The blobs that this takes, as far as no component before this one takes them.
     pub blobs: BTreeMap<RootHash, (u64, BlobKind)>,
 }
@@ -125,8 +127,10 @@ impl ComponentPlan {
 /// What a pull tried in vain, and does not try again.
 #[derive(Debug, Default)]
 pub struct Excluded {
-    /// Which blobs.
+    /// Blobs that did not come.
     pub blobs: HashSet<RootHash>,
+    /// Layers that are not what their records say.
+    pub layers: HashSet<Layer>,
     /// Why the last of them was excluded: what is said if there is nothing else.
     pub failure: Option<Failure>,
 }
@@ -158,21 +162,27 @@ impl Excluded {
             FailureCode::Unreachable | FailureCode::Damaged
         );
         match of_layers {
-            true if absent.is_empty() => self.add(missing, failure),
-            true => self.add(absent, failure),
+            true if absent.is_empty() => self.absent(missing, failure),
+            true => self.absent(absent, failure),
             false => Err(failure),
         }
     }
 
-    /// Excludes blobs for a failure; the failure if all of them were excluded before.
-    pub fn add(
-        &mut self,
-        blobs: impl IntoIterator<Item = RootHash>,
-        failure: Failure,
-    ) -> Result<(), Failure> {
+    /// After layers turned out wrong; the failure if nothing changes.
+    pub fn wrong(&mut self, layers: &[Layer], failure: Failure) -> Result<(), Failure> {
+        let before = self.layers.len();
+        self.layers.extend(layers.iter().cloned());
+        self.then(self.layers.len() > before, failure)
+    }
+
+    fn absent(&mut self, blobs: Vec<RootHash>, failure: Failure) -> Result<(), Failure> {
         let before = self.blobs.len();
         self.blobs.extend(blobs);
-        if self.blobs.len() == before {
+        self.then(self.blobs.len() > before, failure)
+    }
+
+    fn then(&mut self, changed: bool, failure: Failure) -> Result<(), Failure> {
+        if !changed {
             return Err(failure);
         }
         self.failure = Some(failure);
@@ -198,27 +208,22 @@ pub async fn prepare(
     let mut planning = Fetched::default();
     let manifest = manifest(node, resolution, (&manner, patience), tell, &mut planning).await?;
     let manifest_size = manifest.encode().len() as u64;
-    let mut wrong = false;
     for _ in 0..MAX_TRIES {
-        let choice = if wrong {
-            match choose(node, &manifest, excluded).await {
-                // All that were known turned out wrong, which says more than that there are none.
-                Err(failure) if failure.code == FailureCode::Unreachable => break,
-                chosen => chosen?,
-            }
-        } else {
-            choose_in_time(node, &manifest, patience, tell, excluded).await?
-        };
+        let choice = choose_in_time(node, &manifest, patience, tell, excluded).await?;
         let guard = roots(&choice.components).chain([resolution.capsule.0]);
         let guard = node.store.guard(guard);
-        let indexes = choice
-            .indexes
+        let indexes: BTreeMap<RootHash, u64> = choice
+            .components
             .iter()
-            .filter(|(root, _)| !node.holdings.is_complete(root));
+            .flat_map(|plan| &plan.layers)
+            .map(|layer| (layer.index.root, layer.index.size))
+            .filter(|(root, _)| !node.holdings.is_complete(root))
+            .collect();
         let wanted: Vec<Wanted> = indexes
-            .map(|(root, layer)| Wanted {
-                root: *root,
-                size: Some(layer.index.size),
+            .into_iter()
+            .map(|(root, size)| Wanted {
+                root,
+                size: Some(size),
                 kind: BlobKind::Index,
             })
             .collect();
@@ -229,7 +234,7 @@ pub async fn prepare(
                 continue;
             }
         }
-        if check_indexes(node, choice.indexes).await? {
+        if check_indexes(node, &choice.components).await? {
             return Ok(Prepared {
                 manifest,
                 components: choice.components,
@@ -238,17 +243,18 @@ pub async fn prepare(
                 _guard: guard,
             });
         }
-        wrong = true;
     }
     if let Some(failure) = excluded.failure.take() {
         return Err(failure);
     }
-    let message = format!(
-        "{}: the layers known for it are not what their records say",
-        manner.name
-    );
-    Err(Failure::new(FailureCode::Damaged, message)
-        .hint("its publisher made them wrong: tell them to publish it again"))
+    Err(not_as_recorded(&manner.name))
+}
+
+/// All layers that are known turned out wrong.
+pub(super) fn not_as_recorded(name: &str) -> Failure {
+    let message = format!("{name}: the layers known for it are not what their records say");
+    Failure::new(FailureCode::Damaged, message)
+        .hint("its publisher made them wrong: tell them to publish it again")
 }
 
 /// Chooses ways. Where none is known, the record that tells one may be on its way: a name's can come before its layers'.
@@ -324,13 +330,15 @@ async fn manifest(
     })
 }
 
-/// Whether the indexes are what their records say; those that are not are never tried again.
-async fn check_indexes(node: &Node, indexes: BTreeMap<RootHash, Layer>) -> Result<bool, Failure> {
+/// Whether the indexes are what the layers' records say; layers of which they are not are never tried again.
+async fn check_indexes(node: &Node, components: &[ComponentPlan]) -> Result<bool, Failure> {
+    let layers = components.iter().flat_map(|plan| &plan.layers);
+    let layers: HashSet<Layer> = layers.cloned().collect();
     let store = node.store.clone();
     let wrong = blocking(move || {
         let mut wrong = Vec::new();
-        for (root, layer) in indexes {
-            let directory = read_directory(&*store.open_blob(&root)?);
+        for layer in layers {
+            let directory = read_directory(&*store.open_blob(&layer.index.root)?);
             let pack_len = layer.pack.map_or(0, |pack| pack.size);
             let fine = directory.is_ok_and(|d| {
                 fits(d.header(), &layer)
@@ -338,12 +346,15 @@ async fn check_indexes(node: &Node, indexes: BTreeMap<RootHash, Layer>) -> Resul
                     && d.index_len() == layer.index.size
             });
             if !fine {
-                wrong.push(root);
+                wrong.push(layer);
             }
         }
         Ok(wrong)
     })
     .await?;
-    wrong.iter().for_each(|root| node.transfers.refuse(*root));
-    Ok(wrong.is_empty())
+    let fine = wrong.is_empty();
+    wrong
+        .into_iter()
+        .for_each(|layer| node.transfers.refuse(layer));
+    Ok(fine)
 }

@@ -15,7 +15,7 @@ use capsule_proto::record::{BlobRef, Layer};
 use capsule_swarm::NetworkHandle;
 use tokio::runtime::Handle;
 
-use super::prepare::{ComponentPlan, Excluded};
+use super::prepare::{ComponentPlan, Excluded, not_as_recorded};
 use crate::control::{Failure, FailureCode};
 use crate::graph::{Cost, Known, Way, cheapest};
 use crate::held::{HeldWay, Holdings, TreeWay, blobs_of, layer_blobs};
@@ -27,10 +27,9 @@ use crate::work::blocking;
 /// A component as a blob must be cheaper than its layers by this part of its bytes.
 const BLOB_SURCHARGE: u64 = 8;
 
-/// The ways chosen, and the layers whose indexes they need.
+/// The ways chosen.
 pub(super) struct Choice {
     pub components: Vec<ComponentPlan>,
-    pub indexes: BTreeMap<RootHash, Layer>,
     /// Whether nobody who is connected has some of it.
     absent: bool,
 }
@@ -63,7 +62,7 @@ async fn choose_any(
         .filter(|c| c.kind == ComponentKind::Tree)
         .map(|c| ((Space::Contents as u8, c.root), c.content_size));
     let mut refused = node.transfers.refused();
-    refused.extend(&excluded.blobs);
+    refused.extend(excluded.layers.iter().cloned());
     let search = Search {
         store: node.store.clone(),
         holdings: node.holdings.clone(),
@@ -71,13 +70,13 @@ async fn choose_any(
         network: node.network.clone(),
         runtime: Handle::current(),
         refused,
+        absent: excluded.blobs.clone(),
         sizes: streams.chain(trees).collect(),
         reach: RefCell::default(),
     };
     blocking(move || {
         let mut choice = Choice {
             components: Vec::new(),
-            indexes: BTreeMap::new(),
             absent: false,
         };
         let mut taken = HashSet::new();
@@ -97,8 +96,10 @@ struct Search {
     network: NetworkHandle,
     /// For asking the network from a thread that may block.
     runtime: Handle,
-    /// Indexes that turned out wrong, and blobs that this pull tried in vain.
-    refused: HashSet<RootHash>,
+    /// Layers that turned out wrong.
+    refused: HashSet<Layer>,
+    /// Blobs that this pull tried in vain.
+    absent: HashSet<RootHash>,
     /// What the manifest says of lengths, by space.
     sizes: HashMap<(u8, RootHash), u64>,
     /// What the network said of blobs.
@@ -137,7 +138,7 @@ impl Search {
         taken: &mut HashSet<RootHash>,
     ) -> Result<(), Failure> {
         let held = self.holdings.way_to(&component)?;
-        let (way, blobs, held) = match held {
+        let (way, layers, blobs, held) = match held {
             Some(way) => {
                 let mut blobs: Vec<RootHash> = way.blobs().into_iter().collect();
                 if way == HeldWay::Blob {
@@ -147,12 +148,17 @@ impl Search {
                     let size = self.store.durable(&root).map_or(0, |here| here.size);
                     (root, (size, BlobKind::Other))
                 };
-                (way, blobs.into_iter().map(known).collect(), true)
+                (
+                    way,
+                    Vec::new(),
+                    blobs.into_iter().map(known).collect(),
+                    true,
+                )
             }
             None => {
-                let mut blobs = BTreeMap::new();
-                let way = self.way(&component, &mut blobs, choice)?;
-                (way, blobs, false)
+                let (mut layers, mut blobs) = (Vec::new(), BTreeMap::new());
+                let way = self.way(&component, &mut layers, &mut blobs, choice)?;
+                (way, layers, blobs, false)
             }
         };
         let blobs = blobs
@@ -163,6 +169,7 @@ impl Search {
             component,
             held,
             way,
+            layers,
             blobs,
         });
         Ok(())
@@ -172,12 +179,18 @@ impl Search {
     fn way(
         &self,
         component: &Component,
+        taken: &mut Vec<Layer>,
         blobs: &mut BTreeMap<RootHash, (u64, BlobKind)>,
         choice: &mut Choice,
     ) -> Result<HeldWay, Failure> {
         let mut find = |space, size| {
-            let way =
-                cheapest(self, space, component.root, size)?.ok_or_else(|| no_way(component))?;
+            let way = match cheapest(self, space, component.root, size)? {
+                Some(way) => way,
+                None => return Err(self.no_way(space, component)?),
+            };
+            if let Way::Layers(layers) = &way {
+                taken.extend(layers.iter().cloned());
+            }
             Ok::<_, Failure>((self.layers_of(space, component, &way, blobs, choice)?, way))
         };
         if component.kind != ComponentKind::Tree {
@@ -233,7 +246,6 @@ impl Search {
         }
         for layer in new {
             choice.absent |= !self.is_reachable(layer);
-            choice.indexes.insert(layer.index.root, layer.clone());
             blobs.insert(layer.index.root, (layer.index.size, BlobKind::Index));
             blobs.extend(
                 layer
@@ -243,6 +255,17 @@ impl Search {
             layers.push(layer_blobs(layer));
         }
         Ok(layers)
+    }
+
+    /// Why nothing leads to a component: that its layers were found wrong says more than that there are none.
+    fn no_way(&self, space: Space, component: &Component) -> Result<Failure, DatabaseError> {
+        let known = self.records.layers_to(&component.root)?;
+        let is_known = known.iter().any(|known| known.layer.space == space);
+        Ok(if is_known {
+            not_as_recorded(&format!("component {}", component.name))
+        } else {
+            no_way(component)
+        })
     }
 
     fn reach(&self, blob: &BlobRef) -> Reach {
@@ -266,7 +289,8 @@ impl Search {
             .into_iter()
             .flatten();
         size.is_none_or(|size| *size == layer.target_size)
-            && blobs.all(|blob| !self.refused.contains(&blob.root) && self.agrees(blob))
+            && !self.refused.contains(layer)
+            && blobs.all(|blob| !self.absent.contains(&blob.root) && self.agrees(blob))
     }
 
     /// Whether a blob's size is that of the one here. One of which nothing came has only the size that somebody said: it goes.
@@ -327,7 +351,7 @@ impl Known for Search {
     /// already was paid for.
     fn blob_cost(&self, blob: &BlobRef) -> Option<Cost> {
         let (reach, missing) = (self.reach(blob), self.missing(blob));
-        let served = reach != Reach::Nothing && !self.refused.contains(&blob.root);
+        let served = reach != Reach::Nothing && !self.absent.contains(&blob.root);
         let absent = u64::from(reach != Reach::All);
         served.then(|| (absent, missing.saturating_add(missing / BLOB_SURCHARGE)))
     }

@@ -4,7 +4,8 @@ use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use capsule_proto::{CapsuleId, RootHash};
+use capsule_proto::CapsuleId;
+use capsule_proto::record::Layer;
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
 
@@ -16,14 +17,14 @@ use crate::node::Node;
 use crate::records::Resolution;
 use crate::work::Tell;
 
-/// Indexes remembered as wrong; beyond, they are found wrong again.
+/// Layers remembered as wrong; beyond, they are found wrong again.
 const MAX_REFUSED: usize = 1024;
 
 /// Pulls under way.
 #[derive(Debug, Default)]
 pub struct Transfers {
     running: Mutex<HashMap<CapsuleId, Weak<Running>>>,
-    refused: Mutex<HashSet<RootHash>>,
+    refused: Mutex<HashSet<Layer>>,
 }
 
 type Outcome = Option<Result<Pulled, Failure>>;
@@ -54,19 +55,19 @@ impl Drop for Running {
 }
 
 impl Transfers {
-    /// Indexes that turned out not to be what their records say.
-    pub fn refused(&self) -> HashSet<RootHash> {
+    /// Layers that turned out not to be what their records say.
+    pub fn refused(&self) -> HashSet<Layer> {
         self.refused
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .clone()
     }
 
-    /// Never chooses a layer again.
-    pub fn refuse(&self, index: RootHash) {
+    /// Never chooses a layer again: this one, as its record says it. Its blobs may rightly be another's.
+    pub fn refuse(&self, layer: Layer) {
         let mut refused = self.refused.lock().unwrap_or_else(PoisonError::into_inner);
         if refused.len() < MAX_REFUSED {
-            refused.insert(index);
+            refused.insert(layer);
         }
     }
 
