@@ -1,6 +1,7 @@
 //! Members that break the protocol once they are in: cut off, each at its first wrong word, and nobody else notices.
 
 use std::fs;
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use capsule_proto::ranges::{GroupRanges, group_count};
@@ -304,7 +305,8 @@ async fn what_was_not_asked_is_not_taken_for_an_answer() {
             groups: GroupRanges::all(scene.size),
         };
         link.say(&have).await.unwrap();
-        let pulling = node.command(&["pull", "lab:1", "--json"]).spawn();
+        let mut pull = node.command(&["pull", "lab:1"]);
+        let pulling = pull.stdout(Stdio::null()).spawn();
         let mut answered = 0;
         let talk = async {
             while let Some(heard) = link.hear().await {
