@@ -306,7 +306,8 @@ async fn what_was_not_asked_is_not_taken_for_an_answer() {
         };
         link.say(&have).await.unwrap();
         let mut pull = node.command(&["pull", "lab:1"]);
-        let pulling = pull.stdout(Stdio::null()).spawn();
+        let pull = pull.stdout(Stdio::null()).stderr(Stdio::null());
+        let pulling = pull.spawn();
         let mut answered = 0;
         let talk = async {
             while let Some(heard) = link.hear().await {

@@ -294,7 +294,7 @@ fn in_a_network_of_its_own(test: &str) {
     let text = String::from_utf8_lossy(&output.stdout);
     assert!(
         output.status.success() && text.contains("1 passed"),
-        "this test makes a network namespace: run it as root, with iproute2 installed\n{text}{}",
+        "it failed in a network namespace of its own, which takes root and iproute2\n{text}{}",
         String::from_utf8_lossy(&output.stderr)
     );
 }
