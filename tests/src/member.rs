@@ -2,7 +2,7 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use capsule_proto::credential::{Credential, MachineKey, Token};
+use capsule_proto::credential::{Channels, Credential, Grant, MachineKey, Roles, Token, TokenId};
 use capsule_proto::record::{Body, Record, SignedRecord};
 
 /// A member's key, and its proof that it is one.
@@ -53,6 +53,20 @@ impl Member {
             .expect("the statement is well-formed")
             .as_bytes()
             .to_vec()
+    }
+}
+
+/// All rights, for a while: what somebody writes into a token of his own fleet.
+pub fn all_rights(id: u8) -> Grant {
+    Grant {
+        id: TokenId([id; 8]),
+        roles: Roles {
+            publisher: true,
+            admin: true,
+        },
+        channels: Channels::All,
+        issued: now() - 10,
+        expires: now() + 1000,
     }
 }
 

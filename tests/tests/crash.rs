@@ -107,6 +107,12 @@ fn a_stopped_pull_is_resumed_by_the_same_command() {
         after - before <= (96 << 20) + (4 << 20),
         "what was verified is not fetched again"
     );
+    let by_peer = pulled["by_peer"].as_array().unwrap().iter();
+    let sum: u64 = by_peer.map(|peer| peer["bytes"].as_u64().unwrap()).sum();
+    assert_eq!(
+        sum, pulled["fetched_bytes"],
+        "each byte counts once: {pulled:#}"
+    );
     if code == Some(130) {
         assert!(pulled["had_bytes"].as_u64().unwrap() > 0, "{pulled:#}");
     }

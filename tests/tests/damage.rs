@@ -249,9 +249,11 @@ fn a_damaged_manifest_is_fetched_again_and_nothing_else_goes() {
         node.ok(&["pull", "lab:many", "--wait", "30s"]);
         node.ok(&["pin", "lab:many"]);
         let whole = node.json(&["status"])["store_bytes"].clone();
+        // Its publisher knows it by its address, and comes back to that.
+        let address = node.address().to_owned();
         node.stop();
         damage_blob(node, &id);
-        node.start();
+        node.start_on(&address);
         node.wait_for_peers(1);
         // It was found at the start, where all capsules are looked at.
         let troubles = node.json(&["status"])["troubles"].to_string();

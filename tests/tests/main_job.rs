@@ -80,6 +80,28 @@ fn a_tree_travels_with_everything_in_it() {
 }
 
 #[test]
+fn a_small_listing_that_travels_as_it_is_is_held_as_a_listing() {
+    let fleet = Fleet::of(2);
+    let source = fleet.path("source");
+    fs::create_dir(&source).unwrap();
+    for n in 0..3 {
+        fs::write(source.join(format!("file {n}")), data::noise(n, 50_000)).unwrap();
+    }
+    let published = fleet[0].publish(&source, "lab:tree");
+    let pulled = fleet[1].json(&["pull", "lab"]);
+    assert_eq!(
+        pulled["components"][0]["root"],
+        published["components"][0]["root"]
+    );
+    for node in fleet.nodes() {
+        let hashes = node.json(&["hashes"])["hashes"].clone();
+        let mut blobs = hashes.as_array().unwrap().iter();
+        let listing = blobs.find(|blob| blob["root"] == published["components"][0]["root"]);
+        assert_eq!(listing.unwrap()["kind"], "listing", "{hashes:#}");
+    }
+}
+
+#[test]
 fn seven_pull_at_once_and_the_publisher_sends_little_more_than_one_copy() {
     let fleet = Fleet::of(8);
     let source = fleet.path("source.bin");

@@ -6,12 +6,12 @@
 use std::fs;
 use std::time::Duration;
 
-use capsule_proto::credential::{Channels, FleetKey, Grant, Revoked, Roles, TokenId};
+use capsule_proto::credential::{FleetKey, Revoked};
 use capsule_proto::index::Space;
 use capsule_proto::record::{BlobRef, Body, Layer, Name, Record};
 use capsule_proto::{CapsuleId, RootHash};
 use capsule_tests::hostile::{Hostile, id_of};
-use capsule_tests::member::{Member, now};
+use capsule_tests::member::{Member, all_rights, now};
 use capsule_tests::rogue::{self, Link};
 use capsule_tests::{Fleet, Node, data};
 
@@ -46,16 +46,7 @@ fn what_does_not_count_is_neither_taken_nor_passed_on() {
     let published = fleet[0].publish(&source, "lab:real");
     let component = published["components"][0]["root"].as_str().unwrap();
     let plain = Member::of(&fleet.invite(&[]), 52);
-    let grant = Grant {
-        id: TokenId([7; 8]),
-        roles: Roles {
-            publisher: true,
-            admin: true,
-        },
-        channels: Channels::All,
-        issued: now() - 10,
-        expires: now() + 1000,
-    };
+    let grant = all_rights(7);
     let stranger = Member::enrol(
         &FleetKey::from_secret([53; 32]).invite(grant, [54; 32], &[]),
         55,

@@ -5,9 +5,9 @@ use std::net::SocketAddr;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use capsule_proto::credential::{Channels, FleetKey, Grant, MachineKey, Roles, TokenId};
+use capsule_proto::credential::{FleetKey, MachineKey};
 use capsule_proto::wire::Verdict;
-use capsule_tests::member::{Member, now};
+use capsule_tests::member::{Member, all_rights};
 use capsule_tests::rogue::{self, ALPN, DOOR_PATIENCE, MULTISTREAM, knock};
 use capsule_tests::{Fleet, Node, data};
 use futures::io::{AsyncReadExt, AsyncWriteExt};
@@ -96,16 +96,7 @@ async fn who_shows_a_credential_that_does_not_count_is_told_why_and_no_more() {
     let member = Member::of(&fleet.invite(&[]), 82);
     let stolen = member.credential.encode();
     // A fleet of their own making; and the same with our fleet's id written over theirs.
-    let grant = Grant {
-        id: TokenId([9; 8]),
-        roles: Roles {
-            publisher: true,
-            admin: true,
-        },
-        channels: Channels::All,
-        issued: now() - 10,
-        expires: now() + 1000,
-    };
+    let grant = all_rights(9);
     let own_root = FleetKey::from_secret([83; 32]);
     let own = Member::enrol(&own_root.invite(grant, [84; 32], &[]), 85);
     let replace = |bytes: &[u8], old: &[u8], new: &[u8]| {

@@ -15,7 +15,7 @@ use std::time::Instant;
 use capsule_proto::RootHash;
 use capsule_proto::index::Space;
 use capsule_proto::name::{CapsuleName, Version};
-use capsule_proto::record::{BlobRef, Body, Layer, Name};
+use capsule_proto::record::{BlobRef, Body, Layer, Name, RecordError};
 
 use crate::control::{Failure, FailureCode, Phase, Publish, Published, Reporter};
 use crate::held::{HeldWay, Holdings, TreeWay, blobs_of, component_info, layer_blobs};
@@ -360,6 +360,11 @@ fn sign(node: &Node, sequence: u64, body: Body, expires: Option<u64>) -> Result<
     signed
         .map(|record| record.as_bytes().to_vec())
         .map_err(|error| match error {
+            SignError::NotAllowed(RecordError::Expired { .. }) => {
+                let message = "the name ended before its content was ready".to_owned();
+                Failure::new(FailureCode::Invalid, message)
+                    .hint("publish again with a later `--expires`")
+            }
             SignError::NotAllowed(error) => {
                 Failure::new(FailureCode::NotPermitted, error.to_string())
                     .hint("join again with a token of `capsule fleet invite --role publisher`")

@@ -210,11 +210,7 @@ impl Fetching<'_> {
         match self.patience.ask(now, self.last.0) {
             Mood::Wait => Ok(()),
             Mood::Leave(leaving) => {
-                let failure = self.given_up(done).await;
-                for leave in leaving {
-                    // It may have gone by itself.
-                    let _ = leave.send(failure.clone());
-                }
+                leaving.tell(&self.given_up(done).await);
                 Ok(())
             }
             Mood::Over => Err(self.given_up(done).await),

@@ -46,9 +46,23 @@ pub enum Mood {
     /// All wait on.
     Wait,
     /// These wait no longer: they are to be told why. Others do.
-    Leave(Vec<oneshot::Sender<Failure>>),
+    Leave(Leaving),
     /// Nobody waits any longer.
     Over,
+}
+
+/// Those who wait no longer.
+#[derive(Debug)]
+pub struct Leaving(Vec<oneshot::Sender<Failure>>);
+
+impl Leaving {
+    /// Tells them why.
+    pub fn tell(self, failure: &Failure) {
+        for one in self.0 {
+            // It may have gone by itself.
+            let _ = one.send(failure.clone());
+        }
+    }
 }
 
 impl Patience {
@@ -87,7 +101,7 @@ impl Patience {
         if leaving.is_empty() {
             Mood::Wait
         } else {
-            Mood::Leave(leaving)
+            Mood::Leave(Leaving(leaving))
         }
     }
 
@@ -114,7 +128,7 @@ mod tests {
     fn leaving(patience: &Patience, now: Instant, last: Instant) -> usize {
         match patience.ask(now, last) {
             Mood::Wait => 0,
-            Mood::Leave(leaving) => leaving.len(),
+            Mood::Leave(leaving) => leaving.0.len(),
             Mood::Over => panic!("somebody waits"),
         }
     }
@@ -126,11 +140,11 @@ mod tests {
         let _long = patience.wait(start, seconds(30));
         let mut short = patience.wait(start, seconds(5));
         assert_eq!(leaving(&patience, at(5), start), 0);
-        let Mood::Leave(told) = patience.ask(at(6), start) else {
+        let Mood::Leave(leaving_now) = patience.ask(at(6), start) else {
             panic!("one leaves")
         };
-        let [leave]: [_; 1] = told.try_into().unwrap();
-        leave.send(Failure::cancelled()).unwrap();
+        assert_eq!(leaving_now.0.len(), 1);
+        leaving_now.tell(&Failure::cancelled());
         assert!(short.left.try_recv().is_ok());
         assert_eq!(leaving(&patience, at(7), start), 0, "it has left already");
         // What arrives counts for all.

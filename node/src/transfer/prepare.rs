@@ -280,10 +280,7 @@ async fn choose_in_time(
         let over = match patience.ask(Instant::now(), started) {
             Mood::Wait => false,
             Mood::Leave(leaving) => {
-                for leave in leaving {
-                    // It may have gone by itself.
-                    let _ = leave.send(failure.clone());
-                }
+                leaving.tell(&failure);
                 false
             }
             Mood::Over => true,

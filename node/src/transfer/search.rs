@@ -231,8 +231,12 @@ impl Search {
             Way::Held => (Some(component.root), &[][..]),
             Way::Blob(blob) => {
                 choice.absent |= self.reach(blob) != Reach::All;
-                // A tree's listing is fetched as what it is.
-                blobs.insert(blob.root, (blob.size, BlobKind::Other));
+                // A tree's own root names its listing, which is fetched as what it is.
+                let kind = match component.kind {
+                    ComponentKind::Tree => BlobKind::Listing,
+                    _ => BlobKind::Other,
+                };
+                blobs.insert(blob.root, (blob.size, kind));
                 return Ok(Vec::new());
             }
             Way::Layers(layers) => (layers.first().and_then(|layer| layer.parent), &layers[..]),

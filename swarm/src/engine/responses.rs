@@ -3,6 +3,7 @@
 //! Every request ends once: answered in full, rejected, or with its peer's connection. What a peer sends that does not verify
 //! is its fault and bans it; what cannot be stored is ours and ends the fetch.
 
+use capsule_proto::GroupRanges;
 use capsule_proto::ranges::group_bytes;
 use capsule_proto::wire::{Reject, RejectReason};
 use capsule_swarm_core::{Failure, PeerKey, RequestId};
@@ -85,11 +86,19 @@ impl Engine {
             peer.incoming.bytes += bytes;
         }
         let now = self.now();
-        self.hold(root, size, &groups.clone().into());
+        let came = GroupRanges::from(groups.clone());
+        let fresh = match self.held.get(&root) {
+            Some(held) => came.difference(&held.groups).bytes(size),
+            None => bytes,
+        };
+        self.hold(root, size, &came);
         let Some(transfer) = self.transfers.get_mut(&root) else {
             return;
         };
-        *transfer.by_peer.entry(part.peer_id).or_default() += bytes;
+        // What another sent first counts as that one's.
+        if fresh > 0 {
+            *transfer.by_peer.entry(part.peer_id).or_default() += fresh;
+        }
         if part.request >= FIRST_PROBE {
             transfer.probe = None;
             if transfer.stage != Stage::Active {
