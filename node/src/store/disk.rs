@@ -9,7 +9,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, IoSlice};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::fs::FallocateFlags;
 
@@ -80,7 +80,11 @@ pub struct RealDisk {
 }
 
 #[derive(Debug)]
-struct RealFile(File);
+struct RealFile {
+    file: File,
+    /// Held while writing: the system writes a file one call at a time, and has the others spin on a processor meanwhile.
+    writing: Mutex<()>,
+}
 
 /// Most slices in one `pwritev`: Linux's `UIO_MAXIOV`.
 const MAX_SLICES: usize = 1024;
@@ -102,7 +106,10 @@ impl Disk for RealDisk {
             // Capsules may hold anybody's disk: for the owner's eyes only.
             .mode(0o600)
             .open(self.root.join(path))?;
-        Ok(Arc::new(RealFile(file)))
+        Ok(Arc::new(RealFile {
+            file,
+            writing: Mutex::default(),
+        }))
     }
 
     fn create_dir(&self, path: &Path) -> io::Result<()> {
@@ -142,23 +149,24 @@ impl Disk for RealDisk {
 
 impl DiskFile for RealFile {
     fn len(&self) -> io::Result<u64> {
-        Ok(self.0.metadata()?.len())
+        Ok(self.file.metadata()?.len())
     }
 
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<usize> {
-        FileExt::read_at(&self.0, buf, offset)
+        FileExt::read_at(&self.file, buf, offset)
     }
 
     fn write_at(&self, offset: u64, slices: &[&[u8]]) -> io::Result<()> {
+        let _turn = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
         if let [one] = slices {
-            return self.0.write_all_at(one, offset);
+            return self.file.write_all_at(one, offset);
         }
         let mut at = offset;
         for batch in slices.chunks(MAX_SLICES) {
             let mut slices: Vec<_> = batch.iter().map(|s| IoSlice::new(s)).collect();
             let mut left = &mut slices[..];
             while !left.is_empty() {
-                match rustix::io::pwritev(&self.0, left, at) {
+                match rustix::io::pwritev(&self.file, left, at) {
                     Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
                     Ok(written) => {
                         at += written as u64;
@@ -173,17 +181,17 @@ impl DiskFile for RealFile {
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {
-        self.0.set_len(len)
+        self.file.set_len(len)
     }
 
     fn sync(&self) -> io::Result<()> {
         // fdatasync makes the length durable too, where reading the data needs it (POSIX).
-        self.0.sync_data()
+        self.file.sync_data()
     }
 
     fn punch(&self, offset: u64, len: u64) -> io::Result<bool> {
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        match rustix::fs::fallocate(&self.0, flags, offset, len) {
+        match rustix::fs::fallocate(&self.file, flags, offset, len) {
             Ok(()) => Ok(true),
             Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS) => Ok(false),
             Err(e) => Err(e.into()),

@@ -6,6 +6,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crate::measure::loopback_bytes;
+use crate::memory::Memory;
 
 /// Data flows once so many bytes have crossed, and until only so many are left: more than handshakes, announcements and
 /// the like take.
@@ -34,8 +35,8 @@ struct Look {
 }
 
 impl Flow {
-    /// Begins to watch.
-    pub fn watch(started: Instant) -> Self {
+    /// Begins to watch, and hands out the memory for the data as it comes.
+    pub fn watch(started: Instant, mut memory: Memory) -> Self {
         let before = loopback_bytes();
         let (looks, stop) = (
             Arc::new(Mutex::new(vec![])),
@@ -45,6 +46,7 @@ impl Flow {
         let thread = std::thread::spawn(move || {
             while !stopped.load(Ordering::Relaxed) {
                 let look = Look::now(started, before);
+                memory.free_for(look.bytes);
                 let mut looks = seen.lock().unwrap_or_else(PoisonError::into_inner);
                 // Before anything flows, only the last look matters.
                 if look.bytes < CHATTER {
@@ -129,7 +131,7 @@ mod tests {
     fn real_data_is_seen() {
         use std::io::{Read, Write};
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let flow = Flow::watch(Instant::now());
+        let flow = Flow::watch(Instant::now(), Memory::touch(0).unwrap());
         let mut stream = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let sender = std::thread::spawn(move || {
             std::thread::sleep(Duration::from_millis(50));

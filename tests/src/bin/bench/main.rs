@@ -8,6 +8,7 @@ mod files;
 mod flow;
 mod idle;
 mod measure;
+mod memory;
 mod namespace;
 mod pair;
 mod process;

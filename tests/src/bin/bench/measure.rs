@@ -134,11 +134,21 @@ pub fn forget_peak(pid: u32) {
     let _ = fs::write(format!("/proc/{pid}/clear_refs"), "5");
 }
 
-fn memory(pid: u32, field: &str) -> u64 {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix(field));
+fn memory(pid: u32, name: &str) -> u64 {
+    field(&format!("/proc/{pid}/status"), name)
+}
+
+/// A field in KiB, in bytes.
+fn field(file: &str, name: &str) -> u64 {
+    let text = fs::read_to_string(file).unwrap_or_default();
+    let line = text.lines().find_map(|line| line.strip_prefix(name));
     let kib = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
     kib.unwrap_or(0) * 1024
+}
+
+/// Bytes of memory that programs could get without anything being swapped out.
+pub fn available_memory() -> u64 {
+    field("/proc/meminfo", "MemAvailable:")
 }
 
 /// Bytes that the loopback interface of this network namespace has carried.

@@ -235,7 +235,7 @@ fn ours(source: &Path, deadline: &Deadline) -> Result<Ours> {
     let published = capsule::publish(&fleet[0], source, deadline)?;
     fleet[1].wait_for_peers(1);
     sync_file_system(fleet.dir())?;
-    let mut meter = Meter::start(pid(&fleet[0]), pid(&fleet[1]));
+    let mut meter = Meter::start(published.pack_bytes, pid(&fleet[0]), pid(&fleet[1]))?;
     // The puller tells that it checks within milliseconds of its packs being durable.
     let mut at_check = None;
     let pulled = capsule::pull(&fleet[1], deadline, |progress| {
@@ -345,6 +345,10 @@ fn notes(table: &mut Table, legs: &[Series<Found>]) {
     table.note(
         "transmission 3.00 decides every 10 s what it wants and whom it serves, and asks a peer for no more than 512 blocks of 16 KiB \
          at a time, which take two or three rounds of 0.5 s: 5.6 to 8.4 MB/s, whatever its settings",
+    );
+    table.note(
+        "each transfer finds as much memory as it is going to fill freed by who touched it just before: a virtual machine's host takes long to give \
+         back what it took, and did so for some legs and not for others",
     );
     table.note("a leg that takes over a minute is measured once");
     table.note("to reach: ahead of every BitTorrent client in wall; at most 3 ns of CPU a pack byte, both ends");

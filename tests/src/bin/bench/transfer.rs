@@ -12,6 +12,7 @@ use serde::Serialize;
 
 use crate::flow::Flow;
 use crate::measure::{Family, Used, cpu_of_machine, sync_result};
+use crate::memory::Memory;
 use crate::process::{Deadline, Process};
 
 /// How often the processes' accounts are looked at.
@@ -68,32 +69,36 @@ pub struct Meter {
 }
 
 impl Meter {
-    /// Begins, right before the order; both ends run already.
-    pub fn start(sender: u32, receiver: u32) -> Self {
-        Self::of(
+    /// Begins, right before the order of so many bytes; both ends run already.
+    pub fn start(bytes: u64, sender: u32, receiver: u32) -> Result<Self> {
+        let memory = Memory::touch(bytes)?;
+        Ok(Self::of(
+            memory,
             Family::watch(sender),
             Family::watch(receiver),
             Instant::now(),
-        )
+        ))
     }
 
     /// Begins, and starts the receiver, to which its command line is the order.
     pub fn start_with(
+        bytes: u64,
         sender: u32,
         receiver: impl FnOnce() -> Result<Process>,
     ) -> Result<(Self, Process)> {
+        let memory = Memory::touch(bytes)?;
         let sender = Family::watch(sender);
         let started = Instant::now();
         let receiver = receiver()?;
         // All that it used since it exists counts: it has no past.
-        let meter = Self::of(sender, Family::new(receiver.pid()), started);
+        let meter = Self::of(memory, sender, Family::new(receiver.pid()), started);
         Ok((meter, receiver))
     }
 
-    fn of(sender: Family, receiver: Family, started: Instant) -> Self {
+    fn of(memory: Memory, sender: Family, receiver: Family, started: Instant) -> Self {
         Self {
             started,
-            flow: Flow::watch(started),
+            flow: Flow::watch(started, memory),
             machine: cpu_of_machine(),
             sender,
             receiver,

@@ -98,8 +98,9 @@ pub fn measure(
     };
     let mut command = client.command(&leecher_end)?;
     let log = job.path("leecher.log");
-    let (meter, mut leecher) =
-        Meter::start_with(seeder.pid(), || Process::start(&mut command, &log))?;
+    let (meter, mut leecher) = Meter::start_with(job.bytes()?, seeder.pid(), || {
+        Process::start(&mut command, &log)
+    })?;
     let started = meter.started();
     let target = into.join(job.name()?);
     let transfer = meter.finish(&mut leecher, Done::Makes(&told), &target, &job.deadline)?;

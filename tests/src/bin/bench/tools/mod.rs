@@ -39,6 +39,11 @@ impl Job<'_> {
         name.context("the source has a name")
     }
 
+    /// The source's length.
+    pub fn bytes(&self) -> Result<u64> {
+        Ok(fs::metadata(self.source)?.len())
+    }
+
     /// The directory that the source lies in.
     pub fn source_dir(&self) -> Result<&Path> {
         self.source

@@ -28,7 +28,8 @@ pub fn measure(job: &Job<'_>) -> Result<Transfer> {
     let url = format!("rsync://{address}:{port}/data/{}", job.name()?);
     client.args(["--whole-file", &url]).arg(&target);
     let log = job.path("client.log");
-    let (meter, mut client) =
-        Meter::start_with(server.pid(), || Process::start(&mut client, &log))?;
+    let (meter, mut client) = Meter::start_with(job.bytes()?, server.pid(), || {
+        Process::start(&mut client, &log)
+    })?;
     meter.finish(&mut client, Done::Ends, &target, &job.deadline)
 }

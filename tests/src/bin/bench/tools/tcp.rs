@@ -51,7 +51,8 @@ pub fn measure(job: &Job<'_>) -> Result<Transfer> {
     let mut receiver = Command::new(&me);
     receiver.args(["tcp-receive", &at]).arg(&target);
     let log = job.path("receiver.log");
-    let (meter, mut receiver) =
-        Meter::start_with(sender.pid(), || Process::start(&mut receiver, &log))?;
+    let (meter, mut receiver) = Meter::start_with(job.bytes()?, sender.pid(), || {
+        Process::start(&mut receiver, &log)
+    })?;
     meter.finish(&mut receiver, Done::Ends, &target, &job.deadline)
 }
