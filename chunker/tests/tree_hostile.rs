@@ -12,7 +12,7 @@ use capsule_chunker::content::{Content, ReadError, Source};
 use capsule_chunker::tree::{
     self, RestoreError, RestoreOptions, ScanError, ScanOptions, TreeWriter,
 };
-use capsule_proto::listing::EntryKind;
+use capsule_proto::listing::{EntryKind, EntryPath};
 use tree_util::{assert_is, is_root, make_everything, mode, noise, publish, restore, scan};
 
 /// A directory outside, and a fingerprint of all that must not change in it.
@@ -203,11 +203,52 @@ impl Drop for Mounted {
     }
 }
 
+// Names that only a temporary file of ours would have are names like others.
+#[test]
+fn a_tree_may_hold_names_like_those_of_files_in_the_making() {
+    let temp = tempfile::tempdir().unwrap();
+    let (from, to) = (temp.path().join("from"), temp.path().join("to"));
+    std::fs::create_dir(&from).unwrap();
+    for number in 0..300 {
+        let name = format!(".capsule-{}-{number}.partial", std::process::id());
+        std::fs::write(from.join(name), format!("taken {number}")).unwrap();
+        std::fs::write(from.join(format!("z{number}")), format!("own {number}")).unwrap();
+    }
+    let tree = publish(&from);
+    for _ in 0..4 {
+        restore(&to, &tree, false).unwrap();
+        assert_is(&to, &tree.0);
+        std::fs::remove_dir_all(&to).unwrap();
+    }
+}
+
+#[test]
+fn a_path_is_left_out_with_all_below_it() {
+    let temp = tempfile::tempdir().unwrap();
+    let dir = temp.path().join("from");
+    make_everything(&dir);
+    let options = ScanOptions {
+        without: Some(EntryPath::new("a").unwrap()),
+        ..ScanOptions::default()
+    };
+    let all = tree::scan(&dir, &ScanOptions::default()).unwrap();
+    let some = tree::scan(&dir, &options).unwrap();
+    let is_below = |path: &EntryPath| path.names().next() == Some(b"a");
+    let kept = all.entries().iter().filter(|entry| !is_below(&entry.path));
+    let paths = |entry: &capsule_proto::listing::Entry| entry.path.clone();
+    assert_eq!(
+        some.entries().iter().map(paths).collect::<Vec<_>>(),
+        kept.map(paths).collect::<Vec<_>>()
+    );
+    assert!(some.entries().len() < all.entries().len());
+}
+
 #[test]
 fn trees_end_at_other_file_systems_if_asked() {
     let temp = tempfile::tempdir().unwrap();
     let options = ScanOptions {
         one_file_system: true,
+        ..ScanOptions::default()
     };
     std::fs::write(temp.path().join("file"), "here").unwrap();
     assert!(matches!(
@@ -225,8 +266,8 @@ fn trees_end_at_other_file_systems_if_asked() {
     }
     let mounted = Mounted::new(&temp.path().join("other"));
     std::fs::write(mounted.0.join("file"), "there").unwrap();
-    let paths = |options| tree::scan(temp.path(), &options).unwrap().entries().len();
-    assert_eq!((paths(options), paths(ScanOptions::default())), (3, 4));
+    let paths = |options: &ScanOptions| tree::scan(temp.path(), options).unwrap().entries().len();
+    assert_eq!((paths(&options), paths(&ScanOptions::default())), (3, 4));
     // Nor does removing what is too much reach another file system.
     let empty = temp.path().join("other-empty");
     std::fs::create_dir(&empty).unwrap();

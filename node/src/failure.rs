@@ -210,8 +210,13 @@ impl From<FetchError> for Failure {
             FetchError::TooMany(_) => Code::Busy,
             FetchError::Closed => return NetworkClosed.into(),
         };
-        let resume = "what was verified is kept: the same command resumes";
-        Self::new(code, error.to_string()).hint(resume)
+        let hint = match &error {
+            FetchError::SizeConflict { .. } | FetchError::TooLarge { .. } => {
+                "a record says a wrong size: tell who published it to publish it again"
+            }
+            _ => "what was verified is kept: the same command resumes",
+        };
+        Self::new(code, error.to_string()).hint(hint)
     }
 }
 

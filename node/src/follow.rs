@@ -1,5 +1,7 @@
 //! Following channels: each new version is pulled by itself, and the newest two are kept pinned.
 //!
+//! After a time away that is the newest version first, and then what came with it of those that are to be kept.
+//!
 //! One task a channel. It sleeps until records change, or, after a failure, until its next try; nothing polls.
 
 use std::collections::HashMap;
@@ -198,28 +200,52 @@ pub fn list(node: &Node) -> Result<Vec<FollowInfo>, Failure> {
     Ok(follows)
 }
 
-/// Brings the newest version here, and pins the newest that are.
+/// Brings the newest versions here, and pins the newest that are.
 async fn catch_up(node: &Arc<Node>, channel: &Channel, follow: &FollowRow) -> Result<(), Failure> {
     let (shared, asked) = (node.clone(), channel.clone());
-    let names = blocking(move || Ok(shared.records.names_of(&asked)?)).await?;
-    let Some(newest) = names.first().cloned() else {
+    let known = move || {
+        Ok((
+            shared.records.names_of(&asked)?,
+            shared.records.ended(&asked)?,
+        ))
+    };
+    let (names, ended) = blocking(known).await?;
+    // What is left when the newest has ended is older than what was here.
+    let (Some(newest), None) = (names.first(), ended) else {
         return Ok(());
     };
-    let resolution = Resolution {
-        capsule: newest.capsule,
-        name: Some(newest.name.clone()),
-        manifest_size: Some(newest.manifest_size),
+    bring(node, newest).await?;
+    let keep = follow.keep as usize;
+    let pin = async |names: Vec<KnownName>| {
+        let followed = channel.clone();
+        node.while_keeping(move |node| pin_newest(node, &followed, &names, keep))
+            .await
     };
-    let shared = node.clone();
-    let held = blocking(move || Ok(shared.holdings.holding(&newest.capsule)?)).await?;
-    if held != Holding::Complete {
-        let manner = manner(&resolution, Priority::Background);
-        fetch_capsule(node, resolution, manner, DEFAULT_PATIENCE, &(|_| ())).await?;
+    pin(names.clone()).await?;
+    // Of the others what came since the channel is followed; before that, nobody asked for it.
+    let others = names.iter().skip(1).take(keep.saturating_sub(1));
+    for name in others.filter(|name| name.issued >= follow.since) {
+        bring(node, name).await?;
+        pin(names.clone()).await?;
     }
-    let (followed, keep) = (channel.clone(), follow.keep as usize);
-    node.while_keeping(move |node| pin_newest(node, &followed, &names, keep))
-        .await?;
     node.follower.note(channel, None);
+    Ok(())
+}
+
+/// Brings a version here, unless it is.
+async fn bring(node: &Arc<Node>, name: &KnownName) -> Result<(), Failure> {
+    let (shared, capsule) = (node.clone(), name.capsule);
+    let held = blocking(move || Ok(shared.holdings.holding(&capsule)?)).await?;
+    if held == Holding::Complete {
+        return Ok(());
+    }
+    let resolution = Resolution {
+        capsule,
+        name: Some(name.name.clone()),
+        manifest_size: Some(name.manifest_size),
+    };
+    let manner = manner(&resolution, Priority::Background);
+    fetch_capsule(node, resolution, manner, DEFAULT_PATIENCE, &(|_| ())).await?;
     Ok(())
 }
 

@@ -11,7 +11,7 @@ use capsule_chunker::content::Content;
 use capsule_chunker::layer::Storage;
 use capsule_chunker::layer::read::{LayerContent, ReadOptions};
 use capsule_proto::RootHash;
-use capsule_proto::index::{Directory, SourceKind};
+use capsule_proto::index::{Directory, IndexHeader, SourceKind};
 use positioned_io::ReadAt;
 use tokio::sync::Notify;
 
@@ -69,6 +69,15 @@ fn open_one(
         }
     };
     Ok(LayerContent::open(index, pack, sources, options)?)
+}
+
+/// Whether this version reads the sources of a layer: its parent, if anything.
+pub fn is_readable(header: &IndexHeader) -> bool {
+    match &header.sources[..] {
+        [] => true,
+        [source] => source.kind == SourceKind::Parent,
+        _ => false,
+    }
 }
 
 /// Reads the directory of an index that lies in the store.

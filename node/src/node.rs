@@ -272,6 +272,13 @@ impl From<ResolveError> for Failure {
             ResolveError::UnknownVersion { .. } => {
                 Self::new(FailureCode::NotFound, message).hint("see the versions that there are with `capsule ls`")
             }
+            ResolveError::Ended { newest, .. } => {
+                let hint = match newest {
+                    Some(newest) => format!("name an older one if you mean it: {newest}"),
+                    None => "publish a new version".to_owned(),
+                };
+                Self::new(FailureCode::NotFound, message).hint(hint)
+            }
             ResolveError::UnknownPrefix(_) => {
                 Self::new(FailureCode::NotFound, message).hint("give all 64 digits of the id to look for it in the fleet")
             }

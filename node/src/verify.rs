@@ -17,7 +17,7 @@ use crate::control::{
 use crate::held::kind_word;
 use crate::node::{Node, spelled};
 use crate::store::{BlobInfo, BlobKind, DatabaseError, ReadError, Store};
-use crate::transfer::fetch::{Manner, Wanted, fetch};
+use crate::transfer::fetch::{Fetched, Manner, Wanted, fetch};
 use crate::transfer::patience::Patience;
 use crate::transfer::{DEFAULT_PATIENCE, fetch_capsule, manner};
 use crate::work::{Task, Work, blocking};
@@ -368,8 +368,8 @@ async fn repair(
     };
     let patience = Arc::new(Patience::default());
     let _place = patience.wait(Instant::now(), DEFAULT_PATIENCE);
-    let fetched = fetch(node, wanted, &manner, &patience, reporter).await;
-    failed.and(fetched.map(drop))
+    let mut fetched = Fetched::default();
+    failed.and(fetch(node, wanted, &manner, &patience, reporter, &mut fetched).await)
 }
 
 #[cfg(test)]

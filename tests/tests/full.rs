@@ -204,3 +204,21 @@ fn a_full_disk_of_the_store_stops_no_export_to_another() {
     data::compare_trees(&path("tree"), &tree).unwrap();
     node.stop();
 }
+
+#[test]
+fn room_is_looked_for_where_the_export_is_written() {
+    let fleet = Fleet::of(1);
+    let (tree, above) = (fleet.path("tree"), fleet.path("above"));
+    fs::create_dir(&tree).unwrap();
+    fs::write(tree.join("file"), data::noise(1, 6_000_000)).unwrap();
+    fleet[0].publish(&tree, "lab:1");
+    let _above = SmallDisk::mount(&above, 2);
+    let target = above.join("mounted");
+    let mounted = SmallDisk::mount(&target, 16);
+    fleet[0].ok(&["export", "lab:1", "--to", target.to_str().unwrap()]);
+    assert!(fs::read(target.join("file")).unwrap() == data::noise(1, 6_000_000));
+    fs::remove_file(target.join("file")).unwrap();
+    mounted.resize(4);
+    let said = fleet[0].fails(1, &["export", "lab:1", "--to", target.to_str().unwrap()]);
+    assert!(said.contains("bytes free"), "{said}");
+}

@@ -185,6 +185,36 @@ fn a_follower_pulls_new_versions_by_itself_and_pins_two() {
 }
 
 #[test]
+fn a_follower_that_was_away_pulls_all_that_it_keeps() {
+    let mut fleet = Fleet::of(2);
+    fleet[1].ok(&["follow", "lab"]);
+    let source = fleet.path("source.bin");
+    let publish = |fleet: &Fleet, version: u64| {
+        fs::write(&source, data::prose(version, 200_000)).unwrap();
+        fleet[0].publish(&source, &format!("lab:{version}"));
+    };
+    let pinned = |node: &capsule_tests::Node| {
+        let listed = node.json(&["ls"]);
+        let pinned = listed["capsules"].as_array().unwrap().iter();
+        let pinned = pinned.filter(|c| !c["pins"].as_array().unwrap().is_empty());
+        let names = pinned.flat_map(|c| c["names"].as_array().unwrap().clone());
+        names.collect::<Vec<_>>()
+    };
+    publish(&fleet, 1);
+    fleet[1].wait_until("the first version is pinned", |node| {
+        pinned(node) == ["lab:1"]
+    });
+    fleet[1].stop();
+    for version in 2..=4 {
+        publish(&fleet, version);
+    }
+    fleet[1].start();
+    fleet[1].wait_until("the newest two are pinned", |node| {
+        pinned(node) == ["lab:3", "lab:4"]
+    });
+}
+
+#[test]
 fn layers_of_a_publisher_that_left_are_passed_over() {
     let mut fleet = Fleet::of(2);
     let token = fleet.invite(&["--role", "publisher"]);

@@ -5,6 +5,7 @@
 
 use std::ffi::CString;
 use std::fs::File;
+use std::hash::{BuildHasher, RandomState};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
@@ -22,7 +23,7 @@ use super::root::{DIRECTORY, Root};
 
 /// Aligned zeros of this length become holes; shorter ones are cheaper written than kept as holes.
 const HOLE_LEN: usize = 16 << 10;
-/// Names tried for a temporary entry. They hold our process id, so others are leftovers of an interrupted run.
+/// Names tried for a temporary entry: those that are taken are leftovers of an interrupted run.
 const TRIES: usize = 10_000;
 
 /// The directory that becomes the tree; shared by the threads that write it.
@@ -34,6 +35,8 @@ pub(super) struct Target {
     /// Whether owners and devices can be expected to work.
     pub privileged: bool,
     pub tally: Tally,
+    /// How temporary names begin.
+    partial_prefix: String,
     next_partial: AtomicU64,
     failure: Mutex<Option<RestoreError>>,
 }
@@ -70,14 +73,30 @@ impl Drop for Partial {
     }
 }
 
+/// A beginning that no entry's name has: the tree may hold what an interrupted run left, or names that somebody thought up.
+fn prefix_of_partials(listing: &Listing) -> String {
+    loop {
+        let random = RandomState::new().hash_one(std::process::id());
+        let prefix = format!(".capsule-{random:016x}-");
+        let is_taken = |entry: &Entry| {
+            !entry.path.is_root() && entry.path.name().starts_with(prefix.as_bytes())
+        };
+        if !listing.entries().iter().any(is_taken) {
+            return prefix;
+        }
+    }
+}
+
 impl Target {
     pub fn new(root: Root, listing: Arc<Listing>, force: bool) -> Self {
+        let partial_prefix = prefix_of_partials(&listing);
         Self {
             root,
             listing,
             force,
             privileged: rustix::process::geteuid().is_root(),
             tally: Tally::default(),
+            partial_prefix,
             next_partial: AtomicU64::new(0),
             failure: Mutex::new(None),
         }
@@ -124,7 +143,7 @@ impl Target {
     ) -> Result<(Partial, T), Errno> {
         for _ in 0..TRIES {
             let number = self.next_partial.fetch_add(1, Ordering::Relaxed);
-            let name = format!(".capsule-{}-{number}.partial", std::process::id());
+            let name = format!("{}{number}.partial", self.partial_prefix);
             match make(dir, &name) {
                 Err(Errno::EXIST) => {}
                 Err(e) => return Err(e),

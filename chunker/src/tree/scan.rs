@@ -30,10 +30,12 @@ pub const MAX_ENTRIES: usize = 10_000_000;
 pub(super) const NO_ROOT: RootHash = RootHash::from_bytes([0; 32]);
 
 /// How to walk a directory.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct ScanOptions {
     /// Leave out what other file systems hold; directories on which they are mounted come out empty.
     pub one_file_system: bool,
+    /// Leave out what has this path in the tree, and all below it.
+    pub without: Option<EntryPath>,
 }
 
 /// Why a directory could not be walked.
@@ -210,7 +212,9 @@ impl Walk<'_> {
                 path: self.root.display(path),
                 why,
             })?;
-            found.push(self.entry(&fd, name, path)?);
+            if self.options.without.as_ref() != Some(&path) {
+                found.push(self.entry(&fd, name, path)?);
+            }
         }
         Ok(found)
     }

@@ -147,7 +147,9 @@ fn write_tree(
     let options = RestoreOptions { force };
     if !force {
         let bytes = file::data_bytes(store, &way.contents)?.min(component.content_size);
-        file::check_space(to.parent().unwrap_or(to), bytes)?;
+        // An empty directory may be another file system's than the one above it.
+        let place = if to.is_dir() { Some(to) } else { to.parent() };
+        file::check_space(place.unwrap_or(to), bytes)?;
     }
     if way.contents.is_empty() {
         return Ok(TreeWriter::new(to, listing, &options, work)?.finish()?);

@@ -2,6 +2,7 @@
 //! which leave nothing behind when they are dropped; keeping and naming is the room's other half.
 
 use std::io;
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use capsule_chunker::content::{BytesSource, Content, Source};
@@ -11,6 +12,7 @@ use capsule_chunker::layer::encode::{ContentHashes, EncodeOptions, Encoded, Outp
 use capsule_chunker::tree::{ScanOptions, scan};
 use capsule_proto::RootHash;
 use capsule_proto::index::Space;
+use capsule_proto::listing::EntryPath;
 use capsule_proto::manifest::{Component, ComponentKind, Manifest};
 use capsule_proto::record::BlobRef;
 use positioned_io::{ReadAt, WriteAt};
@@ -47,8 +49,10 @@ pub(super) struct DraftPack {
 }
 
 /// Reads and encodes. Blocks; nothing is kept when it fails or the draft is dropped.
+///
+/// A directory that holds the node's own `home` is published without it: it changes while it is read, and holds secret keys.
 pub(super) fn make(
-    store: &Store,
+    (store, home): (&Store, &Path),
     request: &Publish,
     work: &Work,
     reporter: &Reporter,
@@ -57,7 +61,9 @@ pub(super) fn make(
         .map_err(|e| unreadable(&request.path, &e))?
         .is_dir();
     match (is_dir, request.read_as) {
-        (true, PublishAs::Auto | PublishAs::Tree) => make_tree(store, request, work, reporter),
+        (true, PublishAs::Auto | PublishAs::Tree) => {
+            make_tree((store, home), request, work, reporter)
+        }
         (false, PublishAs::Tree) => {
             let message = format!("{} is not a directory", request.path.display());
             Err(Failure::new(FailureCode::Invalid, message).hint("leave out --as tree"))
@@ -144,7 +150,7 @@ fn make_stream(
 }
 
 fn make_tree(
-    store: &Store,
+    (store, home): (&Store, &Path),
     request: &Publish,
     work: &Work,
     reporter: &Reporter,
@@ -158,10 +164,20 @@ fn make_tree(
         written: 0,
         what: Some(request.path.display().to_string()),
     });
+    let own = own_within(home, &request.path)?;
+    let mut warnings = Vec::new();
+    if own.is_some() {
+        warnings.push(format!(
+            "{} is left out: it is this node's own, with its keys",
+            home.display()
+        ));
+        warnings.iter().for_each(|warning| reporter.notice(warning));
+    }
     let source = scan(
         &request.path,
         &ScanOptions {
             one_file_system: request.one_file_system,
+            without: own,
         },
     )?;
     work.check()?;
@@ -203,8 +219,21 @@ fn make_tree(
         listing: Some(listing),
         outboard: None,
         stats,
-        warnings: Vec::new(),
+        warnings,
     })
+}
+
+/// Where in a directory the node's home lies, if it does.
+fn own_within(home: &Path, dir: &Path) -> Result<Option<EntryPath>, Failure> {
+    let real = |path: &Path| path.canonicalize().map_err(|e| unreadable(path, &e));
+    let (home, dir) = (real(home)?, real(dir)?);
+    if dir.starts_with(&home) {
+        let message = format!("{} belongs to this node itself", dir.display());
+        return Err(Failure::new(FailureCode::Invalid, message)
+            .hint("publish another directory: this one holds the node's keys and its store"));
+    }
+    let below = home.strip_prefix(&dir).ok();
+    Ok(below.and_then(|path| EntryPath::new(path.as_os_str().as_bytes()).ok()))
 }
 
 fn new_manifest(component: Component) -> Result<Manifest, Failure> {

@@ -40,11 +40,12 @@ pub async fn publish(
         total: None,
         what: Some(name.to_string()),
     };
-    let (store, teller, making) = (node.store.clone(), reporter.clone(), request.clone());
+    let (shared, teller, making) = (node.clone(), reporter.clone(), request.clone());
     let draft = node
         .works
         .run(task, reporter, move |work| {
-            make(&store, &making, work, &teller)
+            let place = (&shared.store, shared.home.dir());
+            make(place, &making, work, &teller)
         })
         .await?;
     // From here on it is not stopped half-way: what is kept is also named, announced and told.
@@ -161,6 +162,12 @@ fn keep_and_name(node: &Node, naming: Naming, mut draft: Draft) -> Result<(Draft
             "{name} is published already, with other content: it is {}, this would be {capsule}",
             other.capsule
         );
+        return Err(Failure::new(FailureCode::Exists, message)
+            .hint("choose another version; a version never changes"));
+    }
+    let ended = node.records.newest_ended(&name.channel)?;
+    if known.is_empty() && ended.is_some_and(|ended| ended.name == name) {
+        let message = format!("{name} was published before, and has ended");
         return Err(Failure::new(FailureCode::Exists, message)
             .hint("choose another version; a version never changes"));
     }

@@ -1,8 +1,10 @@
 //! The records that this node knows: what it accepts, what counts, what it signs itself.
 //!
 //! Records lie in the store; here are the rules. A record is kept if its signer was a member with the right to say it, is not
-//! revoked, and it has not ended. What the records say together lives in `names`, the network's side in `offer`.
+//! revoked, and it has not ended. What the records say together lives in `names`, what is left of ended names in `floor`, the
+//! network's side in `offer`.
 
+mod floor;
 mod names;
 mod offer;
 #[cfg(test)]
@@ -18,6 +20,7 @@ use tokio::sync::watch;
 use crate::clock::Clock;
 use crate::store::{DatabaseError, Store};
 
+pub use floor::Ended;
 pub use names::{KnownLayer, KnownName, Resolution, ResolveError};
 
 /// Most records of one signer: years of publishing several versions a day, and no single member can fill the others' stores.
@@ -76,13 +79,15 @@ impl Records {
             let Some(bytes) = self.store.record(&id)? else {
                 continue;
             };
-            let valid = SignedRecord::decode(&bytes)
-                .ok()
-                .filter(|record| record.verify(&self.fleet, now, &revoked).is_ok());
-            let Some(record) = valid else {
+            let Ok(record) = SignedRecord::decode(&bytes) else {
                 self.store.remove_record(&id)?;
                 continue;
             };
+            if let Err(why) = record.verify(&self.fleet, now, &revoked) {
+                self.note_ended(&record, &why)?;
+                self.store.remove_record(&id)?;
+                continue;
+            }
             ids.insert(id);
             *per_signer.entry(record.signer()).or_default() += 1;
             next = next.into_iter().chain(record.record().expires).min();

@@ -73,6 +73,14 @@ pub enum ResolveError {
         /// What there is.
         newest: CapsuleName,
     },
+    /// The channel's newest version has ended; an older one is meant only when it is named.
+    #[error("the newest version of channel {}, {ended}, has ended", .ended.channel)]
+    Ended {
+        /// The version.
+        ended: CapsuleName,
+        /// The newest that has not ended, if there is one.
+        newest: Option<CapsuleName>,
+    },
     /// No known id begins so.
     #[error("no known capsule's id begins with {0}")]
     UnknownPrefix(String),
@@ -129,11 +137,19 @@ impl Records {
         Ok(self.names_of(channel)?.into_iter().next())
     }
 
-    /// The sequence for the next version of a channel.
+    /// The sequence for the next version of a channel: above all that there were.
     pub fn next_sequence(&self, channel: &Channel) -> Result<u64, DatabaseError> {
-        Ok(self
-            .newest(channel)?
-            .map_or(1, |newest| newest.sequence.saturating_add(1)))
+        let newest = self.newest(channel)?.map(|newest| newest.sequence);
+        let ended = self.newest_ended(channel)?.map(|ended| ended.sequence);
+        Ok(newest.max(ended).map_or(1, |last| last.saturating_add(1)))
+    }
+
+    /// The newest version of a channel, where that has ended.
+    pub fn ended(&self, channel: &Channel) -> Result<Option<CapsuleName>, DatabaseError> {
+        let newest = self.newest(channel)?.map(|newest| newest.sequence);
+        let ended = self.newest_ended(channel)?;
+        let ended = ended.filter(|ended| newest.is_none_or(|newest| newest < ended.sequence));
+        Ok(ended.map(|ended| ended.name))
     }
 
     /// The layers that lead to a component.
@@ -194,6 +210,12 @@ impl Records {
 
     fn by_name(&self, name: &CapsuleName) -> Result<Resolution, ResolveError> {
         let known = self.names_of(&name.channel)?;
+        if name.version.is_none()
+            && let Some(ended) = self.ended(&name.channel)?
+        {
+            let newest = known.first().map(|newest| newest.name.clone());
+            return Err(ResolveError::Ended { ended, newest });
+        }
         let Some(newest) = known.first() else {
             return Err(ResolveError::UnknownName(name.clone()));
         };

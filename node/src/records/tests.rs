@@ -145,6 +145,37 @@ fn names_resolve_to_the_newest_the_exact_and_the_prefix() {
 }
 
 #[test]
+fn a_channel_does_not_go_back_when_its_newest_name_ends() {
+    let temp = tempfile::tempdir().unwrap();
+    let store = Store::open(temp.path(), StoreOptions::default()).unwrap();
+    let open = |now: fn() -> u64| {
+        let clock = Arc::new(Clock::with_system(now, 0));
+        Records::open(store.clone(), fleet().fleet(), clock).unwrap()
+    };
+    let one = publisher(1);
+    let records = open(|| NOW);
+    records.offer(sign(&one, 7, None, name("a", 1)).as_bytes());
+    records.offer(sign(&one, 8, Some(NOW + 10), name("b", 2)).as_bytes());
+    assert_eq!(resolve(&records, "lab").unwrap(), capsule(2));
+    drop(records);
+    // Before the ended record is dropped, after, and after another start.
+    for _ in 0..2 {
+        let records = open(|| NOW + 10);
+        assert!(matches!(
+            resolve(&records, "lab"),
+            Err(ResolveError::Ended { ended, newest: Some(newest) })
+                if ended.to_string() == "lab:b" && newest.to_string() == "lab:a"
+        ));
+        assert_eq!(resolve(&records, "lab:a").unwrap(), capsule(1));
+        assert_eq!(records.next_sequence(&"lab".parse().unwrap()).unwrap(), 9);
+        records.purge().unwrap();
+    }
+    let records = open(|| NOW + 11);
+    records.offer(sign(&one, 9, None, name("c", 3)).as_bytes());
+    assert_eq!(resolve(&records, "lab").unwrap(), capsule(3));
+}
+
+#[test]
 fn records_of_equal_sequence_are_both_kept_and_told_apart_by_version_only() {
     let (_temp, records) = records();
     records.offer(sign(&publisher(1), 1, None, name("a", 1)).as_bytes());

@@ -37,10 +37,22 @@ pub struct Wanted {
 /// What fetching brought.
 #[derive(Debug, Clone, Default)]
 pub struct Fetched {
-    /// Bytes by blob: size, and how many of them were fetched.
-    pub blobs: BTreeMap<RootHash, (u64, u64)>,
+    /// How many bytes of each blob were fetched.
+    pub blobs: BTreeMap<RootHash, u64>,
     /// Bytes by the peer that sent them.
     pub by_peer: BTreeMap<PeerId, u64>,
+}
+
+impl Fetched {
+    /// Adds what another fetch brought.
+    pub fn add(&mut self, more: &Self) {
+        for (root, bytes) in &more.blobs {
+            *self.blobs.entry(*root).or_default() += bytes;
+        }
+        for (peer, bytes) in &more.by_peer {
+            *self.by_peer.entry(*peer).or_default() += bytes;
+        }
+    }
 }
 
 /// How to fetch.
@@ -54,14 +66,15 @@ pub struct Manner {
     pub priority: Priority,
 }
 
-/// Fetches blobs until all are here and durable.
+/// Fetches blobs until all are here and durable. What it brought is added to `fetched`, also where it fails in the end.
 pub async fn fetch(
     node: &Node,
     wanted: Vec<Wanted>,
     manner: &Manner,
     patience: &Patience,
     tell: &dyn Tell,
-) -> Result<Fetched, Failure> {
+    fetched: &mut Fetched,
+) -> Result<(), Failure> {
     let roots: Vec<RootHash> = wanted.iter().map(|wanted| wanted.root).collect();
     let _guard = node.store.guard(roots.iter().copied());
     let _kept = KeepOnDrop {
@@ -77,24 +90,10 @@ pub async fn fetch(
         progress: BTreeMap::new(),
         last: (Instant::now(), 0),
     };
-    let mut running = FuturesUnordered::new();
-    let mut ticks = tokio::time::interval(TICK);
-    loop {
-        while running.len() < AT_A_TIME
-            && let Some(next) = state.queue.pop_front()
-        {
-            let (root, mut fetch) = state.start(next).await?;
-            running.push(async move { (root, fetch.done().await) });
-        }
-        tokio::select! {
-            done = running.next() => match done {
-                Some((root, result)) => state.ended(root, result).await?,
-                None => break,
-            },
-            _ = ticks.tick() => state.tick(tell).await?,
-        }
-    }
-    state.finish(&roots).await
+    let came = state.run(tell).await;
+    state.account(fetched);
+    came?;
+    make_durable(node, roots).await
 }
 
 /// Makes what came durable, and expects nothing more, however the fetch ends: a cancelled one is resumed, perhaps after a crash.
@@ -139,6 +138,26 @@ struct Fetching<'a> {
 const URGENT: u64 = 1 << 20;
 
 impl Fetching<'_> {
+    async fn run(&mut self, tell: &dyn Tell) -> Result<(), Failure> {
+        let mut running = FuturesUnordered::new();
+        let mut ticks = tokio::time::interval(TICK);
+        loop {
+            while running.len() < AT_A_TIME
+                && let Some(next) = self.queue.pop_front()
+            {
+                let (root, mut fetch) = self.start(next).await?;
+                running.push(async move { (root, fetch.done().await) });
+            }
+            tokio::select! {
+                done = running.next() => match done {
+                    Some((root, result)) => self.ended(root, result).await?,
+                    None => return Ok(()),
+                },
+                _ = ticks.tick() => self.tick(tell).await?,
+            }
+        }
+    }
+
     async fn start(&mut self, wanted: Wanted) -> Result<(RootHash, capsule_swarm::Fetch), Failure> {
         let Wanted { root, size, kind } = wanted;
         let store = self.node.store.clone();
@@ -282,30 +301,29 @@ impl Fetching<'_> {
         (holders.len(), nowhere)
     }
 
-    async fn finish(self, roots: &[RootHash]) -> Result<Fetched, Failure> {
-        let mut fetched = Fetched::default();
+    /// Adds what came so far.
+    fn account(&self, fetched: &mut Fetched) {
         for (root, progress) in &self.progress {
             let progress = progress.borrow();
-            let size = progress.size.unwrap_or_default();
-            fetched.blobs.insert(*root, (size, progress.bytes_done));
+            *fetched.blobs.entry(*root).or_default() += progress.bytes_done;
             for (peer, bytes) in &progress.by_peer {
                 *fetched.by_peer.entry(*peer).or_default() += bytes;
             }
         }
-        let (store, roots) = (self.node.store.clone(), roots.to_vec());
-        blocking(move || {
-            for root in roots {
-                store.flush(&root)?;
-                if !store.durable(&root).is_some_and(|here| here.complete) {
-                    let message = format!("{root} was fetched, but is not all in the store");
-                    return Err(
-                        Failure::new(FailureCode::Io, message).hint("the same command resumes")
-                    );
-                }
-            }
-            Ok(())
-        })
-        .await?;
-        Ok(fetched)
     }
+}
+
+async fn make_durable(node: &Node, roots: Vec<RootHash>) -> Result<(), Failure> {
+    let store = node.store.clone();
+    blocking(move || {
+        for root in roots {
+            store.flush(&root)?;
+            if !store.durable(&root).is_some_and(|here| here.complete) {
+                let message = format!("{root} was fetched, but is not all in the store");
+                return Err(Failure::new(FailureCode::Io, message).hint("the same command resumes"));
+            }
+        }
+        Ok(())
+    })
+    .await
 }

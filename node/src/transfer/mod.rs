@@ -27,7 +27,7 @@ use crate::store::HeldCapsule;
 use crate::work::{Task, Tell, blocking, panicked};
 use fetch::{Fetched, Manner, fetch};
 use patience::Patience;
-use prepare::{ComponentPlan, Excluded, MAX_TRIES, Prepared, add, prepare};
+use prepare::{ComponentPlan, Excluded, MAX_TRIES, Prepared, prepare};
 use shared::waiting;
 pub use shared::{Transfers, fetch_capsule};
 
@@ -162,6 +162,8 @@ struct Spent {
 struct Attempted {
     prepared: Prepared,
     components: Vec<PlannedComponent>,
+    /// Bytes that were here before the pull.
+    had: u64,
     unchanged: bool,
 }
 
@@ -209,16 +211,22 @@ async fn attempt(
     let begun = Instant::now();
     let prepared = prepare(node, resolution, manner, patience, tell, excluded).await?;
     spent.planning_seconds += begun.elapsed().as_secs_f64();
-    add(&mut spent.planning, prepared.planning.clone());
+    spent.planning.add(&prepared.planning);
     if !still_held(node, &prepared).await? {
         return Ok(None);
     }
     let unchanged = is_complete(node, resolution.capsule).await?
         && prepared.components.iter().all(|plan| plan.held);
     let components = prepared.components(node);
+    let had = prepared.had_bytes(
+        node,
+        &resolution.capsule,
+        &[&spent.planning, &spent.fetched],
+    );
     let attempted = Attempted {
         prepared,
         components,
+        had,
         unchanged,
     };
     if unchanged {
@@ -228,15 +236,20 @@ async fn attempt(
     begin(node, resolution.capsule).await?;
     let (begun, cpu) = (Instant::now(), cpu_seconds());
     let wanted = prepared.wanted(node);
-    let fetched = fetch(node, wanted.clone(), manner, patience, tell).await;
+    let fetched = fetch(
+        node,
+        wanted.clone(),
+        manner,
+        patience,
+        tell,
+        &mut spent.fetched,
+    )
+    .await;
     spent.fetch_seconds += begun.elapsed().as_secs_f64();
     spent.fetch_cpu_seconds += cpu_seconds() - cpu;
-    match fetched {
-        Ok(fetched) => add(&mut spent.fetched, fetched),
-        Err(failure) => {
-            excluded.missing(node, &wanted, failure).await?;
-            return Ok(None);
-        }
+    if let Err(failure) = fetched {
+        excluded.missing(node, &wanted, failure).await?;
+        return Ok(None);
     }
     let begun = Instant::now();
     for plan in prepared.components.iter().filter(|plan| !plan.held) {
@@ -287,17 +300,14 @@ async fn pulled(
 ) -> Pulled {
     let planning_bytes = bytes(&spent.planning);
     let fetched_bytes = planning_bytes + bytes(&spent.fetched);
-    add(&mut spent.fetched, spent.planning);
+    spent.fetched.add(&spent.planning);
     Pulled {
         capsule: resolution.capsule,
         name: resolution.name.as_ref().map(ToString::to_string),
         unchanged: attempted.unchanged,
         components: attempted.components,
         fetched_bytes,
-        had_bytes: attempted
-            .prepared
-            .total_bytes()
-            .saturating_sub(fetched_bytes),
+        had_bytes: attempted.had,
         planning_bytes,
         content_bytes: attempted.prepared.manifest.content_size(),
         by_peer: by_peer(node, &spent.fetched).await,
@@ -376,7 +386,7 @@ async fn begin(node: &Arc<Node>, capsule: CapsuleId) -> Result<(), Failure> {
 }
 
 fn bytes(fetched: &Fetched) -> u64 {
-    fetched.blobs.values().map(|(_, bytes)| bytes).sum()
+    fetched.blobs.values().sum()
 }
 
 async fn by_peer(node: &Node, fetched: &Fetched) -> Vec<PeerBytes> {

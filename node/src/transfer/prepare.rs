@@ -6,9 +6,9 @@
 use std::collections::{BTreeMap, HashSet};
 use std::time::Instant;
 
-use capsule_proto::RootHash;
 use capsule_proto::manifest::{Component, Manifest};
 use capsule_proto::record::{BlobRef, Layer};
+use capsule_proto::{CapsuleId, RootHash};
 
 use super::fetch::{Fetched, Manner, Wanted, fetch};
 use super::patience::{Mood, Patience};
@@ -17,7 +17,7 @@ use super::shared::waiting;
 use super::{LOOK, settled};
 use crate::control::{ComponentInfo, Failure, FailureCode, Phase, PlannedComponent};
 use crate::held::{HeldWay, component_info, fits};
-use crate::layers::read_directory;
+use crate::layers::{is_readable, read_directory};
 use crate::node::Node;
 use crate::records::Resolution;
 use crate::store::{ActiveGuard, BlobKind};
@@ -75,6 +75,19 @@ impl Prepared {
                 kind: *kind,
             })
             .collect()
+    }
+
+    /// Bytes of the manifest and all blobs that are here, but for those that this pull fetched before.
+    pub fn had_bytes(&self, node: &Node, capsule: &CapsuleId, fetched: &[&Fetched]) -> u64 {
+        let blobs = self.components.iter().flat_map(|plan| plan.blobs.keys());
+        blobs
+            .chain([&capsule.0])
+            .map(|root| {
+                let here = node.holdings.bytes_here([*root]);
+                let came = fetched.iter().filter_map(|fetched| fetched.blobs.get(root));
+                here.saturating_sub(came.sum())
+            })
+            .sum()
     }
 
     /// Bytes of the manifest and all blobs.
@@ -168,6 +181,17 @@ impl Excluded {
         }
     }
 
+    /// Layers that this version cannot read, though they may be right.
+    fn unreadable(&mut self, layers: Vec<Layer>) {
+        if layers.is_empty() {
+            return;
+        }
+        self.layers.extend(layers);
+        let message = "its layers read other components, which this version of capsule does not";
+        self.failure =
+            Some(Failure::new(FailureCode::Refused, message).hint("use a newer capsule"));
+    }
+
     /// After layers turned out wrong; the failure if nothing changes.
     pub fn wrong(&mut self, layers: &[Layer], failure: Failure) -> Result<(), Failure> {
         let before = self.layers.len();
@@ -227,14 +251,12 @@ pub async fn prepare(
                 kind: BlobKind::Index,
             })
             .collect();
-        match fetch(node, wanted.clone(), &manner, patience, tell).await {
-            Ok(fetched) => add(&mut planning, fetched),
-            Err(failure) => {
-                excluded.missing(node, &wanted, failure).await?;
-                continue;
-            }
+        let fetched = fetch(node, wanted.clone(), &manner, patience, tell, &mut planning);
+        if let Err(failure) = fetched.await {
+            excluded.missing(node, &wanted, failure).await?;
+            continue;
         }
-        if check_indexes(node, &choice.components).await? {
+        if check_indexes(node, &choice.components, excluded).await? {
             return Ok(Prepared {
                 manifest,
                 components: choice.components,
@@ -293,14 +315,6 @@ async fn choose_in_time(
     }
 }
 
-/// Adds up what was fetched.
-pub fn add(sum: &mut Fetched, more: Fetched) {
-    sum.blobs.extend(more.blobs);
-    for (peer, bytes) in more.by_peer {
-        *sum.by_peer.entry(peer).or_default() += bytes;
-    }
-}
-
 async fn manifest(
     node: &Node,
     resolution: &Resolution,
@@ -315,7 +329,7 @@ async fn manifest(
             size: resolution.manifest_size,
             kind: BlobKind::Manifest,
         };
-        *planning = fetch(node, vec![wanted], manner, patience, tell).await?;
+        fetch(node, vec![wanted], manner, patience, tell, planning).await?;
     }
     let holdings = node.holdings.clone();
     let manifest = blocking(move || Ok(holdings.manifest(&capsule))).await?;
@@ -327,29 +341,37 @@ async fn manifest(
     })
 }
 
-/// Whether the indexes are what the layers' records say; layers of which they are not are never tried again.
-async fn check_indexes(node: &Node, components: &[ComponentPlan]) -> Result<bool, Failure> {
+/// Whether the indexes are what the layers' records say, and can be read here; layers of which they are not what was said are
+/// never tried again, by no pull.
+async fn check_indexes(
+    node: &Node,
+    components: &[ComponentPlan],
+    excluded: &mut Excluded,
+) -> Result<bool, Failure> {
     let layers = components.iter().flat_map(|plan| &plan.layers);
     let layers: HashSet<Layer> = layers.cloned().collect();
     let store = node.store.clone();
-    let wrong = blocking(move || {
-        let mut wrong = Vec::new();
+    let (wrong, unreadable) = blocking(move || {
+        let (mut wrong, mut unreadable) = (Vec::new(), Vec::new());
         for layer in layers {
             let directory = read_directory(&*store.open_blob(&layer.index.root)?);
             let pack_len = layer.pack.map_or(0, |pack| pack.size);
-            let fine = directory.is_ok_and(|d| {
+            let fine = directory.as_ref().is_ok_and(|d| {
                 fits(d.header(), &layer)
                     && d.pack_len() == pack_len
                     && d.index_len() == layer.index.size
             });
-            if !fine {
-                wrong.push(layer);
+            match directory {
+                Ok(directory) if fine && !is_readable(directory.header()) => unreadable.push(layer),
+                Ok(_) if fine => {}
+                _ => wrong.push(layer),
             }
         }
-        Ok(wrong)
+        Ok((wrong, unreadable))
     })
     .await?;
-    let fine = wrong.is_empty();
+    let fine = wrong.is_empty() && unreadable.is_empty();
+    excluded.unreadable(unreadable);
     wrong
         .into_iter()
         .for_each(|layer| node.transfers.refuse(layer));

@@ -55,6 +55,8 @@ struct Waiter {
     spec: FetchSpec,
     /// Bytes lacking when the scheduler got it.
     lacking: Option<u64>,
+    /// What peers had sent of the blob before it came.
+    before: BTreeMap<PeerId, u64>,
     progress: watch::Sender<FetchProgress>,
     done: oneshot::Sender<Result<FetchProgress, FetchError>>,
 }
@@ -100,6 +102,15 @@ impl Waiter {
         self.want(size).difference(held).bytes(size)
     }
 
+    /// What peers sent since it came.
+    fn by_peer(&self, all: &BTreeMap<PeerId, u64>) -> Vec<(PeerId, u64)> {
+        let since = |(peer, bytes): (&PeerId, &u64)| {
+            let before = self.before.get(peer).copied().unwrap_or_default();
+            (*bytes > before).then(|| (*peer, *bytes - before))
+        };
+        all.iter().filter_map(since).collect()
+    }
+
     fn is_complete(&self, size: u64, held: &GroupRanges) -> bool {
         self.want(size).difference(held).is_empty()
     }
@@ -120,9 +131,10 @@ impl Engine {
             done,
         } = command;
         let (root, asked) = (spec.root, spec.size);
-        let waiter = Waiter {
+        let mut waiter = Waiter {
             spec,
             lacking: None,
+            before: BTreeMap::new(),
             progress,
             done,
         };
@@ -142,6 +154,7 @@ impl Engine {
             (None, Some(_)) => transfer.size = asked,
             _ => {}
         }
+        waiter.before.clone_from(&transfer.by_peer);
         transfer.waiters.push(waiter);
         match (transfer.stage, transfer.size) {
             (Stage::Active, Some(size)) => self.want_more(root, size),
@@ -362,11 +375,7 @@ impl Engine {
             .into_iter()
             .partition(|waiter| waiter.is_complete(size, held));
         transfer.waiters = waiting;
-        let by_peer: Vec<_> = transfer
-            .by_peer
-            .iter()
-            .map(|(peer, bytes)| (*peer, *bytes))
-            .collect();
+        let by_peer = std::mem::take(&mut transfer.by_peer);
         let is_last = transfer.waiters.is_empty();
         for waiter in ended {
             let total = waiter.lacking.unwrap_or_default();
@@ -376,10 +385,11 @@ impl Engine {
                 bytes_done: total,
                 rate: waiter.progress.borrow().rate,
                 providers: waiter.progress.borrow().providers,
-                by_peer: by_peer.clone(),
+                by_peer: waiter.by_peer(&by_peer),
             };
             waiter.end(Ok(progress));
         }
+        transfer.by_peer = by_peer;
         if is_last {
             self.transfers.remove(&root);
             self.downloads.remove_blob(now, &root);
@@ -452,11 +462,6 @@ impl Engine {
         else {
             return;
         };
-        let by_peer: Vec<_> = transfer
-            .by_peer
-            .iter()
-            .map(|(peer, bytes)| (*peer, *bytes))
-            .collect();
         for waiter in &transfer.waiters {
             let total = waiter.lacking.unwrap_or_default();
             waiter.progress.send_replace(FetchProgress {
@@ -465,7 +470,7 @@ impl Engine {
                 bytes_done: total.saturating_sub(waiter.lacking(size, held)),
                 rate: stats.rate as u64,
                 providers: stats.providers.len(),
-                by_peer: by_peer.clone(),
+                by_peer: waiter.by_peer(&transfer.by_peer),
             });
         }
     }
