@@ -350,6 +350,9 @@ mod tests {
             }],
         };
         let bytes = way.encode();
+        let listing = [&[1][..], &[1; 32], &[1], &[2; 32]].concat();
+        let contents = [&[1][..], &[3; 32], &[0]].concat();
+        assert_eq!(bytes, [&[1], &listing[..], &contents].concat());
         assert_eq!(TreeWay::decode(&bytes), Ok(way));
         for len in 0..bytes.len() {
             assert!(TreeWay::decode(&bytes[..len]).is_err());

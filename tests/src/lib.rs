@@ -9,6 +9,7 @@ pub mod data;
 pub mod fleet;
 pub mod hostile;
 pub mod member;
+pub mod network;
 pub mod node;
 pub mod rogue;
 pub mod shelf;

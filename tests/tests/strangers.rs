@@ -2,14 +2,13 @@
 
 use std::fs;
 use std::net::SocketAddr;
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 use capsule_proto::credential::{FleetKey, MachineKey};
 use capsule_proto::wire::Verdict;
 use capsule_tests::member::{Member, all_rights};
 use capsule_tests::rogue::{self, ALPN, DOOR_PATIENCE, MULTISTREAM, knock};
-use capsule_tests::{Fleet, Node, data};
+use capsule_tests::{Fleet, Node, data, network};
 use futures::io::{AsyncReadExt, AsyncWriteExt};
 use libp2p::tcp::tokio::TcpStream;
 
@@ -215,8 +214,13 @@ const STRANGER: [u8; 4] = [10, 77, 0, 2];
 /// Loopback is exempt from the bound on handshakes from one address, so this happens in a network of its own.
 #[test]
 fn a_crowd_of_silent_strangers_keeps_no_member_out() {
-    if std::env::var_os("CAPSULE_TEST_NETWORK").is_none() {
-        return in_a_network_of_its_own("a_crowd_of_silent_strangers_keeps_no_member_out");
+    if !network::is_own() {
+        let stranger = STRANGER.map(|part| part.to_string()).join(".");
+        let set_up = format!(
+            "ip link set lo up; ip address add {NODE}/24 dev lo; ip address add {stranger}/24 dev lo"
+        );
+        let test = "a_crowd_of_silent_strangers_keeps_no_member_out";
+        return network::run_in_its_own(test, &set_up);
     }
     let dir = tempfile::tempdir().unwrap();
     let mut node = Node::new(dir.path().join("node0"));
@@ -267,25 +271,4 @@ fn a_crowd_of_silent_strangers_keeps_no_member_out() {
     }
     assert!(node.open_files() < 200, "{}", node.open_files());
     crowd.abort();
-}
-
-/// Runs a test of this file again where it has the network to itself.
-fn in_a_network_of_its_own(test: &str) {
-    let set_up = format!(
-        "ip link set lo up && ip address add {NODE}/24 dev lo && ip address add {}/24 dev lo && exec \"$0\" \"$@\"",
-        STRANGER.map(|part| part.to_string()).join(".")
-    );
-    let output = Command::new("unshare")
-        .args(["--net", "sh", "-c", &set_up])
-        .arg(std::env::current_exe().unwrap())
-        .args(["--exact", test, "--nocapture"])
-        .env("CAPSULE_TEST_NETWORK", "1")
-        .output()
-        .expect("unshare (util-linux) is there");
-    let text = String::from_utf8_lossy(&output.stdout);
-    assert!(
-        output.status.success() && text.contains("1 passed"),
-        "it failed in a network namespace of its own, which takes root and iproute2\n{text}{}",
-        String::from_utf8_lossy(&output.stderr)
-    );
 }

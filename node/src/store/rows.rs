@@ -358,13 +358,21 @@ mod tests {
             },
         ];
         let recipe = ComponentRecipe { layers };
-        round_trip(&ComponentRow {
+        let row = ComponentRow {
             component: Component {
                 size: 9 * GROUP_LEN,
                 recipe,
             },
             ranges,
-        });
+        };
+        // Version, size, two layers: index and pack, index alone; then the ranges.
+        let layers = [&[2][..], &[1; 32], &[1], &[2; 32], &[3; 32], &[0]].concat();
+        let ranges = [2, 0, 2, 3, 4];
+        assert_eq!(
+            row.encode(),
+            [&[1, 0x80, 0x80, 0x09], &layers[..], &ranges].concat()
+        );
+        round_trip(&row);
         let held = HeldCapsule {
             complete: true,
             added: 300,

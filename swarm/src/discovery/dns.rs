@@ -248,6 +248,29 @@ mod tests {
     }
 
     #[test]
+    fn packets_are_those_of_the_document() {
+        const DOC: &str = include_str!("../../docs/lan.md");
+        let golden = |name: &str| {
+            let start = DOC.split(&format!("```golden {name}\n")).nth(1).unwrap();
+            let digits: String = start
+                .split("```")
+                .next()
+                .unwrap()
+                .split_whitespace()
+                .collect();
+            (0..digits.len() / 2)
+                .map(|at| u8::from_str_radix(&digits[2 * at..2 * at + 2], 16).unwrap())
+                .collect::<Vec<u8>>()
+        };
+        let (tag, _, addresses) = sample();
+        let peer = "12D3KooWDpJ7As7BWAwRMfu1VU2WCqNjvq387JEYKDBj4kx6nXTN"
+            .parse()
+            .unwrap();
+        assert_eq!(encode_query(&tag, 7), golden("query"));
+        assert_eq!(encode_answer(&tag, &peer, &addresses), golden("answer"));
+    }
+
+    #[test]
     fn the_longest_answer_fits_a_packet() {
         let (tag, peer, _) = sample();
         let long: SocketAddr = "[2001:db8:ffff:ffff:ffff:ffff:ffff:ffff]:65535"
