@@ -16,15 +16,17 @@
 //! | `geometry` | nodes, their groups, the places of their pairs |
 //! | `cv` | chaining values of groups and subtrees; the only user of `hazmat` |
 //! | `zeros` | chaining values of zero ranges, and why they need no storage |
-//! | `pairs` | reading verified pairs from an outboard that may have holes |
+//! | `pairs`, `known` | reading verified pairs from an outboard that may have holes; walking down by them |
 //! | `pushed` | content as it comes to a hasher: cut into groups |
-//! | `hasher`, `root`, `encode`, `decode`, `verify`, `update` | one operation each |
+//! | `hasher`, `root`, `encode`, `decode`, `verify`, `update`, `diff` | one operation each |
 
 mod cv;
 mod decode;
+mod diff;
 mod encode;
 mod geometry;
 mod hasher;
+mod known;
 mod pairs;
 mod pushed;
 mod root;
@@ -38,6 +40,7 @@ use capsule_proto::RootHash;
 use positioned_io::ReadAt;
 
 pub use decode::{DecodeError, decode_range};
+pub use diff::{DiffError, changed_groups};
 pub use encode::{EncodeError, encode_range};
 pub use geometry::{PAIR_LEN, encoded_len, outboard_len};
 pub use hasher::{ContentHasher, HashError, TreeHasher, tree_of};

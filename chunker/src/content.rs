@@ -81,6 +81,11 @@ pub trait Content: Send + Sync {
         self.len() == 0
     }
 
+    /// Whether a range is known to be zeros without reading it. What does not know says no.
+    fn is_zero(&self, _range: Range<u64>) -> bool {
+        false
+    }
+
     /// Fills the buffer from an offset: all of it, or an error. Reading nothing within the content succeeds.
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), ReadError>;
 }

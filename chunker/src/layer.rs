@@ -10,13 +10,16 @@ pub mod codec;
 mod coordinate;
 mod cut;
 pub mod encode;
+pub mod hash;
 mod pages;
 pub mod read;
 pub mod restore;
 mod slab;
 mod stats;
+mod update;
 mod work;
 
 pub use cut::Cuts;
+pub(crate) use cut::{GEAR, PAGE_LEN};
 pub use pages::{IndexFault, Storage};
 pub use stats::EncodeStats;

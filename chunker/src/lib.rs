@@ -4,6 +4,7 @@
 
 pub mod bao;
 pub mod content;
+pub mod delta;
 pub mod image;
 pub mod layer;
 mod osfile;

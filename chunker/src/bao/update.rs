@@ -13,7 +13,8 @@ use thiserror::Error;
 
 use super::cv::{self, Cv};
 use super::geometry::{Node, outboard_len};
-use super::pairs::{PairFault, PairReader};
+use super::known::{Known, KnownTree};
+use super::pairs::PairFault;
 use super::zeros::{self, ZERO_SPAN};
 use super::{PAIR_LEN, Tree, is_zero, read_or_zeros, read_some};
 
@@ -112,13 +113,13 @@ pub fn update(
     new_outboard: &mut (impl WriteAt + ?Sized),
 ) -> Result<Tree, UpdateError> {
     let size = change.size;
-    let (old_root, root) = (Node::root(old.size), Node::root(size));
+    let (old_count, root) = (group_count(old.size), Node::root(size));
     if size > MAX_CONTENT_LEN {
         return Err(UpdateError::TooLarge { size });
     }
-    if change.in_place && old_root.count != root.count {
+    if change.in_place && old_count != root.count {
         return Err(UpdateError::NotInPlace {
-            old: old_root.count,
+            old: old_count,
             new: root.count,
         });
     }
@@ -128,11 +129,7 @@ pub fn update(
         zero: change.zero,
         in_place: change.in_place,
         content,
-        old: Known {
-            node: old_root,
-            hash: cv::of_root(&old.root),
-        },
-        old_pairs: PairReader::new(old_outboard, old.size),
+        old: KnownTree::new(old, old_outboard),
         old_outboard,
         new_outboard,
         buffer: Vec::new(),
@@ -158,22 +155,13 @@ fn all_dirty(old_size: u64, change: &Change<'_>) -> GroupRanges {
     dirty
 }
 
-/// A node of the old tree, with its verified hash.
-#[derive(Clone, Copy)]
-struct Known {
-    node: Node,
-    hash: Cv,
-}
-
 struct Update<'a, O: ?Sized, C: ?Sized, N: ?Sized> {
     size: u64,
     dirty: GroupRanges,
     zero: &'a GroupRanges,
     in_place: bool,
     content: &'a C,
-    /// The top of the old tree.
-    old: Known,
-    old_pairs: PairReader<'a, O>,
+    old: KnownTree<'a, O>,
     old_outboard: &'a O,
     new_outboard: &'a mut N,
     buffer: Vec<u8>,
@@ -189,7 +177,7 @@ impl<O: ReadAt + ?Sized, C: ReadAt + ?Sized, N: WriteAt + ?Sized> Update<'_, O, 
             }
             return self.rebuild_children(node, None);
         }
-        let old = self.descend(node, above)?;
+        let old = self.old.descend(node, above)?;
         if let Some(old) = old
             && !self.dirty.intersects(&node.groups())
             && let Some(hash) = self.keep(node, &old)?
@@ -211,33 +199,6 @@ impl<O: ReadAt + ?Sized, C: ReadAt + ?Sized, N: WriteAt + ?Sized> Update<'_, O, 
         Ok(cv::hash_pair(node, &pair))
     }
 
-    /// The lowest old node that includes the node's groups.
-    fn descend(&mut self, node: &Node, above: Option<Known>) -> Result<Option<Known>, UpdateError> {
-        let mut old = above.unwrap_or(self.old);
-        if node.end() > old.node.end() {
-            return Ok(None);
-        }
-        while old.node.count > node.count {
-            let (left, right) = old.node.split();
-            if node.first < right.first && right.first < node.end() {
-                break;
-            }
-            let (left_hash, right_hash) = cv::halves(&self.old_pairs.load(&old.node, &old.hash)?);
-            old = if node.first < right.first {
-                Known {
-                    node: left,
-                    hash: left_hash,
-                }
-            } else {
-                Known {
-                    node: right,
-                    hash: right_hash,
-                }
-            };
-        }
-        Ok(Some(old))
-    }
-
     /// Takes over an unchanged subtree. `None` if the old tree has no such node, or not the hash that is needed (that
     /// of a single group which was, or becomes, the whole content).
     fn keep(&mut self, node: &Node, old: &Known) -> Result<Option<Cv>, UpdateError> {
@@ -251,7 +212,7 @@ impl<O: ReadAt + ?Sized, C: ReadAt + ?Sized, N: WriteAt + ?Sized> Update<'_, O, 
         let hash = if same_kind {
             old.hash
         } else {
-            cv::hash_pair(node, &self.old_pairs.load(&old.node, &old.hash)?)
+            cv::hash_pair(node, &self.old.pair(old)?)
         };
         if !self.in_place {
             self.copy_pairs(&old.node, node)?;

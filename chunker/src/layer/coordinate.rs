@@ -14,16 +14,15 @@ use capsule_proto::{FrameHash, RootHash};
 use positioned_io::{ReadAt, WriteAt};
 
 use super::assemble::Assembler;
-use super::codec::Packed;
 use super::encode::EncodeError;
 use super::slab::Slab;
 use super::stats::EncodeStats;
-use super::work::{Event, FrameBytes, Job};
+use super::work::{Encoding, Event, FrameBytes, HashedPiece, Job};
 use crate::bao::TreeHasher;
 use crate::content::Progress;
 
 /// A slab that waits for those before it.
-type HashedSlab = (Arc<Slab>, Vec<FrameHash>);
+type HashedSlab = (Arc<Slab>, Vec<HashedPiece>);
 
 /// Brings the workers' results into order, makes frames, and writes them.
 pub(super) struct Coordinator<'a, P> {
@@ -32,11 +31,9 @@ pub(super) struct Coordinator<'a, P> {
     in_flight: usize,
     /// How many there are.
     waiting: usize,
-    /// Spans of the frames that are with the workers.
-    frames: BTreeMap<u32, Vec<Span>>,
     /// Frames that are compressed, and wait for those before them.
     packed: BTreeMap<u32, PackedFrame>,
-    assembler: Assembler,
+    assembler: Assembler<'a>,
     /// Roots of the parts that lay in one slab each, in no order.
     parts: Vec<(usize, RootHash)>,
     pack: PackWriter<'a, P>,
@@ -44,9 +41,10 @@ pub(super) struct Coordinator<'a, P> {
 }
 
 struct PackedFrame {
-    packed: Packed,
+    packed: Encoding,
     bytes: FrameBytes,
     hash: FrameHash,
+    spans: Vec<Span>,
 }
 
 /// What comes of it all.
@@ -61,14 +59,13 @@ impl<'a, P: ReadAt + WriteAt> Coordinator<'a, P> {
     pub fn new(
         jobs: SyncSender<Job>,
         in_flight: usize,
-        assembler: Assembler,
+        assembler: Assembler<'a>,
         pack: PackWriter<'a, P>,
     ) -> Self {
         Self {
             jobs,
             in_flight,
             waiting: 0,
-            frames: BTreeMap::new(),
             packed: BTreeMap::new(),
             assembler,
             parts: Vec::new(),
@@ -101,19 +98,20 @@ impl<'a, P: ReadAt + WriteAt> Coordinator<'a, P> {
                 Event::Hashed {
                     sequence,
                     slab,
-                    spans,
+                    pieces,
                     parts,
                     took,
                 } => {
                     self.stats.hashing += took;
                     self.parts.extend(parts);
-                    slabs.insert(sequence, (slab, spans));
+                    slabs.insert(sequence, (slab, pieces));
                 }
                 Event::Compressed {
                     id,
                     packed,
                     bytes,
                     hash,
+                    spans,
                     took,
                 } => {
                     self.stats.compressing += took;
@@ -123,6 +121,7 @@ impl<'a, P: ReadAt + WriteAt> Coordinator<'a, P> {
                             packed,
                             bytes,
                             hash,
+                            spans,
                         },
                     );
                     self.write_ready()?;
@@ -140,19 +139,21 @@ impl<'a, P: ReadAt + WriteAt> Coordinator<'a, P> {
             }
             self.compress_closed();
             while self.assembler.closed.is_empty()
-                && let Some((slab, spans)) = slabs.remove(&next_slab)
+                && let Some((slab, pieces)) = slabs.remove(&next_slab)
             {
-                self.assembler.push(&slab, &spans, &mut self.pack.index)?;
+                self.assembler.push(&slab, &pieces, &mut self.pack.index)?;
                 next_slab += 1;
                 self.compress_closed();
             }
             if last_slab == Some(next_slab) {
-                self.assembler.finish();
+                self.assembler.finish(&mut self.pack.index)?;
                 self.compress_closed();
             }
         }
         self.stats.zero = self.assembler.zero;
         self.stats.repeated = self.assembler.repeated;
+        self.stats.inherited = self.assembler.inherited;
+        self.stats.copied = self.assembler.copied;
         Ok(())
     }
 
@@ -161,18 +162,13 @@ impl<'a, P: ReadAt + WriteAt> Coordinator<'a, P> {
         while self.waiting < self.in_flight
             && let Some(frame) = self.assembler.closed.pop_front()
         {
-            // One span is the frame: its hash is known, and listing it would say nothing.
-            let (hash, spans) = match frame.spans[..] {
-                [span] => (Some(span.hash), Vec::new()),
-                _ => (None, frame.spans),
-            };
             self.waiting += 1;
-            self.frames.insert(frame.id, spans);
             // It fails only when the workers are gone, and then their panic has been told.
             let _ = self.jobs.send(Job::Compress {
                 id: frame.id,
                 bytes: frame.bytes,
-                hash,
+                spans: frame.spans,
+                alike: frame.alike,
             });
         }
     }
@@ -182,12 +178,14 @@ impl<'a, P: ReadAt + WriteAt> Coordinator<'a, P> {
         while let Some(entry) = self.packed.first_entry()
             && u64::from(*entry.key()) == self.pack.index.frame_count()
         {
-            let (id, frame) = entry.remove_entry();
-            let spans = self.frames.remove(&id).unwrap_or_default();
+            let frame = entry.remove();
             self.waiting -= 1;
             self.stats.frames += 1;
             self.stats.framed += frame.bytes.as_slice().len() as u64;
-            self.pack.write(frame, spans)?;
+            if !frame.packed.references.is_empty() {
+                self.stats.referring += frame.bytes.as_slice().len() as u64;
+            }
+            self.pack.write(frame)?;
         }
         self.stats.writing += started.elapsed();
         Ok(())
@@ -212,11 +210,17 @@ impl<'a, P: ReadAt + WriteAt> PackWriter<'a, P> {
         }
     }
 
-    fn write(&mut self, frame: PackedFrame, spans: Vec<Span>) -> Result<(), EncodeError> {
+    fn write(&mut self, frame: PackedFrame) -> Result<(), EncodeError> {
         let content = frame.bytes.as_slice();
-        let (codec, packed) = match &frame.packed {
-            Packed::Stored => (Codec::Stored, content),
-            Packed::Zstd(packed) => (Codec::Zstd, packed.as_slice()),
+        let Encoding {
+            codec,
+            bytes,
+            references,
+        } = &frame.packed;
+        let packed = if *codec == Codec::Stored {
+            content
+        } else {
+            bytes
         };
         let offset = self.index.pack_len();
         self.out
@@ -228,11 +232,11 @@ impl<'a, P: ReadAt + WriteAt> PackWriter<'a, P> {
             pack_offset: offset,
             pack_len: packed.len() as u32,
             len: content.len() as u32,
-            codec,
+            codec: *codec,
             hash: frame.hash,
             depth: 0,
-            references: Vec::new(),
-            spans,
+            references: references.clone(),
+            spans: frame.spans,
         })?;
         Ok(())
     }

@@ -7,7 +7,7 @@
 use std::ops::Range;
 
 /// Pages, in which disks and memory are written.
-pub(super) const PAGE_LEN: usize = 4096;
+pub(crate) const PAGE_LEN: usize = 4096;
 /// Shortest run of zeros within data that becomes a zero run: below, its entry in the index costs about what it saves.
 pub(super) const ZERO_RUN_LEN: usize = 4 * PAGE_LEN;
 /// Longest span, unless content is so large that the table of spans would be too long.
@@ -152,7 +152,7 @@ fn page_hash(page: &[u8]) -> u64 {
 }
 
 /// Random words, one for each byte value: SplitMix64 (Steele, Lea, Flood 2014) from 0.
-static GEAR: [u64; 256] = {
+pub(crate) static GEAR: [u64; 256] = {
     let mut table = [0; 256];
     let mut state = 0u64;
     let mut i = 0;

@@ -18,7 +18,9 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 
 use capsule_proto::RootHash;
-use capsule_proto::index::{BuildError, IndexBuilder, IndexHeader, MAX_FRAME_LEN, Space};
+use capsule_proto::index::{
+    BuildError, IndexBuilder, IndexHeader, MAX_FRAME_LEN, Source as SourceName, Space,
+};
 use capsule_proto::manifest::ComponentKind;
 use positioned_io::{ReadAt, WriteAt};
 use thiserror::Error;
@@ -32,6 +34,7 @@ use super::stats::EncodeStats;
 use super::work::{self, Event, Job, PanicGuard};
 use crate::bao::{HashError, Tree, TreeHasher};
 use crate::content::{Progress, ReadError, Source};
+use crate::delta::{Limits, OldError, OldSource, Outline, Similar, UnknownSource};
 
 /// Slabs beside those that the workers keep busy: one being read, one being hashed in order, two waiting.
 const SLAB_COUNT: usize = 4;
@@ -57,6 +60,40 @@ impl Effort {
             Self::Max => 19,
         }
     }
+
+    /// The zstd level for content that old content resembles: there is little of it, so it may take longer.
+    pub(super) const fn level_with_references(self) -> i32 {
+        match self {
+            Self::Fast => 3,
+            Self::Default => 7,
+            Self::Max => 19,
+        }
+    }
+
+    /// How much old content a frame may be compressed against.
+    pub(super) const fn references(self) -> Limits {
+        let windows = match self {
+            Self::Fast => 4,
+            Self::Default => 8,
+            Self::Max => 16,
+        };
+        Limits {
+            windows,
+            window_len: 64 << 10,
+        }
+    }
+}
+
+/// What an update is made against.
+pub struct Against<'a> {
+    /// What is known of the new content without reading it.
+    pub outline: &'a Outline,
+    /// The old contents. Where `in_place`, the first is the parent.
+    pub sources: &'a [OldSource],
+    /// Their index.
+    pub similar: &'a Similar,
+    /// Whether bytes of the parent may be inherited: it is a stream, and lies in the same space.
+    pub in_place: bool,
 }
 
 /// How to encode.
@@ -130,23 +167,36 @@ pub struct Encoded<C, P> {
 pub enum ContentHashes<C> {
     /// Of a stream: its tree, and the storage with the outboard.
     Stream(Tree, C),
-    /// Of each part of a source with parts: a tree's files.
+    /// Of each part of a source with parts: a tree's files. Of an update, of those that were read.
     Parts(Vec<RootHash>),
+    /// Of an update of a stream: whoever outlined it knows them.
+    Known,
 }
 
 impl<C, P> Encoded<C, P> {
     /// Writes the index: of a stream for its own root, of a tree's contents for the root of its listing.
     pub fn into_index(self, target: RootHash) -> Vec<u8> {
+        self.into_update_index(target, None, Vec::new())
+    }
+
+    /// Writes the index of an update, with its sources. `parent` is the component whose bytes are inherited, where there
+    /// is one; then it is the first source.
+    pub fn into_update_index(
+        self,
+        target: RootHash,
+        parent: Option<RootHash>,
+        sources: Vec<SourceName>,
+    ) -> Vec<u8> {
         let space = match self.content {
-            ContentHashes::Stream(..) => Space::Stream,
+            ContentHashes::Stream(..) | ContentHashes::Known => Space::Stream,
             ContentHashes::Parts(_) => Space::Contents,
         };
         self.index.finish(&IndexHeader {
             space,
-            parent: None,
+            parent,
             target,
             target_size: self.size,
-            sources: Vec::new(),
+            sources,
         })
     }
 }
@@ -157,6 +207,9 @@ pub enum EncodeError {
     /// The source could not be read, or changed.
     #[error(transparent)]
     Read(#[from] ReadError),
+    /// Old content could not be read.
+    #[error(transparent)]
+    Old(#[from] OldError),
     /// The source's extents do not cover it: a fault of the program, or a damaged image.
     #[error(
         "the source does not say what lies at byte {offset}: check the image, or publish it `--as file`"
@@ -213,6 +266,65 @@ where
     C: ReadAt + WriteAt + Send,
     P: ReadAt + WriteAt,
 {
+    let hashing = match source.parts() {
+        Some(_) => Hashing::Parts,
+        None => Hashing::Stream,
+    };
+    let outline = Outline::unknown(source.len());
+    run(source, hashing, &outline, None, options, outputs, progress)
+}
+
+/// Encodes what old content does not have: reads only what the outline does not know.
+pub fn encode_update<C, P>(
+    source: &dyn Source,
+    against: &Against<'_>,
+    options: &EncodeOptions,
+    outputs: Outputs<'_, C, P>,
+    progress: &dyn Progress,
+) -> Result<Encoded<C, P>, EncodeError>
+where
+    C: ReadAt + WriteAt + Send,
+    P: ReadAt + WriteAt,
+{
+    let hashing = match source.parts() {
+        Some(_) => Hashing::Parts,
+        None => Hashing::Known,
+    };
+    let unknown = UnknownSource::new(source, against.outline);
+    run(
+        &unknown,
+        hashing,
+        against.outline,
+        Some(against),
+        options,
+        outputs,
+        progress,
+    )
+}
+
+/// What is hashed beside the pack.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Hashing {
+    Stream,
+    Parts,
+    /// Nothing: the content's hash is known.
+    Known,
+}
+
+/// The stages. `source` is what of the content the outline does not know.
+fn run<C, P>(
+    source: &dyn Source,
+    hashing: Hashing,
+    outline: &Outline,
+    against: Option<&Against<'_>>,
+    options: &EncodeOptions,
+    outputs: Outputs<'_, C, P>,
+    progress: &dyn Progress,
+) -> Result<Encoded<C, P>, EncodeError>
+where
+    C: ReadAt + WriteAt + Send,
+    P: ReadAt + WriteAt,
+{
     let threads = options.threads.get();
     let frame_max = u64::from(options.frame_max).clamp(4 << 10, MAX_FRAME_LEN) as usize;
     let slabs = SLAB_COUNT + threads.div_ceil(2);
@@ -235,12 +347,11 @@ where
     thread::scope(|scope| {
         for _ in 0..threads {
             let (events, job_queue) = (events.clone(), &job_queue);
-            scope.spawn(move || work::run_worker(job_queue, events, options.effort));
+            scope.spawn(move || work::run_worker(job_queue, events, options, against));
         }
-        let has_parts = source.parts().is_some();
         let hasher = scope.spawn({
             let events = events.clone();
-            move || run_hasher(has_parts, &hasher_queue, outputs.content_outboard, events)
+            move || run_hasher(hashing, &hasher_queue, outputs.content_outboard, events)
         });
         scope.spawn({
             let jobs = jobs.clone();
@@ -248,7 +359,8 @@ where
         });
         let tree = TreeHasher::with_storage(outputs.pack_outboard);
         let pack = PackWriter::new(outputs.pack, tree, progress);
-        let mut coordinator = Coordinator::new(jobs, in_flight, Assembler::new(frame_max), pack);
+        let mut coordinator =
+            Coordinator::new(jobs, in_flight, Assembler::new(frame_max, outline), pack);
         let done = coordinator.run(&event_queue);
         // Whatever the other stages wait for, they now get an error for it, and end.
         stop.store(true, Ordering::Relaxed);
@@ -267,10 +379,11 @@ where
                 parts.sort_unstable_by_key(|(index, _)| *index);
                 ContentHashes::Parts(parts.into_iter().map(|(_, root)| root).collect())
             }
+            Hashed::Known => ContentHashes::Known,
         };
         source.check_unchanged()?;
         let (pack, pack_outboard) = made.tree.finish()?;
-        let (size, index) = (source.len(), made.index);
+        let (size, index) = (outline.len(), made.index);
         let stats = EncodeStats {
             content: size,
             pack: pack.size,
@@ -331,19 +444,24 @@ fn run_reader(
 enum Hashed<C> {
     Stream(Tree, C),
     Parts(Vec<(usize, RootHash)>),
+    Known,
 }
 
 fn run_hasher<C: ReadAt + WriteAt>(
-    has_parts: bool,
+    hashing: Hashing,
     slabs: &Receiver<Arc<Slab>>,
     storage: C,
     events: SyncSender<Event>,
 ) -> Result<Hashed<C>, HashError> {
     let guard = PanicGuard(events);
-    if has_parts {
-        return Ok(Hashed::Parts(work::hash_parts(slabs)));
+    match hashing {
+        Hashing::Parts => Ok(Hashed::Parts(work::hash_parts(slabs))),
+        Hashing::Known => {
+            slabs.iter().for_each(drop);
+            Ok(Hashed::Known)
+        }
+        Hashing::Stream => work::hash_stream(slabs, storage)
+            .map(|(tree, storage)| Hashed::Stream(tree, storage))
+            .inspect_err(|_| drop(guard.0.send(Event::Stopped))),
     }
-    work::hash_stream(slabs, storage)
-        .map(|(tree, storage)| Hashed::Stream(tree, storage))
-        .inspect_err(|_| drop(guard.0.send(Event::Stopped)))
 }

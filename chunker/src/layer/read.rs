@@ -352,6 +352,22 @@ impl Content for LayerContent {
         self.header().target_size
     }
 
+    fn is_zero(&self, range: std::ops::Range<u64>) -> bool {
+        self.parts(range).all(|part| match part {
+            Ok(part) => match part.from {
+                PartFrom::Mentioned(RunFrom::Zero) => true,
+                PartFrom::Mentioned(RunFrom::Frame { .. }) => false,
+                PartFrom::Mentioned(RunFrom::Copy { source, offset }) => {
+                    let len = part.len();
+                    self.sources[usize::from(source)].is_zero(offset..offset + len)
+                }
+                PartFrom::Inherited => self.sources[0].is_zero(part.range),
+            },
+            // Whoever reads it will be told.
+            Err(_) => false,
+        })
+    }
+
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), ReadError> {
         check_range(self.len(), offset, buf.len())?;
         self.read(offset, buf).map_err(|error| ReadError::Decode {

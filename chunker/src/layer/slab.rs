@@ -51,18 +51,34 @@ pub(super) struct Region {
     pub at: Option<usize>,
 }
 
-/// A span, or zeros.
+/// What a piece of the content is. The reader knows spans and zeros; of an update, `update` tells the others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Piece {
     /// Zeros: holes, and long runs of zeros in data.
     Zero { len: u64 },
+    /// The parent's, at the same offset.
+    Same { len: u64 },
+    /// A source's, at another.
+    Copy { len: u64, source: u16, offset: u64 },
     /// Data at a place in the slab.
     Span {
         at: usize,
         len: usize,
         /// Whether a frame that is long enough should end behind it.
         strong: bool,
+        /// Whether old content resembles it.
+        alike: bool,
     },
+}
+
+impl Piece {
+    /// Length in bytes.
+    pub const fn len(&self) -> u64 {
+        match *self {
+            Self::Zero { len } | Self::Same { len } | Self::Copy { len, .. } => len,
+            Self::Span { len, .. } => len as u64,
+        }
+    }
 }
 
 /// A part of the source.
@@ -317,6 +333,7 @@ impl<'a> SlabReader<'a> {
                         at: at + done,
                         len,
                         strong,
+                        alike: false,
                     });
                     done += len;
                 }

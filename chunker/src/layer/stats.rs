@@ -12,8 +12,14 @@ pub struct EncodeStats {
     pub zero: u64,
     /// Of these, repeats of what an earlier frame holds.
     pub repeated: u64,
+    /// Of these, what the parent has at the same offset.
+    pub inherited: u64,
+    /// Of these, what a source has at another.
+    pub copied: u64,
     /// Of these, what the frames hold.
     pub framed: u64,
+    /// Of what the frames hold, what is compressed against sources.
+    pub referring: u64,
     /// Number of frames.
     pub frames: u64,
     /// Bytes of the pack.

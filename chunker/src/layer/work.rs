@@ -9,17 +9,19 @@ use std::sync::mpsc::{Receiver, SyncSender};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use capsule_proto::index::{Codec, Reference, Span};
 use capsule_proto::{FrameHash, RootHash};
 use positioned_io::{ReadAt, WriteAt};
 
 use super::codec::{Compressor, Packed};
-use super::encode::{Effort, EncodeError};
+use super::encode::{Against, EncodeError, EncodeOptions};
 use super::slab::{Part, Piece, Slab};
+use super::update::Updater;
 use crate::bao::{HashError, Tree, TreeHasher};
 
 /// What workers do.
 pub(super) enum Job {
-    /// Hashes the spans and small parts of a slab.
+    /// Says what the pieces of a slab are, and hashes spans and small parts.
     Hash {
         /// The slab's position in the content.
         sequence: u64,
@@ -29,8 +31,10 @@ pub(super) enum Job {
     Compress {
         id: u32,
         bytes: FrameBytes,
-        /// The hash, where it is known already.
-        hash: Option<FrameHash>,
+        /// Lengths and, where they are known, hashes of its spans.
+        spans: Vec<(u32, Option<FrameHash>)>,
+        /// Whether old content resembles it.
+        alike: bool,
     },
 }
 
@@ -39,17 +43,18 @@ pub(super) enum Event {
     Hashed {
         sequence: u64,
         slab: Arc<Slab>,
-        /// Hash of each span, in order.
-        spans: Vec<FrameHash>,
+        /// What it consists of, in order.
+        pieces: Vec<HashedPiece>,
         /// Hashes of the parts that lie in one piece in the slab.
         parts: Vec<(usize, RootHash)>,
         took: Duration,
     },
     Compressed {
         id: u32,
-        packed: Packed,
+        packed: Encoding,
         bytes: FrameBytes,
         hash: FrameHash,
+        spans: Vec<Span>,
         took: Duration,
     },
     /// The source is read to the end, in so many slabs.
@@ -63,6 +68,31 @@ pub(super) enum Event {
     /// A stage ended early: joining its thread tells why, or passes its panic on.
     Stopped,
 }
+
+/// A frame as it comes into the pack.
+pub(super) struct Encoding {
+    pub codec: Codec,
+    /// The bytes; of a stored frame none, as they are its content.
+    pub bytes: Vec<u8>,
+    pub references: Vec<Reference>,
+}
+
+impl From<Packed> for Encoding {
+    fn from(packed: Packed) -> Self {
+        let (codec, bytes) = match packed {
+            Packed::Stored => (Codec::Stored, Vec::new()),
+            Packed::Zstd(bytes) => (Codec::Zstd, bytes),
+        };
+        Self {
+            codec,
+            bytes,
+            references: Vec::new(),
+        }
+    }
+}
+
+/// A piece, and a span's hash.
+pub(super) type HashedPiece = (Piece, Option<FrameHash>);
 
 /// A frame's content: where it lies in one piece in a slab, it is not copied.
 pub(super) enum FrameBytes {
@@ -94,36 +124,61 @@ impl Drop for PanicGuard {
 }
 
 /// Does jobs until there are no more.
-pub(super) fn run_worker(jobs: &Mutex<Receiver<Job>>, events: SyncSender<Event>, effort: Effort) {
+pub(super) fn run_worker(
+    jobs: &Mutex<Receiver<Job>>,
+    events: SyncSender<Event>,
+    options: &EncodeOptions,
+    against: Option<&Against<'_>>,
+) {
     let guard = PanicGuard(events);
-    let mut compressor = Compressor::new(effort.level());
+    let mut compressor = Compressor::new(options.effort.level());
+    let mut updater = against.map(|against| Updater::new(against, options));
     loop {
         // Held while waiting for a job: the others have nothing to do then either.
         let job = jobs.lock().unwrap_or_else(PoisonError::into_inner).recv();
         let Ok(job) = job else { return };
         let started = Instant::now();
         let event = match job {
-            Job::Hash { sequence, slab } => {
-                let (spans, parts) = hash_slab(&slab);
-                Event::Hashed {
+            Job::Hash { sequence, slab } => match hash_slab(&slab, updater.as_mut()) {
+                Ok((pieces, parts)) => Event::Hashed {
                     sequence,
                     slab,
-                    spans,
+                    pieces,
                     parts,
                     took: started.elapsed(),
-                }
-            }
-            Job::Compress { id, bytes, hash } => {
-                let hash = hash.unwrap_or_else(|| FrameHash::of(bytes.as_slice()));
-                match compressor.compress(bytes.as_slice()) {
-                    Ok(packed) => Event::Compressed {
-                        id,
-                        packed,
-                        bytes,
-                        hash,
-                        took: started.elapsed(),
-                    },
-                    Err(why) => Event::Failed(EncodeError::Compress { frame: id, why }),
+                },
+                Err(error) => Event::Failed(error),
+            },
+            Job::Compress {
+                id,
+                bytes,
+                spans,
+                alike,
+            } => {
+                let content = bytes.as_slice();
+                let mut plain = || {
+                    let packed = compressor.compress(content);
+                    packed
+                        .map(Encoding::from)
+                        .map_err(|why| EncodeError::Compress { frame: id, why })
+                };
+                let packed = match &mut updater {
+                    Some(updater) if alike => updater.compress(id, content, plain),
+                    _ => plain(),
+                };
+                match packed {
+                    Ok(packed) => {
+                        let (hash, spans) = hash_frame(content, &spans);
+                        Event::Compressed {
+                            id,
+                            packed,
+                            bytes,
+                            hash,
+                            spans,
+                            took: started.elapsed(),
+                        }
+                    }
+                    Err(error) => Event::Failed(error),
                 }
             }
         };
@@ -133,20 +188,43 @@ pub(super) fn run_worker(jobs: &Mutex<Receiver<Job>>, events: SyncSender<Event>,
     }
 }
 
-fn hash_slab(slab: &Slab) -> (Vec<FrameHash>, Vec<(usize, RootHash)>) {
-    let mut hashes = Vec::with_capacity(slab.pieces.len());
-    let mut spans = Vec::with_capacity(slab.pieces.len());
+/// A frame's hash and its spans. One span is the frame: listing it would say nothing.
+fn hash_frame(content: &[u8], spans: &[(u32, Option<FrameHash>)]) -> (FrameHash, Vec<Span>) {
+    let of_frame = || FrameHash::of(content);
+    if let [(_, hash)] = spans {
+        return (hash.unwrap_or_else(of_frame), Vec::new());
+    }
+    let mut start = 0;
+    let with_hash = |&(len, hash): &(u32, Option<FrameHash>)| {
+        let range = start..start + len as usize;
+        start = range.end;
+        let hash = hash.unwrap_or_else(|| FrameHash::of(&content[range]));
+        Span { len, hash }
+    };
+    let spans = spans.iter().map(with_hash).collect();
+    (of_frame(), spans)
+}
+
+type Hashed = (Vec<HashedPiece>, Vec<(usize, RootHash)>);
+
+fn hash_slab(slab: &Slab, updater: Option<&mut Updater<'_>>) -> Result<Hashed, EncodeError> {
+    let pieces = match updater {
+        Some(updater) => updater.pieces(slab)?,
+        None => slab.pieces.clone(),
+    };
+    let (mut known, mut spans) = (Vec::with_capacity(pieces.len()), Vec::new());
     let mut start = slab.range.start;
-    for piece in &slab.pieces {
-        match *piece {
-            Piece::Zero { len } => start += len,
+    for piece in pieces {
+        let hash = match piece {
             Piece::Span { at, len, .. } => {
                 let hash = RootHash::of(slab.bytes(at, len));
-                hashes.push(FrameHash::truncate(&hash));
                 spans.push((start..start + len as u64, hash));
-                start += len as u64;
+                Some(FrameHash::truncate(&hash))
             }
-        }
+            _ => None,
+        };
+        start += piece.len();
+        known.push((piece, hash));
     }
     let part_hash = |part: &Part| {
         let bytes = if part.range.is_empty() {
@@ -167,7 +245,7 @@ fn hash_slab(slab: &Slab) -> (Vec<FrameHash>, Vec<(usize, RootHash)>) {
         ))
     };
     let parts = slab.parts.iter().filter_map(part_hash).collect();
-    (hashes, parts)
+    Ok((known, parts))
 }
 
 /// Hashes the content in order: a stream's tree.

@@ -11,6 +11,7 @@ mod compare;
 mod existing;
 mod finish;
 mod meta;
+mod outline;
 mod place;
 mod restore;
 mod root;
@@ -20,6 +21,7 @@ mod workers;
 mod writer;
 
 pub use compare::{Difference, verify_tree};
+pub use outline::TreeOutline;
 pub use restore::{RestoreError, RestoreOptions, Restored, restore};
 pub use scan::{MAX_ENTRIES, ScanError, ScanOptions, scan};
 pub use source::TreeSource;

@@ -1,0 +1,183 @@
+//! What an update adds to the stages of encoding: pieces that old content has, and frames compressed against it.
+
+use std::ops::Range;
+
+use capsule_proto::index::{Codec, Reference, ReferenceTo};
+
+use super::codec::Compressor;
+use super::encode::{Against, EncodeError, EncodeOptions};
+use super::slab::{Piece, Slab};
+use super::work::Encoding;
+use crate::delta::{Found, Limits, Matcher, Window, cover};
+
+/// What a reference costs in the index, about: source, offset and length, compressed.
+const REFERENCE_COST: usize = 5;
+
+/// One worker's part in an update.
+pub(super) struct Updater<'a> {
+    against: &'a Against<'a>,
+    matcher: Matcher<'a>,
+    limits: Limits,
+    compressor: Compressor,
+    /// The references' content.
+    references: Vec<u8>,
+}
+
+impl<'a> Updater<'a> {
+    pub fn new(against: &'a Against<'a>, options: &EncodeOptions) -> Self {
+        Self {
+            against,
+            matcher: Matcher::new(
+                against.outline,
+                against.similar,
+                against.sources,
+                options.cuts,
+                against.in_place,
+            ),
+            limits: options.effort.references(),
+            compressor: Compressor::new(options.effort.level_with_references()),
+            references: Vec::new(),
+        }
+    }
+
+    /// The pieces of a slab, by what old content has of them.
+    pub fn pieces(&mut self, slab: &Slab) -> Result<Vec<Piece>, EncodeError> {
+        let mut pieces = Vec::with_capacity(slab.pieces.len());
+        let mut spans = Vec::new();
+        let mut start = slab.range.start;
+        let mut next = start;
+        for piece in &slab.pieces {
+            if let Piece::Span {
+                at, len, strong, ..
+            } = *piece
+            {
+                // Data regions lie apart in the slab only where zeros lie between.
+                spans.push((at..at + len, strong));
+            } else {
+                self.stretch(slab, start, &mut spans, &mut pieces)?;
+                pieces.push(*piece);
+            }
+            next += piece.len();
+            if spans.is_empty() {
+                start = next;
+            }
+        }
+        self.stretch(slab, start, &mut spans, &mut pieces)?;
+        Ok(pieces)
+    }
+
+    /// The pieces of spans that adjoin each other; what is new in them is cut where they are.
+    fn stretch(
+        &mut self,
+        slab: &Slab,
+        start: u64,
+        spans: &mut Vec<(Range<usize>, bool)>,
+        pieces: &mut Vec<Piece>,
+    ) -> Result<(), EncodeError> {
+        let (Some((first, _)), Some((last, _))) = (spans.first(), spans.last()) else {
+            return Ok(());
+        };
+        let (at, len) = (first.start, last.end - first.start);
+        let mut cuts = spans.iter().peekable();
+        for piece in self.matcher.pieces(start, slab.bytes(at, len))? {
+            let range = at + piece.range.start..at + piece.range.end;
+            let len = range.len() as u64;
+            match piece.found {
+                Found::Same => pieces.push(Piece::Same { len }),
+                Found::Copy { source, offset } => pieces.push(Piece::Copy {
+                    len,
+                    source,
+                    offset,
+                }),
+                Found::New { alike } => {
+                    let mut from = range.start;
+                    while from < range.end {
+                        while cuts.next_if(|(span, _)| span.end <= from).is_some() {}
+                        let (end, strong) = cuts
+                            .peek()
+                            .map_or((range.end, false), |(span, strong)| (span.end, *strong));
+                        let (end, strong) = if end <= range.end {
+                            (end, strong)
+                        } else {
+                            (range.end, false)
+                        };
+                        pieces.push(Piece::Span {
+                            at: from,
+                            len: end - from,
+                            strong,
+                            alike,
+                        });
+                        from = end;
+                    }
+                }
+            }
+        }
+        spans.clear();
+        Ok(())
+    }
+
+    /// Compresses a frame against old content, or as it is, whichever is smaller.
+    pub fn compress(
+        &mut self,
+        frame: u32,
+        content: &[u8],
+        plain: impl FnOnce() -> Result<Encoding, EncodeError>,
+    ) -> Result<Encoding, EncodeError> {
+        let Against {
+            similar, sources, ..
+        } = self.against;
+        let windows = cover(similar, sources, content, &self.limits);
+        if windows.is_empty() {
+            return plain();
+        }
+        self.read(&windows)?;
+        let packed = self
+            .compressor
+            .compress_against(content, &self.references)
+            .map_err(|why| EncodeError::Compress { frame, why })?;
+        // Where references bring much, content alone would not be smaller.
+        if packed.len() < content.len() / 8 {
+            return Ok(with_references(packed, &windows));
+        }
+        let plain = plain()?;
+        let plain_len = match plain.codec {
+            Codec::Stored => content.len(),
+            _ => plain.bytes.len(),
+        };
+        Ok(
+            if packed.len() + REFERENCE_COST * windows.len() < plain_len {
+                with_references(packed, &windows)
+            } else {
+                plain
+            },
+        )
+    }
+
+    fn read(&mut self, windows: &[Window]) -> Result<(), EncodeError> {
+        let len = |window: &Window| (window.range.end - window.range.start) as usize;
+        self.references.resize(windows.iter().map(len).sum(), 0);
+        let mut rest = self.references.as_mut_slice();
+        for window in windows {
+            let (now, later) = rest.split_at_mut(len(window));
+            self.against.sources[usize::from(window.source)].read(window.range.start, now)?;
+            rest = later;
+        }
+        Ok(())
+    }
+}
+
+fn with_references(bytes: Vec<u8>, windows: &[Window]) -> Encoding {
+    let references = windows
+        .iter()
+        .map(|window| Reference {
+            to: ReferenceTo::Source(window.source),
+            offset: window.range.start,
+            len: (window.range.end - window.range.start) as u32,
+        })
+        .collect();
+    Encoding {
+        codec: Codec::ZstdReferences,
+        bytes,
+        references,
+    }
+}

@@ -1,0 +1,365 @@
+//! Updates: whatever the new content has in common with the old, what is encoded comes back; and what is common costs little.
+
+mod layer_support;
+
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+
+use capsule_chunker::bao::{changed_groups, tree_of};
+use capsule_chunker::content::{BytesSource, Content};
+use capsule_chunker::delta::{Known, OldSource, Outline, Similar, SimilarOptions};
+use capsule_chunker::layer::Cuts;
+use capsule_chunker::layer::encode::{
+    Against, ContentHashes, Effort, EncodeOptions, Outputs, encode_update,
+};
+use capsule_proto::RootHash;
+use capsule_proto::index::{Index, RunFrom, Source as SourceName, SourceKind, Space};
+use layer_support::*;
+use proptest::prelude::*;
+use rand::{RngExt, SeedableRng, rngs::SmallRng};
+
+/// A change of old content.
+#[derive(Clone, Debug)]
+enum Edit {
+    Overwrite(prop::sample::Index, Stretch),
+    Insert(prop::sample::Index, Stretch),
+    Remove(prop::sample::Index, usize),
+    /// What lies at one place comes to another.
+    Move(prop::sample::Index, prop::sample::Index, usize),
+    /// Every so many bytes one differs.
+    Sprinkle(prop::sample::Index, usize, usize),
+}
+
+fn edits(max: usize) -> impl Strategy<Value = Vec<Edit>> {
+    let place = any::<prop::sample::Index>;
+    let len = || {
+        prop_oneof![
+            0..100usize,
+            0..20_000usize,
+            (0..20usize).prop_map(|n| n * 4096)
+        ]
+    };
+    let stretch = || {
+        prop_oneof![
+            (len(), any::<bool>()).prop_map(|(len, hole)| Stretch::Zeros { len, hole }),
+            (len(), 9..12u64).prop_map(|(len, seed)| Stretch::Random { len, seed }),
+            (len(), 9..12u64).prop_map(|(len, seed)| Stretch::Text { len, seed }),
+        ]
+    };
+    let edit = prop_oneof![
+        (place(), stretch()).prop_map(|(at, stretch)| Edit::Overwrite(at, stretch)),
+        (place(), stretch()).prop_map(|(at, stretch)| Edit::Insert(at, stretch)),
+        (place(), len()).prop_map(|(at, len)| Edit::Remove(at, len)),
+        (place(), place(), len()).prop_map(|(from, to, len)| Edit::Move(from, to, len)),
+        (place(), len(), 50..5000usize).prop_map(|(at, len, every)| Edit::Sprinkle(at, len, every)),
+    ];
+    prop::collection::vec(edit, 0..max)
+}
+
+fn edited(old: &[u8], edits: &[Edit], pages: bool) -> Vec<u8> {
+    let mut new = old.to_vec();
+    let place = |at: &prop::sample::Index, len: usize| {
+        let at = at.index(len + 1);
+        if pages { at - at % 4096 } else { at }
+    };
+    for edit in edits {
+        let range = |at: usize, len: usize, of: usize| at..(at + len).min(of);
+        match edit {
+            Edit::Overwrite(at, stretch) => {
+                let bytes = TestSource::made_of(std::slice::from_ref(stretch)).bytes;
+                let range = range(place(at, new.len()), bytes.len(), new.len());
+                new.splice(range, bytes);
+            }
+            Edit::Insert(at, stretch) => {
+                let at = place(at, new.len());
+                new.splice(
+                    at..at,
+                    TestSource::made_of(std::slice::from_ref(stretch)).bytes,
+                );
+            }
+            Edit::Remove(at, len) => {
+                let at = place(at, new.len());
+                new.drain(range(at, *len, new.len()));
+            }
+            Edit::Move(from, to, len) => {
+                let from = range(place(from, old.len()), *len, old.len());
+                let to = place(to, new.len());
+                let to = range(to, from.len(), new.len());
+                new.splice(to, old[from].iter().copied());
+            }
+            Edit::Sprinkle(at, len, every) => {
+                let at = place(at, new.len());
+                let range = range(at, *len, new.len());
+                new[range]
+                    .iter_mut()
+                    .step_by(*every)
+                    .for_each(|byte| *byte ^= 1);
+            }
+        }
+    }
+    new
+}
+
+fn old_source(bytes: &[u8], kind: SourceKind, space: Space) -> OldSource {
+    OldSource {
+        name: SourceName {
+            kind,
+            root: RootHash::of(bytes),
+            space,
+            size: bytes.len() as u64,
+        },
+        content: Arc::new(BytesSource(bytes.to_vec())),
+    }
+}
+
+fn update_options(cuts: Cuts, frame_max: u32) -> EncodeOptions {
+    EncodeOptions {
+        effort: Effort::Default,
+        ..options(cuts, frame_max, 2)
+    }
+}
+
+/// An update: its index and pack.
+struct Update {
+    index: Vec<u8>,
+    pack: Vec<u8>,
+}
+
+impl Update {
+    fn len(&self) -> usize {
+        self.index.len() + self.pack.len()
+    }
+}
+
+fn make(
+    source: &TestSource,
+    outline: &Outline,
+    sources: &[OldSource],
+    in_place: bool,
+    options: &EncodeOptions,
+) -> Update {
+    let similar = Similar::build(sources, &SimilarOptions::default(), &())
+        .unwrap()
+        .unwrap();
+    let against = Against {
+        outline,
+        sources,
+        similar: &similar,
+        in_place,
+    };
+    let mut pack = Vec::new();
+    let outputs = Outputs {
+        pack: &mut pack,
+        pack_outboard: Vec::new(),
+        content_outboard: Vec::<u8>::new(),
+    };
+    let encoded = encode_update(source, &against, options, outputs, &()).unwrap();
+    assert_eq!(encoded.pack_outboard, tree_of(&pack).1);
+    let stats = encoded.stats;
+    assert_eq!(
+        stats.content,
+        stats.zero + stats.repeated + stats.framed + stats.inherited + stats.copied
+    );
+    let target = match &encoded.content {
+        ContentHashes::Known => RootHash::of(&source.bytes),
+        ContentHashes::Parts(_) => RootHash::of(b"listing"),
+        ContentHashes::Stream(..) => panic!("an update does not hash streams"),
+    };
+    let names: Vec<_> = sources.iter().map(|source| source.name.clone()).collect();
+    let parent = names
+        .first()
+        .filter(|name| name.kind == SourceKind::Parent)
+        .map(|name| name.root);
+    let index = encoded.into_update_index(target, parent, names);
+    Update { index, pack }
+}
+
+/// An update of a stream from its old content: only changed groups are looked at.
+fn update_stream(old: &[u8], new: &TestSource, options: &EncodeOptions) -> Update {
+    let ((old_tree, old_outboard), (tree, outboard)) = (tree_of(old), tree_of(&new.bytes));
+    let changed = changed_groups((&old_tree, &old_outboard), (&tree, &outboard)).unwrap();
+    let outline = Outline::of_groups(tree.size, &changed);
+    make(
+        new,
+        &outline,
+        &[old_source(old, SourceKind::Parent, Space::Stream)],
+        true,
+        options,
+    )
+}
+
+fn check(update: Update, sources: Vec<Vec<u8>>, plain: &[u8], seed: u64) -> Index {
+    let index = Index::decode(&update.index).unwrap();
+    let sources = sources
+        .into_iter()
+        .map(|bytes| Arc::new(BytesSource(bytes)) as Arc<dyn Content>)
+        .collect();
+    let content = open(update.index, update.pack, sources).unwrap();
+    check_ranges(&content, plain, seed, 8);
+    let (restored, root) = restore_all(&content, 3).unwrap();
+    assert!(restored == plain);
+    assert_eq!(root, RootHash::of(plain));
+    index
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn updated_streams_come_back(
+        stretches in stretches(12),
+        edits in edits(8),
+        pages: bool,
+        frame_max in prop::sample::select(vec![4096u32, 65_536, 1 << 20]),
+        seed: u64,
+    ) {
+        let old = TestSource::made_of(&stretches).bytes;
+        let new = edited(&old, &edits, pages);
+        // Nothing leads from a content to itself.
+        prop_assume!(old != new);
+        let cuts = if pages { Cuts::Pages } else { Cuts::Bytes };
+        let update = update_stream(&old, &TestSource::new(new.clone()), &update_options(cuts, frame_max));
+        check(update, vec![old], &new, seed);
+    }
+
+    #[test]
+    fn changed_groups_are_those_that_differ(stretches in stretches(6), edits in edits(4)) {
+        let old = TestSource::made_of(&stretches).bytes;
+        let new = edited(&old, &edits, false);
+        let ((old_tree, old_outboard), (tree, outboard)) = (tree_of(&old), tree_of(&new));
+        let changed = changed_groups((&old_tree, &old_outboard), (&tree, &outboard)).unwrap();
+        let group = |bytes: &[u8], group: usize| bytes.chunks(16 << 10).nth(group).map(<[u8]>::to_vec);
+        let one = old.len().min(new.len()) <= 16 << 10 && old.len().max(new.len()) > 16 << 10;
+        for number in 0..new.len().div_ceil(16 << 10) {
+            let same = group(&old, number) == group(&new, number);
+            let counts = changed.contains_run(&(number as u64..number as u64 + 1));
+            prop_assert!(counts != same || (one && counts), "group {}", number);
+        }
+    }
+
+    // Files that are known, wherever they lie, are not read; the others are found by their content.
+    #[test]
+    fn updated_trees_come_back(
+        files in prop::collection::vec((0..60_000usize, 0..6u64, any::<bool>()), 0..24),
+        dropped in prop::collection::vec(any::<bool>(), 24),
+        added in prop::collection::vec((0..60_000usize, 20..24u64), 0..6),
+        touched in prop::collection::vec(any::<bool>(), 24),
+        seed: u64,
+    ) {
+        let made = |len: usize, seed: u64, is_text: bool| if is_text { text(seed, len) } else { random(seed, len) };
+        let mut old = Vec::new();
+        let mut outline = Outline::default();
+        let (mut new, mut parts) = (Vec::new(), Vec::new());
+        let mut unread = Vec::new();
+        for (i, (len, seed, is_text)) in files.iter().enumerate() {
+            let mut file = made(*len, *seed, *is_text);
+            let offset = old.len() as u64;
+            old.extend(&file);
+            if i < added.len() {
+                let extra = random(added[i].1, added[i].0);
+                outline.push(extra.len() as u64, None);
+                parts.push(extra.len() as u64);
+                new.extend(extra);
+            }
+            if dropped[i] {
+                continue;
+            }
+            if touched[i] && !file.is_empty() {
+                let at = file.len() / 2;
+                file.insert(at, 7);
+                outline.push(file.len() as u64, None);
+            } else {
+                let known = if offset == new.len() as u64 { Known::Inherited } else { Known::Copy { source: 0, offset } };
+                outline.push(file.len() as u64, Some(known));
+                unread.push(new.len() as u64..(new.len() + file.len()) as u64);
+            }
+            parts.push(file.len() as u64);
+            new.extend(file);
+        }
+        let mut source = TestSource::new(new.clone());
+        source.parts = Some(parts);
+        let sources = [old_source(&old, SourceKind::Parent, Space::Contents)];
+        let update = make(&source, &outline, &sources, false, &update_options(Cuts::Bytes, 1 << 20));
+        prop_assert_eq!(source.bytes_read.load(std::sync::atomic::Ordering::Relaxed), outline.unknown_len());
+        let index = check(update, vec![old], &new, seed);
+        let framed: u64 = index.runs.iter().filter(|run| matches!(run.from, RunFrom::Frame { .. })).map(|run| run.len).sum();
+        prop_assert!(framed <= outline.unknown_len());
+    }
+}
+
+#[test]
+fn what_is_common_costs_little() {
+    let old = random(1, 3 << 20);
+    let with = |new: Vec<u8>, cuts| {
+        let update = update_stream(
+            &old,
+            &TestSource::new(new.clone()),
+            &update_options(cuts, 256 << 10),
+        );
+        let len = update.len();
+        check(update, vec![old.clone()], &new, 1);
+        len
+    };
+    // Moved by a byte: no group is the same.
+    let moved = [&[1], &old[..]].concat();
+    assert!(with(moved, Cuts::Bytes) < 2_000);
+    let moved = [&random(2, 4096), &old[..]].concat();
+    assert!(with(moved, Cuts::Pages) < 4096 + 2_000);
+    // One byte in every page, everywhere.
+    let mut sprinkled = old.clone();
+    sprinkled
+        .iter_mut()
+        .step_by(4096)
+        .for_each(|byte| *byte ^= 1);
+    let len = with(sprinkled, Cuts::Pages);
+    assert!(len < 30_000, "{len}");
+    let shuffled = {
+        let mut pages: Vec<&[u8]> = old.chunks(4096).collect();
+        let mut rng = SmallRng::seed_from_u64(3);
+        for i in (1..pages.len()).rev() {
+            pages.swap(i, rng.random_range(0..=i));
+        }
+        pages.concat()
+    };
+    let len = with(shuffled, Cuts::Pages);
+    assert!(len < 8_000, "{len}");
+}
+
+#[test]
+fn several_sources_are_read() {
+    let (one, two, fresh) = (random(1, 300_000), random(2, 300_000), random(3, 100_000));
+    let new = [&two[100_000..], &fresh[..], &one[..200_000]].concat();
+    let sources = [
+        old_source(&one, SourceKind::Parent, Space::Stream),
+        old_source(&two, SourceKind::ParentCapsule, Space::Stream),
+    ];
+    let source = TestSource::new(new.clone());
+    let outline = Outline::unknown(new.len() as u64);
+    let update = make(
+        &source,
+        &outline,
+        &sources,
+        true,
+        &update_options(Cuts::Bytes, 256 << 10),
+    );
+    assert!(update.len() < 101_000, "{}", update.len());
+    check(update, vec![one, two], &new, 1);
+}
+
+#[test]
+fn the_result_does_not_depend_on_threads() {
+    let old = [text(1, 2_000_000), random(2, 9_000_000)].concat();
+    let mut new = old.clone();
+    new.splice(1_000_000..1_000_100, text(3, 50_000));
+    new.splice(5_000_000..5_000_000, random(4, 70_000));
+    let source = TestSource::new(new);
+    let with = |threads: usize| {
+        let options = EncodeOptions {
+            threads: NonZeroUsize::new(threads).unwrap(),
+            ..update_options(Cuts::Bytes, 256 << 10)
+        };
+        update_stream(&old, &source, &options)
+    };
+    let (one, many) = (with(1), with(4));
+    assert!(one.index == many.index && one.pack == many.pack);
+}
