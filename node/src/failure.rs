@@ -102,6 +102,7 @@ impl From<EncodeError> for Failure {
     fn from(error: EncodeError) -> Self {
         let code = match error {
             EncodeError::Read(error) => return error.into(),
+            EncodeError::Old(_) => Code::Damaged,
             EncodeError::Cancelled => {
                 return Self::new(Code::Cancelled, "stopped; nothing was published");
             }

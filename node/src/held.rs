@@ -44,12 +44,8 @@ impl TreeWay {
     fn encode(&self) -> Vec<u8> {
         let mut out = Writer::default();
         out.u8(WAY_VERSION);
-        for layers in [&self.listing, &self.contents] {
-            out.list(layers, |out, layer| {
-                out.hash(&layer.index);
-                out.option(layer.pack.as_ref(), Writer::hash);
-            });
-        }
+        write_layers(&mut out, &self.listing);
+        write_layers(&mut out, &self.contents);
         out.finish()
     }
 
@@ -61,21 +57,29 @@ impl TreeWay {
                 version: WAY_VERSION,
             });
         }
-        let mut layers = || {
-            input.list("layers", MAX_LAYERS, 33, |input| {
-                Ok(LayerBlobs {
-                    index: input.hash("index")?,
-                    pack: input.option("pack", |input| input.hash("pack"))?,
-                })
-            })
-        };
         let way = Self {
-            listing: layers()?,
-            contents: layers()?,
+            listing: read_layers(&mut input)?,
+            contents: read_layers(&mut input)?,
         };
         input.finish()?;
         Ok(way)
     }
+}
+
+fn write_layers(out: &mut Writer, layers: &[LayerBlobs]) {
+    out.list(layers, |out, layer| {
+        out.hash(&layer.index);
+        out.option(layer.pack.as_ref(), Writer::hash);
+    });
+}
+
+fn read_layers(input: &mut Reader<'_>) -> Result<Vec<LayerBlobs>, DecodeError> {
+    input.list("layers", MAX_LAYERS, 33, |input| {
+        Ok(LayerBlobs {
+            index: input.hash("index")?,
+            pack: input.option("pack", |input| input.hash("pack"))?,
+        })
+    })
 }
 
 /// The blobs of layers.
@@ -96,6 +100,10 @@ pub fn layer_blobs(layer: &Layer) -> LayerBlobs {
 
 fn tree_key(root: &RootHash) -> String {
     format!("tree way {root}")
+}
+
+fn blob_key(root: &RootHash) -> String {
+    format!("blob way {root}")
 }
 
 impl HeldWay {
@@ -180,6 +188,58 @@ impl Holdings {
         Ok(is_blob.then_some(HeldWay::Blob))
     }
 
+    /// The layers through which something is read here, from nothing on, if all of them are here: what an update can be put
+    /// upon. A component that came as a blob of its own has none.
+    pub fn recipe(
+        &self,
+        space: Space,
+        root: &RootHash,
+    ) -> Result<Option<Vec<LayerBlobs>>, DatabaseError> {
+        let tree = || self.tree_way(root);
+        let layers = match space {
+            Space::Contents => tree()?.map(|way| way.contents),
+            Space::Stream => match self.store.component(root) {
+                Some(component) => Some(component.recipe.layers),
+                None => match self.blob_way(root)? {
+                    Some(layers) => Some(layers),
+                    None => tree()?.map(|way| way.listing),
+                },
+            },
+        };
+        Ok(layers.filter(|layers| {
+            !layers.is_empty() && blobs_of(layers).all(|blob| self.is_complete(&blob))
+        }))
+    }
+
+    /// The layers to a component that is its own pack.
+    fn blob_way(&self, root: &RootHash) -> Result<Option<Vec<LayerBlobs>>, DatabaseError> {
+        let value = self.store.value(&blob_key(root))?;
+        let decode = |bytes: Vec<u8>| {
+            let mut input = Reader::new(&bytes);
+            let layers = read_layers(&mut input)?;
+            input.finish()?;
+            Ok(layers)
+        };
+        value
+            .map(decode)
+            .transpose()
+            .map_err(|_: DecodeError| DatabaseError::Row {
+                table: "values",
+                reason: "the layers of a component are damaged, or of a newer version",
+            })
+    }
+
+    /// Keeps the layers to a component that is its own pack.
+    pub fn put_blob_way(
+        &self,
+        root: &RootHash,
+        layers: &[LayerBlobs],
+    ) -> Result<(), DatabaseError> {
+        let mut out = Writer::default();
+        write_layers(&mut out, layers);
+        self.store.set_value(&blob_key(root), &out.finish())
+    }
+
     /// The layers through which a tree was checked here.
     pub fn tree_way(&self, root: &RootHash) -> Result<Option<TreeWay>, DatabaseError> {
         let value = self
@@ -199,16 +259,17 @@ impl Holdings {
         self.store.set_value(&tree_key(root), &way.encode())
     }
 
-    /// Forgets the layers of trees whose listings are gone; what among the roots is no such tree is passed over.
-    pub fn forget_tree_ways<'a>(
+    /// Forgets the layers of trees whose listings are gone, and of components that were their own packs; others are passed over.
+    pub fn forget_ways<'a>(
         &self,
         removed: impl Iterator<Item = &'a RootHash>,
     ) -> Result<(), DatabaseError> {
         let mut keys = Vec::new();
         for root in removed {
-            let key = tree_key(root);
-            if self.store.value(&key)?.is_some() {
-                keys.push(key);
+            for key in [tree_key(root), blob_key(root)] {
+                if self.store.value(&key)?.is_some() {
+                    keys.push(key);
+                }
             }
         }
         self.store.remove_values(&keys)

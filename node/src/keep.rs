@@ -125,7 +125,7 @@ fn collect(node: &Node, dry_run: bool) -> Result<(Vec<CapsuleId>, GcReport), Fai
 /// Forgets how trees were read whose listings went.
 fn forget_ways(node: &Node, report: &GcReport) -> Result<(), DatabaseError> {
     node.holdings
-        .forget_tree_ways(report.blobs.iter().map(|(root, _, _)| root))
+        .forget_ways(report.blobs.iter().map(|(root, _, _)| root))
 }
 
 fn live_blobs<'a>(

@@ -20,13 +20,8 @@ fn ask<C: Command>(node: &Node, command: C) -> C::Answer {
 
 fn publish(node: &Node, path: &Path, name: &str) -> Published {
     let publish = Publish {
-        path: path.to_owned(),
-        name: name.parse().unwrap(),
         read_as: PublishAs::File,
-        effort: Default::default(),
-        frame_max: None,
-        one_file_system: false,
-        expires: None,
+        ..Publish::of(path, name.parse().unwrap())
     };
     ask(node, publish)
 }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use capsule_chunker::layer::encode::Effort;
-use capsule_node::control::{Publish, PublishAs, Published};
+use capsule_node::control::{CapsuleRef, Publish, PublishAs, Published};
 use capsule_node::home::parse_expiry;
 use capsule_proto::name::CapsuleName;
 use clap::{Args, ValueEnum};
@@ -47,6 +47,16 @@ pub struct PublishArgs {
     /// For a directory: leave out what other file systems are mounted below it
     #[arg(long)]
     one_file_system: bool,
+    /// The version that this one is published against: machines that have it fetch only what differs [default: the
+    /// channel's newest, if it is here]
+    #[arg(long, value_name = "CAPSULE", conflicts_with = "no_parent")]
+    parent: Option<String>,
+    /// Publish against no other version: larger, but machines need nothing else for it
+    #[arg(long)]
+    no_parent: bool,
+    /// For a directory with a parent: read all files, also those whose length and time of modification are the same
+    #[arg(long)]
+    checksum: bool,
     /// Until when the name holds: 90d, 1y, or a date such as 2027-01-31; without end, when not given
     #[arg(long, value_name = "WHEN", value_parser = |text: &str| parse_expiry(text, now()))]
     expires: Option<u64>,
@@ -107,6 +117,9 @@ pub fn run(args: PublishArgs, context: &Context) -> Result<(), Exit> {
         frame_max: args.frame_max,
         one_file_system: args.one_file_system,
         expires: args.expires,
+        parent: args.parent.map(CapsuleRef),
+        no_parent: args.no_parent,
+        checksum: args.checksum,
     };
     let published = context.work(command, args.output, STOPPED)?;
     for warning in &published.warnings {
@@ -145,6 +158,10 @@ fn render(published: &Published, style: Style) -> String {
     }
     if published.repeated_bytes > 0 {
         parts.push(format!("{} repeated", size(published.repeated_bytes)));
+    }
+    if let Some(parent) = &published.parent {
+        let same = published.inherited_bytes + published.copied_bytes;
+        parts.push(format!("{} as in {}", size(same), printable(parent)));
     }
     let blobs = published.pack_bytes + published.index_bytes;
     let share = if content == 0 {
@@ -201,6 +218,10 @@ mod tests {
             content_bytes: 4 << 20,
             zero_bytes: 0,
             repeated_bytes: 1 << 20,
+            parent: Some("lab:0".into()),
+            inherited_bytes: 1 << 20,
+            copied_bytes: 0,
+            referring_bytes: 0,
             pack_bytes: 1 << 20,
             index_bytes: 0,
             seconds: 2.0,
@@ -212,7 +233,7 @@ mod tests {
             "{text}"
         );
         assert!(
-            text.contains("content    4.00 MiB, 1.00 MiB repeated\n"),
+            text.contains("content    4.00 MiB, 1.00 MiB repeated, 1.00 MiB as in lab:0\n"),
             "{text}"
         );
         let again = render(

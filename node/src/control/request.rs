@@ -63,6 +63,33 @@ pub struct Publish {
     /// When the name ends, in seconds since 1970.
     #[serde(default)]
     pub expires: Option<u64>,
+    /// The version that it is published against; the channel's newest where absent.
+    #[serde(default)]
+    pub parent: Option<CapsuleRef>,
+    /// Against none: so that nobody needs another version for this one.
+    #[serde(default)]
+    pub no_parent: bool,
+    /// For a tree with a parent: reads all files, also those whose length and time are the parent's.
+    #[serde(default)]
+    pub checksum: bool,
+}
+
+impl Publish {
+    /// Publishes a path in the way that suits it.
+    pub fn of(path: impl Into<PathBuf>, name: CapsuleName) -> Self {
+        Self {
+            path: path.into(),
+            name,
+            read_as: PublishAs::default(),
+            effort: Effort::default(),
+            frame_max: None,
+            one_file_system: false,
+            expires: None,
+            parent: None,
+            no_parent: false,
+            checksum: false,
+        }
+    }
 }
 
 /// Lists capsules: what this node holds, and what it knows by name.

@@ -116,13 +116,8 @@ impl Demo<'_> {
 
     fn publish(&self, fleet: &Fleet, tree: &Path) -> Result<Published> {
         let command = Publish {
-            path: tree.to_owned(),
-            name: NAME.parse()?,
             read_as: PublishAs::Tree,
-            effort: Default::default(),
-            frame_max: None,
-            one_file_system: false,
-            expires: None,
+            ..Publish::of(tree, NAME.parse()?)
         };
         let display = RefCell::new(Display::stderr(self.json));
         let published = fleet.ask_with(fleet.publisher(), command, |progress| {

@@ -1,30 +1,37 @@
 //! Making a capsule of a path: reading, encoding, hashing. Everything goes into imports and scratch files of the store,
-//! which leave nothing behind when they are dropped; keeping and naming is the room's other half.
+//! which leave nothing behind when they are dropped; keeping and naming is the room's other half. With a parent, `update`
+//! finds out what of the content the parent has.
 
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use capsule_chunker::content::{BytesSource, Content, Source};
+use capsule_chunker::bao::Tree;
+use capsule_chunker::content::{BytesSource, Source};
 use capsule_chunker::image::{self, ImageKind, ImageOptions, ReadAs};
 use capsule_chunker::layer::EncodeStats;
 use capsule_chunker::layer::encode::{ContentHashes, EncodeOptions, Encoded, Outputs, encode};
 use capsule_chunker::tree::{ScanOptions, scan};
 use capsule_proto::RootHash;
-use capsule_proto::index::Space;
+use capsule_proto::index::{Source as IndexSource, Space};
 use capsule_proto::listing::EntryPath;
 use capsule_proto::manifest::{Component, ComponentKind, Manifest};
 use capsule_proto::record::BlobRef;
 use positioned_io::{ReadAt, WriteAt};
 
+use super::parent::{Old, Parent};
 use crate::control::{Failure, FailureCode, Phase, Progress, Publish, PublishAs, Reporter};
+use crate::held::{HeldWay, TreeWay};
 use crate::store::{Import, LayerBlobs, Scratch, Store};
 use crate::work::Work;
 
 /// A capsule that is made, but not kept yet: nothing refers to what it wrote.
 pub(super) struct Draft {
     pub manifest: Manifest,
+    /// The layers that were made; none of what the parent has as it is.
     pub layers: Vec<DraftLayer>,
+    /// How the component is read when they are kept.
+    pub way: HeldWay,
     /// A tree's listing.
     pub listing: Option<Vec<u8>>,
     /// A stream's hash tree.
@@ -36,7 +43,7 @@ pub(super) struct Draft {
 /// A layer that is made.
 pub(super) struct DraftLayer {
     pub space: Space,
-    pub target_size: u64,
+    pub parent: Option<RootHash>,
     pub blobs: LayerBlobs,
     pub index: Vec<u8>,
     pub pack: Option<DraftPack>,
@@ -48,34 +55,32 @@ pub(super) struct DraftPack {
     pub outboard: Scratch,
 }
 
+/// What making a draft works with.
+pub(super) struct Making<'a> {
+    pub store: &'a Store,
+    /// The node's own directory, which is never published.
+    pub home: &'a Path,
+    pub request: &'a Publish,
+    pub parent: Option<&'a Parent>,
+    pub work: &'a Work,
+    pub reporter: &'a Reporter,
+}
+
 /// Reads and encodes. Blocks; nothing is kept when it fails or the draft is dropped.
-///
-/// A directory that holds the node's own `home` is published without it: it changes while it is read, and holds secret keys.
-pub(super) fn make(
-    (store, home): (&Store, &Path),
-    request: &Publish,
-    work: &Work,
-    reporter: &Reporter,
-) -> Result<Draft, Failure> {
+pub(super) fn make(making: &Making<'_>) -> Result<Draft, Failure> {
+    let request = making.request;
     let is_dir = std::fs::metadata(&request.path)
         .map_err(|e| unreadable(&request.path, &e))?
         .is_dir();
     match (is_dir, request.read_as) {
-        (true, PublishAs::Auto | PublishAs::Tree) => {
-            make_tree((store, home), request, work, reporter)
-        }
+        (true, PublishAs::Auto | PublishAs::Tree) => making.tree(),
         (false, PublishAs::Tree) => {
             let message = format!("{} is not a directory", request.path.display());
             Err(Failure::new(FailureCode::Invalid, message).hint("leave out --as tree"))
         }
-        (_, read_as) => {
-            let read_as = match read_as {
-                PublishAs::Disk => ReadAs::Disk,
-                PublishAs::File => ReadAs::File,
-                PublishAs::Auto | PublishAs::Tree => ReadAs::Auto,
-            };
-            make_stream(store, request, read_as, work, reporter)
-        }
+        (_, PublishAs::Disk) => making.stream(ReadAs::Disk),
+        (_, PublishAs::File) => making.stream(ReadAs::File),
+        (false, PublishAs::Auto) => making.stream(ReadAs::Auto),
     }
 }
 
@@ -93,134 +98,218 @@ fn unreadable(path: &Path, error: &std::io::Error) -> Failure {
     .hint(hint)
 }
 
-fn options(kind: ComponentKind, request: &Publish) -> EncodeOptions {
-    let mut options = EncodeOptions::new(kind, request.effort);
-    if let Some(frame_max) = request.frame_max {
-        options.frame_max = frame_max;
+impl Making<'_> {
+    pub fn options(&self, kind: ComponentKind) -> EncodeOptions {
+        let mut options = EncodeOptions::new(kind, self.request.effort);
+        if let Some(frame_max) = self.request.frame_max {
+            options.frame_max = frame_max;
+        }
+        options
     }
-    options
+
+    fn stream(&self, read_as: ReadAs) -> Result<Draft, Failure> {
+        let path = &self.request.path;
+        let image = image::open(path, &ImageOptions { read_as })?;
+        let mut warnings = Vec::new();
+        if image.in_use {
+            let path = path.display();
+            warnings.push(format!("{path} is mounted or in use: what is written to it meanwhile makes the copy inconsistent; unmount it, or publish a snapshot"));
+            warnings
+                .iter()
+                .for_each(|warning| self.reporter.notice(warning));
+        }
+        let (kind, name) = match image.kind {
+            ImageKind::Disk => (ComponentKind::Disk, "disk0"),
+            ImageKind::File => (ComponentKind::File, "file"),
+        };
+        self.work.set_total(image.source.len());
+        let made = self.stream_layer(&*image.source, kind, name)?;
+        let component = Component {
+            name: name.to_owned(),
+            kind,
+            root: made.tree.root,
+            size: made.tree.size,
+            content_size: made.tree.size,
+        };
+        Ok(Draft {
+            manifest: new_manifest(component)?,
+            layers: made.layer.into_iter().collect(),
+            way: HeldWay::Layers(made.way),
+            listing: None,
+            outboard: made.outboard,
+            stats: made.stats,
+            warnings,
+        })
+    }
+
+    /// A stream's layer: an update where there is a parent, else from nothing.
+    fn stream_layer(
+        &self,
+        source: &dyn Source,
+        kind: ComponentKind,
+        name: &str,
+    ) -> Result<MadeLayer, Failure> {
+        let parent = self.parent.and_then(|parent| parent.component(name, kind));
+        let old = parent.map_or(Ok(None), |component| {
+            Old::open(self.store, component, Space::Stream)
+        })?;
+        match old {
+            Some(old) => self.update_stream(source, kind, old),
+            None => self.first_stream(source, &self.options(kind)),
+        }
+    }
+
+    /// A stream's layer from nothing.
+    pub fn first_stream(
+        &self,
+        source: &dyn Source,
+        options: &EncodeOptions,
+    ) -> Result<MadeLayer, Failure> {
+        let mut import = self.store.begin_import()?;
+        let encoded = encode(
+            source,
+            options,
+            outputs(self.store, &mut import)?,
+            self.work,
+        )?;
+        let ContentHashes::Stream(tree, _) = encoded.content else {
+            return Err(unexpected("a stream came with parts"));
+        };
+        let stats = encoded.stats;
+        let (layer, outboard) = finish_layer(encoded, import, tree.root, None, Vec::new());
+        Ok(MadeLayer {
+            tree,
+            way: vec![layer.blobs],
+            layer: Some(layer),
+            outboard,
+            stats,
+        })
+    }
+
+    fn tree(&self) -> Result<Draft, Failure> {
+        let path = &self.request.path;
+        self.reporter.progress(Progress {
+            phase: Phase::Scanning,
+            done: 0,
+            total: None,
+            rate: 0,
+            peers: 0,
+            written: 0,
+            what: Some(path.display().to_string()),
+        });
+        let own = own_within(self.home, path)?;
+        let mut warnings = Vec::new();
+        if own.is_some() {
+            warnings.push(format!(
+                "{} is left out: it is this node's own, with its keys",
+                self.home.display()
+            ));
+            warnings
+                .iter()
+                .for_each(|warning| self.reporter.notice(warning));
+        }
+        let source = scan(
+            path,
+            &ScanOptions {
+                one_file_system: self.request.one_file_system,
+                without: own,
+            },
+        )?;
+        self.work.check()?;
+        let parent = self
+            .parent
+            .and_then(|parent| parent.component("tree", ComponentKind::Tree));
+        let contents = self.contents(&source, parent)?;
+        let listing = source.into_listing(&contents.roots)?.encode();
+        let names = self.listing(&listing, parent)?;
+        let component = Component {
+            name: "tree".to_owned(),
+            kind: ComponentKind::Tree,
+            root: names.tree.root,
+            size: names.tree.size,
+            content_size: contents.size,
+        };
+        let root = names.tree.root;
+        let unchanged = parent.is_some_and(|parent| parent.root == root);
+        let mut layers: Vec<DraftLayer> = names.layer.into_iter().collect();
+        let mut way = TreeWay {
+            listing: names.way,
+            contents: contents.below,
+        };
+        if !unchanged {
+            let layer = contents.encoded.into_layer(root);
+            way.contents.push(layer.blobs);
+            layers.push(layer);
+        }
+        Ok(Draft {
+            manifest: new_manifest(component)?,
+            layers,
+            way: HeldWay::Tree(way),
+            listing: Some(listing),
+            outboard: None,
+            stats: contents.stats,
+            warnings,
+        })
+    }
+
+    /// A listing's layer.
+    fn listing(&self, listing: &[u8], parent: Option<&Component>) -> Result<MadeLayer, Failure> {
+        let source = BytesSource(listing);
+        let old = parent.map_or(Ok(None), |component| {
+            Old::open(self.store, component, Space::Stream)
+        })?;
+        let quiet = Making {
+            work: &Work::default(),
+            ..*self
+        };
+        match old {
+            Some(old) => quiet.update_stream(&source, ComponentKind::File, old),
+            None => quiet.first_stream(&source, &self.options(ComponentKind::File)),
+        }
+    }
 }
 
-fn make_stream(
-    store: &Store,
-    request: &Publish,
-    read_as: ReadAs,
-    work: &Work,
-    reporter: &Reporter,
-) -> Result<Draft, Failure> {
-    let image = image::open(&request.path, &ImageOptions { read_as })?;
-    let mut warnings = Vec::new();
-    if image.in_use {
-        let path = request.path.display();
-        warnings.push(format!("{path} is mounted or in use: what is written to it meanwhile makes the copy inconsistent; unmount it, or publish a snapshot"));
-        warnings.iter().for_each(|warning| reporter.notice(warning));
-    }
-    let (kind, name) = match image.kind {
-        ImageKind::Disk => (ComponentKind::Disk, "disk0"),
-        ImageKind::File => (ComponentKind::File, "file"),
-    };
-    work.set_total(image.source.len());
-    let (encoded, import) = encode_into(store, &*image.source, &options(kind, request), work)?;
-    let (root, size, stats) = match &encoded.content {
-        ContentHashes::Stream(tree, _) => (tree.root, tree.size, encoded.stats),
-        ContentHashes::Parts(_) => {
-            return Err(Failure::new(
-                FailureCode::Internal,
-                "a stream came with parts",
-            ));
-        }
-    };
-    let component = Component {
-        name: name.to_owned(),
-        kind,
-        root,
-        size,
-        content_size: size,
-    };
-    let (layer, outboard) = finish_layer(encoded, import, root);
-    let manifest = new_manifest(component)?;
-    Ok(Draft {
-        manifest,
-        layers: vec![layer],
-        listing: None,
-        outboard,
-        stats,
-        warnings,
-    })
+/// A stream's layer, and what is known of the stream then.
+pub(super) struct MadeLayer {
+    pub tree: Tree,
+    /// None where the parent is the same.
+    pub layer: Option<DraftLayer>,
+    pub way: Vec<LayerBlobs>,
+    pub outboard: Option<Scratch>,
+    pub stats: EncodeStats,
 }
 
-fn make_tree(
-    (store, home): (&Store, &Path),
-    request: &Publish,
-    work: &Work,
-    reporter: &Reporter,
-) -> Result<Draft, Failure> {
-    reporter.progress(Progress {
-        phase: Phase::Scanning,
-        done: 0,
-        total: None,
-        rate: 0,
-        peers: 0,
-        written: 0,
-        what: Some(request.path.display().to_string()),
-    });
-    let own = own_within(home, &request.path)?;
-    let mut warnings = Vec::new();
-    if own.is_some() {
-        warnings.push(format!(
-            "{} is left out: it is this node's own, with its keys",
-            home.display()
-        ));
-        warnings.iter().for_each(|warning| reporter.notice(warning));
+/// A tree's contents, encoded; their layer waits for the listing's root.
+pub(super) struct MadeContents {
+    pub size: u64,
+    pub roots: Vec<RootHash>,
+    /// The layers of the parent.
+    pub below: Vec<LayerBlobs>,
+    pub encoded: EncodedContents,
+    pub stats: EncodeStats,
+}
+
+pub(super) struct EncodedContents {
+    pub encoded: StoreEncoded,
+    pub import: Import,
+    pub parent: Option<RootHash>,
+    pub sources: Vec<IndexSource>,
+}
+
+impl EncodedContents {
+    fn into_layer(self, root: RootHash) -> DraftLayer {
+        let Self {
+            encoded,
+            import,
+            parent,
+            sources,
+        } = self;
+        finish_layer(encoded, import, root, parent, sources).0
     }
-    let source = scan(
-        &request.path,
-        &ScanOptions {
-            one_file_system: request.one_file_system,
-            without: own,
-        },
-    )?;
-    work.check()?;
-    work.set_total(source.len());
-    let (encoded, import) =
-        encode_into(store, &source, &options(ComponentKind::Tree, request), work)?;
-    let (stats, content_size) = (encoded.stats, encoded.size);
-    let listing = match &encoded.content {
-        ContentHashes::Parts(hashes) => source.into_listing(hashes)?.encode(),
-        ContentHashes::Stream(..) => {
-            return Err(Failure::new(
-                FailureCode::Internal,
-                "a tree came as a stream",
-            ));
-        }
-    };
-    let root = RootHash::of(&listing);
-    let size = listing.len() as u64;
-    let component = Component {
-        name: "tree".to_owned(),
-        kind: ComponentKind::Tree,
-        root,
-        size,
-        content_size,
-    };
-    let manifest = new_manifest(component)?;
-    let (contents, _) = finish_layer(encoded, import, root);
-    let listing_options = options(ComponentKind::File, request);
-    let (encoded, import) = encode_into(
-        store,
-        &BytesSource(&listing),
-        &listing_options,
-        &Work::default(),
-    )?;
-    let (names, _) = finish_layer(encoded, import, root);
-    Ok(Draft {
-        manifest,
-        layers: vec![names, contents],
-        listing: Some(listing),
-        outboard: None,
-        stats,
-        warnings,
-    })
+}
+
+pub(super) fn unexpected(message: &str) -> Failure {
+    Failure::new(FailureCode::Internal, message)
 }
 
 /// Where in a directory the node's home lies, if it does.
@@ -246,7 +335,7 @@ fn new_manifest(component: Component) -> Result<Manifest, Failure> {
 }
 
 /// Scratch space that can be taken out of what encoding returns.
-struct Slot(Option<Scratch>);
+pub(super) struct Slot(pub Option<Scratch>);
 
 impl Slot {
     fn get(&self) -> io::Result<&Scratch> {
@@ -275,32 +364,30 @@ impl WriteAt for Slot {
     }
 }
 
-type StoreEncoded = Encoded<Slot, Slot>;
+pub(super) type StoreEncoded = Encoded<Slot, Slot>;
 
-fn encode_into(
+/// Places in the store for what encoding makes.
+pub(super) fn outputs<'a>(
     store: &Store,
-    source: &dyn Source,
-    options: &EncodeOptions,
-    work: &Work,
-) -> Result<(StoreEncoded, Import), Failure> {
-    let mut import = store.begin_import()?;
+    import: &'a mut Import,
+) -> Result<Outputs<'a, Slot, Slot>, Failure> {
     let slot = || Ok::<_, Failure>(Slot(Some(store.scratch()?)));
-    let outputs = Outputs {
-        pack: &mut import,
+    Ok(Outputs {
+        pack: import,
         pack_outboard: slot()?,
         content_outboard: slot()?,
-    };
-    let encoded = encode(source, options, outputs, work)?;
-    Ok((encoded, import))
+    })
 }
 
-/// The layer, and a stream's outboard.
-fn finish_layer(
+/// The layer, and a stream's outboard where encoding made it.
+pub(super) fn finish_layer(
     mut encoded: StoreEncoded,
     import: Import,
     root: RootHash,
+    parent: Option<RootHash>,
+    sources: Vec<IndexSource>,
 ) -> (DraftLayer, Option<Scratch>) {
-    let (target_size, tree) = (encoded.size, encoded.pack);
+    let tree = encoded.pack;
     let blob = BlobRef {
         root: tree.root,
         size: tree.size,
@@ -315,9 +402,10 @@ fn finish_layer(
         });
     let (space, content) = match &mut encoded.content {
         ContentHashes::Stream(_, slot) => (Space::Stream, slot.0.take()),
+        ContentHashes::Known => (Space::Stream, None),
         ContentHashes::Parts(_) => (Space::Contents, None),
     };
-    let index = encoded.into_index(root);
+    let index = encoded.into_update_index(root, parent, sources);
     let blobs = LayerBlobs {
         index: RootHash::of(&index),
         pack: pack.as_ref().map(|pack| pack.blob.root),
@@ -325,7 +413,7 @@ fn finish_layer(
     (
         DraftLayer {
             space,
-            target_size,
+            parent,
             blobs,
             index,
             pack,

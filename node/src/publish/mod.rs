@@ -2,11 +2,13 @@
 //!
 //! Blobs are written and durable before anything names them; records come last. What fails before that leaves nothing, not even
 //! space taken. Content that is here already is not stored twice, and publishing the same again does nothing. Reading and encoding live
-//! in `make`.
+//! in `make`, what comes of an older version in `parent` and `update`.
 
 mod make;
+mod parent;
 #[cfg(test)]
 pub(crate) mod tests;
+mod update;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -14,17 +16,19 @@ use std::time::Instant;
 
 use capsule_proto::RootHash;
 use capsule_proto::index::Space;
+use capsule_proto::manifest::Component;
 use capsule_proto::name::{CapsuleName, Version};
 use capsule_proto::record::{BlobRef, Body, Layer, Name, RecordError};
 
 use crate::control::{Failure, FailureCode, Phase, Publish, Published, Reporter};
-use crate::held::{HeldWay, Holdings, TreeWay, blobs_of, component_info, layer_blobs};
+use crate::held::{HeldWay, Holdings, blobs_of, component_info, layer_blobs};
 use crate::node::Node;
 use crate::records::{KnownName, SignError};
 use crate::store::{ActiveGuard, BlobKind, GcMode, HeldCapsule, LayerBlobs, PinOrigin, Store};
 use crate::transfer::check::register;
-use crate::work::{Task, panicked};
-use make::{Draft, DraftPack, make};
+use crate::work::{Task, blocking, panicked};
+use make::{Draft, DraftLayer, DraftPack, Making, make};
+use parent::Parent;
 
 /// Publishes a path.
 pub async fn publish(
@@ -40,12 +44,30 @@ pub async fn publish(
         total: None,
         what: Some(name.to_string()),
     };
-    let (shared, teller, making) = (node.clone(), reporter.clone(), request.clone());
+    let (shared, asked) = (node.clone(), request.clone());
+    let (parent, guard) = blocking(move || {
+        let parent = Parent::of(&shared, &asked)?;
+        let roots = match &parent {
+            Some(parent) => shared.holdings.blobs_of(&parent.capsule, &shared.records)?,
+            None => BTreeSet::new(),
+        };
+        // It must not be collected while it is read, nor before the layers upon it are kept.
+        Ok((parent, shared.store.guard(roots)))
+    })
+    .await?;
+    let against = parent.as_ref().map(|parent| parent.name.clone());
+    let (shared, teller, asked) = (node.clone(), reporter.clone(), request.clone());
     let draft = node
         .works
         .run(task, reporter, move |work| {
-            let place = (&shared.store, shared.home.dir());
-            make(place, &making, work, &teller)
+            make(&Making {
+                store: &shared.store,
+                home: shared.home.dir(),
+                request: &asked,
+                parent: parent.as_ref(),
+                work,
+                reporter: &teller,
+            })
         })
         .await?;
     // From here on it is not stopped half-way: what is kept is also named, announced and told.
@@ -57,7 +79,10 @@ pub async fn publish(
             expires: request.expires,
         },
     );
-    let settled = tokio::spawn(async move { settle(&settling, naming, draft).await });
+    let settled = tokio::spawn(async move {
+        let _parent = guard;
+        settle(&settling, naming, draft).await
+    });
     let (draft, unchanged) = settled
         .await
         .unwrap_or_else(|panic| Err(panicked(&panic)))?;
@@ -75,6 +100,10 @@ pub async fn publish(
         content_bytes: draft.manifest.content_size(),
         zero_bytes: draft.stats.zero,
         repeated_bytes: draft.stats.repeated,
+        parent: against,
+        inherited_bytes: draft.stats.inherited,
+        copied_bytes: draft.stats.copied,
+        referring_bytes: draft.stats.referring,
         pack_bytes: draft.stats.pack,
         index_bytes: draft
             .layers
@@ -268,7 +297,6 @@ fn keep(store: &Store, draft: &mut Draft, added: u64) -> Result<ActiveGuard, Fai
 
 fn store_all(store: &Store, draft: &mut Draft, added: u64) -> Result<(), Failure> {
     let component = draft.manifest.components[0].clone();
-    let layers: Vec<LayerBlobs> = draft.layers.iter().map(|layer| layer.blobs).collect();
     // Where the component is read through other layers already, these make nothing better.
     let known = Holdings::new(store.clone()).way_to(&component)?.is_some();
     if !known {
@@ -285,14 +313,15 @@ fn store_all(store: &Store, draft: &mut Draft, added: u64) -> Result<(), Failure
         }
         if let Some(listing) = &draft.listing {
             store.put_small(listing, BlobKind::Listing)?;
-            let way = TreeWay {
-                listing: vec![layers[0]],
-                contents: vec![layers[1]],
-            };
-            Holdings::new(store.clone()).put_tree_way(&component.root, &way)?;
         }
-        if let Some(outboard) = draft.outboard.take() {
-            register(store, &component, &layers, outboard)?;
+        match (&draft.way, draft.outboard.take()) {
+            (HeldWay::Tree(way), _) => {
+                Holdings::new(store.clone()).put_tree_way(&component.root, way)?;
+            }
+            (HeldWay::Layers(layers), Some(outboard)) => {
+                register(store, &component, layers, outboard)?;
+            }
+            _ => {}
         }
     }
     store.put_small(&draft.manifest.encode(), BlobKind::Manifest)?;
@@ -311,50 +340,58 @@ fn sign_layers(node: &Node, draft: &Draft) -> Result<Vec<Vec<u8>>, Failure> {
     let mut records = Vec::new();
     for component in &draft.manifest.components {
         let known = node.records.layers_to(&component.root)?;
-        let ways = match node.holdings.way_to(component)? {
-            Some(HeldWay::Layers(layers)) => vec![(Space::Stream, component.size, layers)],
-            Some(HeldWay::Tree(way)) => {
-                vec![
-                    (Space::Stream, component.size, way.listing),
-                    (Space::Contents, component.content_size, way.contents),
-                ]
-            }
-            // Its own pack: the layer that was just made.
-            Some(HeldWay::Blob) => draft
-                .layers
-                .iter()
-                .map(|layer| (layer.space, layer.target_size, vec![layer.blobs]))
-                .collect(),
-            None => Vec::new(),
-        };
-        for (space, target_size, layers) in ways {
-            // Only what starts from nothing is made here; chains came with their records.
-            let [layer] = layers[..] else { continue };
-            let is_here = blobs_of(&layers).all(|blob| node.holdings.is_complete(&blob));
-            if !is_here
-                || known
-                    .iter()
-                    .any(|known| known.layer.space == space && layer_blobs(&known.layer) == layer)
-            {
-                continue;
-            }
-            let blob = |root: RootHash| BlobRef {
-                root,
-                size: node.store.durable(&root).map_or(0, |here| here.size),
-            };
-            let (index, pack) = (blob(layer.index), layer.pack.map(blob));
-            let body = Body::Layer(Layer {
-                space,
-                parent: None,
-                target: component.root,
-                target_size,
-                index,
-                pack,
+        for layer in layers_held(node, draft, component)? {
+            let blobs = layer_blobs(&layer);
+            let is_known = known.iter().any(|known| {
+                known.layer.space == layer.space && layer_blobs(&known.layer) == blobs
             });
-            records.push(sign(node, 0, body, None)?);
+            if !is_known && blobs_of(&[blobs]).all(|blob| node.holdings.is_complete(&blob)) {
+                records.push(sign(node, 0, Body::Layer(layer), None)?);
+            }
         }
     }
     Ok(records)
+}
+
+/// The layers that were made and lead to a component; and those from nothing through which it is held, whoever made them.
+fn layers_held(node: &Node, draft: &Draft, component: &Component) -> Result<Vec<Layer>, Failure> {
+    let target_size = |space| match space {
+        Space::Stream => component.size,
+        Space::Contents => component.content_size,
+    };
+    let blob = |root: RootHash| BlobRef {
+        root,
+        size: node.store.durable(&root).map_or(0, |here| here.size),
+    };
+    let layer = |space, parent, blobs: LayerBlobs| Layer {
+        space,
+        parent,
+        target: component.root,
+        target_size: target_size(space),
+        index: blob(blobs.index),
+        pack: blobs.pack.map(blob),
+    };
+    let made = |made: &DraftLayer| layer(made.space, made.parent, made.blobs);
+    let mut layers: Vec<Layer> = draft.layers.iter().map(made).collect();
+    let ways = match node.holdings.way_to(component)? {
+        Some(HeldWay::Layers(layers)) => vec![(Space::Stream, layers)],
+        Some(HeldWay::Tree(way)) => {
+            vec![
+                (Space::Stream, way.listing),
+                (Space::Contents, way.contents),
+            ]
+        }
+        Some(HeldWay::Blob) | None => Vec::new(),
+    };
+    for (space, way) in ways {
+        // Of a chain, the records came with its layers.
+        if let [only] = way[..]
+            && !layers.iter().any(|layer| layer_blobs(layer) == only)
+        {
+            layers.push(layer(space, None, only));
+        }
+    }
+    Ok(layers)
 }
 
 fn sign(node: &Node, sequence: u64, body: Body, expires: Option<u64>) -> Result<Vec<u8>, Failure> {

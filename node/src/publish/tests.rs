@@ -7,20 +7,15 @@ use capsule_chunker::layer::encode::Effort;
 use capsule_proto::manifest::Manifest;
 
 use super::*;
-use crate::control::PublishAs;
+use crate::held::TreeWay;
 use crate::store::StoreOptions;
 use crate::transfer::check::check;
 use crate::work::Work;
 
 fn request(path: PathBuf) -> Publish {
     Publish {
-        path,
-        name: "lab:1".parse().unwrap(),
-        read_as: PublishAs::Auto,
         effort: Effort::Fast,
-        frame_max: None,
-        one_file_system: false,
-        expires: None,
+        ..Publish::of(path, "lab:1".parse().unwrap())
     }
 }
 
@@ -29,13 +24,24 @@ fn store(temp: &Path, name: &str) -> Store {
 }
 
 fn draft(store: &Store, path: &Path) -> Result<Draft, Failure> {
-    // No home lies near: its own tests are the daemon's.
-    make(
-        (store, Path::new("/proc/self")),
-        &request(path.into()),
-        &Work::default(),
-        &Reporter::silent(),
-    )
+    draft_against(store, path, None)
+}
+
+fn draft_against(store: &Store, path: &Path, parent: Option<&Manifest>) -> Result<Draft, Failure> {
+    let parent = parent.map(|manifest| Parent {
+        name: "lab:0".to_owned(),
+        capsule: manifest.id(),
+        manifest: manifest.clone(),
+    });
+    make(&Making {
+        store,
+        // No home lies near: its own tests are the daemon's.
+        home: Path::new("/proc/self"),
+        request: &request(path.into()),
+        parent: parent.as_ref(),
+        work: &Work::default(),
+        reporter: &Reporter::silent(),
+    })
 }
 
 /// Publishes into a store alone, without records.

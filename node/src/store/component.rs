@@ -284,12 +284,16 @@ impl Inner {
                 entry.component.size
             )));
         }
+        Ok((ContentReader(content), self.component_outboard(root)?))
+    }
+
+    pub(super) fn component_outboard(&self, root: &RootHash) -> Result<FileReader, ReadError> {
         let path = path_of(root, Part::Component);
         let outboard = self
             .disk
             .open(&path, OpenMode::Existing)
             .map_err(|e| IoFault::new("open", path, e))?;
-        Ok((ContentReader(content), FileReader(outboard)))
+        Ok(FileReader(outboard))
     }
 
     fn bad_component_groups(

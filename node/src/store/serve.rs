@@ -114,6 +114,27 @@ impl Store {
         }))
     }
 
+    /// Opens the hash tree of a complete blob, or of a component. Who reads it verifies it.
+    pub fn open_outboard(
+        &self,
+        root: &RootHash,
+    ) -> Result<Arc<dyn ReadAt + Send + Sync>, ReadError> {
+        match self.inner.complete_blob(root) {
+            Ok(blob) if blob.is_small() => Ok(Arc::new(Vec::<u8>::new())),
+            Ok(_) => {
+                let files = self
+                    .inner
+                    .handles
+                    .get(&*self.inner.disk, root, OpenMode::Existing)?;
+                Ok(Arc::new(files.tree.clone()))
+            }
+            Err(error) => match self.inner.component_entry(root) {
+                Some(_) => Ok(Arc::new(self.inner.component_outboard(root)?)),
+                None => Err(error),
+            },
+        }
+    }
+
     /// Reads all of a complete blob of at most `limit` bytes (a manifest, a listing, an index), checked
     /// against its root.
     pub fn read_whole(&self, root: &RootHash, limit: u64) -> Result<Vec<u8>, ReadError> {

@@ -94,7 +94,7 @@ pub fn register(
     outboard: Scratch,
 ) -> Result<(), Failure> {
     if crate::held::blobs_of(layers).any(|blob| blob == component.root) {
-        return Ok(());
+        return Ok(Holdings::new(store.clone()).put_blob_way(&component.root, layers)?);
     }
     let recipe = ComponentRecipe {
         layers: layers.to_vec(),

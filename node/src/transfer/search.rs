@@ -242,7 +242,7 @@ impl Search {
             Way::Layers(layers) => (layers.first().and_then(|layer| layer.parent), &layers[..]),
         };
         let mut layers = below
-            .map_or(Ok(None), |parent| self.recipe(space, &parent))?
+            .map_or(Ok(None), |parent| self.holdings.recipe(space, &parent))?
             .unwrap_or_default();
         for blob in blobs_of(&layers) {
             let size = self.store.durable(&blob).map_or(0, |here| here.size);
@@ -308,31 +308,13 @@ impl Search {
             here.size == blob.size || (!begun() && self.store.remove(&blob.root).is_ok())
         })
     }
-
-    /// The layers through which a component is read here, if it is.
-    fn recipe(
-        &self,
-        space: Space,
-        root: &RootHash,
-    ) -> Result<Option<Vec<LayerBlobs>>, DatabaseError> {
-        let layers = match space {
-            Space::Stream => self
-                .store
-                .component(root)
-                .map(|component| component.recipe.layers),
-            Space::Contents => self.holdings.tree_way(root)?.map(|way| way.contents),
-        };
-        Ok(layers.filter(|layers| {
-            !layers.is_empty() && blobs_of(layers).all(|blob| self.holdings.is_complete(&blob))
-        }))
-    }
 }
 
 impl Known for Search {
     type Error = DatabaseError;
 
     fn is_held(&self, space: Space, root: &RootHash) -> Result<bool, DatabaseError> {
-        Ok(self.recipe(space, root)?.is_some())
+        Ok(self.holdings.recipe(space, root)?.is_some())
     }
 
     fn layers_to(&self, space: Space, root: &RootHash) -> Result<Vec<Layer>, DatabaseError> {

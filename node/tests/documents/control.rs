@@ -35,6 +35,9 @@ fn requests_and_answers_have_the_keys_that_the_document_names() {
             frame_max: full.then_some(1),
             one_file_system: true,
             expires: full.then_some(1),
+            parent: full.then(|| CapsuleRef("lab:0".into())),
+            no_parent: true,
+            checksum: true,
         },
         samples::published,
     );
@@ -216,13 +219,8 @@ fn efforts() -> Vec<String> {
     let of = |effort| match effort {
         Effort::Fast | Effort::Default | Effort::Max => {
             let publish = Publish {
-                path: "/".into(),
-                name: "lab:1".parse().unwrap(),
-                read_as: PublishAs::Auto,
                 effort,
-                frame_max: None,
-                one_file_system: false,
-                expires: None,
+                ..Publish::of("/", "lab:1".parse().unwrap())
             };
             inner(publish).1["effort"].as_str().unwrap().to_owned()
         }

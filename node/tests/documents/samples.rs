@@ -46,7 +46,7 @@ fn component() -> ComponentInfo {
     }
 }
 
-pub fn published(_full: bool) -> Published {
+pub fn published(full: bool) -> Published {
     Published {
         capsule: capsule(),
         name: text(),
@@ -55,6 +55,10 @@ pub fn published(_full: bool) -> Published {
         content_bytes: 1,
         zero_bytes: 1,
         repeated_bytes: 1,
+        parent: full.then(|| "lab:0".into()),
+        inherited_bytes: 1,
+        copied_bytes: 1,
+        referring_bytes: 1,
         pack_bytes: 1,
         index_bytes: 1,
         seconds: 1.5,

@@ -24,6 +24,14 @@ pub struct Published {
     pub zero_bytes: u64,
     /// Of these, bytes that repeat earlier ones.
     pub repeated_bytes: u64,
+    /// The version that it was published against, if any.
+    pub parent: Option<String>,
+    /// Bytes of content that the parent has in the same place.
+    pub inherited_bytes: u64,
+    /// Bytes of content that it has in another place.
+    pub copied_bytes: u64,
+    /// Bytes of new content that were compressed against its content.
+    pub referring_bytes: u64,
     /// Bytes of packs made.
     pub pack_bytes: u64,
     /// Bytes of indexes made.

@@ -139,15 +139,7 @@ impl Lab {
     }
 
     async fn publish(&self, path: &Path, name: &str) -> Result<crate::control::Published, Failure> {
-        let request = Publish {
-            path: path.into(),
-            name: name.parse().unwrap(),
-            read_as: PublishAs::Auto,
-            effort: Default::default(),
-            frame_max: None,
-            one_file_system: false,
-            expires: None,
-        };
+        let request = Publish::of(path, name.parse().unwrap());
         crate::publish::publish(&self.publisher.node, request, &Reporter::silent()).await
     }
 
@@ -246,15 +238,7 @@ async fn names_do_not_change_what_they_mean_and_unknown_ones_are_told() {
         .await
         .unwrap_err();
     assert_eq!(unknown.code, FailureCode::NotFound);
-    let member = Publish {
-        path: lab.temp.path().join("tree"),
-        name: "lab:2".parse().unwrap(),
-        read_as: PublishAs::Auto,
-        effort: Default::default(),
-        frame_max: None,
-        one_file_system: false,
-        expires: None,
-    };
+    let member = Publish::of(lab.temp.path().join("tree"), "lab:2".parse().unwrap());
     let not_allowed = crate::publish::publish(&lab.puller.node, member, &Reporter::silent())
         .await
         .unwrap_err();
@@ -270,13 +254,9 @@ async fn a_name_that_has_ended_leaves_the_id() {
     // Time enough to sign it on a busy machine.
     let end = crate::clock::system_seconds() + 4;
     let request = Publish {
-        path: file.clone(),
-        name: "lab:1".parse().unwrap(),
         read_as: PublishAs::File,
-        effort: Default::default(),
-        frame_max: None,
-        one_file_system: false,
         expires: Some(end),
+        ..Publish::of(file.clone(), "lab:1".parse().unwrap())
     };
     let capsule = crate::publish::publish(&lab.publisher.node, request, &Reporter::silent())
         .await

@@ -5,7 +5,7 @@ use std::sync::mpsc::{RecvTimeoutError, channel};
 
 use anyhow::{Context, Result};
 use capsule_node::control::{
-    CapsuleRef, Client, ClientError, Command, Progress, Publish, PublishAs, Published, Pull, Pulled,
+    CapsuleRef, Client, ClientError, Command, Progress, Publish, Published, Pull, Pulled,
 };
 use capsule_tests::Node;
 
@@ -21,15 +21,7 @@ pub fn pid(node: &Node) -> u32 {
 
 /// Publishes a path.
 pub fn publish(node: &Node, path: &Path, deadline: &Deadline) -> Result<Published> {
-    let request = Publish {
-        path: path.to_owned(),
-        name: NAME.parse().context("the name is a good one")?,
-        read_as: PublishAs::Auto,
-        effort: Default::default(),
-        frame_max: None,
-        one_file_system: false,
-        expires: None,
-    };
+    let request = Publish::of(path, NAME.parse().context("the name is a good one")?);
     ask(node, "publishing", request, deadline, drop)
 }
 

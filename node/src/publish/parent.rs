@@ -1,0 +1,111 @@
+//! What new content is published against: an older version that is here.
+
+use std::sync::Arc;
+
+use capsule_chunker::content::Content;
+use capsule_chunker::layer::read::ReadOptions;
+use capsule_proto::CapsuleId;
+use capsule_proto::index::Space;
+use capsule_proto::manifest::{Component, ComponentKind, Manifest};
+
+use crate::control::{Failure, FailureCode, Holding, Publish};
+use crate::layers::open;
+use crate::node::{Node, spelled};
+use crate::store::{LayerBlobs, Store};
+
+/// Decoded frames kept of older content: it is read at many places, and near most of them more than once.
+const CACHE: usize = 256 << 20;
+
+/// An older version.
+#[derive(Debug, Clone)]
+pub(super) struct Parent {
+    /// What it is called.
+    pub name: String,
+    /// Its id.
+    pub capsule: CapsuleId,
+    /// What it consists of.
+    pub manifest: Manifest,
+}
+
+/// A component of it, as content.
+pub(super) struct Old {
+    pub component: Component,
+    /// The layers through which it is read, from nothing on.
+    pub layers: Vec<LayerBlobs>,
+    pub content: Arc<dyn Content>,
+}
+
+impl Parent {
+    /// The version that the user said, or the channel's newest; none where none is asked for, or the newest is not here.
+    pub fn of(node: &Node, request: &Publish) -> Result<Option<Self>, Failure> {
+        if request.no_parent {
+            return Ok(None);
+        }
+        if let Some(reference) = &request.parent {
+            let resolution = node.resolve(reference)?;
+            let name = spelled(&resolution);
+            let manifest = node.holdings.complete(&resolution.capsule, &name)?;
+            return Ok(Some(Self {
+                name,
+                capsule: resolution.capsule,
+                manifest,
+            }));
+        }
+        let names = node.records.names_of(&request.name.channel)?;
+        let Some(newest) = names.into_iter().find(|known| known.name != request.name) else {
+            return Ok(None);
+        };
+        let here = node.holdings.holding(&newest.capsule)? == Holding::Complete;
+        let manifest = node.holdings.manifest(&newest.capsule).filter(|_| here);
+        Ok(manifest.map(|manifest| Self {
+            name: newest.name.to_string(),
+            capsule: newest.capsule,
+            manifest,
+        }))
+    }
+
+    /// Its stream or tree that the new one is a version of: that of the same name, or the only one.
+    pub fn component(&self, name: &str, kind: ComponentKind) -> Option<&Component> {
+        let is_tree = |kind| kind == ComponentKind::Tree;
+        let mut alike = self
+            .manifest
+            .components
+            .iter()
+            .filter(|component| is_tree(component.kind) == is_tree(kind));
+        let first = alike.clone().next();
+        match alike.clone().find(|component| component.name == name) {
+            Some(same) => Some(same),
+            None if alike.nth(1).is_none() => first,
+            None => None,
+        }
+    }
+}
+
+impl Old {
+    /// Opens a component in a space; none where it is not read through layers here, or has nothing in that space.
+    pub fn open(
+        store: &Store,
+        component: &Component,
+        space: Space,
+    ) -> Result<Option<Self>, Failure> {
+        let holdings = crate::held::Holdings::new(store.clone());
+        let Some(layers) = holdings.recipe(space, &component.root)? else {
+            return Ok(None);
+        };
+        let content = open(store, &layers, &ReadOptions { cache_len: CACHE })?;
+        let expected = match space {
+            Space::Stream => component.size,
+            Space::Contents => component.content_size,
+        };
+        if content.len() != expected {
+            let message = format!("component {} is not as long as it was", component.name);
+            return Err(Failure::new(FailureCode::Damaged, message)
+                .hint("`capsule verify` looks for damage, and repairs it from other machines"));
+        }
+        Ok(Some(Self {
+            component: component.clone(),
+            layers,
+            content,
+        }))
+    }
+}

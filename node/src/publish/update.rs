@@ -1,0 +1,208 @@
+//! Updates: what of new content the parent has, and the layer that makes the rest.
+//!
+//! A stream is read twice where it changed, and once where it did not: first it is hashed, and its hash tree, compared with the
+//! parent's, tells which chunk groups differ. Of a tree only files are read whose length or time differ.
+
+use capsule_chunker::bao::{DiffError, Tree, changed_groups};
+use capsule_chunker::content::{Content, Source};
+use capsule_chunker::delta::{OldSource, Outline, Similar, SimilarOptions};
+use capsule_chunker::layer::EncodeStats;
+use capsule_chunker::layer::encode::{Against, ContentHashes, EncodeError, encode, encode_update};
+use capsule_chunker::layer::hash::hash_source;
+use capsule_chunker::tree::{TreeOutline, TreeSource};
+use capsule_proto::index::{Source as IndexSource, SourceKind, Space};
+use capsule_proto::manifest::{Component, ComponentKind};
+
+use super::make::{
+    EncodedContents, MadeContents, MadeLayer, Making, StoreEncoded, finish_layer, outputs,
+    unexpected,
+};
+use super::parent::Old;
+use crate::control::{Failure, FailureCode};
+use crate::held::Holdings;
+use crate::store::Import;
+
+impl Making<'_> {
+    /// The layer that leads from an older stream to this one; none if they are the same.
+    pub(super) fn update_stream(
+        &self,
+        source: &dyn Source,
+        kind: ComponentKind,
+        old: Old,
+    ) -> Result<MadeLayer, Failure> {
+        let (tree, outboard) = hash_source(source, self.store.scratch()?, self.work)?;
+        let parent = old.component.root;
+        if tree.root == parent {
+            source.check_unchanged()?;
+            let stats = EncodeStats {
+                content: tree.size,
+                inherited: tree.size,
+                ..EncodeStats::default()
+            };
+            return Ok(MadeLayer {
+                tree,
+                layer: None,
+                way: old.layers,
+                outboard: Some(outboard),
+                stats,
+            });
+        }
+        let old_tree = Tree {
+            root: parent,
+            size: old.component.size,
+        };
+        let old_outboard = self.store.open_outboard(&parent)?;
+        let changed = changed_groups((&old_tree, &*old_outboard), (&tree, &outboard));
+        let changed = changed.map_err(|error| of_diff(&old.component, &error))?;
+        let outline = Outline::of_groups(tree.size, &changed);
+        self.work.set_total(tree.size + outline.unknown_len());
+        let layers = old.layers.clone();
+        let (encoded, import, sources) =
+            self.encode_against(source, &outline, old, Space::Stream, kind)?;
+        let stats = encoded.stats;
+        let (layer, _) = finish_layer(encoded, import, tree.root, Some(parent), sources);
+        let way = layers.into_iter().chain([layer.blobs]).collect();
+        Ok(MadeLayer {
+            tree,
+            layer: Some(layer),
+            way,
+            outboard: Some(outboard),
+            stats,
+        })
+    }
+
+    /// A tree's contents: against those of an older tree, where there is one that has any.
+    pub(super) fn contents(
+        &self,
+        source: &TreeSource,
+        parent: Option<&Component>,
+    ) -> Result<MadeContents, Failure> {
+        let old = parent.filter(|component| component.content_size > 0);
+        let old = old.map_or(Ok(None), |component| {
+            Old::open(self.store, component, Space::Contents)
+        })?;
+        let Some(old) = old else {
+            return self.first_contents(source);
+        };
+        let outline = if self.request.checksum {
+            TreeOutline::unknown(source)
+        } else {
+            TreeOutline::of(
+                source,
+                &Holdings::new(self.store.clone()).listing(&old.component)?,
+            )
+        };
+        self.work.set_total(outline.outline.unknown_len());
+        let (parent, below) = (old.component.root, old.layers.clone());
+        let (encoded, import, sources) = self.encode_against(
+            source,
+            &outline.outline,
+            old,
+            Space::Contents,
+            ComponentKind::Tree,
+        )?;
+        let ContentHashes::Parts(read) = &encoded.content else {
+            return Err(unexpected("a tree came as a stream"));
+        };
+        Ok(MadeContents {
+            size: encoded.size,
+            roots: outline.roots(source, read),
+            below,
+            stats: encoded.stats,
+            encoded: EncodedContents {
+                encoded,
+                import,
+                parent: Some(parent),
+                sources,
+            },
+        })
+    }
+
+    fn first_contents(&self, source: &TreeSource) -> Result<MadeContents, Failure> {
+        self.work.set_total(source.len());
+        let mut import = self.store.begin_import()?;
+        let options = self.options(ComponentKind::Tree);
+        let encoded = encode(
+            source,
+            &options,
+            outputs(self.store, &mut import)?,
+            self.work,
+        )?;
+        let ContentHashes::Parts(roots) = &encoded.content else {
+            return Err(unexpected("a tree came as a stream"));
+        };
+        Ok(MadeContents {
+            size: encoded.size,
+            roots: roots.clone(),
+            below: Vec::new(),
+            stats: encoded.stats,
+            encoded: EncodedContents {
+                encoded,
+                import,
+                parent: None,
+                sources: Vec::new(),
+            },
+        })
+    }
+
+    fn encode_against(
+        &self,
+        source: &dyn Source,
+        outline: &Outline,
+        old: Old,
+        space: Space,
+        kind: ComponentKind,
+    ) -> Result<(StoreEncoded, Import, Vec<IndexSource>), Failure> {
+        let name = IndexSource {
+            kind: SourceKind::Parent,
+            root: old.component.root,
+            space,
+            size: old.content.len(),
+        };
+        let sources = [OldSource {
+            name,
+            content: old.content,
+        }];
+        // What is known needs no search.
+        let similar = if outline.unknown_len() == 0 {
+            Similar::nothing()
+        } else {
+            let found = Similar::build(&sources, &SimilarOptions::default(), self.work);
+            let found = found.map_err(|error| of_old(&old.component, &error))?;
+            found.ok_or_else(Failure::cancelled)?
+        };
+        let against = Against {
+            outline,
+            sources: &sources,
+            similar: &similar,
+            in_place: space == Space::Stream,
+        };
+        let mut import = self.store.begin_import()?;
+        let outputs = outputs(self.store, &mut import)?;
+        let encoded = encode_update(source, &against, &self.options(kind), outputs, self.work);
+        let encoded = encoded.map_err(|error| match error {
+            EncodeError::Old(error) => of_old(&old.component, &error),
+            error => error.into(),
+        })?;
+        let names = sources.into_iter().map(|source| source.name).collect();
+        Ok((encoded, import, names))
+    }
+}
+
+const REPAIR: &str = "`capsule verify` looks for damage, and repairs it from other machines; or publish with --no-parent";
+
+fn of_diff(component: &Component, error: &DiffError) -> Failure {
+    let message = format!(
+        "the hash tree of the parent's component {}: {error}",
+        component.name
+    );
+    Failure::new(FailureCode::Damaged, message).hint(REPAIR)
+}
+
+fn of_old(component: &Component, error: &dyn std::fmt::Display) -> Failure {
+    let message = format!(
+        "the parent's component {} cannot be read: {error}",
+        component.name
+    );
+    Failure::new(FailureCode::Damaged, message).hint(REPAIR)
+}

@@ -1,0 +1,200 @@
+//! Updates: who has the older version fetches what differs, who has nothing gets it all, and both get out what went in.
+
+use std::fs;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::process::Command;
+
+use capsule_tests::{Fleet, Node, data};
+use serde_json::Value;
+
+fn number(value: &Value, key: &str) -> u64 {
+    value[key]
+        .as_u64()
+        .unwrap_or_else(|| panic!("{key} in {value:#}"))
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+/// Pulls as planned, to the byte, and exports; what was fetched.
+fn pull(node: &Node, name: &str, to: &Path) -> u64 {
+    let planned = node.json(&["plan", name]);
+    let pulled = node.json(&["pull", name]);
+    assert_eq!(
+        number(&pulled, "fetched_bytes"),
+        number(&planned, "fetch_bytes"),
+        "{planned:#} {pulled:#}"
+    );
+    node.ok(&["export", name, "--to", text(to)]);
+    number(&planned, "planning_bytes") + number(&pulled, "fetched_bytes")
+}
+
+#[test]
+fn an_update_of_a_disk_costs_what_changed() {
+    let mut fleet = Fleet::of(2);
+    let disk = fleet.path("disk.raw");
+    let file = fs::File::create_new(&disk).unwrap();
+    file.set_len(64 << 20).unwrap();
+    file.write_all_at(&data::noise(1, 8 << 20), 4 << 20)
+        .unwrap();
+    file.write_all_at(&data::prose(2, 8 << 20), 40 << 20)
+        .unwrap();
+    let args = ["publish", text(&disk), "--as", "disk", "--name"];
+    let publish = |fleet: &Fleet, name: &str| fleet[0].json(&[&args[..], &[name]].concat());
+    let first = publish(&fleet, "lab:1");
+    let all = pull(&fleet[1], "lab:1", &fleet.path("copy1"));
+    assert!(all > 8 << 20);
+
+    // Some pages change in place, some content moves, some is new.
+    file.write_all_at(&data::noise(3, 20_000), 5 << 20).unwrap();
+    file.write_all_at(&data::noise(1, 1 << 20), 20 << 20)
+        .unwrap();
+    file.write_all_at(&data::prose(4, 10_000), 41 << 20)
+        .unwrap();
+    let second = publish(&fleet, "lab:2");
+    assert_eq!(second["parent"], "lab:1");
+    assert!(number(&second, "inherited_bytes") > 60 << 20, "{second:#}");
+    assert!(number(&second, "copied_bytes") >= 1 << 20, "{second:#}");
+    let update = pull(&fleet[1], "lab:2", &fleet.path("copy2"));
+    assert!(update < 60_000, "{update}");
+    assert!(fs::read(fleet.path("copy2")).unwrap() == fs::read(&disk).unwrap());
+
+    // The third version, from the second; then whoever has nothing, and whoever has the first.
+    file.set_len(70 << 20).unwrap();
+    file.write_all_at(&data::noise(5, 30_000), 66 << 20)
+        .unwrap();
+    let third = publish(&fleet, "lab:3");
+    let root = blake3::hash(&fs::read(&disk).unwrap()).to_hex();
+    assert_eq!(third["components"][0]["root"], root.as_str());
+    let update = pull(&fleet[1], "lab:3", &fleet.path("copy3"));
+    assert!(update < 60_000, "{update}");
+    let token = fleet.invite(&[]);
+    let newcomer = fleet.join(&token);
+    fleet[newcomer].wait_for_peers(2);
+    let whole = pull(&fleet[newcomer], "lab:3", &fleet.path("copy4"));
+    assert!(whole < all + 120_000, "{whole}");
+    for copy in ["copy3", "copy4"] {
+        assert!(fs::read(fleet.path(copy)).unwrap() == fs::read(&disk).unwrap());
+    }
+
+    // What is dropped takes nothing away from what stands on it.
+    fleet[1].ok(&["pin", "lab:3"]);
+    fleet[1].ok(&["rm", "lab:1"]);
+    fleet[1].ok(&["rm", "lab:2"]);
+    fleet[1].ok(&["gc"]);
+    assert_eq!(fleet[1].json(&["verify"])["damaged"], Value::Array(vec![]));
+    fleet[1].ok(&["export", "lab:3", "--to", text(&fleet.path("copy5"))]);
+    assert!(fs::read(fleet.path("copy5")).unwrap() == fs::read(&disk).unwrap());
+
+    // Against nothing: the same capsule, so nothing new.
+    let again = fleet[0].json(&[&args[..], &["lab:3", "--no-parent"]].concat());
+    assert_eq!(
+        (again["unchanged"].as_bool(), &again["capsule"]),
+        (Some(true), &third["capsule"])
+    );
+    assert_ne!(first["capsule"], third["capsule"]);
+}
+
+fn same(a: &Path, b: &Path) {
+    let output = Command::new("diff")
+        .args(["-r", "--no-dereference"])
+        .args([a, b])
+        .output()
+        .unwrap();
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stdout)
+    );
+}
+
+#[test]
+fn an_update_of_a_tree_costs_what_changed() {
+    let mut fleet = Fleet::of(2);
+    let tree = fleet.path("tree");
+    fs::create_dir_all(tree.join("sub")).unwrap();
+    for number in 0..40 {
+        fs::write(
+            tree.join(format!("file{number:02}")),
+            data::noise(number, 100_000),
+        )
+        .unwrap();
+    }
+    fs::write(tree.join("sub/prose"), data::prose(100, 2_000_000)).unwrap();
+    fleet[0].publish(&tree, "lab:1");
+    let all = pull(&fleet[1], "lab:1", &fleet.path("copy1"));
+    assert!(all > 4_000_000);
+
+    // A file before all others moves the contents of every one; one moves, one goes, one changes in the middle.
+    fs::write(tree.join("a-first"), data::noise(200, 5_000)).unwrap();
+    fs::rename(tree.join("file10"), tree.join("sub/renamed")).unwrap();
+    fs::remove_file(tree.join("file11")).unwrap();
+    let mut prose = fs::read(tree.join("sub/prose")).unwrap();
+    prose.splice(1_000_000..1_000_000, data::prose(300, 3_000));
+    fs::write(tree.join("sub/prose"), prose).unwrap();
+    let second = fleet[0].publish(&tree, "lab:2");
+    assert_eq!(second["parent"], "lab:1");
+    let update = pull(&fleet[1], "lab:2", &fleet.path("copy2"));
+    assert!(update < 25_000, "{update} {second:#}");
+    same(&tree, &fleet.path("copy2"));
+
+    // Only metadata changes.
+    fs::set_permissions(
+        tree.join("file20"),
+        std::os::unix::fs::PermissionsExt::from_mode(0o600),
+    )
+    .unwrap();
+    fleet[0].publish(&tree, "lab:3");
+    let update = pull(&fleet[1], "lab:3", &fleet.path("copy3"));
+    assert!(update < 3_000, "{update}");
+
+    // A change that length and time do not tell is found where all is read.
+    let changed = tree.join("file30");
+    let time = fs::metadata(&changed).unwrap().modified().unwrap();
+    fs::write(&changed, data::noise(400, 100_000)).unwrap();
+    fs::File::options()
+        .write(true)
+        .open(&changed)
+        .unwrap()
+        .set_modified(time)
+        .unwrap();
+    let path = text(&tree);
+    let checked = fleet[0].json(&["publish", path, "--name", "lab:4", "--checksum"]);
+    assert!(number(&checked, "pack_bytes") > 90_000, "{checked:#}");
+    let token = fleet.invite(&[]);
+    let newcomer = fleet.join(&token);
+    fleet[newcomer].wait_for_peers(2);
+    for node in [1, newcomer] {
+        let copy = fleet.path(&format!("copy4-{node}"));
+        pull(&fleet[node], "lab:4", &copy);
+        same(&tree, &copy);
+    }
+}
+
+#[test]
+fn a_parent_that_is_not_here_is_told() {
+    let mut fleet = Fleet::of(1);
+    let token = fleet.invite(&["--role", "publisher"]);
+    let other = fleet.join(&token);
+    let file = fleet.path("file");
+    fs::write(&file, data::prose(1, 500_000)).unwrap();
+    fleet[0].publish(&file, "lab:1");
+    fleet[other].wait_until("the name has come", |node| {
+        node.run(&["show", "lab:1"]).code == Some(0)
+    });
+    fs::write(&file, data::prose(2, 500_000)).unwrap();
+    let path = text(&file);
+    let said = fleet[other].fails(
+        1,
+        &["publish", path, "--name", "lab:2", "--parent", "lab:1"],
+    );
+    assert!(
+        said.contains("lab:1 is not here") && said.contains("capsule pull lab:1"),
+        "{said}"
+    );
+    // The newest is not here: then against nothing.
+    let published = fleet[other].publish(&file, "lab:2");
+    assert_eq!(published["parent"], Value::Null);
+}
