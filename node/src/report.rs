@@ -1,11 +1,11 @@
 //! Answers that only look: `ls`, `show`, `layers`, `status`, `peers`, `hashes`.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
-use capsule_proto::CapsuleId;
 use capsule_proto::credential::{Channels, Roles};
 use capsule_proto::manifest::Manifest;
+use capsule_proto::{CapsuleId, RootHash};
 use capsule_swarm::{PeerId, PeerInfo};
 
 use crate::control::{
@@ -17,7 +17,7 @@ use crate::follow;
 use crate::held::{component_info, kind_word, space_word};
 use crate::keep::{origin_word, pins_of};
 use crate::node::{Node, conflicts};
-use crate::records::KnownName;
+use crate::records::{KnownLayer, KnownName};
 use crate::store::{Ban, HeldCapsule};
 use crate::work::blocking;
 
@@ -147,7 +147,10 @@ fn name_info(node: &Node, name: &KnownName) -> Result<NameInfo, Failure> {
     })
 }
 
-/// Lists the layers known for a capsule.
+/// Most layers listed: longer histories are cut at their far end.
+const MAX_LISTED: usize = 4096;
+
+/// Lists the layers by which a capsule can be come to, and those that lead to where they start.
 pub async fn layers(node: &Arc<Node>, request: Layers) -> Result<LayerList, Failure> {
     let node = node.clone();
     blocking(move || {
@@ -155,13 +158,42 @@ pub async fn layers(node: &Arc<Node>, request: Layers) -> Result<LayerList, Fail
         let manifest = node.holdings.manifest(&capsule);
         Ok(LayerList {
             capsule,
-            layers: layers_of(&node, manifest.as_ref())?,
+            layers: graph_of(&node, manifest.as_ref())?,
         })
     })
     .await
 }
 
+/// The layers that lead to a manifest's components.
 fn layers_of(node: &Node, manifest: Option<&Manifest>) -> Result<Vec<LayerInfo>, Failure> {
+    let mut layers = Vec::new();
+    for component in manifest.iter().flat_map(|manifest| &manifest.components) {
+        layers.extend(layers_to(node, &component.name, &component.root)?);
+    }
+    Ok(layers)
+}
+
+/// All that leads to a manifest's components, over any number of layers; the last layers first.
+fn graph_of(node: &Node, manifest: Option<&Manifest>) -> Result<Vec<LayerInfo>, Failure> {
+    let mut layers = Vec::new();
+    for component in manifest.iter().flat_map(|manifest| &manifest.components) {
+        let (mut seen, mut next) = (BTreeSet::new(), VecDeque::from([component.root]));
+        while let Some(root) = next.pop_front() {
+            if !seen.insert(root) {
+                continue;
+            }
+            let found = layers_to(node, &component.name, &root)?;
+            next.extend(found.iter().filter_map(|layer| layer.parent));
+            layers.extend(found);
+            if layers.len() >= MAX_LISTED {
+                return Ok(layers);
+            }
+        }
+    }
+    Ok(layers)
+}
+
+fn layers_to(node: &Node, component: &str, root: &RootHash) -> Result<Vec<LayerInfo>, Failure> {
     let status = |blob: &capsule_proto::record::BlobRef| BlobStatus {
         root: blob.root,
         size: blob.size,
@@ -170,23 +202,19 @@ fn layers_of(node: &Node, manifest: Option<&Manifest>) -> Result<Vec<LayerInfo>,
             .durable(&blob.root)
             .map_or(0, |here| here.ranges.bytes(here.size)),
     };
-    let mut layers = Vec::new();
-    for component in manifest.iter().flat_map(|manifest| &manifest.components) {
-        for known in node.records.layers_to(&component.root)? {
-            layers.push(LayerInfo {
-                component: component.name.clone(),
-                parent: known.layer.parent,
-                target: known.layer.target,
-                space: space_word(known.layer.space).to_owned(),
-                target_size: known.layer.target_size,
-                index: status(&known.layer.index),
-                pack: known.layer.pack.as_ref().map(status),
-                signer: known.signer.to_string(),
-                issued: known.issued,
-            });
-        }
-    }
-    Ok(layers)
+    let known = node.records.layers_to(root)?.into_iter();
+    let info = |known: KnownLayer| LayerInfo {
+        component: component.to_owned(),
+        parent: known.layer.parent,
+        target: known.layer.target,
+        space: space_word(known.layer.space).to_owned(),
+        target_size: known.layer.target_size,
+        index: status(&known.layer.index),
+        pack: known.layer.pack.as_ref().map(status),
+        signer: known.signer.to_string(),
+        issued: known.issued,
+    };
+    Ok(known.map(info).collect())
 }
 
 /// Says how the node is.

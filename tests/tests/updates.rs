@@ -198,3 +198,32 @@ fn a_parent_that_is_not_here_is_told() {
     let published = fleet[other].publish(&file, "lab:2");
     assert_eq!(published["parent"], Value::Null);
 }
+
+#[test]
+fn layers_tell_the_ways_to_a_version() {
+    let fleet = Fleet::of(1);
+    let file = fleet.path("file");
+    let mut roots = vec![Value::Null];
+    for version in 1..=3 {
+        let content = [data::noise(1, 200_000), data::prose(version, 20_000)].concat();
+        fs::write(&file, content).unwrap();
+        let published = fleet[0].publish(&file, &format!("lab:{version}"));
+        roots.push(published["components"][0]["root"].clone());
+    }
+    let listed = fleet[0].json(&["layers", "lab"]);
+    let layers = listed["layers"].as_array().unwrap();
+    let ways: Vec<_> = layers
+        .iter()
+        .map(|layer| (layer["parent"].clone(), layer["target"].clone()))
+        .collect();
+    let expected: Vec<_> = (1..=3)
+        .rev()
+        .map(|n| (roots[n - 1].clone(), roots[n].clone()))
+        .collect();
+    assert_eq!(ways, expected);
+    let told = fleet[0].ok(&["layers", "lab"]);
+    assert!(
+        told.contains("nothing") && told.lines().count() == 4,
+        "{told}"
+    );
+}

@@ -22,6 +22,7 @@ mod fleet;
 pub mod format;
 pub mod interrupt;
 mod keep;
+mod layers;
 mod list;
 mod node;
 pub mod output;
@@ -72,6 +73,7 @@ enum Command {
     Publish(publish::PublishArgs),
     Ls(list::LsArgs),
     Show(list::ShowArgs),
+    Layers(layers::LayersArgs),
     Plan(pull::PlanArgs),
     Pull(pull::PullArgs),
     Follow(pull::FollowArgs),
@@ -114,6 +116,7 @@ pub fn run(cli: Cli) -> Result<(), Exit> {
         Command::Publish(args) => publish::run(args, &context),
         Command::Ls(args) => list::ls(args, &context),
         Command::Show(args) => list::show(args, &context),
+        Command::Layers(args) => layers::run(args, &context),
         Command::Plan(args) => pull::plan(args, &context),
         Command::Pull(args) => pull::pull(args, &context),
         Command::Follow(args) => pull::follow(args, &context),

@@ -213,12 +213,12 @@ impl Engine {
         let Some(target) = self.connector.dials.remove(&id) else {
             return;
         };
-        if matches!(error, DialError::LocalPeerId { .. }) {
-            self.connector.directory.is_myself(&target);
-        }
         self.connector
             .directory
             .dialled(self.start.elapsed(), &target, None);
+        if is_myself(error) {
+            self.connector.directory.is_myself(&target);
+        }
         let DialError::Transport(failures) = error else {
             return tracing::debug!(?target, %error, "dial failed");
         };
@@ -241,7 +241,8 @@ impl Engine {
 
     /// Tells the node of refusals, ours and theirs; what is only a broken connection is nobody's news.
     fn report_refusal(&mut self, address: String, error: &std::io::Error) {
-        let Some(error) = transport::admission_error(error) else {
+        let Some(error) = transport::admission_error(error).filter(|error| !error.is_myself())
+        else {
             return;
         };
         if !matches!(
@@ -440,5 +441,20 @@ impl Engine {
             .behaviour_mut()
             .gossip
             .remove_blacklisted_peer(id);
+    }
+}
+
+/// Whether a dial came back to this node itself.
+fn is_myself(error: &DialError) -> bool {
+    let of_admission = |failure: &TransportError<std::io::Error>| match failure {
+        TransportError::Other(error) => {
+            transport::admission_error(error).is_some_and(AdmissionError::is_myself)
+        }
+        TransportError::MultiaddrNotSupported(_) => false,
+    };
+    match error {
+        DialError::LocalPeerId { .. } => true,
+        DialError::Transport(failures) => failures.iter().any(|(_, failure)| of_admission(failure)),
+        _ => false,
     }
 }

@@ -83,6 +83,17 @@ pub enum AdmissionError {
     },
 }
 
+impl AdmissionError {
+    /// Whether the other side is this node itself; whichever side was first to say so.
+    pub fn is_myself(&self) -> bool {
+        match self {
+            Self::Refused { refusal, .. } => matches!(refusal, Refusal::Myself),
+            Self::RefusedByPeer(reason) => *reason == Refusal::Myself.to_string(),
+            _ => false,
+        }
+    }
+}
+
 /// Checks who may come in, and remembers who did until the behaviour asks.
 pub struct Gatekeeper {
     fleet: FleetId,

@@ -1,12 +1,13 @@
 //! Who is let in, and that everybody finds everybody.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use capsule_proto::credential::{Revoked, TokenId};
 use capsule_proto::record::Body;
 use capsule_swarm::{Event, FetchSpec};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
+use tokio::net::{TcpListener, TcpStream};
 
 use crate::node::{Fleet, NOW, Records, Start, content, relay, within};
 
@@ -31,6 +32,20 @@ async fn a_member_of_another_fleet_is_refused() {
         "{told}"
     );
     assert!(ours.net.peers().await.unwrap().is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_dials_itself_is_nobodys_trouble() {
+    let free = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let own = free.local_addr().unwrap();
+    drop(free);
+    let fleet = Fleet::new(1);
+    let mut start = Start::new(fleet.enrol());
+    (start.listen, start.bootstrap) = (Some(own), vec![own]);
+    let mut node = start.go().await;
+    let waiting = node.event(refusal);
+    let refused = tokio::time::timeout(Duration::from_secs(3), waiting).await;
+    assert!(refused.is_err(), "{refused:?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -160,6 +160,6 @@ pub struct BlobStatus {
 pub struct LayerList {
     /// The capsule.
     pub capsule: CapsuleId,
-    /// Layers known for its components.
+    /// Those that lead to its components, then those that lead to their parents, and so on. At most about 4,096.
     pub layers: Vec<LayerInfo>,
 }
