@@ -237,6 +237,7 @@ fn help_lists_every_command_and_completions_know_them() {
         "publish",
         "ls",
         "show",
+        "layers",
         "plan",
         "pull",
         "follow",
