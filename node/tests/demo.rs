@@ -71,6 +71,13 @@ fn it_ends_with_identical_copies_and_leaves_nothing() {
             "{report}"
         );
     }
+    let update = &report["update"];
+    assert!(update["files"].as_u64().unwrap() > 0, "{report}");
+    let fetched = update["fetch_bytes"].as_u64().unwrap();
+    assert!(
+        fetched > 0 && fetched * 3 < report["fetch_bytes"].as_u64().unwrap(),
+        "{report}"
+    );
     assert_clean(temp.path());
 }
 
@@ -78,6 +85,7 @@ fn it_ends_with_identical_copies_and_leaves_nothing() {
 fn with_differences(report: &serde_json::Value) -> serde_json::Value {
     let mut report = report.clone();
     report["export"]["differences"] = serde_json::json!(["sample"]);
+    report["update"]["export"]["differences"] = serde_json::json!(["sample"]);
     report
 }
 

@@ -11,8 +11,10 @@
 //! | `fleet` | the nodes, and asking them |
 //! | `processes` | starting nodes, and ending them whatever happens |
 //! | `watch`, `report` | bars while they pull; the table at the end |
-//! | `compare` | the copy beside the original |
+//! | `change` | an update of the tree |
+//! | `compare` | the copies beside the originals |
 
+mod change;
 mod compare;
 mod fleet;
 mod pick;
@@ -46,7 +48,8 @@ const STOPPED: &str = "the demo's nodes are ended and its directory is removed";
 /// Show the main job on this machine, with no set-up
 ///
 /// Starts a fleet of real nodes on loopback in a temporary directory, publishes a tree of this machine's own files, lets
-/// all other nodes pull it at once, exports one copy, compares it with the original, and prints who sent what to whom.
+/// all other nodes pull it at once, exports one copy, and compares it with the original. Then some of the files change, the
+/// update is published, and all others fetch what differs. Prints who sent what to whom, and what the update cost.
 #[derive(Debug, Args)]
 pub struct DemoArgs {
     /// Nodes, the publisher included

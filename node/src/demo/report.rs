@@ -11,7 +11,7 @@ use crate::cli::table::Table;
 /// The demo's result; the keys of `--json`.
 #[derive(Debug, Clone, Serialize)]
 pub struct Report {
-    /// Whether the exported copy is the original and every node's capsule verified.
+    /// Whether the exported copies are the originals and every node's capsule verified.
     pub identical: bool,
     /// Nodes, the publisher included.
     pub nodes: usize,
@@ -33,6 +33,8 @@ pub struct Report {
     pub pulls: Vec<NodePull>,
     /// The exported copy.
     pub export: ExportReport,
+    /// The second half.
+    pub update: UpdateReport,
     /// Nodes whose store was read again and verified.
     pub verified_nodes: usize,
     /// The whole demo.
@@ -69,6 +71,27 @@ pub struct NodePull {
     pub from_publisher: u64,
     /// Of the bytes, those from the other nodes.
     pub from_peers: u64,
+}
+
+/// The update: what changed, and what all others fetched of it.
+#[derive(Debug, Clone, Serialize)]
+pub struct UpdateReport {
+    /// Files that are new, or have new content.
+    pub files: u64,
+    /// Bytes of these files.
+    pub bytes: u64,
+    /// Bytes of a `tar.zst` of these files.
+    pub archive_bytes: u64,
+    /// Bytes that a node fetches: manifest, indexes and packs.
+    pub fetch_bytes: u64,
+    /// Of these, bytes of packs.
+    pub pack_bytes: u64,
+    /// How long publishing took.
+    pub publish_seconds: f64,
+    /// From the first pull's begin to the last one's end.
+    pub pull_seconds: f64,
+    /// The exported copy.
+    pub export: ExportReport,
 }
 
 /// The exported copy beside the original.
@@ -113,20 +136,43 @@ impl Report {
             style.red("DIFFERENT")
         };
         format!(
-            "{}\npublisher sent {}, {} of the packs ({}), for {} to hold all of it\n\
-             export of {}: {}, {} compared byte by byte: {verdict}; {} verified\n\
+            "{}\n{}\npublisher sent {}, {} of the packs ({}), for {} to hold all of it\n\
+             exports of {}: {}, {} compared byte by byte: {verdict}; {} verified\n\
              done in {}\n",
             table.render(style),
+            self.render_update(style),
             size(self.publisher.sent_bytes),
             style.bold(&format!("{:.2} copies", self.publisher.copies)),
             size(self.pack_bytes),
             plural(self.pulls.len() as u64, "other node"),
             self.export.node,
-            plural(self.export.files, "file"),
-            size(self.export.bytes),
+            plural(self.export.files + self.update.export.files, "file"),
+            size(self.export.bytes + self.update.export.bytes),
             plural(self.verified_nodes as u64, "node"),
             duration(Duration::try_from_secs_f64(self.seconds).unwrap_or_default()),
         )
+    }
+}
+
+impl Report {
+    /// What each node fetched for the update, beside other ways to bring it.
+    fn render_update(&self, style: Style) -> String {
+        let UpdateReport {
+            fetch_bytes,
+            archive_bytes,
+            ..
+        } = self.update;
+        let mut table = Table::new(&["THE UPDATE, TO EACH NODE", ">BYTES", ">x FETCHED"]);
+        let ways = [
+            ("fetched", fetch_bytes),
+            ("a tar.zst of the new and changed files", archive_bytes),
+            ("the first version, whole", self.fetch_bytes),
+        ];
+        for (way, bytes) in ways {
+            let ratio = bytes as f64 / fetch_bytes.max(1) as f64;
+            table.row([way.to_owned(), size(bytes), format!("{ratio:.2}")]);
+        }
+        table.render(style)
     }
 }
 
@@ -159,7 +205,7 @@ mod tests {
             nodes: 2,
             files: 1,
             content_bytes: 5,
-            fetch_bytes: 4,
+            fetch_bytes: 4 << 20,
             pack_bytes: 4 << 20,
             publish_seconds: 1.0,
             pull_seconds: 2.0,
@@ -168,6 +214,16 @@ mod tests {
                 copies: 1.25,
             },
             pulls: vec![pull],
+            update: UpdateReport {
+                files: 3,
+                bytes: 10,
+                archive_bytes: 3 << 20,
+                fetch_bytes: 2 << 20,
+                pack_bytes: 1 << 20,
+                publish_seconds: 0.1,
+                pull_seconds: 0.2,
+                export: export.clone(),
+            },
             export,
             verified_nodes: 2,
             seconds: 12.0,
@@ -182,6 +238,14 @@ mod tests {
             text.contains("1.25 copies of the packs (4.00 MiB), for 1 other node"),
             "{text}"
         );
+        for row in [
+            "fetched 2.00 MiB 1.00",
+            "files 3.00 MiB 1.50",
+            "whole 4.00 MiB 2.00",
+        ] {
+            let words = text.split_whitespace().collect::<Vec<_>>().join(" ");
+            assert!(words.contains(row), "{text}");
+        }
         assert!(
             text.contains("identical; 2 nodes verified\ndone in 12 s\n"),
             "{text}"

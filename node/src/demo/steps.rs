@@ -11,11 +11,12 @@ use capsule_node::control::{
 };
 use capsule_proto::CapsuleId;
 
+use super::change::{Held, hold_back, update};
 use super::compare::compare;
 use super::fleet::{Fleet, Node, go_on};
-use super::pick::{Gathered, gather};
+use super::pick::gather;
 use super::processes::Children;
-use super::report::{ExportReport, NodePull, Publisher, Report};
+use super::report::{ExportReport, NodePull, Publisher, Report, UpdateReport};
 use super::watch::Watch;
 use crate::cli::format::{duration, plural, rate, size};
 use crate::cli::interrupt::Interrupt;
@@ -23,7 +24,9 @@ use crate::cli::output::tell;
 use crate::cli::progress::Display;
 use crate::cli::style::Style;
 
-const NAME: &str = "demo:1";
+/// The first version, and its update.
+const FIRST: &str = "demo:1";
+const SECOND: &str = "demo:2";
 /// How long a node may wait for the name and for providers, in seconds. On loopback either comes at once or never.
 const WAIT: u64 = 30;
 /// How long the news and the nodes' finding each other may take.
@@ -56,29 +59,28 @@ impl Demo<'_> {
     pub fn show(&self) -> Result<Report> {
         let began = Instant::now();
         let tree = self.dir.join("tree");
-        let gathered = self.gather(&tree)?;
+        self.gather(&tree)?;
+        let held = hold_back(&tree, &self.dir.join("aside"))?;
         let fleet = self.start()?;
-        let published = self.publish(&fleet, &tree)?;
+        let published = self.publish(&fleet, &tree, FIRST)?;
         self.spread(&fleet, published.capsule)?;
         let before = fleet.ask(fleet.publisher(), Status {})?.sent_bytes;
         let pulling = Instant::now();
-        let pulled = self.pull(&fleet)?;
+        let pulled = self.pull(&fleet, FIRST)?;
         let pull_seconds = pulling.elapsed().as_secs_f64();
         let publisher = fleet.ask(fleet.publisher(), Status {})?;
-        let export = self.export(&fleet, published.capsule, &tree)?;
-        let verified_nodes = self.verify(&fleet, published.capsule)?;
+        let export = self.export(&fleet, published.capsule, (&tree, "first"))?;
+        let (update, second) = self.update(&fleet, &tree, held)?;
+        let verified_nodes = self.verify(&fleet, second)?;
         let sent_bytes = publisher.sent_bytes.saturating_sub(before);
         let pull = |(node, pulled): (&Node, &Pulled)| node_pull(node, pulled, &publisher.peer);
+        let same = |export: &ExportReport| export.differences.is_empty();
         Ok(Report {
-            identical: export.differences.is_empty() && verified_nodes == self.nodes,
+            identical: same(&export) && same(&update.export) && verified_nodes == self.nodes,
             nodes: self.nodes,
-            files: gathered.files,
+            files: export.files,
             content_bytes: published.content_bytes,
-            fetch_bytes: pulled
-                .iter()
-                .map(|pulled| pulled.fetched_bytes)
-                .max()
-                .unwrap_or(0),
+            fetch_bytes: most_fetched(&pulled),
             pack_bytes: published.pack_bytes,
             publish_seconds: published.seconds,
             pull_seconds,
@@ -88,19 +90,50 @@ impl Demo<'_> {
             },
             pulls: fleet.others().iter().zip(&pulled).map(pull).collect(),
             export,
+            update,
             verified_nodes,
             seconds: began.elapsed().as_secs_f64(),
         })
     }
 
-    fn gather(&self, tree: &Path) -> Result<Gathered> {
+    /// The second half: the tree changes, and everybody fetches what differs.
+    fn update(&self, fleet: &Fleet, tree: &Path, held: Held) -> Result<(UpdateReport, CapsuleId)> {
+        let (changed, _) = self.timed(|| update(tree, held))?;
+        let (files, bytes) = (plural(changed.files, "file"), size(changed.bytes));
+        let archive = size(changed.archive_bytes);
+        self.tell(
+            "changed",
+            &format!(
+                "{files} new or changed, {bytes}, {archive} as a tar.zst; as many renamed, or gone"
+            ),
+        );
+        let published = self.publish(fleet, tree, SECOND)?;
+        self.spread(fleet, published.capsule)?;
+        let pulling = Instant::now();
+        let pulled = self.pull(fleet, SECOND)?;
+        let pull_seconds = pulling.elapsed().as_secs_f64();
+        let export = self.export(fleet, published.capsule, (tree, "second"))?;
+        let report = UpdateReport {
+            files: changed.files,
+            bytes: changed.bytes,
+            archive_bytes: changed.archive_bytes,
+            fetch_bytes: most_fetched(&pulled),
+            pack_bytes: published.pack_bytes,
+            publish_seconds: published.seconds,
+            pull_seconds,
+            export,
+        };
+        Ok((report, published.capsule))
+    }
+
+    fn gather(&self, tree: &Path) -> Result<()> {
         let (gathered, took) = self.timed(|| gather(tree, self.budget))?;
         let (files, bytes) = (plural(gathered.files, "file"), size(gathered.bytes));
         self.tell(
             "files",
             &format!("{files}, {bytes}, copied from this machine in {took}"),
         );
-        Ok(gathered)
+        Ok(())
     }
 
     fn start(&self) -> Result<Fleet> {
@@ -114,10 +147,10 @@ impl Demo<'_> {
         Ok(fleet)
     }
 
-    fn publish(&self, fleet: &Fleet, tree: &Path) -> Result<Published> {
+    fn publish(&self, fleet: &Fleet, tree: &Path, name: &str) -> Result<Published> {
         let command = Publish {
             read_as: PublishAs::Tree,
-            ..Publish::of(tree, NAME.parse()?)
+            ..Publish::of(tree, name.parse()?)
         };
         let display = RefCell::new(Display::stderr(self.json));
         let published = fleet.ask_with(fleet.publisher(), command, |progress| {
@@ -131,7 +164,10 @@ impl Demo<'_> {
         let (packed, time, speed) = (size(packs), duration(took), rate(content, took));
         self.tell(
             "published",
-            &format!("{NAME}, packed to {packed} ({share:.0} %), in {time} ({speed})"),
+            &match &published.parent {
+                None => format!("{name}, packed to {packed} ({share:.0} %), in {time} ({speed})"),
+                Some(parent) => format!("{name} as {packed} upon {parent}, in {time}"),
+            },
         );
         Ok(published)
     }
@@ -168,16 +204,16 @@ impl Demo<'_> {
             let (name, heard) = (&node.name, if known { "heard" } else { "not heard" });
             ensure!(
                 Instant::now() < deadline,
-                "{name} has {heard} of {NAME} and found {peers} peers in {SPREAD:?}"
+                "{name} has {heard} of the capsule and found {peers} peers in {SPREAD:?}"
             );
             thread::sleep(POLL);
         }
     }
 
     /// All others pull at once.
-    fn pull(&self, fleet: &Fleet) -> Result<Vec<Pulled>> {
+    fn pull(&self, fleet: &Fleet, name: &str) -> Result<Vec<Pulled>> {
         let command = Pull {
-            capsule: CapsuleRef(NAME.to_owned()),
+            capsule: CapsuleRef(name.to_owned()),
             wait: Some(WAIT),
         };
         let finished = |pulled: &Pulled| {
@@ -208,8 +244,13 @@ impl Demo<'_> {
         Ok(pulled)
     }
 
-    fn export(&self, fleet: &Fleet, capsule: CapsuleId, tree: &Path) -> Result<ExportReport> {
-        let to: PathBuf = self.dir.join("export");
+    fn export(
+        &self,
+        fleet: &Fleet,
+        capsule: CapsuleId,
+        (tree, copy): (&Path, &str),
+    ) -> Result<ExportReport> {
+        let to: PathBuf = self.dir.join(copy);
         let node = fleet.others().last().unwrap_or(fleet.publisher());
         let capsule = CapsuleRef(capsule.to_string());
         let command = Export {
@@ -319,6 +360,12 @@ fn node_pull(node: &Node, pulled: &Pulled, publisher: &str) -> NodePull {
         from_publisher: from(true),
         from_peers: from(false),
     }
+}
+
+/// What the node that fetched the most did fetch.
+fn most_fetched(pulled: &[Pulled]) -> u64 {
+    let bytes = pulled.iter().map(|pulled| pulled.fetched_bytes);
+    bytes.max().unwrap_or(0)
 }
 
 fn seconds(seconds: f64) -> Duration {

@@ -34,9 +34,16 @@ fn memberships_and_tokens_have_the_keys_that_the_document_names() {
     comparison.samples("Membership", &[&founded, &joined]);
     comparison.samples("Token", &[&invited]);
     // Compared where the demo runs.
-    comparison
-        .seen
-        .extend(["DemoReport", "DemoPublisher", "DemoPull", "DemoExport"].map(str::to_owned));
+    comparison.seen.extend(
+        [
+            "DemoReport",
+            "DemoPublisher",
+            "DemoPull",
+            "DemoUpdate",
+            "DemoExport",
+        ]
+        .map(str::to_owned),
+    );
     comparison.unseen();
     comparison.conclude();
 }
