@@ -25,15 +25,21 @@ const SERVING_CACHE: usize = 4 << 20;
 /// A component that nobody asked for in this time is closed, as an open one keeps its blobs from being collected.
 pub const IDLE: Duration = Duration::from_secs(10);
 
-/// Opens a component through its layers, the one that starts from nothing first.
+/// Decoded frames kept of each of a chain's layers, at least.
+const LEAST_CACHE: usize = 1 << 20;
+
+/// Opens a component through its layers, the one that starts from nothing first. They share the cache that the options allow.
 pub fn open(
     store: &Store,
     layers: &[LayerBlobs],
     options: &ReadOptions,
 ) -> Result<Arc<LayerContent>, Failure> {
+    let options = ReadOptions {
+        cache_len: (options.cache_len / layers.len().max(1)).max(LEAST_CACHE),
+    };
     let mut below: Option<Arc<LayerContent>> = None;
     for layer in layers {
-        below = Some(Arc::new(open_one(store, layer, below, options)?));
+        below = Some(Arc::new(open_one(store, layer, below, &options)?));
     }
     below.ok_or_else(|| {
         Failure::new(

@@ -227,3 +227,32 @@ fn layers_tell_the_ways_to_a_version() {
         "{told}"
     );
 }
+
+/// A file that grows by a little with every version.
+fn grow(file: &Path, version: u64) {
+    let content = [data::noise(1, 50_000), data::prose(version, 3_000)].concat();
+    fs::write(file, content).unwrap();
+}
+
+#[test]
+fn a_long_chain_begins_anew() {
+    let fleet = Fleet::of(2);
+    let file = fleet.path("file");
+    let mut bases = Vec::new();
+    for version in 1..=66 {
+        grow(&file, version);
+        let published = fleet[0].publish(&file, &format!("lab:{version}"));
+        if published["parent"] == Value::Null {
+            bases.push(version);
+        }
+    }
+    assert_eq!(bases, [1, 65]);
+    let copy = fleet.path("copy");
+    for name in ["lab:64", "lab:66"] {
+        pull(&fleet[1], name, &copy);
+        let exported = fs::read(&copy).unwrap();
+        grow(&file, name[4..].parse().unwrap());
+        assert!(exported == fs::read(&file).unwrap(), "{name}");
+        fs::remove_file(&copy).unwrap();
+    }
+}

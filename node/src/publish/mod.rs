@@ -87,6 +87,9 @@ pub async fn publish(
         .await
         .unwrap_or_else(|panic| Err(panicked(&panic)))?;
     let capsule = draft.manifest.id();
+    let stats = &draft.stats;
+    let is_upon_parent = draft.layers.iter().any(|layer| layer.parent.is_some())
+        || stats.inherited + stats.copied > 0;
     Ok(Published {
         capsule,
         name: name.to_string(),
@@ -100,7 +103,7 @@ pub async fn publish(
         content_bytes: draft.manifest.content_size(),
         zero_bytes: draft.stats.zero,
         repeated_bytes: draft.stats.repeated,
-        parent: against,
+        parent: against.filter(|_| is_upon_parent),
         inherited_bytes: draft.stats.inherited,
         copied_bytes: draft.stats.copied,
         referring_bytes: draft.stats.referring,

@@ -16,6 +16,9 @@ use crate::store::{LayerBlobs, Store};
 /// Decoded frames kept of older content: it is read at many places, and near most of them more than once.
 const CACHE: usize = 256 << 20;
 
+/// Longest chain of layers that another is put upon: every reader goes through all of it. Then a new one from nothing begins.
+const MAX_CHAIN: usize = 64;
+
 /// An older version.
 #[derive(Debug, Clone)]
 pub(super) struct Parent {
@@ -82,14 +85,16 @@ impl Parent {
 }
 
 impl Old {
-    /// Opens a component in a space; none where it is not read through layers here, or has nothing in that space.
+    /// Opens a component in a space; none where it is not read through layers here, or through too many, or has nothing in
+    /// that space.
     pub fn open(
         store: &Store,
         component: &Component,
         space: Space,
     ) -> Result<Option<Self>, Failure> {
         let holdings = crate::held::Holdings::new(store.clone());
-        let Some(layers) = holdings.recipe(space, &component.root)? else {
+        let layers = holdings.recipe(space, &component.root)?;
+        let Some(layers) = layers.filter(|layers| layers.len() < MAX_CHAIN) else {
             return Ok(None);
         };
         let content = open(store, &layers, &ReadOptions { cache_len: CACHE })?;

@@ -3,8 +3,8 @@
 //! A stream is read twice where it changed, and once where it did not: first it is hashed, and its hash tree, compared with the
 //! parent's, tells which chunk groups differ. Of a tree only files are read whose length or time differ.
 
-use capsule_chunker::bao::{DiffError, Tree, changed_groups};
-use capsule_chunker::content::{Content, Source};
+use capsule_chunker::bao::{DiffError, Tree, changed_groups, verify};
+use capsule_chunker::content::{AsReadAt, Content, Source};
 use capsule_chunker::delta::{OldSource, Outline, Similar, SimilarOptions};
 use capsule_chunker::layer::EncodeStats;
 use capsule_chunker::layer::encode::{Against, ContentHashes, EncodeError, encode, encode_update};
@@ -59,6 +59,13 @@ impl Making<'_> {
         let layers = old.layers.clone();
         let (encoded, import, sources) =
             self.encode_against(source, &outline, old, Space::Stream, kind)?;
+        // It was read twice: a device does not tell that it changed in between.
+        let same = verify(&tree, &changed, &AsReadAt(source), &outboard);
+        if !same.is_ok_and(|same| changed.difference(&same).is_empty()) {
+            let message = "the content changed while it was read: nothing was published";
+            return Err(Failure::new(FailureCode::Changed, message)
+                .hint("stop what writes to it, or publish a snapshot"));
+        }
         let stats = encoded.stats;
         let (layer, _) = finish_layer(encoded, import, tree.root, Some(parent), sources);
         let way = layers.into_iter().chain([layer.blobs]).collect();
