@@ -44,6 +44,11 @@ impl Fingerprint {
         self.size
     }
 
+    /// When the inode was changed last, in seconds since 1970.
+    pub fn changed_at(&self) -> u64 {
+        u64::try_from(self.changed / 1_000_000_000).unwrap_or(0)
+    }
+
     /// Whether both are of one inode, whatever happened to it.
     pub fn same_inode(&self, other: &Self) -> bool {
         self.inode == other.inode

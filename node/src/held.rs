@@ -39,6 +39,8 @@ pub struct TreeWay {
 }
 
 const WAY_VERSION: u8 = 1;
+/// Most layers walked to find what a begun pull takes: those that a search looks at.
+const MAX_WALKED: usize = 4096;
 
 impl TreeWay {
     fn encode(&self) -> Vec<u8> {
@@ -311,6 +313,9 @@ impl Holdings {
             if let Some(known) = self.store.component(&component.root) {
                 blobs.extend(known.recipe.blobs());
             }
+            if let Some(layers) = self.blob_way(&component.root)? {
+                blobs.extend(blobs_of(&layers));
+            }
             if let Some(way) = self.tree_way(&component.root)? {
                 blobs.extend(HeldWay::Tree(way).blobs());
             }
@@ -318,11 +323,8 @@ impl Holdings {
                 Some(HeldWay::Layers(_) | HeldWay::Tree(_)) => {}
                 // Begun, or its own pack: whatever layers are known to lead there.
                 Some(HeldWay::Blob) | None => {
-                    let layers = records.layers_to(&component.root)?;
-                    blobs.extend(layers.iter().flat_map(|known| {
-                        let blobs = layer_blobs(&known.layer);
-                        [Some(blobs.index), blobs.pack].into_iter().flatten()
-                    }));
+                    let layers = leading_to(&component.root, records)?;
+                    blobs.extend(blobs_of(&layers));
                 }
             }
         }
@@ -353,6 +355,22 @@ impl Holdings {
     pub fn is_complete(&self, blob: &RootHash) -> bool {
         self.store.durable(blob).is_some_and(|here| here.complete)
     }
+}
+
+/// The layers that lead to a component, and to where they start, as far as records tell: whichever of them a pull has begun
+/// to fetch.
+fn leading_to(root: &RootHash, records: &Records) -> Result<Vec<LayerBlobs>, DatabaseError> {
+    let (mut layers, mut seen, mut next) = (Vec::new(), BTreeSet::new(), vec![*root]);
+    while let Some(root) = next.pop() {
+        if layers.len() >= MAX_WALKED || !seen.insert(root) {
+            continue;
+        }
+        for known in records.layers_to(&root)? {
+            layers.push(layer_blobs(&known.layer));
+            next.extend(known.layer.parent);
+        }
+    }
+    Ok(layers)
 }
 
 /// A component in answers.

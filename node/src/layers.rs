@@ -26,7 +26,7 @@ const SERVING_CACHE: usize = 4 << 20;
 pub const IDLE: Duration = Duration::from_secs(10);
 
 /// Decoded frames kept of each of a chain's layers, at least.
-const LEAST_CACHE: usize = 1 << 20;
+const LEAST_CACHE: usize = 256 << 10;
 
 /// Opens a component through its layers, the one that starts from nothing first. They share the cache that the options allow.
 pub fn open(

@@ -228,9 +228,9 @@ fn layers_tell_the_ways_to_a_version() {
     );
 }
 
-/// A file that grows by a little with every version.
-fn grow(file: &Path, version: u64) {
-    let content = [data::noise(1, 50_000), data::prose(version, 3_000)].concat();
+/// A file that changes a little with every version.
+fn change(file: &Path, version: u64) {
+    let content = [data::noise(1, 20_000), data::prose(version, 2_000)].concat();
     fs::write(file, content).unwrap();
 }
 
@@ -239,20 +239,81 @@ fn a_long_chain_begins_anew() {
     let fleet = Fleet::of(2);
     let file = fleet.path("file");
     let mut bases = Vec::new();
-    for version in 1..=66 {
-        grow(&file, version);
+    for version in 1..=258 {
+        change(&file, version);
         let published = fleet[0].publish(&file, &format!("lab:{version}"));
         if published["parent"] == Value::Null {
             bases.push(version);
         }
     }
-    assert_eq!(bases, [1, 65]);
+    assert_eq!(bases, [1, 257]);
     let copy = fleet.path("copy");
-    for name in ["lab:64", "lab:66"] {
+    for name in ["lab:256", "lab:258"] {
         pull(&fleet[1], name, &copy);
-        let exported = fs::read(&copy).unwrap();
-        grow(&file, name[4..].parse().unwrap());
-        assert!(exported == fs::read(&file).unwrap(), "{name}");
+        change(&file, name[4..].parse().unwrap());
+        assert!(
+            fs::read(&copy).unwrap() == fs::read(&file).unwrap(),
+            "{name}"
+        );
         fs::remove_file(&copy).unwrap();
     }
+}
+
+#[test]
+fn who_shares_nothing_needs_nothing_of_the_other() {
+    let fleet = Fleet::of(2);
+    let file = fleet.path("file");
+    let publish = |content: Vec<u8>, name: &str| {
+        fs::write(&file, content).unwrap();
+        fleet[0].publish(&file, name)
+    };
+    publish(data::noise(1, 1_000_000), "lab:1");
+    let second = publish(data::noise(2, 1_000_000), "lab:2");
+    assert_eq!(second["parent"], Value::Null);
+    let fetched = pull(&fleet[1], "lab:2", &fleet.path("copy"));
+    assert!(fetched < 1_010_000, "{fetched}");
+}
+
+// What does not compress is its own pack: its layers are needed by what stands upon it all the same.
+#[test]
+fn a_component_that_is_its_own_pack_carries_updates() {
+    let fleet = Fleet::of(2);
+    let file = fleet.path("file");
+    let mut content = data::noise(1, 1_000_000);
+    fs::write(&file, &content).unwrap();
+    fleet[0].publish(&file, "lab:1");
+    fleet[1].ok(&["pull", "lab:1"]);
+    for node in fleet.nodes() {
+        node.ok(&["pin", "lab:1"]);
+        node.ok(&["gc"]);
+    }
+    content[500_000] ^= 1;
+    fs::write(&file, &content).unwrap();
+    let second = fleet[0].publish(&file, "lab:2");
+    assert_eq!(second["parent"], "lab:1");
+    let fetched = pull(&fleet[1], "lab:2", &fleet.path("copy"));
+    assert!(fetched < 10_000, "{fetched}");
+    assert!(fs::read(fleet.path("copy")).unwrap() == content);
+}
+
+#[test]
+fn a_file_whose_length_and_time_are_kept_is_published_as_it_is_now() {
+    let fleet = Fleet::of(1);
+    let tree = fleet.path("tree");
+    fs::create_dir(&tree).unwrap();
+    let conf = tree.join("conf");
+    let time = std::time::UNIX_EPOCH + std::time::Duration::from_secs(1_000_000_000);
+    for version in 1..=2 {
+        fs::write(&conf, format!("version={version}")).unwrap();
+        fs::File::options()
+            .write(true)
+            .open(&conf)
+            .unwrap()
+            .set_modified(time)
+            .unwrap();
+        fleet[0].publish(&tree, &format!("lab:{version}"));
+    }
+    let copy = fleet.path("copy");
+    fleet[0].ok(&["export", "lab:2", "--to", text(&copy)]);
+    assert_eq!(fs::read(copy.join("conf")).unwrap(), b"version=2");
 }

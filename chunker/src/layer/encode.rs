@@ -73,13 +73,13 @@ impl Effort {
     /// How much old content a frame may be compressed against.
     pub(super) const fn references(self) -> Limits {
         let windows = match self {
-            Self::Fast => 4,
-            Self::Default => 8,
-            Self::Max => 16,
+            Self::Fast => 8,
+            Self::Default => 16,
+            Self::Max => 32,
         };
         Limits {
             windows,
-            window_len: 64 << 10,
+            window_len: 128 << 10,
         }
     }
 }

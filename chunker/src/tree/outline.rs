@@ -1,7 +1,8 @@
 //! Which files of a scanned directory an older listing knows, so that they need not be read.
 //!
-//! As rsync does: a file of the same path, length and time of modification is taken for unchanged. Time and length are what
-//! every program changes that does not set out to deceive; who doubts it reads everything.
+//! As rsync does: a file of the same path, length and time of modification is taken for unchanged; but only if its inode was not
+//! changed either since the older listing was made. That time no program sets, so trees whose files all have one date are
+//! not mistaken. Who doubts it still (another directory with the same names and times, say) reads everything.
 
 use std::collections::HashMap;
 
@@ -22,8 +23,8 @@ pub struct TreeOutline {
 }
 
 impl TreeOutline {
-    /// Compares a directory with an older listing, by metadata alone.
-    pub fn of(source: &TreeSource, old: &Listing) -> Self {
+    /// Compares a directory with an older listing, made before `since` (seconds since 1970), by metadata alone.
+    pub fn of(source: &TreeSource, old: &Listing, since: u64) -> Self {
         let mut known = HashMap::new();
         let mut start = 0;
         for (entry, size, root) in old.files() {
@@ -33,10 +34,11 @@ impl TreeOutline {
         }
         let mut outline = Outline::default();
         let mut roots = Vec::with_capacity(source.file_count());
-        for (size, entry) in files(source.entries()) {
+        for (file, (size, entry)) in files(source.entries()).enumerate() {
+            let is_old = source.changed_at(file) < since;
             let same = known
                 .get(&entry.path)
-                .filter(|(mtime, len, ..)| (*mtime, *len) == (entry.meta.mtime, size));
+                .filter(|(mtime, len, ..)| is_old && (*mtime, *len) == (entry.meta.mtime, size));
             let place = same.map(|(.., offset)| match *offset {
                 offset if offset == outline.len() => Known::Inherited,
                 offset => Known::Copy { source: 0, offset },
@@ -78,4 +80,41 @@ fn files(entries: &[Entry]) -> impl Iterator<Item = (u64, &Entry)> {
         EntryKind::File { size, .. } => Some((size, entry)),
         _ => None,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::content::Content;
+    use crate::tree::{ScanOptions, scan};
+
+    #[test]
+    fn only_what_was_not_touched_since_is_taken_for_unchanged() {
+        let temp = tempfile::tempdir().unwrap();
+        for (name, content) in [("a", "first"), ("b", "second"), ("empty", "")] {
+            std::fs::write(temp.path().join(name), content).unwrap();
+        }
+        let read = || scan(temp.path(), &ScanOptions::default()).unwrap();
+        let roots = ["first", "second", ""].map(|content| RootHash::of(content.as_bytes()));
+        let old = read().into_listing(&roots).unwrap();
+        let now = std::time::UNIX_EPOCH.elapsed().unwrap().as_secs();
+        let source = read();
+        let all = TreeOutline::of(&source, &old, now + 10);
+        assert_eq!(all.outline.unknown_len(), 0);
+        assert_eq!(all.roots(&source, &roots[2..]), roots);
+        assert_eq!(
+            TreeOutline::of(&source, &old, now - 10)
+                .outline
+                .unknown_len(),
+            source.len()
+        );
+        // A file that comes first moves the others, which then are copies.
+        std::fs::write(temp.path().join("Z"), "new").unwrap();
+        let source = read();
+        let moved = TreeOutline::of(&source, &old, now + 10);
+        assert_eq!(
+            (moved.outline.unknown_len(), moved.outline.segments().len()),
+            (3, 2)
+        );
+    }
 }

@@ -92,6 +92,11 @@ impl TreeSource {
         self.files[file].start..self.files.get(file + 1).map_or(self.len, |next| next.start)
     }
 
+    /// When a regular file's inode was changed last, in seconds since 1970.
+    pub fn changed_at(&self, file: usize) -> u64 {
+        self.stamp(file).changed_at()
+    }
+
     /// Path of a regular file, for messages.
     pub fn file_path(&self, file: usize) -> PathBuf {
         self.root.display(self.entry_path(file))

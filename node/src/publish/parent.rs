@@ -17,7 +17,9 @@ use crate::store::{LayerBlobs, Store};
 const CACHE: usize = 256 << 20;
 
 /// Longest chain of layers that another is put upon: every reader goes through all of it. Then a new one from nothing begins.
-const MAX_CHAIN: usize = 64;
+const MAX_CHAIN: usize = 256;
+/// So many seconds before a version was kept, its files were not looked at any more.
+const MARGIN: u64 = 60;
 
 /// An older version.
 #[derive(Debug, Clone)]
@@ -28,6 +30,8 @@ pub(super) struct Parent {
     pub capsule: CapsuleId,
     /// What it consists of.
     pub manifest: Manifest,
+    /// What was changed since then, in seconds since 1970, may not be what it was in this version.
+    pub since: u64,
 }
 
 /// A component of it, as content.
@@ -39,7 +43,7 @@ pub(super) struct Old {
 }
 
 impl Parent {
-    /// The version that the user said, or the channel's newest; none where none is asked for, or the newest is not here.
+    /// The version that the user said, or the channel's newest that is here; none where none is asked for, or none is here.
     pub fn of(node: &Node, request: &Publish) -> Result<Option<Self>, Failure> {
         if request.no_parent {
             return Ok(None);
@@ -48,23 +52,31 @@ impl Parent {
             let resolution = node.resolve(reference)?;
             let name = spelled(&resolution);
             let manifest = node.holdings.complete(&resolution.capsule, &name)?;
-            return Ok(Some(Self {
-                name,
-                capsule: resolution.capsule,
-                manifest,
-            }));
+            return Self::held(node, name, resolution.capsule, manifest).map(Some);
         }
-        let names = node.records.names_of(&request.name.channel)?;
-        let Some(newest) = names.into_iter().find(|known| known.name != request.name) else {
-            return Ok(None);
-        };
-        let here = node.holdings.holding(&newest.capsule)? == Holding::Complete;
-        let manifest = node.holdings.manifest(&newest.capsule).filter(|_| here);
-        Ok(manifest.map(|manifest| Self {
-            name: newest.name.to_string(),
-            capsule: newest.capsule,
+        for known in node.records.names_of(&request.name.channel)? {
+            let here = node.holdings.holding(&known.capsule)? == Holding::Complete;
+            let manifest = node.holdings.manifest(&known.capsule);
+            if let Some(manifest) = manifest.filter(|_| here && known.name != request.name) {
+                return Self::held(node, known.name.to_string(), known.capsule, manifest).map(Some);
+            }
+        }
+        Ok(None)
+    }
+
+    fn held(
+        node: &Node,
+        name: String,
+        capsule: CapsuleId,
+        manifest: Manifest,
+    ) -> Result<Self, Failure> {
+        let added = node.store.capsule(&capsule)?.map_or(0, |held| held.added);
+        Ok(Self {
+            name,
+            capsule,
             manifest,
-        }))
+            since: added.saturating_sub(MARGIN),
+        })
     }
 
     /// Its stream or tree that the new one is a version of: that of the same name, or the only one.

@@ -32,6 +32,7 @@ fn draft_against(store: &Store, path: &Path, parent: Option<&Manifest>) -> Resul
         name: "lab:0".to_owned(),
         capsule: manifest.id(),
         manifest: manifest.clone(),
+        since: u64::MAX,
     });
     make(&Making {
         store,

@@ -10,6 +10,7 @@ use capsule_chunker::layer::EncodeStats;
 use capsule_chunker::layer::encode::{Against, ContentHashes, EncodeError, encode, encode_update};
 use capsule_chunker::layer::hash::hash_source;
 use capsule_chunker::tree::{TreeOutline, TreeSource};
+use capsule_proto::RootHash;
 use capsule_proto::index::{Source as IndexSource, SourceKind, Space};
 use capsule_proto::manifest::{Component, ComponentKind};
 
@@ -20,7 +21,7 @@ use super::make::{
 use super::parent::Old;
 use crate::control::{Failure, FailureCode};
 use crate::held::Holdings;
-use crate::store::Import;
+use crate::store::{Import, LayerBlobs};
 
 impl Making<'_> {
     /// The layer that leads from an older stream to this one; none if they are the same.
@@ -56,9 +57,7 @@ impl Making<'_> {
         let changed = changed.map_err(|error| of_diff(&old.component, &error))?;
         let outline = Outline::of_groups(tree.size, &changed);
         self.work.set_total(tree.size + outline.unknown_len());
-        let layers = old.layers.clone();
-        let (encoded, import, sources) =
-            self.encode_against(source, &outline, old, Space::Stream, kind)?;
+        let against = self.encode_against(source, &outline, old, Space::Stream, kind)?;
         // It was read twice: a device does not tell that it changed in between.
         let same = verify(&tree, &changed, &AsReadAt(source), &outboard);
         if !same.is_ok_and(|same| changed.difference(&same).is_empty()) {
@@ -66,9 +65,16 @@ impl Making<'_> {
             return Err(Failure::new(FailureCode::Changed, message)
                 .hint("stop what writes to it, or publish a snapshot"));
         }
+        let AgainstOld {
+            encoded,
+            import,
+            parent,
+            sources,
+            below,
+        } = against;
         let stats = encoded.stats;
-        let (layer, _) = finish_layer(encoded, import, tree.root, Some(parent), sources);
-        let way = layers.into_iter().chain([layer.blobs]).collect();
+        let (layer, _) = finish_layer(encoded, import, tree.root, parent, sources);
+        let way = below.into_iter().chain([layer.blobs]).collect();
         Ok(MadeLayer {
             tree,
             layer: Some(layer),
@@ -94,14 +100,18 @@ impl Making<'_> {
         let outline = if self.request.checksum {
             TreeOutline::unknown(source)
         } else {
-            TreeOutline::of(
-                source,
-                &Holdings::new(self.store.clone()).listing(&old.component)?,
-            )
+            let listing = Holdings::new(self.store.clone()).listing(&old.component)?;
+            let since = self.parent.map_or(0, |parent| parent.since);
+            TreeOutline::of(source, &listing, since)
         };
         self.work.set_total(outline.outline.unknown_len());
-        let (parent, below) = (old.component.root, old.layers.clone());
-        let (encoded, import, sources) = self.encode_against(
+        let AgainstOld {
+            encoded,
+            import,
+            parent,
+            sources,
+            below,
+        } = self.encode_against(
             source,
             &outline.outline,
             old,
@@ -119,7 +129,7 @@ impl Making<'_> {
             encoded: EncodedContents {
                 encoded,
                 import,
-                parent: Some(parent),
+                parent,
                 sources,
             },
         })
@@ -159,7 +169,7 @@ impl Making<'_> {
         old: Old,
         space: Space,
         kind: ComponentKind,
-    ) -> Result<(StoreEncoded, Import, Vec<IndexSource>), Failure> {
+    ) -> Result<AgainstOld, Failure> {
         let name = IndexSource {
             kind: SourceKind::Parent,
             root: old.component.root,
@@ -191,9 +201,36 @@ impl Making<'_> {
             EncodeError::Old(error) => of_old(&old.component, &error),
             error => error.into(),
         })?;
-        let names = sources.into_iter().map(|source| source.name).collect();
-        Ok((encoded, import, names))
+        let stats = &encoded.stats;
+        let nothing = stats.inherited + stats.copied + stats.referring == 0;
+        Ok(if nothing && encoded.size > 0 {
+            AgainstOld {
+                encoded,
+                import,
+                parent: None,
+                sources: Vec::new(),
+                below: Vec::new(),
+            }
+        } else {
+            AgainstOld {
+                encoded,
+                import,
+                parent: Some(old.component.root),
+                sources: sources.into_iter().map(|source| source.name).collect(),
+                below: old.layers,
+            }
+        })
     }
+}
+
+/// What was encoded against an older content; where that gave nothing, it is as from nothing, and nobody needs the older.
+struct AgainstOld {
+    encoded: StoreEncoded,
+    import: Import,
+    parent: Option<RootHash>,
+    sources: Vec<IndexSource>,
+    /// The layers that it stands on.
+    below: Vec<LayerBlobs>,
 }
 
 const REPAIR: &str = "`capsule verify` looks for damage, and repairs it from other machines; or publish with --no-parent";
