@@ -346,6 +346,8 @@ struct Oracle {
     held: GroupRanges,
     haves: BTreeMap<PeerKey, GroupRanges>,
     open: Vec<(PeerKey, RequestId, Range<u64>)>,
+    /// A request that ended in the same step that may have made its cancel: they crossed.
+    crossed: Option<(PeerKey, RequestId)>,
     banned: BTreeSet<PeerKey>,
     complete: bool,
 }
@@ -375,8 +377,9 @@ impl Oracle {
                     self.open.push((peer, id, groups));
                 }
                 Output::Cancel { peer, id } => {
+                    let is_open = self.open.iter().any(|(p, i, _)| (*p, *i) == (peer, id));
                     prop_assert!(
-                        self.open.iter().any(|(p, i, _)| (*p, *i) == (peer, id)),
+                        is_open || self.crossed == Some((peer, id)),
                         "cancelled what is not open"
                     );
                 }
@@ -391,6 +394,7 @@ impl Oracle {
                 }
             }
         }
+        self.crossed = None;
         Ok(())
     }
 
@@ -408,6 +412,7 @@ impl Oracle {
                 let (peer, id, groups) = self.open.swap_remove(i);
                 let half = groups.start..groups.start + (groups.end - groups.start) / 2;
                 self.held.insert(half.clone());
+                self.crossed = Some((peer, id));
                 downloads.handle_received(now, peer, id, &half);
                 downloads.handle_failed(now, peer, id, Failure::Lost);
             }
@@ -491,4 +496,34 @@ proptest! {
         }
         prop_assert!(oracle.complete, "not complete after {} ms", ms);
     }
+}
+
+/// A seeder that was not asked yet has no measured rate: that a partial provider drips something is no reason to spare it.
+#[test]
+fn a_seeder_is_not_spared_before_its_rate_is_known() {
+    let mut downloads = Downloads::new(DownloadConfig::default(), 1);
+    downloads
+        .add_blob(at(0), spec(GROUPS))
+        .expect("a first blob");
+    let (drips, seeder) = (PeerKey(1), PeerKey(2));
+    assert!(downloads.peer_connected(at(0), drips));
+    downloads.handle_have(at(0), drips, &root(), &(0..GROUPS - 1).into());
+    let mut oracle = Oracle::default();
+    oracle.haves.insert(drips, (0..GROUPS - 1).into());
+    oracle.take_in(outputs(&mut downloads, at(0))).unwrap();
+    // One answer in two seconds, and the rest of its window stays open.
+    oracle.apply(&Step::Answer(0), &mut downloads, at(2000));
+    assert!(downloads.peer_connected(at(2000), seeder));
+    downloads.handle_have(at(2000), seeder, &root(), &(0..GROUPS).into());
+    oracle.haves.insert(seeder, (0..GROUPS).into());
+    // It answers at once, however often it is asked.
+    let mut answers = 0;
+    for _ in 0..200 {
+        oracle.take_in(outputs(&mut downloads, at(2000))).unwrap();
+        if let Some(i) = oracle.open.iter().rposition(|(peer, ..)| *peer == seeder) {
+            oracle.apply(&Step::Answer(i), &mut downloads, at(2000));
+            answers += 1;
+        }
+    }
+    assert!(answers > 100, "{answers}");
 }

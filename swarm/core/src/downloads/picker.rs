@@ -188,12 +188,14 @@ impl<'a> Partial<'a> {
             partial.map(|(slot, _)| rate(now, peers, slot))
         };
         let total: f64 = rates().sum();
+        // Of a seeder that was hardly asked nothing is known: spared, it would stay unknown, whatever drips from the others.
+        let known = peers[seeder].as_ref().and_then(|peer| peer.rate_at(now));
         let working = rates().filter(|rate| *rate > 0.0).count().max(1);
         Self {
             blob,
             peers,
             now,
-            are_enough: total > rate(now, peers, seeder),
+            are_enough: known.is_some_and(|rate| total > rate),
             fair: total / working as f64 * FAIR_PART,
         }
     }
