@@ -3,7 +3,8 @@
 //! Each seed that the frame shares with old content votes for the windows that it lies in; the window with the most votes is taken,
 //! its votes count no more, and so on (a greedy cover), as long as a window still brings something.
 
-use super::old::OldRange;
+use std::ops::Range;
+
 use super::old::OldSource;
 use super::seeds::{Seed, WINDOW_LEN};
 use super::similar::Similar;
@@ -25,7 +26,13 @@ pub(crate) struct Limits {
 }
 
 /// A window of old content.
-pub(crate) type Window = OldRange;
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Window {
+    /// Position among the sources.
+    pub source: u16,
+    /// The bytes.
+    pub range: Range<u64>,
+}
 
 /// Chooses windows for a frame's content: in the order of the old content, without overlaps.
 pub(crate) fn cover(
@@ -68,11 +75,7 @@ pub(crate) fn cover(
 }
 
 /// The votes of the window that covers the most seeds not covered yet.
-fn best(
-    votes: &[(usize, u16, u64)],
-    covered: &[bool],
-    window_len: u64,
-) -> Option<std::ops::Range<usize>> {
+fn best(votes: &[(usize, u16, u64)], covered: &[bool], window_len: u64) -> Option<Range<usize>> {
     let mut best = None;
     let mut most = LEAST_VOTES - 1;
     let mut start = 0;

@@ -1,6 +1,5 @@
 //! The old contents that new content is compared with, read in pieces.
 
-use std::ops::Range;
 use std::sync::Arc;
 
 use capsule_proto::index::Source as SourceName;
@@ -141,13 +140,4 @@ fn same_prefix(a: &[u8], b: &[u8]) -> usize {
         .count();
     let (a, b) = (&a[lines * LINE..], &b[lines * LINE..]);
     lines * LINE + a.iter().zip(b).take_while(|(a, b)| a == b).count()
-}
-
-/// A range within a source.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct OldRange {
-    /// Position among the sources.
-    pub source: u16,
-    /// The bytes.
-    pub range: Range<u64>,
 }

@@ -22,10 +22,11 @@ pub fn hash_source<S: ReadAt + WriteAt>(
 ) -> Result<(Tree, S), EncodeError> {
     let mut hasher = TreeHasher::with_storage(storage);
     let (pieces, queue) = sync_channel(AHEAD);
+    // One buffer is filled and one hashed, beside those that wait.
     let (home, free) = sync_channel(AHEAD + 2);
+    (0..AHEAD + 2).for_each(|_| home.try_send(Vec::new()).expect("there is room for each"));
     thread::scope(|scope| {
         let reader = scope.spawn(move || {
-            let mut buffers = AHEAD + 2;
             for extent in source.extents() {
                 let extent = extent?;
                 let mut at = extent.range.start;
@@ -38,15 +39,8 @@ pub fn hash_source<S: ReadAt + WriteAt>(
                         (left, Piece::Zeros(left))
                     } else {
                         let len = left.min(READ_LEN);
-                        let mut buffer = match buffers.checked_sub(1) {
-                            Some(less) => {
-                                buffers = less;
-                                Vec::new()
-                            }
-                            None => match free.recv() {
-                                Ok(buffer) => buffer,
-                                Err(_) => return Ok(()),
-                            },
+                        let Ok(mut buffer) = free.recv() else {
+                            return Ok(());
                         };
                         buffer.resize(len as usize, 0);
                         source.read_at(at, &mut buffer)?;

@@ -5,7 +5,8 @@ use clap::Args;
 
 use super::context::{Context, Output};
 use super::exit::Exit;
-use super::format::{percent, short, size};
+use super::format::{percent, size};
+use super::list::hash;
 use super::style::Style;
 use super::table::Table;
 
@@ -49,20 +50,15 @@ fn render(found: &LayerList, style: Style, long: bool) -> String {
         ">TO FETCH",
         "HERE",
     ]);
-    let hash = |hash: &dyn ToString| {
-        let text = hash.to_string();
-        if long { text } else { short(&text).to_owned() }
-    };
     for layer in &found.layers {
         let (have, all) = (blobs(layer).map(|b| b.have).sum(), bytes(layer));
         table.row([
             layer.component.clone(),
             layer.space.clone(),
-            layer
-                .parent
-                .as_ref()
-                .map_or("nothing".to_owned(), |parent| hash(parent)),
-            hash(&layer.target),
+            layer.parent.map_or("nothing".to_owned(), |parent| {
+                hash(&parent.to_string(), long)
+            }),
+            hash(&layer.target.to_string(), long),
             size(layer.target_size),
             size(all),
             percent(have, all),

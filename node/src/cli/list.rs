@@ -243,7 +243,7 @@ pub const fn holding(holding: Holding) -> &'static str {
     }
 }
 
-fn hash(text: &str, long: bool) -> String {
+pub(super) fn hash(text: &str, long: bool) -> String {
     if long {
         text.to_owned()
     } else {

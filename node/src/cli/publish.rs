@@ -48,7 +48,7 @@ pub struct PublishArgs {
     #[arg(long)]
     one_file_system: bool,
     /// The version that this one is published against: machines that have it fetch only what differs [default: the
-    /// channel's newest, if it is here]
+    /// channel's newest that is here]
     #[arg(long, value_name = "CAPSULE", conflicts_with = "no_parent")]
     parent: Option<String>,
     /// Publish against no other version: larger, but machines need nothing else for it

@@ -63,7 +63,7 @@ pub struct Publish {
     /// When the name ends, in seconds since 1970.
     #[serde(default)]
     pub expires: Option<u64>,
-    /// The version that it is published against; the channel's newest where absent.
+    /// The version that it is published against; the channel's newest that is here where absent.
     #[serde(default)]
     pub parent: Option<CapsuleRef>,
     /// Against none: so that nobody needs another version for this one.
