@@ -10,10 +10,12 @@
 //! | `old` | the old contents, read in pieces |
 //! | `pieces` | what of a stretch of new content is unchanged in its place, or copied from another |
 //! | `cover` | for what is left: the stretches of old content that a frame is best compressed against |
+//! | `align` | and those that lie under it byte by byte, where it is old content with small changes |
 //!
 //! Everything is decided by the contents alone, so the result does not depend on the number of threads. `layer::encode`
 //! makes a layer of what is found. Figures behind the choices: `chunker/docs/delta.md`.
 
+mod align;
 mod cover;
 mod old;
 mod outline;
@@ -25,6 +27,7 @@ pub use old::{OldError, OldSource};
 pub use outline::{Known, Outline};
 pub use similar::{Similar, SimilarOptions};
 
+pub(crate) use align::align;
 pub(crate) use cover::{Limits, Window, cover};
 pub(crate) use outline::UnknownSource;
 pub(crate) use pieces::{Found, Matcher};

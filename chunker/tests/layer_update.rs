@@ -13,7 +13,7 @@ use capsule_chunker::layer::encode::{
     Against, ContentHashes, Effort, EncodeOptions, Outputs, encode_update,
 };
 use capsule_proto::RootHash;
-use capsule_proto::index::{Index, RunFrom, Source as SourceName, SourceKind, Space};
+use capsule_proto::index::{Codec, Index, RunFrom, Source as SourceName, SourceKind, Space};
 use layer_support::*;
 use proptest::prelude::*;
 use rand::{RngExt, SeedableRng, rngs::SmallRng};
@@ -323,6 +323,62 @@ fn what_is_common_costs_little() {
     };
     let len = with(shuffled, Cuts::Pages);
     assert!(len < 8_000, "{len}");
+}
+
+#[test]
+fn scattered_edits_cost_tens_of_bytes_each() {
+    let old = random(1, 16 << 20);
+    let mut new = old.clone();
+    let edits = (0..new.len()).step_by(100 << 10);
+    edits.clone().for_each(|at| new[at] ^= 1);
+    let count = edits.count();
+    let update = update_stream(
+        &old,
+        &TestSource::new(new.clone()),
+        &update_options(Cuts::Pages, 256 << 10),
+    );
+    let len = update.len();
+    check(update, vec![old], &new, 1);
+    assert!(len < 100 * count, "{len} bytes for {count} edits");
+}
+
+/// As compiled again: the same instructions, and among them addresses that moved by one of a few distances.
+#[test]
+fn what_differs_in_small_numbers_everywhere_becomes_a_difference() {
+    let addresses = |len: usize| {
+        let blocks = (0..len - 128).step_by(128);
+        blocks.flat_map(|block| [0, 24, 48].map(|at| block + at))
+    };
+    let mut old = random(1, 600_000);
+    for at in addresses(old.len()) {
+        let address = 0x0040_0000 + (at as u32 * 7) % 0x0010_0000;
+        old[at..at + 4].copy_from_slice(&address.to_le_bytes());
+    }
+    let mut new = old.clone();
+    for at in addresses(new.len()) {
+        let address = u32::from_le_bytes(new[at..at + 4].try_into().unwrap());
+        let moved = address + 0x120 + (address >> 18 & 1) * 0x40;
+        new[at..at + 4].copy_from_slice(&moved.to_le_bytes());
+    }
+    new.splice(..0, random(2, 100));
+    let at_effort = |effort| {
+        let options = EncodeOptions {
+            effort,
+            ..options(Cuts::Bytes, 1 << 20, 2)
+        };
+        update_stream(&old, &TestSource::new(new.clone()), &options)
+    };
+    let (fast, update) = (at_effort(Effort::Fast), at_effort(Effort::Default));
+    assert!(
+        update.len() * 2 < fast.len(),
+        "{} of {}",
+        update.len(),
+        fast.len()
+    );
+    let index = check(update, vec![old.clone()], &new, 1);
+    let differences = index.frames.iter();
+    let differences = differences.filter(|frame| frame.codec == Codec::Difference);
+    assert!(differences.count() >= 2);
 }
 
 #[test]

@@ -5,6 +5,8 @@
 
 use std::ops::Range;
 
+use capsule_proto::index::MAX_REFERENCES;
+
 use super::old::OldSource;
 use super::seeds::{Seed, WINDOW_LEN};
 use super::similar::Similar;
@@ -12,17 +14,20 @@ use super::similar::Similar;
 /// Windows begin at multiples of this.
 const STEP: u64 = 16 << 10;
 /// Around what is shared, so much is taken too: equal stretches reach beyond their seeds.
-const MARGIN: u64 = 2 << 10;
+const MARGIN: u64 = 4 << 10;
+/// What lies between seeds further apart than this is left out: content that is not shared costs time, and pushes the rest
+/// away.
+const GAP: u64 = 32 << 10;
 /// A window brings at least so many seeds.
 const LEAST_VOTES: usize = 2;
 
 /// How much a frame may refer to.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Limits {
-    /// Most windows.
-    pub windows: usize,
     /// Longest window, in bytes: a multiple of 16 KiB.
     pub window_len: u64,
+    /// Most bytes together: the time to compress follows them.
+    pub bytes: u64,
 }
 
 /// A window of old content.
@@ -55,22 +60,29 @@ pub(crate) fn cover(
     votes.sort_unstable_by_key(|(seed, source, at)| (*source, *at, *seed));
     let mut covered = vec![false; count];
     let mut windows: Vec<Window> = Vec::new();
-    while windows.len() < limits.windows
+    let mut left = limits.bytes;
+    while left > 0
+        && windows.len() < MAX_REFERENCES
         && let Some(window) = best(&votes, &covered, limits.window_len)
     {
         for (seed, ..) in &votes[window.clone()] {
             covered[*seed] = true;
         }
-        let (_, source, first) = votes[window.start];
-        let (.., last) = votes[window.end - 1];
+        let source = votes[window.start].1;
         let len = sources[usize::from(source)].content.len();
-        let start = first.saturating_sub(MARGIN);
-        let end = (last + WINDOW_LEN as u64 + MARGIN).min(len);
-        windows.push(Window {
-            source,
-            range: start..end,
-        });
+        for stretch in votes[window].chunk_by(|before, after| after.2 - before.2 <= GAP) {
+            let (first, last) = (stretch[0].2, stretch[stretch.len() - 1].2);
+            let start = first.saturating_sub(MARGIN);
+            let end = (last + WINDOW_LEN as u64 + MARGIN).min(len);
+            left = left.saturating_sub(end - start);
+            windows.push(Window {
+                source,
+                range: start..end,
+            });
+        }
     }
+    // What was found last brings least.
+    windows.truncate(MAX_REFERENCES);
     join(windows)
 }
 

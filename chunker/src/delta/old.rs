@@ -1,5 +1,6 @@
 //! The old contents that new content is compared with, read in pieces.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use capsule_proto::index::Source as SourceName;
@@ -84,6 +85,30 @@ impl<'a> OldReader<'a> {
         }
         let (_, number, bytes) = self.pieces.last().expect("just pushed");
         Ok((number * PIECE_LEN, bytes))
+    }
+
+    /// The bytes that lie under a stretch of something whose first byte would lie at `base`; none where not all of them are
+    /// within the source.
+    pub fn under(
+        &mut self,
+        source: u16,
+        base: i64,
+        range: Range<usize>,
+    ) -> Result<Vec<u8>, OldError> {
+        let old = &self.sources[usize::from(source)];
+        let at = |place: usize| {
+            base.checked_add_unsigned(place as u64)
+                .and_then(|at| u64::try_from(at).ok())
+        };
+        let Some((start, end)) = at(range.start)
+            .zip(at(range.end))
+            .filter(|(_, end)| *end <= old.content.len())
+        else {
+            return Ok(Vec::new());
+        };
+        let mut bytes = vec![0; (end - start) as usize];
+        old.read(start, &mut bytes)?;
+        Ok(bytes)
     }
 
     /// How many of the first bytes of `new` are those of the source from `at` on.

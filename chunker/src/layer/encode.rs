@@ -70,16 +70,21 @@ impl Effort {
         }
     }
 
+    /// Whether frames that old content resembles are tried as differences too.
+    pub(super) const fn differences(self) -> bool {
+        !matches!(self, Self::Fast)
+    }
+
     /// How much old content a frame may be compressed against.
     pub(super) const fn references(self) -> Limits {
-        let windows = match self {
-            Self::Fast => 8,
-            Self::Default => 16,
-            Self::Max => 32,
+        let bytes = match self {
+            Self::Fast => 384 << 10,
+            Self::Default => 768 << 10,
+            Self::Max => 2 << 20,
         };
         Limits {
-            windows,
             window_len: 128 << 10,
+            bytes,
         }
     }
 }

@@ -4,14 +4,16 @@ use std::ops::Range;
 
 use capsule_proto::index::{Codec, Reference, ReferenceTo};
 
-use super::codec::Compressor;
+use super::codec::{Compressor, Packed};
 use super::encode::{Against, EncodeError, EncodeOptions};
 use super::slab::{Piece, Slab};
 use super::work::Encoding;
-use crate::delta::{Found, Limits, Matcher, Window, cover};
+use crate::delta::{Found, Limits, Matcher, Window, align, cover};
 
 /// What a reference costs in the index, about: source, offset and length, compressed.
 const REFERENCE_COST: usize = 5;
+/// A frame that takes less is not tried as a difference.
+const LEAST_DIFFERENCE: usize = 512;
 
 /// One worker's part in an update.
 pub(super) struct Updater<'a> {
@@ -19,6 +21,8 @@ pub(super) struct Updater<'a> {
     matcher: Matcher<'a>,
     limits: Limits,
     compressor: Compressor,
+    /// Whether frames are tried as differences.
+    differences: bool,
     /// The references' content.
     references: Vec<u8>,
 }
@@ -36,6 +40,7 @@ impl<'a> Updater<'a> {
             ),
             limits: options.effort.references(),
             compressor: Compressor::new(options.effort.level_with_references()),
+            differences: options.effort.differences(),
             references: Vec::new(),
         }
     }
@@ -135,22 +140,53 @@ impl<'a> Updater<'a> {
             .compressor
             .compress_against(content, &self.references)
             .map_err(|why| EncodeError::Compress { frame, why })?;
+        let mut best = referring(Codec::ZstdReferences, packed, &windows);
+        if let Some(difference) = self.difference(frame, content, best.bytes.len())?
+            && cost(&difference) < cost(&best)
+        {
+            best = difference;
+        }
         // Where references bring much, content alone would not be smaller.
-        if packed.len() < content.len() / 8 {
-            return Ok(with_references(packed, &windows));
+        if best.bytes.len() < content.len() / 8 {
+            return Ok(best);
         }
         let plain = plain()?;
         let plain_len = match plain.codec {
             Codec::Stored => content.len(),
             _ => plain.bytes.len(),
         };
-        Ok(
-            if packed.len() + REFERENCE_COST * windows.len() < plain_len {
-                with_references(packed, &windows)
-            } else {
-                plain
-            },
-        )
+        Ok(if cost(&best) < plain_len { best } else { plain })
+    }
+
+    /// The frame as a bytewise difference, where old content lies under it, and there is something to be gained.
+    fn difference(
+        &mut self,
+        frame: u32,
+        content: &[u8],
+        len: usize,
+    ) -> Result<Option<Encoding>, EncodeError> {
+        if !self.differences || len < LEAST_DIFFERENCE {
+            return Ok(None);
+        }
+        let Against {
+            similar, sources, ..
+        } = self.against;
+        let Some(windows) = align(similar, sources, content)? else {
+            return Ok(None);
+        };
+        self.read(&windows)?;
+        self.references
+            .iter_mut()
+            .zip(content)
+            .for_each(|(old, new)| *old = new.wrapping_sub(*old));
+        let packed = self
+            .compressor
+            .compress(&self.references)
+            .map_err(|why| EncodeError::Compress { frame, why })?;
+        Ok(match packed {
+            Packed::Zstd(packed) => Some(referring(Codec::Difference, packed, &windows)),
+            Packed::Stored => None,
+        })
     }
 
     fn read(&mut self, windows: &[Window]) -> Result<(), EncodeError> {
@@ -166,7 +202,7 @@ impl<'a> Updater<'a> {
     }
 }
 
-fn with_references(bytes: Vec<u8>, windows: &[Window]) -> Encoding {
+fn referring(codec: Codec, bytes: Vec<u8>, windows: &[Window]) -> Encoding {
     let references = windows
         .iter()
         .map(|window| Reference {
@@ -176,8 +212,13 @@ fn with_references(bytes: Vec<u8>, windows: &[Window]) -> Encoding {
         })
         .collect();
     Encoding {
-        codec: Codec::ZstdReferences,
+        codec,
         bytes,
         references,
     }
+}
+
+/// Bytes in the pack, and about in the index.
+fn cost(encoding: &Encoding) -> usize {
+    encoding.bytes.len() + REFERENCE_COST * encoding.references.len()
 }
