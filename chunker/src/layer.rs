@@ -13,6 +13,7 @@ pub mod encode;
 pub mod hash;
 mod pages;
 pub mod read;
+mod reread;
 pub mod restore;
 mod slab;
 mod stats;

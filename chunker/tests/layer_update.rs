@@ -142,6 +142,7 @@ fn make(
         .unwrap()
         .unwrap();
     let against = Against {
+        hashed: None,
         outline,
         sources,
         similar: &similar,

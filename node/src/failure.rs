@@ -112,7 +112,8 @@ impl From<EncodeError> for Failure {
             }
             EncodeError::Pack { ref source, .. } => io_code(source),
             EncodeError::Hash(error) => return of_hash(error),
-            EncodeError::Parts { .. } => Code::Changed,
+            EncodeError::Parts { .. } | EncodeError::Changed { .. } => Code::Changed,
+            EncodeError::Hashed { ref source, .. } => io_code(source),
             EncodeError::Extents { .. } => Code::Invalid,
             EncodeError::Compress { .. } | EncodeError::Index(_) => Code::Internal,
         };

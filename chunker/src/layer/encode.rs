@@ -29,6 +29,7 @@ use super::assemble::Assembler;
 use super::codec::FrameFault;
 use super::coordinate::{Coordinator, PackWriter};
 use super::cut::{Cuts, Cutter};
+use super::reread::Reread;
 use super::slab::{SLAB_LEN, Slab, SlabReader};
 use super::stats::EncodeStats;
 use super::work::{self, Event, Job, PanicGuard};
@@ -89,8 +90,18 @@ impl Effort {
     }
 }
 
+/// New content that was hashed before it is encoded.
+pub struct Hashed<'a> {
+    /// Its hash.
+    pub tree: Tree,
+    /// Its outboard.
+    pub outboard: &'a (dyn ReadAt + Sync),
+}
+
 /// What an update is made against.
 pub struct Against<'a> {
+    /// The new content's tree, where it has one already: what is read must agree with it.
+    pub hashed: Option<Hashed<'a>>,
     /// What is known of the new content without reading it.
     pub outline: &'a Outline,
     /// The old contents. Where `in_place`, the first is the parent.
@@ -242,6 +253,22 @@ pub enum EncodeError {
     /// A tree could not be made.
     #[error("hashing: {0}")]
     Hash(#[from] HashError),
+    /// The content is not what it was when it was hashed.
+    #[error(
+        "the content at byte {offset} changed while it was read: nothing was published; stop what writes to it, or publish a snapshot"
+    )]
+    Changed {
+        /// First byte of the chunk group.
+        offset: u64,
+    },
+    /// The tree made of the content before could not be read.
+    #[error("reading the content's hash tree at byte {offset}: {source}")]
+    Hashed {
+        /// Offset in the outboard.
+        offset: u64,
+        /// What the operating system said.
+        source: io::Error,
+    },
     /// zstd failed: out of memory.
     #[error("compressing frame {frame}: {why}")]
     Compress {
@@ -356,7 +383,13 @@ where
         }
         let hasher = scope.spawn({
             let events = events.clone();
-            move || run_hasher(hashing, &hasher_queue, outputs.content_outboard, events)
+            move || {
+                let reread = against
+                    .and_then(|against| against.hashed.as_ref())
+                    .map(|hashed| Reread::new(hashed, outline));
+                let storage = outputs.content_outboard;
+                run_hasher(hashing, reread, &hasher_queue, storage, events)
+            }
         });
         scope.spawn({
             let jobs = jobs.clone();
@@ -378,13 +411,13 @@ where
         let hashed = hashed?;
         done?;
         let content = match hashed {
-            Hashed::Stream(tree, storage) => ContentHashes::Stream(tree, storage),
-            Hashed::Parts(mut parts) => {
+            InOrder::Stream(tree, storage) => ContentHashes::Stream(tree, storage),
+            InOrder::Parts(mut parts) => {
                 parts.extend(made.parts);
                 parts.sort_unstable_by_key(|(index, _)| *index);
                 ContentHashes::Parts(parts.into_iter().map(|(_, root)| root).collect())
             }
-            Hashed::Known => ContentHashes::Known,
+            InOrder::Known => ContentHashes::Known,
         };
         source.check_unchanged()?;
         let (pack, pack_outboard) = made.tree.finish()?;
@@ -446,7 +479,8 @@ fn run_reader(
     let _ = guard.0.send(end);
 }
 
-enum Hashed<C> {
+/// What hashing in order made.
+enum InOrder<C> {
     Stream(Tree, C),
     Parts(Vec<(usize, RootHash)>),
     Known,
@@ -454,19 +488,30 @@ enum Hashed<C> {
 
 fn run_hasher<C: ReadAt + WriteAt>(
     hashing: Hashing,
+    reread: Option<Reread<'_>>,
     slabs: &Receiver<Arc<Slab>>,
     storage: C,
     events: SyncSender<Event>,
-) -> Result<Hashed<C>, HashError> {
+) -> Result<InOrder<C>, EncodeError> {
     let guard = PanicGuard(events);
-    match hashing {
-        Hashing::Parts => Ok(Hashed::Parts(work::hash_parts(slabs))),
-        Hashing::Known => {
-            slabs.iter().for_each(drop);
-            Ok(Hashed::Known)
-        }
+    let hashed = match hashing {
+        Hashing::Parts => Ok(InOrder::Parts(work::hash_parts(slabs))),
+        Hashing::Known => check_known(reread, slabs).map(|()| InOrder::Known),
         Hashing::Stream => work::hash_stream(slabs, storage)
-            .map(|(tree, storage)| Hashed::Stream(tree, storage))
-            .inspect_err(|_| drop(guard.0.send(Event::Stopped))),
+            .map(|(tree, storage)| InOrder::Stream(tree, storage))
+            .map_err(EncodeError::from),
+    };
+    hashed.inspect_err(|_| drop(guard.0.send(Event::Stopped)))
+}
+
+fn check_known(
+    mut reread: Option<Reread<'_>>,
+    slabs: &Receiver<Arc<Slab>>,
+) -> Result<(), EncodeError> {
+    for slab in slabs {
+        if let Some(reread) = &mut reread {
+            reread.push(&slab)?;
+        }
     }
+    reread.map_or(Ok(()), Reread::finish)
 }

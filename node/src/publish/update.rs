@@ -1,13 +1,15 @@
 //! Updates: what of new content the parent has, and the layer that makes the rest.
 //!
 //! A stream is read twice where it changed, and once where it did not: first it is hashed, and its hash tree, compared with the
-//! parent's, tells which chunk groups differ. Of a tree only files are read whose length or time differ.
+//! parent's, tells which chunk groups differ; what is read of these must agree with the tree. Of a tree only files are read whose length or time differ.
 
-use capsule_chunker::bao::{DiffError, Tree, changed_groups, verify};
-use capsule_chunker::content::{AsReadAt, Content, Source};
+use capsule_chunker::bao::{DiffError, Tree, changed_groups};
+use capsule_chunker::content::{Content, Source};
 use capsule_chunker::delta::{OldSource, Outline, Similar, SimilarOptions};
 use capsule_chunker::layer::EncodeStats;
-use capsule_chunker::layer::encode::{Against, ContentHashes, EncodeError, encode, encode_update};
+use capsule_chunker::layer::encode::{
+    Against, ContentHashes, EncodeError, Hashed, encode, encode_update,
+};
 use capsule_chunker::layer::hash::hash_source;
 use capsule_chunker::tree::{TreeOutline, TreeSource};
 use capsule_proto::RootHash;
@@ -57,14 +59,11 @@ impl Making<'_> {
         let changed = changed.map_err(|error| of_diff(&old.component, &error))?;
         let outline = Outline::of_groups(tree.size, &changed);
         self.work.set_total(tree.size + outline.unknown_len());
-        let against = self.encode_against(source, &outline, old, Space::Stream, kind)?;
-        // It was read twice: a device does not tell that it changed in between.
-        let same = verify(&tree, &changed, &AsReadAt(source), &outboard);
-        if !same.is_ok_and(|same| changed.difference(&same).is_empty()) {
-            let message = "the content changed while it was read: nothing was published";
-            return Err(Failure::new(FailureCode::Changed, message)
-                .hint("stop what writes to it, or publish a snapshot"));
-        }
+        let hashed = Hashed {
+            tree,
+            outboard: &outboard,
+        };
+        let against = self.encode_against(source, Some(hashed), &outline, old, kind)?;
         let AgainstOld {
             encoded,
             import,
@@ -111,13 +110,7 @@ impl Making<'_> {
             parent,
             sources,
             below,
-        } = self.encode_against(
-            source,
-            &outline.outline,
-            old,
-            Space::Contents,
-            ComponentKind::Tree,
-        )?;
+        } = self.encode_against(source, None, &outline.outline, old, ComponentKind::Tree)?;
         let ContentHashes::Parts(read) = &encoded.content else {
             return Err(unexpected("a tree came as a stream"));
         };
@@ -165,11 +158,15 @@ impl Making<'_> {
     fn encode_against(
         &self,
         source: &dyn Source,
+        hashed: Option<Hashed<'_>>,
         outline: &Outline,
         old: Old,
-        space: Space,
         kind: ComponentKind,
     ) -> Result<AgainstOld, Failure> {
+        let space = match kind {
+            ComponentKind::Tree => Space::Contents,
+            _ => Space::Stream,
+        };
         let name = IndexSource {
             kind: SourceKind::Parent,
             root: old.component.root,
@@ -189,6 +186,7 @@ impl Making<'_> {
             found.ok_or_else(Failure::cancelled)?
         };
         let against = Against {
+            hashed,
             outline,
             sources: &sources,
             similar: &similar,

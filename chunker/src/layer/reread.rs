@@ -1,0 +1,145 @@
+//! What an update reads must be what was hashed before it: a device does not tell that somebody wrote to it in between.
+//!
+//! The bytes that become frames are compared with the content's hash tree themselves. To read the source once more afterwards
+//! would not do: what is changed and changed back between two readings is in neither of them, but in the frames.
+
+use std::io;
+
+use capsule_proto::ranges::{group_bytes, group_count};
+use capsule_proto::{GROUP_LEN, GroupRanges};
+use positioned_io::ReadAt;
+
+use super::encode::{EncodeError, Hashed};
+use super::slab::Slab;
+use crate::bao::{VerifyError, verify};
+use crate::delta::Outline;
+
+/// Zeros are compared as bytes, where a group is not wholly zero.
+static ZEROS: [u8; GROUP_LEN as usize] = [0; GROUP_LEN as usize];
+
+/// Compares what is read with the tree, slab by slab.
+pub(super) struct Reread<'a> {
+    hashed: &'a Hashed<'a>,
+    outline: &'a Outline,
+    /// Where in the content the bytes lie that wait for the rest of their group.
+    start: u64,
+    bytes: Vec<u8>,
+}
+
+impl<'a> Reread<'a> {
+    pub fn new(hashed: &'a Hashed<'a>, outline: &'a Outline) -> Self {
+        Self {
+            hashed,
+            outline,
+            start: 0,
+            bytes: Vec::new(),
+        }
+    }
+
+    /// Takes the next slab; the outline's unknown stretches are whole chunk groups.
+    pub fn push(&mut self, slab: &Slab) -> Result<(), EncodeError> {
+        for region in &slab.regions {
+            let mut at = region.at;
+            for place in self.outline.places(region.start..region.start + region.len) {
+                let len = place.end - place.start;
+                match &mut at {
+                    Some(at) => {
+                        self.data(place.start, slab.bytes(*at, len as usize))?;
+                        *at += len as usize;
+                    }
+                    None => self.zeros(place.start, len)?,
+                }
+            }
+        }
+        self.check()
+    }
+
+    /// Compares the last group.
+    pub fn finish(mut self) -> Result<(), EncodeError> {
+        self.check()?;
+        self.nothing_left()
+    }
+
+    fn data(&mut self, start: u64, bytes: &[u8]) -> Result<(), EncodeError> {
+        if self.start + self.bytes.len() as u64 != start {
+            self.check()?;
+            self.nothing_left()?;
+            self.start = start;
+        }
+        self.bytes.extend_from_slice(bytes);
+        Ok(())
+    }
+
+    /// Of long zeros only the groups that they share with data: nobody read the others, in either reading.
+    fn zeros(&mut self, start: u64, len: u64) -> Result<(), EncodeError> {
+        let end = start + len;
+        let up = start.next_multiple_of(GROUP_LEN).min(end);
+        self.data(start, &ZEROS[..(up - start) as usize])?;
+        let down = (end - end % GROUP_LEN).max(up);
+        if down < end {
+            self.data(down, &ZEROS[..(end - down) as usize])?;
+        }
+        Ok(())
+    }
+
+    /// Compares all groups that are whole.
+    fn check(&mut self) -> Result<(), EncodeError> {
+        let Hashed { tree, outboard } = self.hashed;
+        let first = self.start / GROUP_LEN;
+        let end = self.start + self.bytes.len() as u64;
+        let whole = if end == tree.size {
+            group_count(tree.size)
+        } else {
+            end / GROUP_LEN
+        };
+        if whole <= first || self.bytes.is_empty() {
+            return Ok(());
+        }
+        let groups = GroupRanges::from(first..whole);
+        let data = Window {
+            start: self.start,
+            bytes: &self.bytes,
+        };
+        let same = verify(tree, &groups, &data, *outboard).map_err(|error| match error {
+            VerifyError::Outboard { offset, source } => EncodeError::Hashed { offset, source },
+            VerifyError::Data { group, .. } => EncodeError::Changed {
+                offset: group * GROUP_LEN,
+            },
+        })?;
+        if let Some(run) = groups.difference(&same).runs().first() {
+            return Err(EncodeError::Changed {
+                offset: run.start * GROUP_LEN,
+            });
+        }
+        let done = group_bytes(&(first..whole), tree.size).end - self.start;
+        self.bytes.drain(..done as usize);
+        self.start += done;
+        Ok(())
+    }
+
+    /// Only what is not as long as it was leaves part of a group.
+    fn nothing_left(&self) -> Result<(), EncodeError> {
+        if self.bytes.is_empty() {
+            return Ok(());
+        }
+        Err(EncodeError::Changed { offset: self.start })
+    }
+}
+
+/// Bytes of content from some place on.
+struct Window<'a> {
+    start: u64,
+    bytes: &'a [u8],
+}
+
+impl ReadAt for Window<'_> {
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<usize> {
+        let from = offset
+            .checked_sub(self.start)
+            .and_then(|from| self.bytes.get(from as usize..));
+        let bytes = from.unwrap_or_default();
+        let len = bytes.len().min(buf.len());
+        buf[..len].copy_from_slice(&bytes[..len]);
+        Ok(len)
+    }
+}
