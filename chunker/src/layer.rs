@@ -10,6 +10,7 @@ pub mod codec;
 mod coordinate;
 mod cut;
 pub mod encode;
+mod error;
 pub mod hash;
 mod pages;
 pub mod read;

@@ -6,9 +6,9 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use capsule_chunker::content::{BytesSource, Content, ReadError};
+use capsule_chunker::content::{BytesSource, Content, ReadError, Spent};
 use capsule_chunker::layer::codec::{Compressor, FrameFault, Packed};
-use capsule_chunker::layer::read::{LayerContent, LayerError, ReadOptions};
+use capsule_chunker::layer::read::{LayerCache, LayerContent, LayerError, ReadOptions};
 use capsule_chunker::layer::restore::RestoreError;
 use capsule_chunker::layer::{Cuts, IndexFault};
 use capsule_proto::index::{
@@ -350,7 +350,7 @@ fn an_index_that_contradicts_itself_is_refused_where_it_is_read() {
     ));
 }
 
-// Each frame refers to three of the depth below, each time with another in between: 3^8 decodings for one byte.
+// Each frame refers to four of the depth below, each time with another in between: 4^8 decodings for one byte.
 #[test]
 fn a_frame_that_takes_too_many_others_is_refused() {
     let mut builder = IndexBuilder::new();
@@ -359,7 +359,8 @@ fn a_frame_that_takes_too_many_others_is_refused() {
         let below = std::mem::take(&mut ids);
         for n in 0..6u8 {
             let content = [depth, n].repeat(20);
-            let wanted = [n, n + 2, n + 4].map(|i| below.get(usize::from(i) % below.len().max(1)));
+            let wanted =
+                [n, n + 1, n + 2, n + 3].map(|i| below.get(usize::from(i) % below.len().max(1)));
             let references: Vec<_> = wanted
                 .into_iter()
                 .flatten()
@@ -403,11 +404,11 @@ fn a_frame_that_takes_too_many_others_is_refused() {
             Arc::new(index.clone()),
             Arc::new(pack.clone()),
             vec![],
-            &ReadOptions { cache_len },
+            &LayerCache::new(&ReadOptions { cache_len }),
         )?;
         content.read(0, &mut [0; 40])
     };
-    assert!(matches!(read(0), Err(LayerError::TooDear { .. })));
+    assert!(matches!(read(0), Err(LayerError::Spent(Spent::TooDear(_)))));
     // A cache that holds them decodes each once: what is refused is the work, not the shape.
     read(1 << 20).unwrap();
 }
@@ -442,7 +443,7 @@ fn pages_of_the_index_are_read_when_they_are_needed() {
         index.clone(),
         Arc::new(pack),
         vec![],
-        &ReadOptions::default(),
+        &LayerCache::new(&ReadOptions::default()),
     )
     .unwrap();
     assert_eq!(index.refused.load(Ordering::Relaxed), 0);

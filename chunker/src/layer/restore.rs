@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::num::NonZeroUsize;
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
@@ -15,15 +16,20 @@ use std::thread;
 use capsule_proto::index::RunFrom;
 use thiserror::Error;
 
-use super::pages::{IndexFault, Part, PartFrom, Parts};
+use super::pages::{Part, PartFrom, Parts};
 use super::read::{LayerContent, LayerError};
 use crate::bao::{ContentHasher, HashError};
-use crate::content::{Content, Progress};
+use crate::content::{Budget, Content, Progress, Spent, follow};
 
 /// Bytes in a job, where frames are shorter: enough that handing it over costs nothing.
 const JOB_LEN: u64 = 1 << 20;
 /// Most parts in a job, however short they are.
 const JOB_PARTS: usize = 1024;
+/// Zeros in what comes from sources are handed on as such from this length on.
+const LEAST_ZEROS: u64 = 16 << 10;
+/// How many pieces of a part that comes from sources are looked at for zeros: all of a part of [`JOB_LEN`] where they are
+/// about as short.
+const PIECES_ASKED: usize = (JOB_LEN / LEAST_ZEROS) as usize;
 
 /// Takes restored content, in order from 0 to the end, without gaps.
 pub trait Sink {
@@ -63,7 +69,7 @@ pub enum RestoreError {
 
 /// Gives all of a component to a sink, in order, and to a hasher, where there is one.
 ///
-/// A frame is decoded once, but for repeats that lie further apart than the content's cache reaches. The hasher computes
+/// Holes stay holes: what the index, or that of a source, knows to be zero is not read. A frame is decoded once, but for repeats that lie further apart than the content's cache reaches. The hasher computes
 /// the root while the sink writes; comparing it with the component's is the caller's.
 pub fn restore(
     content: &LayerContent,
@@ -78,10 +84,14 @@ pub fn restore(
     let (jobs, job_queue) = sync_channel(under_way);
     let job_queue = Mutex::new(job_queue);
     let (events, event_queue) = sync_channel(under_way + threads);
+    // What is under way when delivery ends is not wanted any more either.
+    let ended = AtomicBool::new(false);
+    let cancelled: &(dyn Fn() -> bool + Sync) =
+        &|| ended.load(Ordering::Relaxed) || progress.cancelled();
     thread::scope(|scope| {
         for _ in 0..threads {
             let (events, job_queue) = (events.clone(), &job_queue);
-            scope.spawn(move || run_worker(content, job_queue, events));
+            scope.spawn(move || run_worker(content, job_queue, events, cancelled));
         }
         drop(events);
         let (to_hasher, hashing) = hasher
@@ -91,8 +101,10 @@ pub fn restore(
             })
             .unzip();
         let jobs_left = Jobs {
+            content,
             parts: content.parts(0..content.len()),
             pending: None,
+            cancelled,
         };
         let done = Delivery {
             sink,
@@ -100,6 +112,7 @@ pub fn restore(
             progress,
         }
         .run(jobs_left, jobs, &event_queue, under_way);
+        ended.store(true, Ordering::Relaxed);
         // Workers that wait to tell a result find nobody, and end.
         drop(event_queue);
         // Its queue is closed by now: it ends when all is hashed.
@@ -168,9 +181,11 @@ impl Bytes {
 
 /// Splits a component into jobs.
 struct Jobs<'a> {
+    content: &'a LayerContent,
     parts: Parts<'a>,
     /// What was split off or belongs to the next job.
     pending: Option<Part>,
+    cancelled: &'a (dyn Fn() -> bool + Sync),
 }
 
 impl Jobs<'_> {
@@ -180,34 +195,59 @@ impl Jobs<'_> {
     }
 
     /// The next parts: about [`JOB_LEN`] bytes. Neighbours from one frame stay together; zeros count for nothing.
-    fn next(&mut self) -> Result<Vec<Part>, IndexFault> {
+    fn next(&mut self) -> Result<Vec<Part>, LayerError> {
+        let mut walking = Budget::until(JOB_LEN, self.cancelled);
+        let mut asking = Budget::question_until(self.cancelled);
         let mut parts: Vec<Part> = Vec::new();
         let mut len = 0;
         while parts.len() < JOB_PARTS
-            && let Some(mut next) = self
-                .pending
-                .take()
-                .map(Ok)
-                .or_else(|| self.parts.next())
-                .transpose()?
+            && let Some(mut next) = self.next_part(&mut walking)?
         {
             let frame = frame_of(&next);
             if len >= JOB_LEN && (frame.is_none() || parts.last().and_then(frame_of) != frame) {
                 self.pending = Some(next);
                 break;
             }
-            if next.from != PartFrom::Mentioned(RunFrom::Zero) {
-                // Frames are short enough; copies may be of any length.
-                if frame.is_none() && next.len() > JOB_LEN {
-                    let front = next.split_off_front(JOB_LEN);
-                    self.pending = Some(std::mem::replace(&mut next, front));
+            // Frames are short enough; what comes from sources may be of any length, and much of it zeros.
+            if is_of_source(&next) && next.len() > JOB_LEN {
+                let zeros = self.zeros_at(&next, &mut asking);
+                let front = next.split_off_front(zeros.unwrap_or(JOB_LEN));
+                let rest = std::mem::replace(&mut next, front);
+                self.pending = (rest.len() > 0).then_some(rest);
+                if zeros.is_some() {
+                    next.from = ZERO;
                 }
+            }
+            if next.from != ZERO {
                 len += next.len();
             }
             parts.push(next);
         }
         Ok(parts)
     }
+
+    fn next_part(&mut self, budget: &mut Budget<'_>) -> Result<Option<Part>, LayerError> {
+        match self.pending.take() {
+            Some(part) => Ok(Some(part)),
+            None => self.parts.next(budget),
+        }
+    }
+
+    /// How many of the first bytes of a part are known to be zeros, if they are; also none where it cannot be told, as
+    /// whoever reads it will say why.
+    fn zeros_at(&self, part: &Part, budget: &mut Budget<'_>) -> Option<u64> {
+        let found = follow(self.content, part.range.clone(), budget).ok()?;
+        (found.zero && found.len() >= LEAST_ZEROS).then(|| found.len())
+    }
+}
+
+const ZERO: PartFrom = PartFrom::Mentioned(RunFrom::Zero);
+
+fn is_of_source(part: &Part) -> bool {
+    matches!(
+        part.from,
+        PartFrom::Inherited | PartFrom::Mentioned(RunFrom::Copy { .. })
+    )
 }
 
 fn frame_of(part: &Part) -> Option<u32> {
@@ -217,7 +257,12 @@ fn frame_of(part: &Part) -> Option<u32> {
     }
 }
 
-fn run_worker(content: &LayerContent, jobs: &Mutex<Receiver<Job>>, events: SyncSender<Event>) {
+fn run_worker(
+    content: &LayerContent,
+    jobs: &Mutex<Receiver<Job>>,
+    events: SyncSender<Event>,
+    cancelled: &(dyn Fn() -> bool + Sync),
+) {
     let guard = PanicGuard(events);
     loop {
         // Held while waiting for a job: the others have nothing to do then either.
@@ -225,10 +270,7 @@ fn run_worker(content: &LayerContent, jobs: &Mutex<Receiver<Job>>, events: SyncS
         let Ok(Job { sequence, parts }) = job else {
             return;
         };
-        let made = parts
-            .into_iter()
-            .map(|part| make(content, &part))
-            .collect::<Result<Vec<_>, _>>();
+        let made = make(content, &parts, cancelled);
         if guard
             .0
             .send(Event::Done {
@@ -242,38 +284,97 @@ fn run_worker(content: &LayerContent, jobs: &Mutex<Receiver<Job>>, events: SyncS
     }
 }
 
-fn make(content: &LayerContent, part: &Part) -> Result<Made, RestoreError> {
-    let len = part.len();
+/// Decodes a job's parts, which are paid for as one read.
+fn make(
+    content: &LayerContent,
+    parts: &[Part],
+    cancelled: &(dyn Fn() -> bool + Sync),
+) -> Result<Vec<Made>, RestoreError> {
+    let decoded = parts.iter().filter(|part| part.from != ZERO);
+    let mut budget = Budget::until(decoded.map(Part::len).sum(), cancelled);
+    let mut made = Vec::with_capacity(parts.len());
+    for part in parts {
+        make_part(content, part, &mut made, &mut budget).map_err(|error| match error {
+            LayerError::Spent(Spent::Cancelled) => RestoreError::Cancelled,
+            source => RestoreError::Layer {
+                range: part.range.clone(),
+                source,
+            },
+        })?;
+    }
+    Ok(made)
+}
+
+fn make_part(
+    content: &LayerContent,
+    part: &Part,
+    made: &mut Vec<Made>,
+    budget: &mut Budget<'_>,
+) -> Result<(), LayerError> {
     let bytes = match part.from {
-        PartFrom::Mentioned(RunFrom::Zero) => Ok(Bytes::Zeros(len)),
+        PartFrom::Mentioned(RunFrom::Zero) => Bytes::Zeros(part.len()),
         PartFrom::Mentioned(RunFrom::Frame { id, offset }) => {
-            let range = offset as usize..offset as usize + len as usize;
-            content.frame_for(part, id, offset).map(|frame| {
-                // A small piece must not keep a large frame in memory.
-                if range.len() < frame.len() / 4 {
-                    Bytes::Own(frame[range].to_vec())
-                } else {
-                    Bytes::Frame(frame, range)
-                }
-            })
+            let range = offset as usize..offset as usize + part.len() as usize;
+            let frame = content.frame_for(part, id, offset, budget)?;
+            // A small piece must not keep a large frame in memory.
+            if range.len() < frame.len() / 4 {
+                Bytes::Own(frame[range].to_vec())
+            } else {
+                Bytes::Frame(frame, range)
+            }
         }
         PartFrom::Mentioned(RunFrom::Copy { .. }) | PartFrom::Inherited => {
-            let mut bytes = vec![0; len as usize];
-            content
-                .read_part(part, &mut bytes)
-                .map(|()| Bytes::Own(bytes))
+            return make_of_source(content, part.range.clone(), made, budget);
         }
     };
-    match bytes {
-        Ok(bytes) => Ok(Made {
-            offset: part.range.start,
-            bytes,
-        }),
-        Err(source) => Err(RestoreError::Layer {
-            range: part.range.clone(),
-            source,
-        }),
+    made.push(Made {
+        offset: part.range.start,
+        bytes,
+    });
+    Ok(())
+}
+
+/// Reads what comes from sources, except what these know to be zeros.
+fn make_of_source(
+    content: &LayerContent,
+    range: Range<u64>,
+    made: &mut Vec<Made>,
+    budget: &mut Budget<'_>,
+) -> Result<(), LayerError> {
+    let read = |range: Range<u64>, made: &mut Vec<Made>, budget: &mut Budget<'_>| {
+        if range.is_empty() {
+            return Ok(());
+        }
+        let mut bytes = vec![0; (range.end - range.start) as usize];
+        content.read_paying(range.start, &mut bytes, budget)?;
+        made.push(Made {
+            offset: range.start,
+            bytes: Bytes::Own(bytes),
+        });
+        Ok::<_, LayerError>(())
+    };
+    let mut unread = range.clone();
+    let mut at = range.start;
+    for _ in 0..PIECES_ASKED {
+        if at == range.end {
+            break;
+        }
+        // Reading it will tell what is wrong.
+        let Ok(found) = follow(content, at..range.end, budget) else {
+            break;
+        };
+        let len = found.len();
+        if found.zero && len >= LEAST_ZEROS {
+            read(unread.start..at, made, budget)?;
+            made.push(Made {
+                offset: at,
+                bytes: Bytes::Zeros(len),
+            });
+            unread.start = at + len;
+        }
+        at += len;
     }
+    read(unread, made, budget)
 }
 
 fn run_hasher(
@@ -311,9 +412,12 @@ impl Delivery<'_> {
         let (mut given, mut delivered) = (0, 0);
         loop {
             while given - delivered < under_way as u64 {
-                let parts = left.next().map_err(|fault| RestoreError::Layer {
-                    range: left.rest(),
-                    source: fault.into(),
+                let parts = left.next().map_err(|error| match error {
+                    LayerError::Spent(Spent::Cancelled) => RestoreError::Cancelled,
+                    source => RestoreError::Layer {
+                        range: left.rest(),
+                        source,
+                    },
                 })?;
                 if parts.is_empty() {
                     break;

@@ -12,7 +12,7 @@ use capsule_chunker::layer::Cuts;
 use capsule_chunker::layer::encode::{
     ContentHashes, Effort, EncodeError, EncodeOptions, Encoded, Outputs, encode,
 };
-use capsule_chunker::layer::read::{LayerContent, LayerError, ReadOptions};
+use capsule_chunker::layer::read::{LayerCache, LayerContent, LayerError, ReadOptions};
 use capsule_chunker::layer::restore::{RestoreError, Sink, restore};
 use capsule_proto::RootHash;
 use proptest::prelude::*;
@@ -240,7 +240,7 @@ pub fn open(
         Arc::new(index),
         Arc::new(pack),
         sources,
-        &ReadOptions::default(),
+        &LayerCache::new(&ReadOptions::default()),
     )
 }
 

@@ -1,0 +1,201 @@
+//! What one read may cost, whatever it leads through.
+//!
+//! Content may be made of other content, many layers deep: without a bound over all of them, each layer that refers to many
+//! places of the one below multiplies what a read costs. Whoever makes bytes pays from the budget of the read that wants them.
+
+use thiserror::Error;
+
+/// A budget has its amounts once for a read, and once more for each so many bytes that it asks for.
+const UNIT: u64 = 1 << 20;
+/// Frames decoded. An honest chain of 256 layers, in each of which the same 8 MiB changed, needs 32 frames of 256 KiB of each
+/// layer: 8192. So many small ones take half a second.
+const FRAMES: u64 = 16_384;
+/// Bytes decoded. That chain needs 3 GiB, with references of 1 MiB a frame. A core makes them in some 5 seconds.
+const BYTES: u64 = 4 << 30;
+/// Bytes decoded to answer where content is zero: nothing is, but looking up costs too. Some 0.1 seconds.
+const QUESTION_BYTES: u64 = 256 << 20;
+/// Looking up what a range is, in one layer: about a microsecond.
+const STEP: u64 = 4 << 10;
+/// A page of an index that is decoded: at most 1 MiB, mostly far less.
+const PAGE: u64 = 512 << 10;
+/// References are copied, not decoded.
+const COPIED_PART: u64 = 8;
+/// References' bytes that are held while what else a frame refers to is made: those of the longest frames, 16 deep. Where
+/// nothing is kept yet, the first reference leads all the way down, when none is held.
+const HELD: u64 = 256 << 20;
+/// Frames made one for another: four in each layer of the longest chain. Each layer's page of runs is held meanwhile.
+const DEPTH: u32 = 4096;
+/// Whether to stop is asked after so much work.
+const ASK_EVERY: u64 = 1 << 20;
+
+/// Why a read was not done to its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+pub enum Spent {
+    /// It takes more than honest content needs.
+    #[error("one read takes {0}, more than any may: the layer is refused")]
+    TooDear(&'static str),
+    /// It was told to stop.
+    #[error("cancelled")]
+    Cancelled,
+}
+
+/// What is left for one read.
+pub struct Budget<'a> {
+    frames: u64,
+    bytes: u64,
+    held: u64,
+    depth: u32,
+    unasked: u64,
+    cancelled: &'a (dyn Fn() -> bool + Sync),
+}
+
+impl Budget<'static> {
+    /// For a read of so many bytes that nobody stops.
+    pub fn new(len: u64) -> Self {
+        Budget::until(len, &|| false)
+    }
+
+    /// For telling where content is zero.
+    pub(crate) fn question() -> Self {
+        Budget::question_until(&|| false)
+    }
+}
+
+impl<'a> Budget<'a> {
+    /// For a read of so many bytes that ends once the closure says so.
+    pub fn until(len: u64, cancelled: &'a (dyn Fn() -> bool + Sync)) -> Self {
+        let units = 1 + len / UNIT;
+        Self {
+            frames: FRAMES.saturating_mul(units),
+            bytes: BYTES.saturating_mul(units),
+            held: HELD,
+            depth: 0,
+            unasked: 0,
+            cancelled,
+        }
+    }
+
+    /// For telling where content is zero, until the closure ends it.
+    pub(crate) fn question_until(cancelled: &'a (dyn Fn() -> bool + Sync)) -> Self {
+        Self {
+            bytes: QUESTION_BYTES,
+            ..Self::until(0, cancelled)
+        }
+    }
+
+    /// Fails where the reader no longer waits.
+    pub(crate) fn check(&self) -> Result<(), Spent> {
+        match (self.cancelled)() {
+            true => Err(Spent::Cancelled),
+            false => Ok(()),
+        }
+    }
+
+    /// Pays for looking up what a range is.
+    pub(crate) fn step(&mut self) -> Result<(), Spent> {
+        self.spend(STEP)
+    }
+
+    /// Pays for decoding a page of an index.
+    pub(crate) fn page(&mut self) -> Result<(), Spent> {
+        self.spend(PAGE)
+    }
+
+    /// Pays for decoding a frame: the bytes that are read and made, and those that are copied for it.
+    pub(crate) fn frame(&mut self, made: u64, copied: u64) -> Result<(), Spent> {
+        self.frames = self
+            .frames
+            .checked_sub(1)
+            .ok_or(Spent::TooDear("too many frames"))?;
+        self.spend(made + copied / COPIED_PART)
+    }
+
+    fn spend(&mut self, bytes: u64) -> Result<(), Spent> {
+        self.bytes = self
+            .bytes
+            .checked_sub(bytes)
+            .ok_or(Spent::TooDear("too much decoding"))?;
+        self.unasked += bytes;
+        if self.unasked >= ASK_EVERY {
+            self.unasked = 0;
+            self.check()?;
+        }
+        Ok(())
+    }
+
+    /// Notes bytes that stay in memory while more is made.
+    pub(crate) fn hold(&mut self, bytes: u64) -> Result<(), Spent> {
+        self.held = self
+            .held
+            .checked_sub(bytes)
+            .ok_or(Spent::TooDear("too much memory"))?;
+        Ok(())
+    }
+
+    /// They no longer do.
+    pub(crate) fn release(&mut self, bytes: u64) {
+        self.held += bytes;
+    }
+
+    /// Begins to make a frame for another, and tells how many are being made.
+    pub(crate) fn descend(&mut self) -> Result<u32, Spent> {
+        if self.depth == DEPTH {
+            return Err(Spent::TooDear("too many frames one for another"));
+        }
+        self.depth += 1;
+        Ok(self.depth)
+    }
+
+    /// It is made.
+    pub(crate) fn ascend(&mut self) {
+        self.depth -= 1;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use super::*;
+
+    #[test]
+    fn what_is_asked_for_pays() {
+        let frames = |len| {
+            let mut budget = Budget::new(len);
+            (0..).take_while(|_| budget.frame(1, 0).is_ok()).count() as u64
+        };
+        assert_eq!(frames(0), FRAMES);
+        assert_eq!(frames(UNIT - 1), FRAMES);
+        assert_eq!(frames(3 * UNIT), 4 * FRAMES);
+        let mut budget = Budget::new(0);
+        let longest = 32 << 20;
+        let made = (0..)
+            .take_while(|_| budget.frame(longest, longest).is_ok())
+            .count() as u64;
+        assert_eq!(made, BYTES / (longest + longest / COPIED_PART));
+    }
+
+    #[test]
+    fn stopping_is_noticed_within_a_megabyte_of_work() {
+        let stop = AtomicBool::new(false);
+        let cancelled = || stop.load(Ordering::Relaxed);
+        let mut budget = Budget::until(0, &cancelled);
+        budget.frame(10 * ASK_EVERY, 0).unwrap();
+        stop.store(true, Ordering::Relaxed);
+        let steps = (0..).take_while(|_| budget.step().is_ok()).count() as u64;
+        assert!(steps <= ASK_EVERY / STEP, "{steps}");
+    }
+
+    #[test]
+    fn what_is_held_and_how_deep_is_bounded() {
+        let mut budget = Budget::new(0);
+        budget.hold(HELD).unwrap();
+        assert!(matches!(budget.hold(1), Err(Spent::TooDear(_))));
+        budget.release(HELD);
+        budget.hold(1).unwrap();
+        (1..=DEPTH).for_each(|depth| assert_eq!(budget.descend(), Ok(depth)));
+        assert!(matches!(budget.descend(), Err(Spent::TooDear(_))));
+        budget.ascend();
+        budget.descend().unwrap();
+    }
+}
