@@ -4,8 +4,6 @@
 //! work on bytes (the layer encoder, exports, the store). How each kind is read lives with that kind, in
 //! `image`, `tree` and `layer`; hashing lives in `bao`.
 
-mod budget;
-
 use std::io;
 use std::ops::Range;
 use std::path::PathBuf;
@@ -13,7 +11,7 @@ use std::path::PathBuf;
 use positioned_io::ReadAt;
 use thiserror::Error;
 
-pub use budget::{Budget, Spent};
+use crate::layer::read::LayerContent;
 
 /// Why content could not be read.
 #[derive(Debug, Error)]
@@ -62,9 +60,6 @@ pub enum ReadError {
         /// What failed.
         source: Box<dyn std::error::Error + Send + Sync>,
     },
-    /// The read costs too much, or was told to stop.
-    #[error(transparent)]
-    Spent(#[from] Spent),
 }
 
 impl ReadError {
@@ -96,100 +91,11 @@ pub trait Content: Send + Sync {
     /// Fills the buffer from an offset: all of it, or an error. Reading nothing within the content succeeds.
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), ReadError>;
 
-    /// As [`Content::read_at`], as part of a read that pays for all that is decoded for it.
-    fn read_within(
-        &self,
-        offset: u64,
-        buf: &mut [u8],
-        _budget: &mut Budget<'_>,
-    ) -> Result<(), ReadError> {
-        self.read_at(offset, buf)
+    /// Itself, if it is read through a layer: a layer upon it then reads both as one, so that what one read costs is bounded
+    /// however many layers it leads through.
+    fn as_layer(&self) -> Option<&LayerContent> {
+        None
     }
-
-    /// What the first bytes of a range are, which is not empty and lies within the content.
-    fn origin(&self, range: Range<u64>, _budget: &mut Budget<'_>) -> Result<Origin<'_>, ReadError> {
-        let len = range.end - range.start;
-        Ok(match self.is_zero(range) {
-            true => Origin::Zeros(len),
-            false => Origin::Own(len),
-        })
-    }
-}
-
-/// Where the first bytes of a range come from, as far as that is known without reading them.
-pub enum Origin<'a> {
-    /// So many zeros.
-    Zeros(u64),
-    /// So many bytes that the content itself has.
-    Own(u64),
-    /// As many bytes as the range has, of another content.
-    Of(&'a dyn Content, Range<u64>),
-}
-
-/// The first bytes of a range, followed down to the content that has them.
-pub struct Found<'a> {
-    /// Who has them.
-    pub content: &'a dyn Content,
-    /// Where.
-    pub range: Range<u64>,
-    /// Whether they are known to be zeros.
-    pub zero: bool,
-}
-
-impl Found<'_> {
-    /// How many bytes; at least one.
-    pub const fn len(&self) -> u64 {
-        self.range.end - self.range.start
-    }
-}
-
-/// Follows the first bytes of a range down to the content that has them. A loop, as chains of layers are long: its cost grows
-/// with their length, but not with what else they refer to.
-pub fn follow<'a>(
-    mut content: &'a dyn Content,
-    mut range: Range<u64>,
-    budget: &mut Budget<'_>,
-) -> Result<Found<'a>, ReadError> {
-    loop {
-        budget.step()?;
-        let (len, zero) = match content.origin(range.clone(), budget)? {
-            Origin::Of(other, there) => {
-                (content, range) = (other, there);
-                continue;
-            }
-            Origin::Zeros(len) => (len, true),
-            Origin::Own(len) => (len, false),
-        };
-        range.end = range.start + len;
-        return Ok(Found {
-            content,
-            range,
-            zero,
-        });
-    }
-}
-
-/// Fills a buffer from content that may be made of other content: each piece from the content that has it.
-pub fn read_through(
-    content: &dyn Content,
-    mut offset: u64,
-    buf: &mut [u8],
-    budget: &mut Budget<'_>,
-) -> Result<(), ReadError> {
-    check_range(content.len(), offset, buf.len())?;
-    let mut rest = buf;
-    while !rest.is_empty() {
-        let found = follow(content, offset..offset + rest.len() as u64, budget)?;
-        let (now, later) = rest.split_at_mut(found.len() as usize);
-        if found.zero {
-            now.fill(0);
-        } else {
-            found.content.read_within(found.range.start, now, budget)?;
-        }
-        offset += now.len() as u64;
-        rest = later;
-    }
-    Ok(())
 }
 
 /// A range of a source that is wholly stored, or known to be zero without reading it.

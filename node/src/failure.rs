@@ -6,7 +6,7 @@
 use std::io;
 
 use capsule_chunker::bao::HashError;
-use capsule_chunker::content::{ReadError as ContentError, Spent};
+use capsule_chunker::content::ReadError as ContentError;
 use capsule_chunker::image::ImageError;
 use capsule_chunker::layer::encode::EncodeError;
 use capsule_chunker::layer::read::LayerError;
@@ -70,8 +70,7 @@ impl From<ContentError> for Failure {
             ContentError::Changed { .. } => Code::Changed,
             ContentError::Io { .. } => Code::Io,
             ContentError::Format { .. } | ContentError::OutOfRange { .. } => Code::Invalid,
-            ContentError::Spent(Spent::Cancelled) => return Self::cancelled(),
-            ContentError::Decode { .. } | ContentError::Spent(_) => Code::Damaged,
+            ContentError::Decode { .. } => Code::Damaged,
         };
         Self::new(code, error.to_string())
     }

@@ -11,9 +11,9 @@ use std::time::Duration;
 
 use capsule_proto::index::{Frame, Run};
 
+use super::budget::{Budget, Spent};
 use super::codec::Decoder;
 use super::read::ReadOptions;
-use crate::content::{Budget, Spent};
 
 /// Bytes of pages of runs kept, at about 128 KiB each: two for each of the 256 layers of a long chain.
 const RUNS_KEPT: usize = 64 << 20;
@@ -26,8 +26,15 @@ const OVERHEAD: usize = 256;
 /// Who waits for another's making asks so often whether to go on.
 const ASK_EVERY: Duration = Duration::from_millis(20);
 
-/// Which layer of a stack, and which of its frames or pages.
+/// Which layer, by [`next_number`], and which of its frames or pages.
 pub(super) type Key = (u64, u64);
+
+/// A number for a layer that is opened: above those of its sources, as these were opened before. So whatever a frame refers to
+/// has a smaller key than itself.
+pub(super) fn next_number() -> u64 {
+    static OPENED: AtomicU64 = AtomicU64::new(0);
+    OPENED.fetch_add(1, Ordering::Relaxed)
+}
 
 /// What the layers of a stack share. Give the same to all of them.
 #[derive(Clone)]
@@ -38,7 +45,6 @@ pub(super) struct Shared {
     pub runs: Cache<Vec<Run>>,
     pub entries: Cache<Vec<Frame>>,
     decoders: Mutex<Vec<Decoder>>,
-    layers: AtomicU64,
 }
 
 impl LayerCache {
@@ -49,17 +55,11 @@ impl LayerCache {
             runs: Cache::new(RUNS_KEPT),
             entries: Cache::new(ENTRIES_KEPT),
             decoders: Mutex::default(),
-            layers: AtomicU64::new(0),
         }))
     }
 }
 
 impl Shared {
-    /// A number for a layer: above those of its sources, as these are opened before.
-    pub fn number(&self) -> u64 {
-        self.layers.fetch_add(1, Ordering::Relaxed)
-    }
-
     /// Lends a decoder.
     pub fn with_decoder<R>(&self, work: impl FnOnce(&mut Decoder) -> R) -> R {
         let decoders = || self.decoders.lock().unwrap_or_else(PoisonError::into_inner);
@@ -118,6 +118,20 @@ impl<V> Cache<V> {
         Self {
             inner: Mutex::new(inner),
             limit,
+        }
+    }
+
+    /// The value of a key, if it is kept.
+    pub fn kept(&self, key: Key) -> Option<Arc<V>> {
+        let slot = {
+            let mut inner = self.lock();
+            let entry = inner.entries.get_mut(&key)?;
+            entry.used = true;
+            entry.slot.clone()
+        };
+        match &*slot.lock() {
+            State::Made(value) => Some(value.clone()),
+            State::Wanted | State::Making => None,
         }
     }
 

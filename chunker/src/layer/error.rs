@@ -1,10 +1,12 @@
 //! Why a range could not be read through a layer.
 
+use capsule_proto::RootHash;
 use thiserror::Error;
 
+use super::budget::Spent;
 use super::codec::FrameFault;
 use super::pages::IndexFault;
-use crate::content::{ReadError, Spent};
+use crate::content::ReadError;
 
 /// Why a range could not be read through a layer.
 #[derive(Debug, Error)]
@@ -85,22 +87,12 @@ pub enum LayerError {
     /// The read costs too much, which is the layer's fault, or was told to stop.
     #[error(transparent)]
     Spent(#[from] Spent),
-    /// There is no stack for frames that refer to each other deeply.
-    #[error(
-        "frames refer to each other deeply, and no thread could be started to decode them: {0}"
-    )]
-    Stack(std::io::Error),
-}
-
-impl LayerError {
-    /// As content fails with it.
-    pub(super) fn of_content(self, offset: u64) -> ReadError {
-        match self {
-            Self::Spent(spent) => spent.into(),
-            error => ReadError::Decode {
-                offset,
-                source: Box::new(error),
-            },
-        }
-    }
+    /// What failed belongs to a layer further down.
+    #[error("the layer that makes {target}: {source}")]
+    Below {
+        /// What that layer makes.
+        target: RootHash,
+        /// What failed there.
+        source: Box<LayerError>,
+    },
 }

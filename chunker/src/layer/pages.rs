@@ -12,9 +12,9 @@ use capsule_proto::index::{Directory, Frame, Reference, Run, RunFrom, Span};
 use positioned_io::ReadAt;
 use thiserror::Error;
 
+use super::budget::Budget;
 use super::cache::Shared;
 use super::error::LayerError;
-use crate::content::Budget;
 
 /// First bytes of an index, which tell how long its directory is.
 const HEAD_LEN: usize = 9;

@@ -7,19 +7,19 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::thread;
 
-use capsule_proto::index::{Frame, IndexHeader, Reference, ReferenceTo, RunFrom};
+use capsule_proto::index::{Frame, IndexHeader, Reference};
 
+use super::budget::Budget;
+pub use super::budget::Spent;
 pub use super::cache::LayerCache;
-use super::cache::Shared;
+use super::cache::{Key, Shared, next_number};
 use super::codec::FrameFault;
 pub use super::error::LayerError;
-use super::pages::{FrameEntry, Pages, Part, PartFrom, Parts, Storage};
-use crate::content::{Budget, Content, Origin, ReadError, check_range, follow, read_through};
-
-/// Frames decoded one for another on one stack: each takes some kilobytes, of the 2 MiB that a thread has.
-const FRAMES_PER_STACK: u32 = 64;
+use super::follow::{Place, follow};
+use super::pages::{FrameEntry, Pages, Parts, Storage};
+use super::plan;
+use crate::content::{Content, ReadError, check_range};
 
 /// How to read a stack of layers.
 #[derive(Clone, Debug)]
@@ -59,7 +59,7 @@ impl LayerContent {
         cache: &LayerCache,
     ) -> Result<Self, LayerError> {
         let cache = cache.0.clone();
-        let number = cache.number();
+        let number = next_number();
         let pages = Pages::open(index, cache.clone(), number)?;
         let named = &pages.directory().header().sources;
         if named.len() != sources.len() {
@@ -96,6 +96,19 @@ impl LayerContent {
         self.pages.parts(range)
     }
 
+    pub(super) fn source(&self, source_id: usize) -> &dyn Content {
+        &*self.sources[source_id]
+    }
+
+    pub(super) fn cache(&self) -> &Shared {
+        &self.cache
+    }
+
+    /// By what a frame is found in the cache.
+    pub(super) fn key(&self, id: u32) -> Key {
+        (self.number, id.into())
+    }
+
     /// Reads a range; what it lies in need not be decoded beyond it, except frames.
     pub fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), LayerError> {
         self.read_paying(offset, buf, &mut Budget::new(buf.len() as u64))
@@ -104,169 +117,102 @@ impl LayerContent {
     /// As [`LayerContent::read`], from the budget of a read that this is part of.
     pub(super) fn read_paying(
         &self,
-        offset: u64,
+        mut offset: u64,
         buf: &mut [u8],
         budget: &mut Budget<'_>,
     ) -> Result<(), LayerError> {
         let mut rest = buf;
-        let mut parts = self.parts(offset..offset + rest.len() as u64);
-        while let Some(part) = parts.next(budget)? {
-            budget.step()?;
-            let (now, later) = rest.split_at_mut(part.len() as usize);
-            self.read_part(&part, now, budget)?;
+        while !rest.is_empty() {
+            let piece = follow(self, offset..offset + rest.len() as u64, budget)?;
+            let (now, later) = rest.split_at_mut(piece.len as usize);
+            match piece.place {
+                Place::Frame {
+                    layer,
+                    id,
+                    offset,
+                    start,
+                } => {
+                    let frame = layer.frame_for(id, offset, start, piece.len, budget);
+                    let frame = frame.map_err(|error| self.of_below(layer, error))?;
+                    let offset = offset as usize;
+                    now.copy_from_slice(&frame[offset..offset + now.len()]);
+                }
+                other => other.read(now)?,
+            }
+            offset += piece.len;
             rest = later;
         }
         Ok(())
     }
 
-    /// Fills a buffer as long as the part.
-    fn read_part(
-        &self,
-        part: &Part,
-        buf: &mut [u8],
-        budget: &mut Budget<'_>,
-    ) -> Result<(), LayerError> {
-        match part.from {
-            PartFrom::Inherited => self.read_source(0, part.range.start, buf, budget),
-            PartFrom::Mentioned(RunFrom::Zero) => {
-                buf.fill(0);
-                Ok(())
-            }
-            PartFrom::Mentioned(RunFrom::Copy { source, offset }) => {
-                self.read_source(source.into(), offset, buf, budget)
-            }
-            PartFrom::Mentioned(RunFrom::Frame { id, offset }) => {
-                let frame = self.frame_for(part, id, offset, budget)?;
-                let offset = offset as usize;
-                buf.copy_from_slice(&frame[offset..offset + buf.len()]);
-                Ok(())
-            }
-        }
-    }
-
-    /// The decoded frame that a part lies in.
+    /// The decoded frame that a run of the component lies in.
     pub(super) fn frame_for(
         &self,
-        part: &Part,
         id: u32,
         offset: u32,
+        start: u64,
+        len: u64,
         budget: &mut Budget<'_>,
     ) -> Result<Arc<Vec<u8>>, LayerError> {
+        let entry = self.entry(id, offset, start, len, budget)?;
+        plan::frame(self, id, &entry, budget)
+    }
+
+    /// The entry of a frame that a run at `start` of the component lies in.
+    pub(super) fn entry(
+        &self,
+        id: u32,
+        offset: u32,
+        start: u64,
+        len: u64,
+        budget: &mut Budget<'_>,
+    ) -> Result<FrameEntry, LayerError> {
         let entry = self.pages.frame(id, budget)?;
-        if u64::from(offset) + part.len() > entry.len.into() {
-            return Err(LayerError::BeyondFrame {
-                start: part.range.start,
-                frame: id,
-            });
+        if u64::from(offset) + len > entry.len.into() {
+            return Err(LayerError::BeyondFrame { start, frame: id });
         }
-        self.frame(id, entry, budget)
+        Ok(entry)
     }
 
-    /// Bytes of a source. Copies and references were checked against its size when they were parsed.
-    fn read_source(
-        &self,
-        source_id: usize,
-        offset: u64,
-        buf: &mut [u8],
-        budget: &mut Budget<'_>,
-    ) -> Result<(), LayerError> {
-        let failed = |error| match error {
-            ReadError::Spent(spent) => spent.into(),
-            error => LayerError::Source {
-                source_id,
-                source: Box::new(error),
-            },
-        };
-        read_through(&*self.sources[source_id], offset, buf, budget).map_err(failed)
-    }
-
-    /// A decoded frame, kept or made. Waits only for frames with smaller ids, and for those of layers that were opened before
-    /// this one, so readers never wait in a circle.
-    fn frame(
+    /// The entry of a frame that another refers to.
+    pub(super) fn referred(
         &self,
         id: u32,
-        entry: FrameEntry,
-        budget: &mut Budget<'_>,
-    ) -> Result<Arc<Vec<u8>>, LayerError> {
-        let key = (self.number, id.into());
-        self.cache.frames.get(key, budget, |budget| {
-            // Pages are not kept in memory for as long as this takes.
-            let frame = entry.without_spans();
-            drop(entry);
-            let copied = references_len(&frame) as u64;
-            budget.frame(u64::from(frame.len) + u64::from(frame.pack_len), copied)?;
-            let depth = budget.descend()?;
-            let made = if depth.is_multiple_of(FRAMES_PER_STACK) {
-                on_another_stack(|| self.make(id, &frame, budget))
-            } else {
-                self.make(id, &frame, budget)
-            };
-            budget.ascend();
-            made.map(|content| (content, frame.len as usize))
-        })
-    }
-
-    fn make(&self, id: u32, frame: &Frame, budget: &mut Budget<'_>) -> Result<Vec<u8>, LayerError> {
-        let mut held = 0;
-        let references = self.references(id, frame, &mut held, budget);
-        budget.release(held);
-        self.decode(id, frame, &references?)
-    }
-
-    /// The content of a frame's references, one after another: 16 MiB at most, as the index was checked. Memory is taken as
-    /// they come, and counted, as many frames may wait for each other in the middle of theirs.
-    fn references(
-        &self,
-        id: u32,
-        frame: &Frame,
-        held: &mut u64,
-        budget: &mut Budget<'_>,
-    ) -> Result<Vec<u8>, LayerError> {
-        let mut content = Vec::new();
-        for reference in &frame.references {
-            let start = content.len();
-            content.resize(start + reference.len as usize, 0);
-            let now = &mut content[start..];
-            match reference.to {
-                ReferenceTo::Source(source) => {
-                    self.read_source(source.into(), reference.offset, now, budget)?
-                }
-                ReferenceTo::Frame(to) => {
-                    self.read_reference(id, frame, to, reference, now, budget)?
-                }
-            }
-            budget.hold(reference.len.into())?;
-            *held += u64::from(reference.len);
-        }
-        Ok(content)
-    }
-
-    fn read_reference(
-        &self,
-        id: u32,
-        frame: &Frame,
+        depth: u8,
         to: u32,
         reference: &Reference,
-        buf: &mut [u8],
         budget: &mut Budget<'_>,
-    ) -> Result<(), LayerError> {
-        budget.step()?;
+    ) -> Result<FrameEntry, LayerError> {
         let earlier = self.pages.frame(to, budget)?;
         let wrong = |why| Err(LayerError::Reference { frame: id, to, why });
-        // Depths fall from 8 to 0, which bounds the recursion within a layer.
-        if earlier.depth >= frame.depth {
+        if earlier.depth >= depth {
             return wrong("whose depth is not below its own");
         }
         if reference.offset + u64::from(reference.len) > earlier.len.into() {
             return wrong("beyond its end");
         }
-        let content = self.frame(to, earlier, budget)?;
-        let offset = reference.offset as usize;
-        buf.copy_from_slice(&content[offset..offset + buf.len()]);
-        Ok(())
+        Ok(earlier)
     }
 
-    fn decode(&self, id: u32, frame: &Frame, references: &[u8]) -> Result<Vec<u8>, LayerError> {
+    /// Says which layer failed, where it is another.
+    pub(super) fn of_below(&self, layer: &Self, error: LayerError) -> LayerError {
+        match error {
+            error @ (LayerError::Spent(_) | LayerError::Below { .. }) => error,
+            error if layer.number == self.number => error,
+            error => LayerError::Below {
+                target: layer.header().target,
+                source: Box::new(error),
+            },
+        }
+    }
+
+    /// Decodes a frame, and checks its hash.
+    pub(super) fn decode(
+        &self,
+        id: u32,
+        frame: &Frame,
+        references: &[u8],
+    ) -> Result<Vec<u8>, LayerError> {
         let at = frame.pack_offset;
         let read_packed = |buf: &mut [u8]| {
             self.pack
@@ -292,29 +238,6 @@ impl LayerContent {
     }
 }
 
-fn references_len(frame: &Frame) -> usize {
-    let lens = frame
-        .references
-        .iter()
-        .map(|reference| reference.len as usize);
-    lens.sum()
-}
-
-/// Goes on where there is room for more calls.
-fn on_another_stack<T: Send>(
-    work: impl FnOnce() -> Result<T, LayerError> + Send,
-) -> Result<T, LayerError> {
-    thread::scope(|scope| {
-        let thread = thread::Builder::new().stack_size(2 << 20);
-        let thread = thread
-            .spawn_scoped(scope, work)
-            .map_err(LayerError::Stack)?;
-        thread
-            .join()
-            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-    })
-}
-
 enum DecodeFailure {
     Pack(std::io::Error),
     Frame(FrameFault),
@@ -326,17 +249,42 @@ impl From<FrameFault> for DecodeFailure {
     }
 }
 
+impl Place<'_> {
+    /// Fills a buffer from what is not in a frame. Copies and references were checked against their source's size when they
+    /// were parsed.
+    pub fn read(self, buf: &mut [u8]) -> Result<(), LayerError> {
+        match self {
+            Self::Zeros => {
+                buf.fill(0);
+                Ok(())
+            }
+            Self::Source {
+                layer,
+                source_id,
+                offset,
+            } => {
+                let read = layer.source(source_id).read_at(offset, buf);
+                read.map_err(|source| LayerError::Source {
+                    source_id,
+                    source: Box::new(source),
+                })
+            }
+            Self::Frame { .. } => unreachable!("frames are decoded"),
+        }
+    }
+}
+
 impl Content for LayerContent {
     fn len(&self) -> u64 {
         self.header().target_size
     }
 
     fn is_zero(&self, range: Range<u64>) -> bool {
-        let mut budget = Budget::question();
+        let mut budget = Budget::question(&|| false);
         let Range { mut start, end } = range;
         while start < end {
             match follow(self, start..end, &mut budget) {
-                Ok(found) if found.zero => start += found.len(),
+                Ok(piece) if matches!(piece.place, Place::Zeros) => start += piece.len,
                 // Whoever reads what cannot be told will be told why.
                 _ => return false,
             }
@@ -345,34 +293,14 @@ impl Content for LayerContent {
     }
 
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), ReadError> {
-        self.read_within(offset, buf, &mut Budget::new(buf.len() as u64))
-    }
-
-    fn read_within(
-        &self,
-        offset: u64,
-        buf: &mut [u8],
-        budget: &mut Budget<'_>,
-    ) -> Result<(), ReadError> {
         check_range(self.len(), offset, buf.len())?;
-        self.read_paying(offset, buf, budget)
-            .map_err(|error| error.of_content(offset))
+        self.read(offset, buf).map_err(|error| ReadError::Decode {
+            offset,
+            source: Box::new(error),
+        })
     }
 
-    fn origin(&self, range: Range<u64>, budget: &mut Budget<'_>) -> Result<Origin<'_>, ReadError> {
-        let start = range.start;
-        let part = self.parts(range.clone()).next(budget);
-        let Some(part) = part.map_err(|error| error.of_content(start))? else {
-            return Ok(Origin::Own(range.end - range.start));
-        };
-        let len = part.len();
-        Ok(match part.from {
-            PartFrom::Mentioned(RunFrom::Zero) => Origin::Zeros(len),
-            PartFrom::Mentioned(RunFrom::Frame { .. }) => Origin::Own(len),
-            PartFrom::Mentioned(RunFrom::Copy { source, offset }) => {
-                Origin::Of(&*self.sources[usize::from(source)], offset..offset + len)
-            }
-            PartFrom::Inherited => Origin::Of(&*self.sources[0], part.range),
-        })
+    fn as_layer(&self) -> Option<&LayerContent> {
+        Some(self)
     }
 }

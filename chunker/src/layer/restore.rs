@@ -16,10 +16,12 @@ use std::thread;
 use capsule_proto::index::RunFrom;
 use thiserror::Error;
 
+use super::budget::{Budget, Spent};
+use super::follow::{Piece, Place, follow};
 use super::pages::{Part, PartFrom, Parts};
 use super::read::{LayerContent, LayerError};
 use crate::bao::{ContentHasher, HashError};
-use crate::content::{Budget, Content, Progress, Spent, follow};
+use crate::content::{Content, Progress};
 
 /// Bytes in a job, where frames are shorter: enough that handing it over costs nothing.
 const JOB_LEN: u64 = 1 << 20;
@@ -197,7 +199,7 @@ impl Jobs<'_> {
     /// The next parts: about [`JOB_LEN`] bytes. Neighbours from one frame stay together; zeros count for nothing.
     fn next(&mut self) -> Result<Vec<Part>, LayerError> {
         let mut walking = Budget::until(JOB_LEN, self.cancelled);
-        let mut asking = Budget::question_until(self.cancelled);
+        let mut asking = Budget::question(self.cancelled);
         let mut parts: Vec<Part> = Vec::new();
         let mut len = 0;
         while parts.len() < JOB_PARTS
@@ -236,8 +238,8 @@ impl Jobs<'_> {
     /// How many of the first bytes of a part are known to be zeros, if they are; also none where it cannot be told, as
     /// whoever reads it will say why.
     fn zeros_at(&self, part: &Part, budget: &mut Budget<'_>) -> Option<u64> {
-        let found = follow(self.content, part.range.clone(), budget).ok()?;
-        (found.zero && found.len() >= LEAST_ZEROS).then(|| found.len())
+        let piece = follow(self.content, part.range.clone(), budget).ok()?;
+        (matches!(piece.place, Place::Zeros) && piece.len >= LEAST_ZEROS).then_some(piece.len)
     }
 }
 
@@ -315,7 +317,7 @@ fn make_part(
         PartFrom::Mentioned(RunFrom::Zero) => Bytes::Zeros(part.len()),
         PartFrom::Mentioned(RunFrom::Frame { id, offset }) => {
             let range = offset as usize..offset as usize + part.len() as usize;
-            let frame = content.frame_for(part, id, offset, budget)?;
+            let frame = content.frame_for(id, offset, part.range.start, part.len(), budget)?;
             // A small piece must not keep a large frame in memory.
             if range.len() < frame.len() / 4 {
                 Bytes::Own(frame[range].to_vec())
@@ -360,11 +362,10 @@ fn make_of_source(
             break;
         }
         // Reading it will tell what is wrong.
-        let Ok(found) = follow(content, at..range.end, budget) else {
+        let Ok(Piece { len, place }) = follow(content, at..range.end, budget) else {
             break;
         };
-        let len = found.len();
-        if found.zero && len >= LEAST_ZEROS {
+        if matches!(place, Place::Zeros) && len >= LEAST_ZEROS {
             read(unread.start..at, made, budget)?;
             made.push(Made {
                 offset: at,

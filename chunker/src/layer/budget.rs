@@ -1,7 +1,7 @@
 //! What one read may cost, whatever it leads through.
 //!
-//! Content may be made of other content, many layers deep: without a bound over all of them, each layer that refers to many
-//! places of the one below multiplies what a read costs. Whoever makes bytes pays from the budget of the read that wants them.
+//! A layer's sources may be layers' contents, and so on: without a bound over all of them, each that refers to many places of
+//! the one below multiplies what a read costs. Whoever makes bytes pays from the budget of the read that wants them.
 
 use thiserror::Error;
 
@@ -15,16 +15,13 @@ const BYTES: u64 = 4 << 30;
 /// Bytes decoded to answer where content is zero: nothing is, but looking up costs too. Some 0.1 seconds.
 const QUESTION_BYTES: u64 = 256 << 20;
 /// Looking up what a range is, in one layer: about a microsecond.
-const STEP: u64 = 4 << 10;
+const STEP: u64 = 1 << 10;
 /// A page of an index that is decoded: at most 1 MiB, mostly far less.
 const PAGE: u64 = 512 << 10;
 /// References are copied, not decoded.
 const COPIED_PART: u64 = 8;
-/// References' bytes that are held while what else a frame refers to is made: those of the longest frames, 16 deep. Where
-/// nothing is kept yet, the first reference leads all the way down, when none is held.
+/// Decoded frames that are held until the last that refers to them is made: the frames of some layers, of that chain.
 const HELD: u64 = 256 << 20;
-/// Frames made one for another: four in each layer of the longest chain. Each layer's page of runs is held meanwhile.
-const DEPTH: u32 = 4096;
 /// Whether to stop is asked after so much work.
 const ASK_EVERY: u64 = 1 << 20;
 
@@ -40,11 +37,10 @@ pub enum Spent {
 }
 
 /// What is left for one read.
-pub struct Budget<'a> {
+pub(super) struct Budget<'a> {
     frames: u64,
     bytes: u64,
     held: u64,
-    depth: u32,
     unasked: u64,
     cancelled: &'a (dyn Fn() -> bool + Sync),
 }
@@ -53,11 +49,6 @@ impl Budget<'static> {
     /// For a read of so many bytes that nobody stops.
     pub fn new(len: u64) -> Self {
         Budget::until(len, &|| false)
-    }
-
-    /// For telling where content is zero.
-    pub(crate) fn question() -> Self {
-        Budget::question_until(&|| false)
     }
 }
 
@@ -69,14 +60,13 @@ impl<'a> Budget<'a> {
             frames: FRAMES.saturating_mul(units),
             bytes: BYTES.saturating_mul(units),
             held: HELD,
-            depth: 0,
             unasked: 0,
             cancelled,
         }
     }
 
     /// For telling where content is zero, until the closure ends it.
-    pub(crate) fn question_until(cancelled: &'a (dyn Fn() -> bool + Sync)) -> Self {
+    pub fn question(cancelled: &'a (dyn Fn() -> bool + Sync)) -> Self {
         Self {
             bytes: QUESTION_BYTES,
             ..Self::until(0, cancelled)
@@ -84,7 +74,7 @@ impl<'a> Budget<'a> {
     }
 
     /// Fails where the reader no longer waits.
-    pub(crate) fn check(&self) -> Result<(), Spent> {
+    pub fn check(&self) -> Result<(), Spent> {
         match (self.cancelled)() {
             true => Err(Spent::Cancelled),
             false => Ok(()),
@@ -92,17 +82,17 @@ impl<'a> Budget<'a> {
     }
 
     /// Pays for looking up what a range is.
-    pub(crate) fn step(&mut self) -> Result<(), Spent> {
+    pub fn step(&mut self) -> Result<(), Spent> {
         self.spend(STEP)
     }
 
     /// Pays for decoding a page of an index.
-    pub(crate) fn page(&mut self) -> Result<(), Spent> {
+    pub fn page(&mut self) -> Result<(), Spent> {
         self.spend(PAGE)
     }
 
     /// Pays for decoding a frame: the bytes that are read and made, and those that are copied for it.
-    pub(crate) fn frame(&mut self, made: u64, copied: u64) -> Result<(), Spent> {
+    pub fn frame(&mut self, made: u64, copied: u64) -> Result<(), Spent> {
         self.frames = self
             .frames
             .checked_sub(1)
@@ -123,8 +113,8 @@ impl<'a> Budget<'a> {
         Ok(())
     }
 
-    /// Notes bytes that stay in memory while more is made.
-    pub(crate) fn hold(&mut self, bytes: u64) -> Result<(), Spent> {
+    /// Notes a frame that stays in memory while more is made.
+    pub fn hold(&mut self, bytes: u64) -> Result<(), Spent> {
         self.held = self
             .held
             .checked_sub(bytes)
@@ -132,23 +122,9 @@ impl<'a> Budget<'a> {
         Ok(())
     }
 
-    /// They no longer do.
-    pub(crate) fn release(&mut self, bytes: u64) {
+    /// It no longer does.
+    pub fn release(&mut self, bytes: u64) {
         self.held += bytes;
-    }
-
-    /// Begins to make a frame for another, and tells how many are being made.
-    pub(crate) fn descend(&mut self) -> Result<u32, Spent> {
-        if self.depth == DEPTH {
-            return Err(Spent::TooDear("too many frames one for another"));
-        }
-        self.depth += 1;
-        Ok(self.depth)
-    }
-
-    /// It is made.
-    pub(crate) fn ascend(&mut self) {
-        self.depth -= 1;
     }
 }
 
@@ -187,15 +163,11 @@ mod tests {
     }
 
     #[test]
-    fn what_is_held_and_how_deep_is_bounded() {
+    fn what_is_held_is_bounded() {
         let mut budget = Budget::new(0);
         budget.hold(HELD).unwrap();
         assert!(matches!(budget.hold(1), Err(Spent::TooDear(_))));
         budget.release(HELD);
         budget.hold(1).unwrap();
-        (1..=DEPTH).for_each(|depth| assert_eq!(budget.descend(), Ok(depth)));
-        assert!(matches!(budget.descend(), Err(Spent::TooDear(_))));
-        budget.ascend();
-        budget.descend().unwrap();
     }
 }
