@@ -298,12 +298,12 @@ fn a_chain_is_read_from_many_threads() {
         pages: false,
         space: Space::Stream,
         frame_max: 8192,
-        cache_len: 30_000,
+        cache_len: 100_000,
         threads: 2,
     };
-    let mut versions = vec![[text(1, 300_000), random(2, 100_000)].concat()];
+    let mut versions = vec![[text(1, 80_000), random(2, 30_000)].concat()];
     let mut layers = vec![how.from_nothing(&versions, 0)];
-    for number in 1..12usize {
+    for number in 1..9usize {
         let mut next = versions[number - 1].clone();
         next.iter_mut()
             .step_by(700 + number)

@@ -3,9 +3,10 @@
 //! A layer's sources may be layers' contents, and so on: without a bound over all of them, each that refers to many places of
 //! the one below multiplies what a read costs. Whoever makes bytes pays from the budget of the read that wants them.
 
+use capsule_proto::index::Frame;
 use thiserror::Error;
 
-/// A budget has its amounts once for a read, and once more for each so many bytes that it asks for.
+/// A read has these amounts, and as much again for each so many bytes that it asks for.
 const UNIT: u64 = 1 << 20;
 /// Frames decoded. An honest chain of 256 layers, in each of which the same 8 MiB changed, needs 32 frames of 256 KiB of each
 /// layer: 8192. So many small ones take half a second.
@@ -55,10 +56,9 @@ impl Budget<'static> {
 impl<'a> Budget<'a> {
     /// For a read of so many bytes that ends once the closure says so.
     pub fn until(len: u64, cancelled: &'a (dyn Fn() -> bool + Sync)) -> Self {
-        let units = 1 + len / UNIT;
         Self {
-            frames: FRAMES.saturating_mul(units),
-            bytes: BYTES.saturating_mul(units),
+            frames: FRAMES.saturating_add(len / (UNIT / FRAMES)),
+            bytes: BYTES.saturating_add(len.saturating_mul(BYTES / UNIT)),
             held: HELD,
             unasked: 0,
             cancelled,
@@ -91,13 +91,14 @@ impl<'a> Budget<'a> {
         self.spend(PAGE)
     }
 
-    /// Pays for decoding a frame: the bytes that are read and made, and those that are copied for it.
-    pub fn frame(&mut self, made: u64, copied: u64) -> Result<(), Spent> {
+    /// Pays for decoding a frame: for the bytes that are read and made, and those that are copied for it.
+    pub fn frame(&mut self, frame: &Frame) -> Result<(), Spent> {
         self.frames = self
             .frames
             .checked_sub(1)
             .ok_or(Spent::TooDear("too many frames"))?;
-        self.spend(made + copied / COPIED_PART)
+        let decoded = u64::from(frame.len) + u64::from(frame.pack_len);
+        self.spend(decoded + references_len(frame) / COPIED_PART)
     }
 
     fn spend(&mut self, bytes: u64) -> Result<(), Spent> {
@@ -128,27 +129,46 @@ impl<'a> Budget<'a> {
     }
 }
 
+/// Bytes of a frame's references together.
+pub(super) fn references_len(frame: &Frame) -> u64 {
+    let lens = frame.references.iter();
+    lens.map(|reference| u64::from(reference.len)).sum()
+}
+
 #[cfg(test)]
 mod tests {
     use std::sync::atomic::{AtomicBool, Ordering};
 
+    use capsule_proto::FrameHash;
+    use capsule_proto::index::Codec;
+
     use super::*;
+
+    fn frame(len: u32) -> Frame {
+        Frame {
+            pack_offset: 0,
+            pack_len: len,
+            len,
+            codec: Codec::Stored,
+            hash: FrameHash([0; 16]),
+            depth: 0,
+            references: Vec::new(),
+            spans: Vec::new(),
+        }
+    }
 
     #[test]
     fn what_is_asked_for_pays() {
-        let frames = |len| {
-            let mut budget = Budget::new(len);
-            (0..).take_while(|_| budget.frame(1, 0).is_ok()).count() as u64
+        let frames = |asked, len| {
+            let mut budget = Budget::new(asked);
+            (0..)
+                .take_while(|_| budget.frame(&frame(len)).is_ok())
+                .count() as u64
         };
-        assert_eq!(frames(0), FRAMES);
-        assert_eq!(frames(UNIT - 1), FRAMES);
-        assert_eq!(frames(3 * UNIT), 4 * FRAMES);
-        let mut budget = Budget::new(0);
-        let longest = 32 << 20;
-        let made = (0..)
-            .take_while(|_| budget.frame(longest, longest).is_ok())
-            .count() as u64;
-        assert_eq!(made, BYTES / (longest + longest / COPIED_PART));
+        assert_eq!(frames(0, 1), FRAMES);
+        assert_eq!(frames(3 * UNIT, 1), 4 * FRAMES);
+        assert_eq!(frames(0, 16 << 20), BYTES / (32 << 20));
+        assert_eq!(frames(UNIT, 16 << 20), 2 * BYTES / (32 << 20));
     }
 
     #[test]
@@ -156,7 +176,7 @@ mod tests {
         let stop = AtomicBool::new(false);
         let cancelled = || stop.load(Ordering::Relaxed);
         let mut budget = Budget::until(0, &cancelled);
-        budget.frame(10 * ASK_EVERY, 0).unwrap();
+        budget.frame(&frame(10 << 20)).unwrap();
         stop.store(true, Ordering::Relaxed);
         let steps = (0..).take_while(|_| budget.step().is_ok()).count() as u64;
         assert!(steps <= ASK_EVERY / STEP, "{steps}");

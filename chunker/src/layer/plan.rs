@@ -1,15 +1,16 @@
 //! Making a frame that refers to others, in however many layers.
 //!
-//! First what it needs is looked up, and what that needs, down to what is kept or refers to nothing; nothing is decoded yet.
+//! First what it needs is looked up, and what that needs, down to what is kept or refers to nothing.
 //! Then frames are decoded from below upwards, each once, and held until the last that refers to it is made. So the cost is
-//! that of the different frames, however often they are referred to and however little the cache keeps; and nothing recurses.
+//! that of the different frames, however often they are referred to and however little the cache keeps; nothing recurses; and
+//! what is too dear is known before anything is decoded.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use capsule_proto::index::{Frame, Reference, ReferenceTo};
 
-use super::budget::Budget;
+use super::budget::{Budget, references_len};
 use super::cache::Key;
 use super::error::LayerError;
 use super::follow::{Place, follow_source};
@@ -23,12 +24,12 @@ pub(super) fn frame(
     entry: &FrameEntry,
     budget: &mut Budget<'_>,
 ) -> Result<Arc<Vec<u8>>, LayerError> {
-    let key = layer.key(id);
-    if entry.references.is_empty() {
-        return leaf(layer, id, entry, budget);
-    }
-    if let Some(kept) = layer.cache().frames.kept(key) {
+    if let Some(kept) = layer.cache().frames.kept(layer.key(id)) {
         return Ok(kept);
+    }
+    if entry.references.is_empty() {
+        budget.frame(entry)?;
+        return leaf(layer, id, entry, budget);
     }
     let mut plan = Plan {
         top: layer,
@@ -40,7 +41,7 @@ pub(super) fn frame(
     plan.make(budget)
 }
 
-/// A frame that refers to nothing.
+/// A frame that refers to nothing, and was paid for.
 fn leaf(
     layer: &LayerContent,
     id: u32,
@@ -48,18 +49,13 @@ fn leaf(
     budget: &mut Budget<'_>,
 ) -> Result<Arc<Vec<u8>>, LayerError> {
     let frames = &layer.cache().frames;
-    frames.get(layer.key(id), budget, |budget| {
-        budget.frame(cost(frame), 0)?;
+    frames.get(layer.key(id), budget, |_| {
         let content = layer.decode(id, frame, &[])?;
         Ok((content, frame.len as usize))
     })
 }
 
-fn cost(frame: &Frame) -> u64 {
-    u64::from(frame.len) + u64::from(frame.pack_len)
-}
-
-/// The frames with references that a frame needs, itself among them. By key, so that each comes after all that it refers to.
+/// The frames that a frame needs, itself among them. By key, so that each comes after all that it refers to.
 struct Plan<'a> {
     /// The layer of the frame that is wanted.
     top: &'a LayerContent,
@@ -89,7 +85,7 @@ enum Need<'a> {
 }
 
 impl<'a> Plan<'a> {
-    /// Notes that a frame is needed; of those with references, once more.
+    /// Notes that a frame is needed, once more.
     fn want(
         &mut self,
         layer: &'a LayerContent,
@@ -97,9 +93,6 @@ impl<'a> Plan<'a> {
         entry: &FrameEntry,
         budget: &mut Budget<'_>,
     ) -> Result<(), LayerError> {
-        if entry.references.is_empty() {
-            return Ok(());
-        }
         let key = layer.key(id);
         if let Some(node) = self.nodes.get_mut(&key) {
             node.users += 1;
@@ -110,8 +103,10 @@ impl<'a> Plan<'a> {
         if content.is_some() {
             budget.hold(frame.len.into())?;
         } else {
-            budget.frame(cost(&frame), references_len(&frame) as u64)?;
-            self.unseen.push(key);
+            budget.frame(&frame)?;
+            if !frame.references.is_empty() {
+                self.unseen.push(key);
+            }
         }
         let node = Node {
             layer,
@@ -142,7 +137,8 @@ impl<'a> Plan<'a> {
         Ok(())
     }
 
-    /// Makes all of them; returns the last, which is the one that was wanted.
+    /// Makes all of them; returns the last, which is the one that was wanted. Those that refer to nothing are made when the
+    /// first needs them: many layers may refer to different ones of the lowest, which are not to be held all at once.
     fn make(mut self, budget: &mut Budget<'_>) -> Result<Arc<Vec<u8>>, LayerError> {
         let keys: Vec<Key> = self.nodes.keys().copied().collect();
         let mut last = None;
@@ -151,6 +147,7 @@ impl<'a> Plan<'a> {
             let node = &self.nodes[&key];
             let content = match &node.content {
                 Some(kept) => kept.clone(),
+                None if node.frame.references.is_empty() => continue,
                 None => {
                     let (layer, frame) = (node.layer, node.frame.clone());
                     budget.hold(frame.len.into())?;
@@ -188,7 +185,7 @@ impl<'a> Plan<'a> {
         frame: &Frame,
         budget: &mut Budget<'_>,
     ) -> Result<Vec<u8>, LayerError> {
-        let mut content = Vec::with_capacity(references_len(frame));
+        let mut content = Vec::with_capacity(references_len(frame) as usize);
         for reference in &frame.references {
             each_need(
                 layer,
@@ -200,12 +197,9 @@ impl<'a> Plan<'a> {
                     let start = content.len();
                     match need {
                         Need::Frame {
-                            layer,
-                            id,
-                            entry,
-                            offset,
+                            layer, id, offset, ..
                         } => {
-                            let earlier = self.taken(layer, id, &entry, budget)?;
+                            let earlier = self.taken(layer.key(id), budget)?;
                             content.extend_from_slice(&earlier[offset..offset + len]);
                         }
                         Need::Other(place) => {
@@ -220,28 +214,25 @@ impl<'a> Plan<'a> {
         Ok(content)
     }
 
-    /// A frame's content for one of those who need it.
-    fn taken(
-        &mut self,
-        layer: &LayerContent,
-        id: u32,
-        entry: &FrameEntry,
-        budget: &mut Budget<'_>,
-    ) -> Result<Arc<Vec<u8>>, LayerError> {
-        if entry.references.is_empty() {
-            let made = leaf(layer, id, entry, budget);
-            return made.map_err(|error| self.top.of_below(layer, error));
-        }
-        let node = self.nodes.get_mut(&layer.key(id)).expect("it was wanted");
-        node.users -= 1;
-        let content = match node.users {
-            0 => {
-                budget.release(node.frame.len.into());
-                node.content.take()
+    /// A frame's content for one of those who need it; the last leaves it to the cache.
+    fn taken(&mut self, key: Key, budget: &mut Budget<'_>) -> Result<Arc<Vec<u8>>, LayerError> {
+        let node = self.nodes.get_mut(&key).expect("it was wanted");
+        let content = match &node.content {
+            Some(content) => content.clone(),
+            // All that it may refer to have smaller keys, and were made before.
+            None => {
+                let made = leaf(node.layer, key.1 as u32, &node.frame, budget);
+                let made = made.map_err(|error| self.top.of_below(node.layer, error))?;
+                budget.hold(node.frame.len.into())?;
+                node.content.insert(made).clone()
             }
-            _ => node.content.clone(),
         };
-        Ok(content.expect("its key is smaller, so it was made before"))
+        node.users -= 1;
+        if node.users == 0 {
+            node.content = None;
+            budget.release(node.frame.len.into());
+        }
+        Ok(content)
     }
 }
 
@@ -296,12 +287,4 @@ fn each_need<'a>(
             Ok(())
         }
     }
-}
-
-fn references_len(frame: &Frame) -> usize {
-    let lens = frame
-        .references
-        .iter()
-        .map(|reference| reference.len as usize);
-    lens.sum()
 }
