@@ -18,7 +18,7 @@ use proptest::prelude::*;
 use proptest::sample::{Index as Pick, select};
 use rand::{Rng, RngExt, SeedableRng, rngs::SmallRng};
 
-/// A change of a version; lengths and places are in units of 512 bytes or pages, or in bytes.
+/// A change of a version.
 #[derive(Clone, Debug)]
 enum Edit {
     Overwrite(Pick, Stretch),
@@ -244,7 +244,7 @@ fn open_way(layers: &[Layer], way: &[usize], cache_len: usize) -> Arc<LayerConte
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(48))]
+    #![proptest_config(ProptestConfig::with_cases(96))]
 
     #[test]
     fn every_version_is_read_by_every_way(

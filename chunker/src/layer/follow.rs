@@ -8,7 +8,7 @@ use capsule_proto::index::RunFrom;
 
 use super::budget::Budget;
 use super::error::LayerError;
-use super::pages::PartFrom;
+use super::pages::{FrameEntry, PartFrom};
 use super::read::LayerContent;
 use crate::content::Content;
 
@@ -21,19 +21,63 @@ pub(super) struct Piece<'a> {
 /// What has bytes of a component.
 pub(super) enum Place<'a> {
     Zeros,
-    Frame {
-        layer: &'a LayerContent,
-        id: u32,
-        offset: u32,
-        /// First byte in that layer's component.
-        start: u64,
-    },
+    Frame(FramePlace<'a>),
     /// A source that is not read through a layer.
     Source {
         layer: &'a LayerContent,
         source_id: usize,
         offset: u64,
     },
+}
+
+/// Part of a frame.
+#[derive(Clone, Copy)]
+pub(super) struct FramePlace<'a> {
+    pub layer: &'a LayerContent,
+    pub id: u32,
+    /// First byte in the frame.
+    pub offset: u32,
+    /// First byte in that layer's component.
+    pub start: u64,
+}
+
+impl<'a> FramePlace<'a> {
+    /// The frame's entry, if it has so many bytes there.
+    pub fn entry(&self, len: u64, budget: &mut Budget<'_>) -> Result<FrameEntry, LayerError> {
+        let entry = self.layer.pages().frame(self.id, budget)?;
+        if u64::from(self.offset) + len > entry.len.into() {
+            return Err(LayerError::BeyondFrame {
+                start: self.start,
+                frame: self.id,
+            });
+        }
+        Ok(entry)
+    }
+}
+
+impl Place<'_> {
+    /// Fills a buffer from what is not in a frame. Copies and references were checked against their source's size when they
+    /// were parsed.
+    pub fn read(self, buf: &mut [u8]) -> Result<(), LayerError> {
+        match self {
+            Self::Zeros => {
+                buf.fill(0);
+                Ok(())
+            }
+            Self::Source {
+                layer,
+                source_id,
+                offset,
+            } => {
+                let read = layer.source(source_id).read_at(offset, buf);
+                read.map_err(|source| LayerError::Source {
+                    source_id,
+                    source: Box::new(source),
+                })
+            }
+            Self::Frame(_) => unreachable!("frames are decoded"),
+        }
+    }
 }
 
 /// Follows the first bytes of a range of a layer's component, which is not empty.
@@ -55,12 +99,12 @@ pub(super) fn follow<'a>(
                 return Ok(Piece { len, place });
             }
             PartFrom::Mentioned(RunFrom::Frame { id, offset }) => {
-                let place = Place::Frame {
+                let place = Place::Frame(FramePlace {
                     layer,
                     id,
                     offset,
                     start,
-                };
+                });
                 return Ok(Piece { len, place });
             }
             PartFrom::Mentioned(RunFrom::Copy { source, offset }) => (source.into(), offset),

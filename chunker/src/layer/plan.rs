@@ -1,11 +1,12 @@
-//! Making a frame that refers to others, in however many layers.
+//! Making the frames that a read wants, and what these refer to, in however many layers.
 //!
-//! First what it needs is looked up, and what that needs, down to what is kept or refers to nothing.
+//! First what they need is looked up, and what that needs, down to what is kept or refers to nothing.
 //! Then frames are decoded from below upwards, each once, and held until the last that refers to it is made. So the cost is
 //! that of the different frames, however often they are referred to and however little the cache keeps; nothing recurses; and
 //! what is too dear is known before anything is decoded.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::sync::Arc;
 
 use capsule_proto::index::{Frame, Reference, ReferenceTo};
@@ -13,51 +14,13 @@ use capsule_proto::index::{Frame, Reference, ReferenceTo};
 use super::budget::{Budget, references_len};
 use super::cache::Key;
 use super::error::LayerError;
-use super::follow::{Place, follow_source};
+use super::follow::{FramePlace, Place, follow_source};
 use super::pages::FrameEntry;
 use super::read::LayerContent;
 
-/// A decoded frame, kept or made.
-pub(super) fn frame(
-    layer: &LayerContent,
-    id: u32,
-    entry: &FrameEntry,
-    budget: &mut Budget<'_>,
-) -> Result<Arc<Vec<u8>>, LayerError> {
-    if let Some(kept) = layer.cache().frames.kept(layer.key(id)) {
-        return Ok(kept);
-    }
-    if entry.references.is_empty() {
-        budget.frame(entry)?;
-        return leaf(layer, id, entry, budget);
-    }
-    let mut plan = Plan {
-        top: layer,
-        nodes: BTreeMap::new(),
-        unseen: Vec::new(),
-    };
-    plan.want(layer, id, entry, budget)?;
-    plan.look(budget)?;
-    plan.make(budget)
-}
-
-/// A frame that refers to nothing, and was paid for.
-fn leaf(
-    layer: &LayerContent,
-    id: u32,
-    frame: &Frame,
-    budget: &mut Budget<'_>,
-) -> Result<Arc<Vec<u8>>, LayerError> {
-    let frames = &layer.cache().frames;
-    frames.get(layer.key(id), budget, |_| {
-        let content = layer.decode(id, frame, &[])?;
-        Ok((content, frame.len as usize))
-    })
-}
-
-/// The frames that a frame needs, itself among them. By key, so that each comes after all that it refers to.
-struct Plan<'a> {
-    /// The layer of the frame that is wanted.
+/// The frames that a read needs. By key, so that each comes after all that it refers to.
+pub(super) struct Plan<'a> {
+    /// The layer that is read.
     top: &'a LayerContent,
     nodes: BTreeMap<Key, Node<'a>>,
     /// Those whose references were not looked at yet.
@@ -68,7 +31,9 @@ struct Node<'a> {
     layer: &'a LayerContent,
     /// Its entry, but for spans, as pages are not to be kept in memory for as long as this takes.
     frame: Frame,
-    /// How many places of others need it still.
+    /// As what the read itself wants it.
+    wanted: Vec<usize>,
+    /// How many places of other frames need it still.
     users: usize,
     content: Option<Arc<Vec<u8>>>,
 }
@@ -85,37 +50,81 @@ enum Need<'a> {
 }
 
 impl<'a> Plan<'a> {
-    /// Notes that a frame is needed, once more.
-    fn want(
+    /// Nothing is needed yet.
+    pub fn new(top: &'a LayerContent) -> Self {
+        Self {
+            top,
+            nodes: BTreeMap::new(),
+            unseen: Vec::new(),
+        }
+    }
+
+    /// Notes that the read wants so many bytes of a frame, and as what.
+    pub fn want(
+        &mut self,
+        position: usize,
+        place: FramePlace<'a>,
+        len: u64,
+        budget: &mut Budget<'_>,
+    ) -> Result<(), LayerError> {
+        let entry = place.entry(len, budget);
+        let entry = entry.map_err(|error| self.top.of_below(place.layer, error))?;
+        let node = self.node(place.layer, place.id, &entry, budget)?;
+        node.wanted.push(position);
+        Ok(())
+    }
+
+    /// Makes all that is needed; hands each frame that is wanted over, with what it is wanted as.
+    pub fn run(
+        mut self,
+        budget: &mut Budget<'_>,
+        mut each: impl FnMut(usize, &Arc<Vec<u8>>),
+    ) -> Result<(), LayerError> {
+        self.look(budget)?;
+        let keys: Vec<Key> = self.nodes.keys().copied().collect();
+        for key in keys {
+            budget.check()?;
+            let node = self.nodes.get_mut(&key).expect("it was noted");
+            // Many layers may refer to different frames of the lowest, which are not to be held all at once: those that refer
+            // to nothing are made when the first needs them.
+            if node.wanted.is_empty() && node.frame.references.is_empty() {
+                continue;
+            }
+            let wanted = std::mem::take(&mut node.wanted);
+            let content = self.content(key, budget)?;
+            wanted.iter().for_each(|position| each(*position, &content));
+            self.drop_unused(key, budget);
+        }
+        Ok(())
+    }
+
+    fn node(
         &mut self,
         layer: &'a LayerContent,
         id: u32,
         entry: &FrameEntry,
         budget: &mut Budget<'_>,
-    ) -> Result<(), LayerError> {
-        let key = layer.key(id);
-        if let Some(node) = self.nodes.get_mut(&key) {
-            node.users += 1;
-            return Ok(());
-        }
-        let frame = entry.without_spans();
-        let content = layer.cache().frames.kept(key);
-        if content.is_some() {
-            budget.hold(frame.len.into())?;
-        } else {
-            budget.frame(&frame)?;
-            if !frame.references.is_empty() {
-                self.unseen.push(key);
+    ) -> Result<&mut Node<'a>, LayerError> {
+        match self.nodes.entry(layer.key(id)) {
+            Entry::Occupied(node) => Ok(node.into_mut()),
+            Entry::Vacant(place) => {
+                let content = layer.cache().frames.kept(*place.key());
+                let frame = entry.without_spans();
+                if content.is_some() {
+                    budget.hold(frame.len.into())?;
+                } else {
+                    budget.frame(&frame)?;
+                    self.unseen.push(*place.key());
+                }
+                Ok(place.insert(Node {
+                    layer,
+                    frame,
+                    wanted: Vec::new(),
+                    users: 0,
+                    content,
+                }))
             }
         }
-        let node = Node {
-            layer,
-            frame,
-            users: 1,
-            content,
-        };
-        self.nodes.insert(key, node);
-        Ok(())
     }
 
     /// Looks up what all these frames refer to.
@@ -127,7 +136,10 @@ impl<'a> Plan<'a> {
                 let mut want = |need, _, budget: &mut Budget<'_>| match need {
                     Need::Frame {
                         layer, id, entry, ..
-                    } => self.want(layer, id, &entry, budget),
+                    } => {
+                        self.node(layer, id, &entry, budget)?.users += 1;
+                        Ok(())
+                    }
                     Need::Other(_) => Ok(()),
                 };
                 each_need(layer, key, depth, &reference, budget, &mut want)
@@ -137,44 +149,31 @@ impl<'a> Plan<'a> {
         Ok(())
     }
 
-    /// Makes all of them; returns the last, which is the one that was wanted. Those that refer to nothing are made when the
-    /// first needs them: many layers may refer to different ones of the lowest, which are not to be held all at once.
-    fn make(mut self, budget: &mut Budget<'_>) -> Result<Arc<Vec<u8>>, LayerError> {
-        let keys: Vec<Key> = self.nodes.keys().copied().collect();
-        let mut last = None;
-        for key in keys {
-            budget.check()?;
-            let node = &self.nodes[&key];
-            let content = match &node.content {
-                Some(kept) => kept.clone(),
-                None if node.frame.references.is_empty() => continue,
-                None => {
-                    let (layer, frame) = (node.layer, node.frame.clone());
-                    budget.hold(frame.len.into())?;
-                    let made = self.make_one(layer, key, &frame, budget);
-                    let made = made.map_err(|error| self.top.of_below(layer, error))?;
-                    let node = self.nodes.get_mut(&key).expect("it was there");
-                    node.content.insert(made).clone()
-                }
-            };
-            last = Some(content);
+    /// A frame's content, which is held from now on. All that it refers to was made before.
+    fn content(&mut self, key: Key, budget: &mut Budget<'_>) -> Result<Arc<Vec<u8>>, LayerError> {
+        let node = &self.nodes[&key];
+        if let Some(content) = &node.content {
+            return Ok(content.clone());
         }
-        Ok(last.expect("the frame that was wanted is among them"))
+        let (layer, frame) = (node.layer, node.frame.clone());
+        budget.hold(frame.len.into())?;
+        let references = self.references(layer, key, &frame, budget)?;
+        // Somebody else may have made it by now; who makes it waits for nobody.
+        let made = layer.cache().frames.get(key, budget, |_| {
+            let content = layer.decode(key.1 as u32, &frame, &references)?;
+            Ok((content, frame.len as usize))
+        });
+        let made = made.map_err(|error| self.top.of_below(layer, error))?;
+        let node = self.nodes.get_mut(&key).expect("it was noted");
+        Ok(node.content.insert(made).clone())
     }
 
-    fn make_one(
-        &mut self,
-        layer: &'a LayerContent,
-        key: Key,
-        frame: &Frame,
-        budget: &mut Budget<'_>,
-    ) -> Result<Arc<Vec<u8>>, LayerError> {
-        let references = self.references(layer, key, frame, budget)?;
-        // Somebody else may have made it by now; who makes it waits for nobody.
-        layer.cache().frames.get(key, budget, |_| {
-            let content = layer.decode(key.1 as u32, frame, &references)?;
-            Ok((content, frame.len as usize))
-        })
+    /// Leaves a frame to the cache once nobody needs it.
+    fn drop_unused(&mut self, key: Key, budget: &mut Budget<'_>) {
+        let node = self.nodes.get_mut(&key).expect("it was noted");
+        if node.users == 0 && node.content.take().is_some() {
+            budget.release(node.frame.len.into());
+        }
     }
 
     /// The content of a frame's references, one after another: 16 MiB at most, as the index was checked.
@@ -214,24 +213,11 @@ impl<'a> Plan<'a> {
         Ok(content)
     }
 
-    /// A frame's content for one of those who need it; the last leaves it to the cache.
+    /// A frame's content for one of those who refer to it.
     fn taken(&mut self, key: Key, budget: &mut Budget<'_>) -> Result<Arc<Vec<u8>>, LayerError> {
-        let node = self.nodes.get_mut(&key).expect("it was wanted");
-        let content = match &node.content {
-            Some(content) => content.clone(),
-            // All that it may refer to have smaller keys, and were made before.
-            None => {
-                let made = leaf(node.layer, key.1 as u32, &node.frame, budget);
-                let made = made.map_err(|error| self.top.of_below(node.layer, error))?;
-                budget.hold(node.frame.len.into())?;
-                node.content.insert(made).clone()
-            }
-        };
-        node.users -= 1;
-        if node.users == 0 {
-            node.content = None;
-            budget.release(node.frame.len.into());
-        }
+        let content = self.content(key, budget)?;
+        self.nodes.get_mut(&key).expect("it was noted").users -= 1;
+        self.drop_unused(key, budget);
         Ok(content)
     }
 }
@@ -265,18 +251,13 @@ fn each_need<'a>(
             while at < end {
                 let piece = follow_source(layer, source_id.into(), at..end, budget)?;
                 let need = match piece.place {
-                    Place::Frame {
-                        layer: below,
-                        id,
-                        offset,
-                        start,
-                    } => {
-                        let entry = below.entry(id, offset, start, piece.len, budget);
+                    Place::Frame(place) => {
+                        let entry = place.entry(piece.len, budget);
                         Need::Frame {
-                            layer: below,
-                            id,
-                            entry: entry.map_err(|error| layer.of_below(below, error))?,
-                            offset: offset as usize,
+                            layer: place.layer,
+                            id: place.id,
+                            entry: entry.map_err(|error| layer.of_below(place.layer, error))?,
+                            offset: place.offset as usize,
                         }
                     }
                     other => Need::Other(other),

@@ -18,7 +18,7 @@ use super::codec::FrameFault;
 pub use super::error::LayerError;
 use super::follow::{Place, follow};
 use super::pages::{FrameEntry, Pages, Parts, Storage};
-use super::plan;
+use super::plan::Plan;
 use crate::content::{Content, ReadError, check_range};
 
 /// How to read a stack of layers.
@@ -100,6 +100,10 @@ impl LayerContent {
         &*self.sources[source_id]
     }
 
+    pub(super) const fn pages(&self) -> &Pages {
+        &self.pages
+    }
+
     pub(super) fn cache(&self) -> &Shared {
         &self.cache
     }
@@ -121,57 +125,27 @@ impl LayerContent {
         buf: &mut [u8],
         budget: &mut Budget<'_>,
     ) -> Result<(), LayerError> {
-        let mut rest = buf;
-        while !rest.is_empty() {
-            let piece = follow(self, offset..offset + rest.len() as u64, budget)?;
-            let (now, later) = rest.split_at_mut(piece.len as usize);
+        let mut plan = Plan::new(self);
+        let mut wanted = Vec::new();
+        let mut at = 0;
+        while at < buf.len() {
+            let piece = follow(self, offset..offset + (buf.len() - at) as u64, budget)?;
+            let to = at..at + piece.len as usize;
             match piece.place {
-                Place::Frame {
-                    layer,
-                    id,
-                    offset,
-                    start,
-                } => {
-                    let frame = layer.frame_for(id, offset, start, piece.len, budget);
-                    let frame = frame.map_err(|error| self.of_below(layer, error))?;
-                    let offset = offset as usize;
-                    now.copy_from_slice(&frame[offset..offset + now.len()]);
+                Place::Frame(place) => {
+                    wanted.push((to.clone(), place.offset as usize));
+                    plan.want(wanted.len() - 1, place, piece.len, budget)?;
                 }
-                other => other.read(now)?,
+                other => other.read(&mut buf[to.clone()])?,
             }
             offset += piece.len;
-            rest = later;
+            at = to.end;
         }
-        Ok(())
-    }
-
-    /// The decoded frame that a run of the component lies in.
-    pub(super) fn frame_for(
-        &self,
-        id: u32,
-        offset: u32,
-        start: u64,
-        len: u64,
-        budget: &mut Budget<'_>,
-    ) -> Result<Arc<Vec<u8>>, LayerError> {
-        let entry = self.entry(id, offset, start, len, budget)?;
-        plan::frame(self, id, &entry, budget)
-    }
-
-    /// The entry of a frame that a run at `start` of the component lies in.
-    pub(super) fn entry(
-        &self,
-        id: u32,
-        offset: u32,
-        start: u64,
-        len: u64,
-        budget: &mut Budget<'_>,
-    ) -> Result<FrameEntry, LayerError> {
-        let entry = self.pages.frame(id, budget)?;
-        if u64::from(offset) + len > entry.len.into() {
-            return Err(LayerError::BeyondFrame { start, frame: id });
-        }
-        Ok(entry)
+        plan.run(budget, |position, frame| {
+            let (to, from) = wanted[position].clone();
+            let len = to.len();
+            buf[to].copy_from_slice(&frame[from..from + len]);
+        })
     }
 
     /// The entry of a frame that another refers to.
@@ -246,31 +220,6 @@ enum DecodeFailure {
 impl From<FrameFault> for DecodeFailure {
     fn from(fault: FrameFault) -> Self {
         Self::Frame(fault)
-    }
-}
-
-impl Place<'_> {
-    /// Fills a buffer from what is not in a frame. Copies and references were checked against their source's size when they
-    /// were parsed.
-    pub fn read(self, buf: &mut [u8]) -> Result<(), LayerError> {
-        match self {
-            Self::Zeros => {
-                buf.fill(0);
-                Ok(())
-            }
-            Self::Source {
-                layer,
-                source_id,
-                offset,
-            } => {
-                let read = layer.source(source_id).read_at(offset, buf);
-                read.map_err(|source| LayerError::Source {
-                    source_id,
-                    source: Box::new(source),
-                })
-            }
-            Self::Frame { .. } => unreachable!("frames are decoded"),
-        }
     }
 }
 
