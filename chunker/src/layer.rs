@@ -14,6 +14,7 @@ pub mod encode;
 mod error;
 mod follow;
 pub mod hash;
+mod making;
 mod pages;
 mod plan;
 pub mod read;

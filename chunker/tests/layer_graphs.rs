@@ -146,7 +146,7 @@ impl How {
         }
     }
 
-    fn from_nothing(&self, versions: &[Vec<u8>], target: usize) -> Layer {
+    fn whole(&self, versions: &[Vec<u8>], target: usize) -> Layer {
         let encoded = encode_to_memory(&self.source(&versions[target]), &self.options()).unwrap();
         let (encoded, pack) = encoded;
         Layer {
@@ -251,12 +251,12 @@ proptest! {
         first in prop::collection::vec(stretch(), 1..8),
         later in prop::collection::vec((any::<Pick>(), edits()), 1..6),
         pairs in prop::collection::vec((any::<Pick>(), any::<Pick>()), 0..6),
-        whole in prop::collection::vec(any::<Pick>(), 0..2),
+        wholes in prop::collection::vec(any::<Pick>(), 0..2),
         how in hows(),
         seed: u64,
     ) {
         let mut versions = vec![TestSource::made_of(&first).bytes];
-        let mut layers = vec![how.from_nothing(&versions, 0)];
+        let mut layers = vec![how.whole(&versions, 0)];
         // Each version is made of an earlier one, and reached from it; some from any other too, or from nothing.
         let mut pairs: Vec<_> = pairs.iter().map(|(a, b)| (a.index(later.len() + 1), b.index(later.len() + 1))).collect();
         for (base, edits) in &later {
@@ -270,7 +270,7 @@ proptest! {
                 layers.push(how.update(&versions, parent, target));
             }
         }
-        layers.extend(whole.iter().map(|target| how.from_nothing(&versions, target.index(versions.len()))));
+        layers.extend(wholes.iter().map(|target| how.whole(&versions, target.index(versions.len()))));
 
         let mut rng = SmallRng::seed_from_u64(seed);
         for (target, plain) in versions.iter().enumerate() {
@@ -302,7 +302,7 @@ fn a_chain_is_read_from_many_threads() {
         threads: 2,
     };
     let mut versions = vec![[text(1, 80_000), random(2, 30_000)].concat()];
-    let mut layers = vec![how.from_nothing(&versions, 0)];
+    let mut layers = vec![how.whole(&versions, 0)];
     for number in 1..9usize {
         let mut next = versions[number - 1].clone();
         next.iter_mut()

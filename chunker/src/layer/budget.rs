@@ -6,12 +6,13 @@
 use capsule_proto::index::Frame;
 use thiserror::Error;
 
-/// A read has these amounts, and as much again for each so many bytes that it asks for.
-const UNIT: u64 = 1 << 20;
+/// A longer read is read in pieces of this length, each with a budget of its own. One as long as this has twice what the
+/// shortest has.
+pub(super) const UNIT: u64 = 1 << 20;
 /// Frames decoded. An honest chain of 256 layers, in each of which the same 8 MiB changed, needs 32 frames of 256 KiB of each
-/// layer: 8192. So many small ones take half a second.
+/// layer: 8192. Twice as many small ones take half a second; what is known of them takes at most 1.6 KiB each.
 const FRAMES: u64 = 16_384;
-/// Bytes decoded. That chain needs 3 GiB, with references of 1 MiB a frame. A core makes them in some 5 seconds.
+/// Bytes decoded. That chain needs 3.5 GiB, with references of 1 MiB a frame. A core makes them in some 5 seconds.
 const BYTES: u64 = 4 << 30;
 /// Bytes decoded to answer where content is zero: nothing is, but looking up costs too. Some 0.1 seconds.
 const QUESTION_BYTES: u64 = 256 << 20;
@@ -21,8 +22,8 @@ const STEP: u64 = 1 << 10;
 const PAGE: u64 = 512 << 10;
 /// References are copied, not decoded.
 const COPIED_PART: u64 = 8;
-/// Decoded frames that are held until the last that refers to them is made: the frames of some layers, of that chain.
-const HELD: u64 = 256 << 20;
+/// Decoded frames that are held until the last that refers to them is made: of that chain, those of a few layers.
+const HELD: u64 = 128 << 20;
 /// Whether to stop is asked after so much work.
 const ASK_EVERY: u64 = 1 << 20;
 
@@ -56,9 +57,10 @@ impl Budget<'static> {
 impl<'a> Budget<'a> {
     /// For a read of so many bytes that ends once the closure says so.
     pub fn until(len: u64, cancelled: &'a (dyn Fn() -> bool + Sync)) -> Self {
+        let len = len.min(UNIT);
         Self {
-            frames: FRAMES.saturating_add(len / (UNIT / FRAMES)),
-            bytes: BYTES.saturating_add(len.saturating_mul(BYTES / UNIT)),
+            frames: FRAMES + len / (UNIT / FRAMES),
+            bytes: BYTES + len * (BYTES / UNIT),
             held: HELD,
             unasked: 0,
             cancelled,
@@ -166,7 +168,8 @@ mod tests {
                 .count() as u64
         };
         assert_eq!(frames(0, 1), FRAMES);
-        assert_eq!(frames(3 * UNIT, 1), 4 * FRAMES);
+        assert_eq!(frames(UNIT, 1), 2 * FRAMES);
+        assert_eq!(frames(9 * UNIT, 1), 2 * FRAMES);
         assert_eq!(frames(0, 16 << 20), BYTES / (32 << 20));
         assert_eq!(frames(UNIT, 16 << 20), 2 * BYTES / (32 << 20));
     }

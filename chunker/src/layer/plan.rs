@@ -36,6 +36,8 @@ struct Node<'a> {
     /// How many places of other frames need it still.
     users: usize,
     content: Option<Arc<Vec<u8>>>,
+    /// Whether it was made for this, and counts as held. What was kept anyway does not.
+    held: bool,
 }
 
 /// A piece of what references name.
@@ -110,9 +112,7 @@ impl<'a> Plan<'a> {
             Entry::Vacant(place) => {
                 let content = layer.cache().frames.kept(*place.key());
                 let frame = entry.without_spans();
-                if content.is_some() {
-                    budget.hold(frame.len.into())?;
-                } else {
+                if content.is_none() {
                     budget.frame(&frame)?;
                     self.unseen.push(*place.key());
                 }
@@ -122,6 +122,7 @@ impl<'a> Plan<'a> {
                     wanted: Vec::new(),
                     users: 0,
                     content,
+                    held: false,
                 }))
             }
         }
@@ -165,13 +166,14 @@ impl<'a> Plan<'a> {
         });
         let made = made.map_err(|error| self.top.of_below(layer, error))?;
         let node = self.nodes.get_mut(&key).expect("it was noted");
+        node.held = true;
         Ok(node.content.insert(made).clone())
     }
 
     /// Leaves a frame to the cache once nobody needs it.
     fn drop_unused(&mut self, key: Key, budget: &mut Budget<'_>) {
         let node = self.nodes.get_mut(&key).expect("it was noted");
-        if node.users == 0 && node.content.take().is_some() {
+        if node.users == 0 && node.content.take().is_some() && node.held {
             budget.release(node.frame.len.into());
         }
     }

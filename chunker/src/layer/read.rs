@@ -2,7 +2,7 @@
 //!
 //! [`LayerContent`] decodes the frames that a range touches, checks each against its hash, and reads copies and inherited
 //! ranges from the layer's sources, which may be layers' content themselves. Every length is checked against a bound of
-//! the format before it is allocated, and all that one read leads to, in however many layers, is paid from one [`Budget`].
+//! the format before it is allocated, and all that one read leads to, in however many layers, is paid from one budget.
 //! Reading all of a component in order is `restore`'s.
 
 use std::ops::Range;
@@ -10,8 +10,8 @@ use std::sync::Arc;
 
 use capsule_proto::index::{Frame, IndexHeader, Reference};
 
-use super::budget::Budget;
 pub use super::budget::Spent;
+use super::budget::{Budget, UNIT};
 pub use super::cache::LayerCache;
 use super::cache::{Key, Shared, next_number};
 use super::codec::FrameFault;
@@ -48,8 +48,8 @@ pub struct LayerContent {
 }
 
 impl LayerContent {
-    /// Reads the directory of an index. `sources` are those that its header names, in that order; they should have the same
-    /// cache.
+    /// Reads the directory of an index. `sources` are those that its header names, in that order; those that
+    /// are layers should have the same cache.
     ///
     /// Index and pack may be partly there: what is missing fails with their error when it is wanted.
     pub fn open(
@@ -115,16 +115,14 @@ impl LayerContent {
 
     /// Reads a range; what it lies in need not be decoded beyond it, except frames.
     pub fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), LayerError> {
-        self.read_paying(offset, buf, &mut Budget::new(buf.len() as u64))
+        let pieces = (offset..).step_by(UNIT as usize);
+        pieces
+            .zip(buf.chunks_mut(UNIT as usize))
+            .try_for_each(|(at, piece)| self.read_piece(at, piece))
     }
 
-    /// As [`LayerContent::read`], from the budget of a read that this is part of.
-    pub(super) fn read_paying(
-        &self,
-        mut offset: u64,
-        buf: &mut [u8],
-        budget: &mut Budget<'_>,
-    ) -> Result<(), LayerError> {
+    fn read_piece(&self, mut offset: u64, buf: &mut [u8]) -> Result<(), LayerError> {
+        let budget = &mut Budget::new(buf.len() as u64);
         let mut plan = Plan::new(self);
         let mut wanted = Vec::new();
         let mut at = 0;
