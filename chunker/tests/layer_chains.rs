@@ -241,6 +241,25 @@ fn a_long_chain_is_read_with_any_cache() {
     assert_eq!(all[(frames - 1) * len..], [63, 31].repeat(len / 2));
 }
 
+#[test]
+fn a_fault_is_laid_to_its_layer() {
+    let mut chain = Chain::new(1 << 20);
+    let mut layer = Layer::default();
+    let id = layer.frame(&text(1, 4096), 0, vec![]);
+    layer.run(0, 4096, RunFrom::Frame { id, offset: 0 });
+    *layer.pack.last_mut().unwrap() ^= 1;
+    chain.push(layer, 4096);
+    chain.grow(2, 1, 4096, 1);
+    let error = chain.top().read(0, &mut [0]).unwrap_err();
+    let LayerError::Below { source, .. } = &error else {
+        panic!("{error}")
+    };
+    assert!(
+        matches!(**source, LayerError::Frame { frame: 0, .. }),
+        "{error}"
+    );
+}
+
 // Each frame refers to the one below; in a thread with the usual 2 MiB of stack.
 #[test]
 fn a_chain_of_1024_layers_is_read_on_any_stack() {

@@ -350,6 +350,63 @@ fn an_index_that_contradicts_itself_is_refused_where_it_is_read() {
     ));
 }
 
+// The builder makes no such index, so bytes of a good one are changed: small pages lie in it as they are.
+#[test]
+fn references_outside_to_later_frames_in_a_circle_or_too_deep_are_refused() {
+    let stored = text(2, 100);
+    let good = Frame {
+        hash: FrameHash::of(&stored),
+        ..plain_frame(&stored, Codec::Stored, 100)
+    };
+    let refers = Frame {
+        pack_offset: 100,
+        depth: 1,
+        references: vec![Reference {
+            to: ReferenceTo::Frame(0),
+            offset: 0,
+            len: 40,
+        }],
+        ..plain_frame(&stored, Codec::ZstdReferences, 100)
+    };
+    let mut builder = IndexBuilder::new();
+    builder.push_frame(good).unwrap();
+    let id = builder.push_frame(refers).unwrap();
+    let from = RunFrom::Frame { id, offset: 0 };
+    builder
+        .push_run(Run {
+            start: 0,
+            len: 100,
+            from,
+        })
+        .unwrap();
+    let index = builder.finish(&header(100, vec![]));
+    let error = |pattern: &[u8], at: usize, byte: u8| {
+        let mut index = index.clone();
+        let mut places = (0..index.len()).filter(|at| index[*at..].starts_with(pattern));
+        let (Some(place), None) = (places.next(), places.next()) else {
+            panic!("{pattern:?} is there once");
+        };
+        index[place + at] = byte;
+        let read = open(index, stored.repeat(2), vec![])
+            .and_then(|content| content.read(0, &mut [0]))
+            .unwrap_err();
+        assert!(matches!(read, LayerError::Index(_)), "{read}");
+    };
+    // One frame back, from its first byte on, 40 bytes.
+    let reference = [3, 0, 40];
+    // To itself; to one before the first; to a source that there is not; to a distance that is none, of a later frame.
+    error(&reference, 0, 1);
+    error(&reference, 0, 5);
+    error(&reference, 0, 2);
+    error(&reference, 0, 0x7f);
+    // Before the first byte.
+    error(&reference, 1, 1);
+    // Codecs, then depths: deeper than may be, and less deep than what it refers to.
+    let depths = [0, 2, 0, 1];
+    error(&depths, 3, 9);
+    error(&depths, 3, 0);
+}
+
 // Each frame refers to four of the depth below, each time with another in between: 4^8 decodings for one byte, if each was made
 // where it is referred to.
 #[test]

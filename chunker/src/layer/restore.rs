@@ -67,8 +67,9 @@ pub enum RestoreError {
 
 /// Gives all of a component to a sink, in order, and to a hasher, where there is one.
 ///
-/// Holes stay holes: what the index, or that of a source, knows to be zero is not read. A frame is decoded once, but for repeats that lie further apart than the content's cache reaches. The hasher computes
-/// the root while the sink writes; comparing it with the component's is the caller's.
+/// A frame is decoded once, but for repeats that lie further apart than the content's cache reaches. What the indexes know to be
+/// zero is not read, but handed on as zeros. The hasher computes the root while the sink writes; comparing it with the
+/// component's is the caller's.
 pub fn restore(
     content: &LayerContent,
     threads: NonZeroUsize,
