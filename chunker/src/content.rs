@@ -11,6 +11,8 @@ use std::path::PathBuf;
 use positioned_io::ReadAt;
 use thiserror::Error;
 
+use crate::layer::read::LayerContent;
+
 /// Why content could not be read.
 #[derive(Debug, Error)]
 pub enum ReadError {
@@ -88,6 +90,12 @@ pub trait Content: Send + Sync {
 
     /// Fills the buffer from an offset: all of it, or an error. Reading nothing within the content succeeds.
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), ReadError>;
+
+    /// Itself, if it is read through a layer: a layer upon it then reads both as one, so that what one read costs is bounded
+    /// however many layers it leads through.
+    fn as_layer(&self) -> Option<&LayerContent> {
+        None
+    }
 }
 
 /// A range of a source that is wholly stored, or known to be zero without reading it.

@@ -5,13 +5,18 @@
 //! by which layers a component is reached, is the node's business. See `chunker/docs/layer.md`.
 
 mod assemble;
+mod budget;
 mod cache;
 pub mod codec;
 mod coordinate;
 mod cut;
 pub mod encode;
+mod error;
+mod follow;
 pub mod hash;
+mod making;
 mod pages;
+mod plan;
 pub mod read;
 mod reread;
 pub mod restore;

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use capsule_chunker::content::Content;
 use capsule_chunker::layer::Storage;
-use capsule_chunker::layer::read::{LayerContent, ReadOptions};
+use capsule_chunker::layer::read::{LayerCache, LayerContent, ReadOptions};
 use capsule_proto::RootHash;
 use capsule_proto::index::{Directory, IndexHeader, SourceKind};
 use positioned_io::ReadAt;
@@ -25,21 +25,16 @@ const SERVING_CACHE: usize = 4 << 20;
 /// A component that nobody asked for in this time is closed, as an open one keeps its blobs from being collected.
 pub const IDLE: Duration = Duration::from_secs(10);
 
-/// Decoded frames kept of each of a chain's layers, at least.
-const LEAST_CACHE: usize = 256 << 10;
-
-/// Opens a component through its layers, the one that starts from nothing first. They share the cache that the options allow.
+/// Opens a component through its layers, the one that starts from nothing first. They share one cache.
 pub fn open(
     store: &Store,
     layers: &[LayerBlobs],
     options: &ReadOptions,
 ) -> Result<Arc<LayerContent>, Failure> {
-    let options = ReadOptions {
-        cache_len: (options.cache_len / layers.len().max(1)).max(LEAST_CACHE),
-    };
+    let cache = LayerCache::new(options);
     let mut below: Option<Arc<LayerContent>> = None;
     for layer in layers {
-        below = Some(Arc::new(open_one(store, layer, below, &options)?));
+        below = Some(Arc::new(open_one(store, layer, below, &cache)?));
     }
     below.ok_or_else(|| {
         Failure::new(
@@ -53,7 +48,7 @@ fn open_one(
     store: &Store,
     layer: &LayerBlobs,
     parent: Option<Arc<LayerContent>>,
-    options: &ReadOptions,
+    cache: &LayerCache,
 ) -> Result<LayerContent, Failure> {
     let index: Storage = store.open_blob(&layer.index)?;
     let pack: Storage = match &layer.pack {
@@ -74,7 +69,7 @@ fn open_one(
             return Err(Failure::new(FailureCode::Refused, message).hint("use a newer capsule"));
         }
     };
-    Ok(LayerContent::open(index, pack, sources, options)?)
+    Ok(LayerContent::open(index, pack, sources, cache)?)
 }
 
 /// Whether this version reads the sources of a layer: its parent, if anything.

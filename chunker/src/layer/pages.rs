@@ -8,16 +8,16 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use capsule_proto::codec::DecodeError;
-use capsule_proto::index::{Directory, Frame, Run, RunFrom};
+use capsule_proto::index::{Directory, Frame, Reference, Run, RunFrom, Span};
 use positioned_io::ReadAt;
 use thiserror::Error;
 
-use super::cache::Cache;
+use super::budget::Budget;
+use super::cache::Shared;
+use super::error::LayerError;
 
 /// First bytes of an index, which tell how long its directory is.
 const HEAD_LEN: usize = 9;
-/// Pages of runs kept, and pages of frames: at about 200 KiB each, some 6 MiB a layer.
-const PAGES_KEPT: usize = 16;
 
 /// Bytes by offset, from many threads.
 pub type Storage = Arc<dyn ReadAt + Send + Sync>;
@@ -105,12 +105,13 @@ fn skip(from: PartFrom, by: u64) -> PartFrom {
     }
 }
 
-/// An index, and the pages of it that were used last.
+/// An index; its pages are kept in the cache.
 pub(super) struct Pages {
     storage: Storage,
     directory: Directory,
-    runs: Cache<Vec<Run>>,
-    frames: Cache<Vec<Frame>>,
+    cache: Arc<Shared>,
+    /// The layer's number in the cache.
+    layer: u64,
 }
 
 /// A frame's entry in the page that holds it.
@@ -128,9 +129,20 @@ impl std::ops::Deref for FrameEntry {
     }
 }
 
+impl FrameEntry {
+    /// What decoding needs, without the page.
+    pub fn without_spans(&self) -> Frame {
+        Frame {
+            references: self.references.clone(),
+            spans: Vec::new(),
+            ..**self
+        }
+    }
+}
+
 impl Pages {
     /// Reads the directory.
-    pub fn open(storage: Storage) -> Result<Self, IndexFault> {
+    pub fn open(storage: Storage, cache: Arc<Shared>, layer: u64) -> Result<Self, IndexFault> {
         let decode_fault = |source| IndexFault::Decode { at: 0, source };
         let mut head = [0; HEAD_LEN];
         // An index without pages may be shorter than that.
@@ -155,8 +167,8 @@ impl Pages {
         Ok(Self {
             storage,
             directory,
-            runs: Cache::new(PAGES_KEPT),
-            frames: Cache::new(PAGES_KEPT),
+            cache,
+            layer,
         })
     }
 
@@ -164,40 +176,46 @@ impl Pages {
         &self.directory
     }
 
-    fn runs(&self, page: usize) -> Result<Arc<Vec<Run>>, IndexFault> {
+    fn runs(&self, page: usize, budget: &mut Budget<'_>) -> Result<Arc<Vec<Run>>, LayerError> {
         let entry = &self.directory.run_pages()[page];
-        self.runs.get(page as u64, 1, || {
+        let key = (self.layer, page as u64);
+        self.cache.runs.get(key, budget, |budget| {
+            budget.page()?;
             let bytes = read(&self.storage, entry.at, entry.len as usize)?;
-            self.directory
-                .decode_runs(page, &bytes)
-                .map_err(|source| IndexFault::Decode {
-                    at: entry.at,
-                    source,
-                })
+            let runs = self.directory.decode_runs(page, &bytes);
+            let runs = runs.map_err(|source| IndexFault::Decode {
+                at: entry.at,
+                source,
+            })?;
+            let weight = runs.capacity() * size_of::<Run>();
+            Ok((runs, weight))
         })
     }
 
     /// Looks up a frame.
-    pub fn frame(&self, id: u32) -> Result<FrameEntry, IndexFault> {
+    pub fn frame(&self, id: u32, budget: &mut Budget<'_>) -> Result<FrameEntry, LayerError> {
         let number = self
             .directory
             .frame_page_of(id)
             .ok_or(IndexFault::NoFrame(id))?;
         let entry = &self.directory.frame_pages()[number];
-        let page = self.frames.get(number as u64, 1, || {
+        let key = (self.layer, number as u64);
+        let page = self.cache.entries.get(key, budget, |budget| {
+            budget.page()?;
             let bytes = read(&self.storage, entry.at, entry.len as usize)?;
-            self.directory
-                .decode_frames(number, &bytes)
-                .map_err(|source| IndexFault::Decode {
-                    at: entry.at,
-                    source,
-                })
+            let frames = self.directory.decode_frames(number, &bytes);
+            let frames = frames.map_err(|source| IndexFault::Decode {
+                at: entry.at,
+                source,
+            })?;
+            let weight = frames.iter().map(weight_of).sum();
+            Ok::<_, LayerError>((frames, weight))
         })?;
         let at = (id - entry.first) as usize;
         if at < page.len() {
             Ok(FrameEntry { page, at })
         } else {
-            Err(IndexFault::NoFrame(id))
+            Err(IndexFault::NoFrame(id).into())
         }
     }
 
@@ -209,9 +227,15 @@ impl Pages {
             left: range,
             page,
             runs: None,
-            failed: false,
         }
     }
+}
+
+/// Memory that a frame's entry takes.
+fn weight_of(frame: &Frame) -> usize {
+    size_of::<Frame>()
+        + frame.references.capacity() * size_of::<Reference>()
+        + frame.spans.capacity() * size_of::<Span>()
 }
 
 fn read(storage: &Storage, at: u64, len: usize) -> Result<Vec<u8>, IndexFault> {
@@ -222,14 +246,13 @@ fn read(storage: &Storage, at: u64, len: usize) -> Result<Vec<u8>, IndexFault> {
     Ok(bytes)
 }
 
-/// Walks the parts of a range; ends after an error.
+/// Walks the parts of a range.
 pub(super) struct Parts<'a> {
     pages: &'a Pages,
     left: Range<u64>,
     /// Position of the page that holds, or would hold, the next run.
     page: usize,
     runs: Option<Arc<Vec<Run>>>,
-    failed: bool,
 }
 
 impl Parts<'_> {
@@ -238,8 +261,12 @@ impl Parts<'_> {
         self.left.clone()
     }
 
-    fn next_part(&mut self) -> Result<Part, IndexFault> {
-        let run = self.next_run()?;
+    /// The next part, or none where the range ends. After an error it would be the same again.
+    pub fn next(&mut self, budget: &mut Budget<'_>) -> Result<Option<Part>, LayerError> {
+        if self.left.is_empty() {
+            return Ok(None);
+        }
+        let run = self.next_run(budget)?;
         let Range { start, end } = self.left;
         let part = match run {
             Some(run) if run.start <= start => {
@@ -258,15 +285,15 @@ impl Parts<'_> {
             self.check_inherited(&part.range)?;
         }
         self.left.start = part.range.end;
-        Ok(part)
+        Ok(Some(part))
     }
 
     /// The first run that ends behind the start of what is left.
-    fn next_run(&mut self) -> Result<Option<Run>, IndexFault> {
+    fn next_run(&mut self, budget: &mut Budget<'_>) -> Result<Option<Run>, LayerError> {
         let pages = self.pages.directory.run_pages().len();
         while self.page < pages {
             if self.runs.is_none() {
-                self.runs = Some(self.pages.runs(self.page)?);
+                self.runs = Some(self.pages.runs(self.page, budget)?);
             }
             let runs = self.runs.as_ref().expect("just read");
             let at = runs.partition_point(|run| run.end() <= self.left.start);
@@ -286,18 +313,5 @@ impl Parts<'_> {
         } else {
             Err(IndexFault::Missing(range.clone()))
         }
-    }
-}
-
-impl Iterator for Parts<'_> {
-    type Item = Result<Part, IndexFault>;
-
-    fn next(&mut self) -> Option<Self::Item> {
-        if self.failed || self.left.is_empty() {
-            return None;
-        }
-        let next = self.next_part();
-        self.failed = next.is_err();
-        Some(next)
     }
 }

@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::num::NonZeroUsize;
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
@@ -15,7 +16,10 @@ use std::thread;
 use capsule_proto::index::RunFrom;
 use thiserror::Error;
 
-use super::pages::{IndexFault, Part, PartFrom, Parts};
+use super::budget::{Budget, Spent};
+use super::follow::{Place, follow};
+use super::making::{Bytes, LEAST_ZEROS, Made, ZERO, make};
+use super::pages::{Part, PartFrom, Parts};
 use super::read::{LayerContent, LayerError};
 use crate::bao::{ContentHasher, HashError};
 use crate::content::{Content, Progress};
@@ -63,8 +67,9 @@ pub enum RestoreError {
 
 /// Gives all of a component to a sink, in order, and to a hasher, where there is one.
 ///
-/// A frame is decoded once, but for repeats that lie further apart than the content's cache reaches. The hasher computes
-/// the root while the sink writes; comparing it with the component's is the caller's.
+/// A frame is decoded once, but for repeats that lie further apart than the content's cache reaches. What the indexes know to be
+/// zero is not read, but handed on as zeros. The hasher computes the root while the sink writes; comparing it with the
+/// component's is the caller's.
 pub fn restore(
     content: &LayerContent,
     threads: NonZeroUsize,
@@ -78,10 +83,14 @@ pub fn restore(
     let (jobs, job_queue) = sync_channel(under_way);
     let job_queue = Mutex::new(job_queue);
     let (events, event_queue) = sync_channel(under_way + threads);
+    // What is under way when delivery ends is not wanted any more either.
+    let ended = AtomicBool::new(false);
+    let cancelled: &(dyn Fn() -> bool + Sync) =
+        &|| ended.load(Ordering::Relaxed) || progress.cancelled();
     thread::scope(|scope| {
         for _ in 0..threads {
             let (events, job_queue) = (events.clone(), &job_queue);
-            scope.spawn(move || run_worker(content, job_queue, events));
+            scope.spawn(move || run_worker(content, job_queue, events, cancelled));
         }
         drop(events);
         let (to_hasher, hashing) = hasher
@@ -91,8 +100,10 @@ pub fn restore(
             })
             .unzip();
         let jobs_left = Jobs {
+            content,
             parts: content.parts(0..content.len()),
             pending: None,
+            cancelled,
         };
         let done = Delivery {
             sink,
@@ -100,6 +111,7 @@ pub fn restore(
             progress,
         }
         .run(jobs_left, jobs, &event_queue, under_way);
+        ended.store(true, Ordering::Relaxed);
         // Workers that wait to tell a result find nobody, and end.
         drop(event_queue);
         // Its queue is closed by now: it ends when all is hashed.
@@ -142,35 +154,13 @@ impl Drop for PanicGuard {
     }
 }
 
-/// A piece of restored content.
-struct Made {
-    offset: u64,
-    bytes: Bytes,
-}
-
-enum Bytes {
-    Zeros(u64),
-    /// All that a buffer holds.
-    Own(Vec<u8>),
-    /// Bytes of a decoded frame, not copied.
-    Frame(Arc<Vec<u8>>, Range<usize>),
-}
-
-impl Bytes {
-    fn len(&self) -> u64 {
-        match self {
-            Self::Zeros(len) => *len,
-            Self::Own(bytes) => bytes.len() as u64,
-            Self::Frame(_, range) => range.len() as u64,
-        }
-    }
-}
-
 /// Splits a component into jobs.
 struct Jobs<'a> {
+    content: &'a LayerContent,
     parts: Parts<'a>,
     /// What was split off or belongs to the next job.
     pending: Option<Part>,
+    cancelled: &'a (dyn Fn() -> bool + Sync),
 }
 
 impl Jobs<'_> {
@@ -180,34 +170,57 @@ impl Jobs<'_> {
     }
 
     /// The next parts: about [`JOB_LEN`] bytes. Neighbours from one frame stay together; zeros count for nothing.
-    fn next(&mut self) -> Result<Vec<Part>, IndexFault> {
+    fn next(&mut self) -> Result<Vec<Part>, LayerError> {
+        let mut walking = Budget::until(JOB_LEN, self.cancelled);
+        let mut asking = Budget::question(self.cancelled);
         let mut parts: Vec<Part> = Vec::new();
         let mut len = 0;
         while parts.len() < JOB_PARTS
-            && let Some(mut next) = self
-                .pending
-                .take()
-                .map(Ok)
-                .or_else(|| self.parts.next())
-                .transpose()?
+            && let Some(mut next) = self.next_part(&mut walking)?
         {
             let frame = frame_of(&next);
             if len >= JOB_LEN && (frame.is_none() || parts.last().and_then(frame_of) != frame) {
                 self.pending = Some(next);
                 break;
             }
-            if next.from != PartFrom::Mentioned(RunFrom::Zero) {
-                // Frames are short enough; copies may be of any length.
-                if frame.is_none() && next.len() > JOB_LEN {
-                    let front = next.split_off_front(JOB_LEN);
-                    self.pending = Some(std::mem::replace(&mut next, front));
+            // Frames are short enough; what comes from sources may be of any length, and much of it zeros.
+            if is_of_source(&next) && next.len() > JOB_LEN {
+                let zeros = self.zeros_at(&next, &mut asking);
+                let front = next.split_off_front(zeros.unwrap_or(JOB_LEN));
+                let rest = std::mem::replace(&mut next, front);
+                self.pending = (rest.len() > 0).then_some(rest);
+                if zeros.is_some() {
+                    next.from = ZERO;
                 }
+            }
+            if next.from != ZERO {
                 len += next.len();
             }
             parts.push(next);
         }
         Ok(parts)
     }
+
+    fn next_part(&mut self, budget: &mut Budget<'_>) -> Result<Option<Part>, LayerError> {
+        match self.pending.take() {
+            Some(part) => Ok(Some(part)),
+            None => self.parts.next(budget),
+        }
+    }
+
+    /// How many of the first bytes of a part are known to be zeros, if they are; also none where it cannot be told, as
+    /// whoever reads it will say why.
+    fn zeros_at(&self, part: &Part, budget: &mut Budget<'_>) -> Option<u64> {
+        let piece = follow(self.content, part.range.clone(), budget).ok()?;
+        (matches!(piece.place, Place::Zeros) && piece.len >= LEAST_ZEROS).then_some(piece.len)
+    }
+}
+
+fn is_of_source(part: &Part) -> bool {
+    matches!(
+        part.from,
+        PartFrom::Inherited | PartFrom::Mentioned(RunFrom::Copy { .. })
+    )
 }
 
 fn frame_of(part: &Part) -> Option<u32> {
@@ -217,7 +230,12 @@ fn frame_of(part: &Part) -> Option<u32> {
     }
 }
 
-fn run_worker(content: &LayerContent, jobs: &Mutex<Receiver<Job>>, events: SyncSender<Event>) {
+fn run_worker(
+    content: &LayerContent,
+    jobs: &Mutex<Receiver<Job>>,
+    events: SyncSender<Event>,
+    cancelled: &(dyn Fn() -> bool + Sync),
+) {
     let guard = PanicGuard(events);
     loop {
         // Held while waiting for a job: the others have nothing to do then either.
@@ -225,10 +243,7 @@ fn run_worker(content: &LayerContent, jobs: &Mutex<Receiver<Job>>, events: SyncS
         let Ok(Job { sequence, parts }) = job else {
             return;
         };
-        let made = parts
-            .into_iter()
-            .map(|part| make(content, &part))
-            .collect::<Result<Vec<_>, _>>();
+        let made = make(content, &parts, cancelled);
         if guard
             .0
             .send(Event::Done {
@@ -239,40 +254,6 @@ fn run_worker(content: &LayerContent, jobs: &Mutex<Receiver<Job>>, events: SyncS
         {
             return;
         }
-    }
-}
-
-fn make(content: &LayerContent, part: &Part) -> Result<Made, RestoreError> {
-    let len = part.len();
-    let bytes = match part.from {
-        PartFrom::Mentioned(RunFrom::Zero) => Ok(Bytes::Zeros(len)),
-        PartFrom::Mentioned(RunFrom::Frame { id, offset }) => {
-            let range = offset as usize..offset as usize + len as usize;
-            content.frame_for(part, id, offset).map(|frame| {
-                // A small piece must not keep a large frame in memory.
-                if range.len() < frame.len() / 4 {
-                    Bytes::Own(frame[range].to_vec())
-                } else {
-                    Bytes::Frame(frame, range)
-                }
-            })
-        }
-        PartFrom::Mentioned(RunFrom::Copy { .. }) | PartFrom::Inherited => {
-            let mut bytes = vec![0; len as usize];
-            content
-                .read_part(part, &mut bytes)
-                .map(|()| Bytes::Own(bytes))
-        }
-    };
-    match bytes {
-        Ok(bytes) => Ok(Made {
-            offset: part.range.start,
-            bytes,
-        }),
-        Err(source) => Err(RestoreError::Layer {
-            range: part.range.clone(),
-            source,
-        }),
     }
 }
 
@@ -311,9 +292,12 @@ impl Delivery<'_> {
         let (mut given, mut delivered) = (0, 0);
         loop {
             while given - delivered < under_way as u64 {
-                let parts = left.next().map_err(|fault| RestoreError::Layer {
-                    range: left.rest(),
-                    source: fault.into(),
+                let parts = left.next().map_err(|error| match error {
+                    LayerError::Spent(Spent::Cancelled) => RestoreError::Cancelled,
+                    source => RestoreError::Layer {
+                        range: left.rest(),
+                        source,
+                    },
                 })?;
                 if parts.is_empty() {
                     break;

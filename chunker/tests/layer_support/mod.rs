@@ -12,9 +12,10 @@ use capsule_chunker::layer::Cuts;
 use capsule_chunker::layer::encode::{
     ContentHashes, Effort, EncodeError, EncodeOptions, Encoded, Outputs, encode,
 };
-use capsule_chunker::layer::read::{LayerContent, LayerError, ReadOptions};
+use capsule_chunker::layer::read::{LayerCache, LayerContent, LayerError, ReadOptions};
 use capsule_chunker::layer::restore::{RestoreError, Sink, restore};
 use capsule_proto::RootHash;
+use positioned_io::ReadAt;
 use proptest::prelude::*;
 use rand::{Rng, RngExt, SeedableRng, rngs::SmallRng};
 
@@ -240,8 +241,18 @@ pub fn open(
         Arc::new(index),
         Arc::new(pack),
         sources,
-        &ReadOptions::default(),
+        &LayerCache::new(&ReadOptions::default()),
     )
+}
+
+/// A pack that counts what is read: once a frame.
+pub struct Counted(pub Vec<u8>, pub Arc<AtomicU64>);
+
+impl ReadAt for Counted {
+    fn read_at(&self, pos: u64, buf: &mut [u8]) -> io::Result<usize> {
+        self.1.fetch_add(1, Ordering::Relaxed);
+        self.0.as_slice().read_at(pos, buf)
+    }
 }
 
 /// Gathers what is restored, and checks that it comes in order.

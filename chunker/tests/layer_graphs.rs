@@ -1,0 +1,323 @@
+//! Random versions of content, random layers between them, and random ways through these: whatever the way, what is read is
+//! what was published.
+
+mod layer_support;
+
+use std::sync::Arc;
+
+use capsule_chunker::bao::{changed_groups, tree_of};
+use capsule_chunker::content::{BytesSource, Content};
+use capsule_chunker::delta::{OldSource, Outline, Similar, SimilarOptions};
+use capsule_chunker::layer::Cuts;
+use capsule_chunker::layer::encode::{Against, EncodeOptions, Outputs, encode_update};
+use capsule_chunker::layer::read::{LayerCache, LayerContent, ReadOptions};
+use capsule_proto::RootHash;
+use capsule_proto::index::{Source as SourceName, SourceKind, Space};
+use layer_support::*;
+use proptest::prelude::*;
+use proptest::sample::{Index as Pick, select};
+use rand::{Rng, RngExt, SeedableRng, rngs::SmallRng};
+
+/// A change of a version.
+#[derive(Clone, Debug)]
+enum Edit {
+    Overwrite(Pick, Stretch),
+    Insert(Pick, Stretch),
+    /// What lies at one place comes to another too.
+    Copy(Pick, Pick, usize),
+    Remove(Pick, usize),
+    Truncate(Pick),
+    Grow(Stretch),
+    /// Every so many bytes one differs.
+    Sprinkle(usize),
+}
+
+fn len() -> impl Strategy<Value = usize> {
+    prop_oneof![
+        1..50usize,
+        1..20_000usize,
+        (1..12usize).prop_map(|pages| pages * 4096)
+    ]
+}
+
+fn stretch() -> impl Strategy<Value = Stretch> {
+    prop_oneof![
+        (len(), any::<bool>()).prop_map(|(len, hole)| Stretch::Zeros { len, hole }),
+        (len(), 0..9u64).prop_map(|(len, seed)| Stretch::Random { len, seed }),
+        (len(), 0..9u64).prop_map(|(len, seed)| Stretch::Text { len, seed }),
+    ]
+}
+
+fn edits() -> impl Strategy<Value = Vec<Edit>> {
+    let place = any::<Pick>;
+    let edit = prop_oneof![
+        3 => (place(), stretch()).prop_map(|(at, new)| Edit::Overwrite(at, new)),
+        2 => (place(), stretch()).prop_map(|(at, new)| Edit::Insert(at, new)),
+        2 => (place(), place(), len()).prop_map(|(from, to, len)| Edit::Copy(from, to, len)),
+        1 => (place(), len()).prop_map(|(at, len)| Edit::Remove(at, len)),
+        1 => place().prop_map(Edit::Truncate),
+        1 => stretch().prop_map(Edit::Grow),
+        1 => (20..3000usize).prop_map(Edit::Sprinkle),
+    ];
+    prop::collection::vec(edit, 1..5)
+}
+
+fn edited(old: &[u8], edits: &[Edit], pages: bool) -> Vec<u8> {
+    let mut new = old.to_vec();
+    let made = |stretch: &Stretch| TestSource::made_of(std::slice::from_ref(stretch)).bytes;
+    for edit in edits {
+        let place = |at: &Pick| {
+            let at = at.index(new.len() + 1);
+            if pages { at - at % 4096 } else { at }
+        };
+        let range = |at: usize, len: usize| at..(at + len).min(new.len());
+        match edit {
+            Edit::Overwrite(at, stretch) => {
+                let bytes = made(stretch);
+                new.splice(range(place(at), bytes.len()), bytes);
+            }
+            Edit::Insert(at, stretch) => {
+                let at = place(at);
+                new.splice(at..at, made(stretch));
+            }
+            Edit::Copy(from, to, len) => {
+                let (from, to) = (range(place(from), *len), place(to));
+                let bytes = new[from].to_vec();
+                new.splice(range(to, bytes.len()), bytes);
+            }
+            Edit::Remove(at, len) => drop(new.drain(range(place(at), *len))),
+            Edit::Truncate(at) => new.truncate(place(at)),
+            Edit::Grow(stretch) => new.extend(made(stretch)),
+            Edit::Sprinkle(every) => new.iter_mut().step_by(*every).for_each(|byte| *byte ^= 1),
+        }
+    }
+    new
+}
+
+/// How the layers of a case are made and read.
+#[derive(Clone, Debug)]
+struct How {
+    pages: bool,
+    space: Space,
+    frame_max: u32,
+    cache_len: usize,
+    threads: usize,
+}
+
+fn hows() -> impl Strategy<Value = How> {
+    (
+        any::<bool>(),
+        select(vec![Space::Stream, Space::Contents]),
+        select(vec![4096u32, 32_768, 1 << 20]),
+        select(vec![0usize, 100_000, 32 << 20]),
+        select(vec![1usize, 3]),
+    )
+        .prop_map(|(pages, space, frame_max, cache_len, threads)| How {
+            pages,
+            space,
+            frame_max,
+            cache_len,
+            threads,
+        })
+}
+
+/// A layer: which version it leads from, and to.
+struct Layer {
+    parent: Option<usize>,
+    target: usize,
+    index: Vec<u8>,
+    pack: Vec<u8>,
+}
+
+impl How {
+    fn options(&self) -> EncodeOptions {
+        let cuts = if self.pages { Cuts::Pages } else { Cuts::Bytes };
+        options(cuts, self.frame_max, self.threads)
+    }
+
+    fn source(&self, bytes: &[u8]) -> TestSource {
+        let source = TestSource::new(bytes.to_vec());
+        match self.space {
+            Space::Stream => source,
+            Space::Contents => {
+                let third = bytes.len() / 3;
+                source.with_parts(&[third, third, bytes.len() / 2])
+            }
+        }
+    }
+
+    fn whole(&self, versions: &[Vec<u8>], target: usize) -> Layer {
+        let encoded = encode_to_memory(&self.source(&versions[target]), &self.options()).unwrap();
+        let (encoded, pack) = encoded;
+        Layer {
+            parent: None,
+            target,
+            index: encoded.into_index(RootHash::of(&versions[target])),
+            pack,
+        }
+    }
+
+    fn update(&self, versions: &[Vec<u8>], parent: usize, target: usize) -> Layer {
+        let (old, new) = (&versions[parent], &versions[target]);
+        let name = SourceName {
+            kind: SourceKind::Parent,
+            root: RootHash::of(old),
+            space: self.space,
+            size: old.len() as u64,
+        };
+        let sources = [OldSource {
+            name: name.clone(),
+            content: Arc::new(BytesSource(old.clone())),
+        }];
+        let in_place = self.space == Space::Stream;
+        let outline = if in_place {
+            let ((old, old_outboard), (new, outboard)) = (tree_of(old), tree_of(new));
+            let changed = changed_groups((&old, &old_outboard), (&new, &outboard)).unwrap();
+            Outline::of_groups(new.size, &changed)
+        } else {
+            Outline::unknown(new.len() as u64)
+        };
+        let similar = Similar::build(&sources, &SimilarOptions::default(), &())
+            .unwrap()
+            .unwrap();
+        let against = Against {
+            outline: &outline,
+            sources: &sources,
+            similar: &similar,
+            in_place,
+        };
+        let mut pack = Vec::new();
+        let outputs = Outputs {
+            pack: &mut pack,
+            pack_outboard: Vec::new(),
+            content_outboard: Vec::<u8>::new(),
+        };
+        let source = self.source(new);
+        let encoded = encode_update(&source, &against, &self.options(), outputs, &()).unwrap();
+        let root = name.root;
+        let index = encoded.into_update_index(RootHash::of(new), Some(root), vec![name]);
+        Layer {
+            parent: Some(parent),
+            target,
+            index,
+            pack,
+        }
+    }
+}
+
+/// A way to a version, from nothing on: layers' positions. Through each version at most once; any of those that there are.
+fn way(layers: &[Layer], target: usize, seen: &mut Vec<usize>, rng: &mut impl Rng) -> Vec<usize> {
+    seen.push(target);
+    let fits = |layer: &&Layer| {
+        layer.target == target && layer.parent.is_none_or(|parent| !seen.contains(&parent))
+    };
+    let mut choices: Vec<usize> = (0..layers.len()).filter(|i| fits(&&layers[*i])).collect();
+    while !choices.is_empty() {
+        let choice = choices.swap_remove(rng.random_range(0..choices.len()));
+        let mut way = match layers[choice].parent {
+            None => return vec![choice],
+            Some(parent) if seen.contains(&parent) => continue,
+            Some(parent) => self::way(layers, parent, seen, rng),
+        };
+        if !way.is_empty() {
+            way.push(choice);
+            return way;
+        }
+    }
+    Vec::new()
+}
+
+fn open_way(layers: &[Layer], way: &[usize], cache_len: usize) -> Arc<LayerContent> {
+    let cache = LayerCache::new(&ReadOptions { cache_len });
+    let mut below: Option<Arc<LayerContent>> = None;
+    for i in way {
+        let sources = below.iter().map(|below| below.clone() as Arc<dyn Content>);
+        let content = LayerContent::open(
+            Arc::new(layers[*i].index.clone()),
+            Arc::new(layers[*i].pack.clone()),
+            sources.collect(),
+            &cache,
+        );
+        below = Some(Arc::new(content.unwrap()));
+    }
+    below.unwrap()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(96))]
+
+    #[test]
+    fn every_version_is_read_by_every_way(
+        first in prop::collection::vec(stretch(), 1..8),
+        later in prop::collection::vec((any::<Pick>(), edits()), 1..6),
+        pairs in prop::collection::vec((any::<Pick>(), any::<Pick>()), 0..6),
+        wholes in prop::collection::vec(any::<Pick>(), 0..2),
+        how in hows(),
+        seed: u64,
+    ) {
+        let mut versions = vec![TestSource::made_of(&first).bytes];
+        let mut layers = vec![how.whole(&versions, 0)];
+        // Each version is made of an earlier one, and reached from it; some from any other too, or from nothing.
+        let mut pairs: Vec<_> = pairs.iter().map(|(a, b)| (a.index(later.len() + 1), b.index(later.len() + 1))).collect();
+        for (base, edits) in &later {
+            let base = base.index(versions.len());
+            versions.push(edited(&versions[base], edits, how.pages));
+            pairs.push((base, versions.len() - 1));
+        }
+        for (parent, target) in pairs {
+            // Nothing leads from a content to itself.
+            if versions[parent] != versions[target] {
+                layers.push(how.update(&versions, parent, target));
+            }
+        }
+        layers.extend(wholes.iter().map(|target| how.whole(&versions, target.index(versions.len()))));
+
+        let mut rng = SmallRng::seed_from_u64(seed);
+        for (target, plain) in versions.iter().enumerate() {
+            for _ in 0..2 {
+                let way = way(&layers, target, &mut Vec::new(), &mut rng);
+                if way.is_empty() {
+                    // The same as the one that it was made of, or reached only through versions that this way had seen.
+                    continue;
+                }
+                let content = open_way(&layers, &way, how.cache_len);
+                prop_assert_eq!(content.header().target, RootHash::of(plain));
+                check_ranges(&content, plain, rng.next_u64(), 6);
+                let (restored, root) = restore_all(&content, how.threads).unwrap();
+                prop_assert!(restored == *plain, "version {} by {:?}", target, way);
+                prop_assert_eq!(root, RootHash::of(plain));
+            }
+        }
+    }
+}
+
+// Several readers at once, with a cache that is too small for two of them: they wait for each other, but not for ever.
+#[test]
+fn a_chain_is_read_from_many_threads() {
+    let how = How {
+        pages: false,
+        space: Space::Stream,
+        frame_max: 8192,
+        cache_len: 100_000,
+        threads: 2,
+    };
+    let mut versions = vec![[text(1, 80_000), random(2, 30_000)].concat()];
+    let mut layers = vec![how.whole(&versions, 0)];
+    for number in 1..9usize {
+        let mut next = versions[number - 1].clone();
+        next.iter_mut()
+            .step_by(700 + number)
+            .for_each(|byte| *byte = byte.wrapping_add(1));
+        next.splice(number * 9000..number * 9000, text(number as u64, 3000));
+        versions.push(next);
+        layers.push(how.update(&versions, number - 1, number));
+    }
+    let way: Vec<usize> = (0..layers.len()).collect();
+    let content = open_way(&layers, &way, how.cache_len);
+    let (content, plain) = (&*content, &versions[versions.len() - 1]);
+    std::thread::scope(|scope| {
+        for reader in 0..6 {
+            scope.spawn(move || check_ranges(content, plain, reader, 12));
+        }
+    });
+}
