@@ -21,6 +21,7 @@ pub mod read;
 mod reread;
 pub mod restore;
 mod slab;
+mod source;
 mod stats;
 mod update;
 mod work;
@@ -28,4 +29,11 @@ mod work;
 pub use cut::Cuts;
 pub(crate) use cut::{GEAR, PAGE_LEN};
 pub use pages::{IndexFault, Storage};
+pub use source::LayerSource;
 pub use stats::EncodeStats;
+
+/// What cutting local data as the encoder does takes.
+pub(crate) mod slabs {
+    pub(crate) use super::cut::Cutter;
+    pub(crate) use super::slab::{Piece, SLAB_LEN, SlabReader};
+}

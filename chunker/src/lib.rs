@@ -7,5 +7,6 @@ pub mod content;
 pub mod delta;
 pub mod image;
 pub mod layer;
+pub mod like;
 mod osfile;
 pub mod tree;

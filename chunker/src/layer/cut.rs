@@ -30,7 +30,7 @@ pub enum Cuts {
 
 /// Cuts runs of data into spans.
 #[derive(Clone, Debug)]
-pub(super) struct Cutter {
+pub(crate) struct Cutter {
     cuts: Cuts,
     min: usize,
     max: usize,
@@ -40,7 +40,7 @@ pub(super) struct Cutter {
 
 /// The end of a span.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Cut {
+pub(crate) struct Cut {
     /// Length of the span.
     pub len: usize,
     /// Whether the content marks it as a good end for a frame too: one cut in four.

@@ -84,6 +84,14 @@ pub enum LayerError {
         /// Which rule it breaks.
         why: &'static str,
     },
+    /// A frame was to be made of local data, which is no longer what it was.
+    #[error("local data no longer has frame {frame}{}", .source.as_ref().map(|error| format!(": {error}")).unwrap_or_default())]
+    Drifted {
+        /// The frame's id.
+        frame: u32,
+        /// Why it could not be read, where that is why.
+        source: Option<Box<ReadError>>,
+    },
     /// The read costs too much, which is the layer's fault, or was told to stop.
     #[error(transparent)]
     Spent(#[from] Spent),

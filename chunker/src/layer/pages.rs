@@ -219,6 +219,21 @@ impl Pages {
         }
     }
 
+    /// Goes through all frames, in order; keeps nothing.
+    pub fn each_frame(&self, mut each: impl FnMut(u32, &Frame)) -> Result<(), LayerError> {
+        for (number, entry) in self.directory.frame_pages().iter().enumerate() {
+            let bytes = read(&self.storage, entry.at, entry.len as usize)?;
+            let frames = self.directory.decode_frames(number, &bytes);
+            let frames = frames.map_err(|source| IndexFault::Decode {
+                at: entry.at,
+                source,
+            })?;
+            let ids = entry.first..;
+            ids.zip(&frames).for_each(|(id, frame)| each(id, frame));
+        }
+        Ok(())
+    }
+
     /// What a range of the component consists of, in order, without gaps.
     pub fn parts(&self, range: Range<u64>) -> Parts<'_> {
         let page = self.directory.run_page_at(range.start).unwrap_or(0);

@@ -111,7 +111,7 @@ impl<'a> Plan<'a> {
             Entry::Occupied(node) => Ok(node.into_mut()),
             Entry::Vacant(place) => {
                 let content = layer.cache().frames.kept(*place.key());
-                let frame = entry.without_spans();
+                let frame = layer.planned(id, entry);
                 if content.is_none() {
                     budget.frame(&frame)?;
                     self.unseen.push(*place.key());

@@ -8,6 +8,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use capsule_proto::FrameHash;
 use capsule_proto::index::{Frame, IndexHeader, Reference};
 
 pub use super::budget::Spent;
@@ -16,10 +17,11 @@ pub use super::cache::LayerCache;
 use super::cache::{Key, Shared, next_number};
 use super::codec::FrameFault;
 pub use super::error::LayerError;
-use super::follow::{Place, follow};
+use super::follow::{FramePlace, Place, follow};
 use super::pages::{FrameEntry, Pages, Parts, Storage};
 use super::plan::Plan;
 use crate::content::{Content, ReadError, check_range};
+use crate::like::Local;
 
 /// How to read a stack of layers.
 #[derive(Clone, Debug)]
@@ -45,6 +47,8 @@ pub struct LayerContent {
     cache: Arc<Shared>,
     /// The layer's number in the cache.
     number: u64,
+    /// Frames that are not read from the pack.
+    local: Option<Local>,
 }
 
 impl LayerContent {
@@ -83,7 +87,53 @@ impl LayerContent {
             sources,
             cache,
             number,
+            local: None,
         })
+    }
+
+    /// Makes some frames of local data: neither their bytes in the pack nor what they refer to need be there. One that local data
+    /// no longer has fails with [`LayerError::Drifted`].
+    pub fn with_local(self, local: Local) -> Self {
+        Self {
+            local: Some(local),
+            ..self
+        }
+    }
+
+    /// Goes through the frame table.
+    pub(crate) fn each_frame(&self, each: impl FnMut(u32, &Frame)) -> Result<(), LayerError> {
+        self.pages.each_frame(each)
+    }
+
+    /// Reads part of a frame.
+    pub(crate) fn read_frame(
+        &self,
+        id: u32,
+        offset: u32,
+        buf: &mut [u8],
+    ) -> Result<(), LayerError> {
+        let budget = &mut Budget::new(buf.len() as u64);
+        let place = FramePlace {
+            layer: self,
+            id,
+            offset,
+            start: 0,
+        };
+        let mut plan = Plan::new(self);
+        plan.want(0, place, buf.len() as u64, budget)?;
+        let offset = offset as usize;
+        plan.run(budget, |_, frame| {
+            buf.copy_from_slice(&frame[offset..offset + buf.len()]);
+        })
+    }
+
+    /// A frame as decoding it needs it: one of local data refers to nothing.
+    pub(super) fn planned(&self, id: u32, entry: &FrameEntry) -> Frame {
+        let mut frame = entry.without_spans();
+        if self.local.as_ref().is_some_and(|local| local.has(id)) {
+            frame.references = Vec::new();
+        }
+        frame
     }
 
     /// What the layer leads from and to.
@@ -185,6 +235,9 @@ impl LayerContent {
         frame: &Frame,
         references: &[u8],
     ) -> Result<Vec<u8>, LayerError> {
+        if let Some(local) = self.local.as_ref().filter(|local| local.has(id)) {
+            return drifted_or(local.read(id), id, frame);
+        }
         let at = frame.pack_offset;
         let read_packed = |buf: &mut [u8]| {
             self.pack
@@ -207,6 +260,25 @@ impl LayerContent {
                 fault,
             },
         })
+    }
+}
+
+/// What local data has, if it is still the frame.
+fn drifted_or(
+    read: Result<Vec<u8>, ReadError>,
+    id: u32,
+    frame: &Frame,
+) -> Result<Vec<u8>, LayerError> {
+    match read {
+        Ok(bytes) if FrameHash::of(&bytes) == frame.hash => Ok(bytes),
+        Ok(_) => Err(LayerError::Drifted {
+            frame: id,
+            source: None,
+        }),
+        Err(error) => Err(LayerError::Drifted {
+            frame: id,
+            source: Some(Box::new(error)),
+        }),
     }
 }
 

@@ -15,7 +15,7 @@ use super::encode::EncodeError;
 use crate::content::{Extents, Parts, Progress, Source};
 
 /// Bytes of data in a slab: many times the longest span, so that little is carried over; small beside the memory allowed.
-pub(super) const SLAB_LEN: usize = 8 << 20;
+pub(crate) const SLAB_LEN: usize = 8 << 20;
 /// Bytes read at once: how often a source is asked, and how soon a cancelled reading ends.
 const READ_LEN: u64 = 1 << 20;
 /// Most regions in a slab, however scattered the extents are.
@@ -25,7 +25,7 @@ const MAX_REGIONS: usize = 1 << 14;
 const SMALL_PART_LEN: u64 = 8 << 10;
 
 /// A stretch of content, read and cut.
-pub(super) struct Slab {
+pub(crate) struct Slab {
     /// The bytes of the data regions, one after another.
     bytes: Vec<u8>,
     /// What of the content the slab covers.
@@ -42,7 +42,7 @@ pub(super) struct Slab {
 
 /// A run of data or of known zeros.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Region {
+pub(crate) struct Region {
     /// First byte in the content.
     pub start: u64,
     /// Length in bytes.
@@ -53,7 +53,7 @@ pub(super) struct Region {
 
 /// What a piece of the content is. The reader knows spans and zeros; of an update, `update` tells the others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Piece {
+pub(crate) enum Piece {
     /// Zeros: holes, and long runs of zeros in data.
     Zero { len: u64 },
     /// The parent's, at the same offset.
@@ -83,7 +83,7 @@ impl Piece {
 
 /// A part of the source.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Part {
+pub(crate) struct Part {
     /// Position among the parts.
     pub index: usize,
     /// Where in the content it lies.
@@ -116,7 +116,7 @@ impl Drop for Slab {
 }
 
 /// Reads a source slab by slab.
-pub(super) struct SlabReader<'a> {
+pub(crate) struct SlabReader<'a> {
     source: &'a dyn Source,
     progress: &'a dyn Progress,
     stop: &'a AtomicBool,
