@@ -128,7 +128,7 @@ impl Making<'_> {
             ImageKind::File => (ComponentKind::File, "file"),
         };
         let (trimmed, trimming) = self.trim(&*image.source, image.kind, &mut warnings)?;
-        let source = match &trimmed {
+        let source: &dyn Source = match &trimmed {
             Some(trimmed) => trimmed,
             None => &*image.source,
         };
