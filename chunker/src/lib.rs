@@ -5,6 +5,7 @@
 pub mod bao;
 pub mod content;
 pub mod delta;
+pub mod free;
 pub mod image;
 pub mod layer;
 pub mod like;

@@ -57,6 +57,9 @@ pub struct PublishArgs {
     /// For a directory with a parent: read all files, also those whose length and time of modification are the same
     #[arg(long)]
     checksum: bool,
+    /// For a disk: leave out free space of ext2, ext3 and ext4 file systems, and old content of their journals
+    #[arg(long)]
+    trim: bool,
     /// Until when the name holds: 90d, 1y, or a date such as 2027-01-31; without end, when not given
     #[arg(long, value_name = "WHEN", value_parser = |text: &str| parse_expiry(text, now()))]
     expires: Option<u64>,
@@ -120,10 +123,17 @@ pub fn run(args: PublishArgs, context: &Context) -> Result<(), Exit> {
         parent: args.parent.map(CapsuleRef),
         no_parent: args.no_parent,
         checksum: args.checksum,
+        trim: args.trim,
     };
     let published = context.work(command, args.output, STOPPED)?;
     for warning in &published.warnings {
         tell(format_args!("note: {}", printable(warning)));
+    }
+    if let Some(bytes) = published.trimmable_bytes {
+        let bytes = size(bytes);
+        tell(format_args!(
+            "note: free space holds about {bytes} of old data: --trim leaves it out"
+        ));
     }
     args.output.print(&published, render)?;
     args.output.next(format_args!(
@@ -155,6 +165,9 @@ fn render(published: &Published, style: Style) -> String {
     let mut parts = vec![size(content)];
     if published.zero_bytes > 0 {
         parts.push(format!("{} of it zero", size(published.zero_bytes)));
+    }
+    if published.trimmed_bytes > 0 {
+        parts.push(format!("{} trimmed", size(published.trimmed_bytes)));
     }
     if published.repeated_bytes > 0 {
         parts.push(format!("{} repeated", size(published.repeated_bytes)));
@@ -217,6 +230,8 @@ mod tests {
             components: Vec::new(),
             content_bytes: 4 << 20,
             zero_bytes: 0,
+            trimmed_bytes: 2 << 20,
+            trimmable_bytes: None,
             repeated_bytes: 1 << 20,
             parent: Some("lab:0".into()),
             inherited_bytes: 1 << 20,
@@ -233,7 +248,9 @@ mod tests {
             "{text}"
         );
         assert!(
-            text.contains("content    4.00 MiB, 1.00 MiB repeated, 1.00 MiB as in lab:0\n"),
+            text.contains(
+                "content    4.00 MiB, 2.00 MiB trimmed, 1.00 MiB repeated, 1.00 MiB as in lab:0\n"
+            ),
             "{text}"
         );
         let again = render(

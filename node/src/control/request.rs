@@ -72,6 +72,9 @@ pub struct Publish {
     /// For a tree with a parent: reads all files, also those whose length and time are the parent's.
     #[serde(default)]
     pub checksum: bool,
+    /// For a disk: free space of ext file systems, and what their clean journals still hold, as zeros.
+    #[serde(default)]
+    pub trim: bool,
 }
 
 impl Publish {
@@ -88,6 +91,7 @@ impl Publish {
             parent: None,
             no_parent: false,
             checksum: false,
+            trim: false,
         }
     }
 }

@@ -20,6 +20,7 @@ use capsule_proto::record::BlobRef;
 use positioned_io::{ReadAt, WriteAt};
 
 use super::parent::{Old, Parent};
+use super::trim::{self, Trimming};
 use crate::control::{Failure, FailureCode, Phase, Progress, Publish, PublishAs, Reporter};
 use crate::held::{HeldWay, TreeWay};
 use crate::store::{Import, LayerBlobs, Scratch, Store};
@@ -37,6 +38,7 @@ pub(super) struct Draft {
     /// A stream's hash tree.
     pub outboard: Option<Scratch>,
     pub stats: EncodeStats,
+    pub trimming: Trimming,
     pub warnings: Vec<String>,
 }
 
@@ -72,6 +74,9 @@ pub(super) fn make(making: &Making<'_>) -> Result<Draft, Failure> {
     let is_dir = std::fs::metadata(&request.path)
         .map_err(|e| unreadable(&request.path, &e))?
         .is_dir();
+    if request.trim {
+        trim::check_request(&request.path, is_dir, request.read_as)?;
+    }
     match (is_dir, request.read_as) {
         (true, PublishAs::Auto | PublishAs::Tree) => making.tree(),
         (false, PublishAs::Tree) => {
@@ -122,8 +127,13 @@ impl Making<'_> {
             ImageKind::Disk => (ComponentKind::Disk, "disk0"),
             ImageKind::File => (ComponentKind::File, "file"),
         };
-        self.work.set_total(image.source.len());
-        let made = self.stream_layer(&*image.source, kind, name)?;
+        let (trimmed, trimming) = self.trim(&*image.source, image.kind, &mut warnings)?;
+        let source: &dyn Source = match &trimmed {
+            Some(trimmed) => trimmed,
+            None => &*image.source,
+        };
+        self.work.set_total(source.len());
+        let made = self.stream_layer(source, kind, name)?;
         let component = Component {
             name: name.to_owned(),
             kind,
@@ -138,6 +148,7 @@ impl Making<'_> {
             listing: None,
             outboard: made.outboard,
             stats: made.stats,
+            trimming,
             warnings,
         })
     }
@@ -248,6 +259,7 @@ impl Making<'_> {
             listing: Some(listing),
             outboard: None,
             stats: contents.stats,
+            trimming: Trimming::default(),
             warnings,
         })
     }

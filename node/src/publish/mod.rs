@@ -2,12 +2,13 @@
 //!
 //! Blobs are written and durable before anything names them; records come last. What fails before that leaves nothing, not even
 //! space taken. Content that is here already is not stored twice, and publishing the same again does nothing. Reading and encoding live
-//! in `make`, what comes of an older version in `parent` and `update`.
+//! in `make`, what comes of an older version in `parent` and `update`, a disk without its free space in `trim`.
 
 mod make;
 mod parent;
 #[cfg(test)]
 pub(crate) mod tests;
+mod trim;
 mod update;
 
 use std::collections::BTreeSet;
@@ -102,6 +103,8 @@ pub async fn publish(
             .collect(),
         content_bytes: draft.manifest.content_size(),
         zero_bytes: draft.stats.zero,
+        trimmed_bytes: draft.trimming.trimmed,
+        trimmable_bytes: draft.trimming.trimmable,
         repeated_bytes: draft.stats.repeated,
         parent: against.filter(|_| is_upon_parent),
         inherited_bytes: draft.stats.inherited,

@@ -54,6 +54,8 @@ pub fn published(full: bool) -> Published {
         components: vec![component()],
         content_bytes: 1,
         zero_bytes: 1,
+        trimmed_bytes: 1,
+        trimmable_bytes: full.then_some(1),
         repeated_bytes: 1,
         parent: full.then(|| "lab:0".into()),
         inherited_bytes: 1,

@@ -22,6 +22,10 @@ pub struct Published {
     pub content_bytes: u64,
     /// Of these, bytes that were zero.
     pub zero_bytes: u64,
+    /// With `trim`: bytes of free space and of clean journals that were left out.
+    pub trimmed_bytes: u64,
+    /// Without it: about how many bytes of old data it would leave out, where that is known and worth it.
+    pub trimmable_bytes: Option<u64>,
     /// Of these, bytes that repeat earlier ones.
     pub repeated_bytes: u64,
     /// The version that it was published against, if any.
