@@ -5,7 +5,7 @@
 //! | `home`, `control` | the directory; the way from the command line to the daemon |
 //! | `daemon`, `node` | starting, stopping, what happens by itself; what the parts share |
 //! | `publish`, `transfer`, `export`, `verify`, `keep`, `follow`, `report` | the commands |
-//! | `records`, `held`, `graph`, `layers` | what the fleet says; what is here; ways to components; reading them |
+//! | `records`, `held`, `graph`, `layers`, `encoding` | what the fleet says; what is here; ways to components; reading and making them |
 //! | `store`, `blobs` | bytes on the disk, and as the network sees them |
 //! | `clock`, `work` | time with a floor; long work on few threads |
 
@@ -13,6 +13,7 @@ pub mod blobs;
 pub mod clock;
 pub mod control;
 pub mod daemon;
+mod encoding;
 pub mod export;
 mod failure;
 pub mod follow;

@@ -2,26 +2,23 @@
 //! which leave nothing behind when they are dropped; keeping and naming is the room's other half. With a parent, `update`
 //! finds out what of the content the parent has.
 
-use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use capsule_chunker::bao::Tree;
 use capsule_chunker::content::{BytesSource, Source};
 use capsule_chunker::image::{self, ImageKind, ImageOptions, ReadAs};
 use capsule_chunker::layer::EncodeStats;
-use capsule_chunker::layer::encode::{ContentHashes, EncodeOptions, Encoded, Outputs, encode};
+use capsule_chunker::layer::encode::EncodeOptions;
 use capsule_chunker::tree::{ScanOptions, scan};
 use capsule_proto::RootHash;
 use capsule_proto::index::{Source as IndexSource, Space};
 use capsule_proto::listing::EntryPath;
 use capsule_proto::manifest::{Component, ComponentKind, Manifest};
-use capsule_proto::record::BlobRef;
-use positioned_io::{ReadAt, WriteAt};
 
 use super::parent::{Old, Parent};
 use super::trim::{self, Trimming};
 use crate::control::{Failure, FailureCode, Phase, Progress, Publish, PublishAs, Reporter};
+use crate::encoding::{DraftLayer, MadeLayer, StoreEncoded, finish_layer, first_stream};
 use crate::held::{HeldWay, TreeWay};
 use crate::store::{Import, LayerBlobs, Scratch, Store};
 use crate::work::Work;
@@ -40,21 +37,6 @@ pub(super) struct Draft {
     pub stats: EncodeStats,
     pub trimming: Trimming,
     pub warnings: Vec<String>,
-}
-
-/// A layer that is made.
-pub(super) struct DraftLayer {
-    pub space: Space,
-    pub parent: Option<RootHash>,
-    pub blobs: LayerBlobs,
-    pub index: Vec<u8>,
-    pub pack: Option<DraftPack>,
-}
-
-pub(super) struct DraftPack {
-    pub blob: BlobRef,
-    pub import: Import,
-    pub outboard: Scratch,
 }
 
 /// What making a draft works with.
@@ -166,35 +148,8 @@ impl Making<'_> {
         })?;
         match old {
             Some(old) => self.update_stream(source, kind, old),
-            None => self.first_stream(source, &self.options(kind)),
+            None => first_stream(self.store, source, &self.options(kind), self.work),
         }
-    }
-
-    /// A stream's layer from nothing.
-    pub fn first_stream(
-        &self,
-        source: &dyn Source,
-        options: &EncodeOptions,
-    ) -> Result<MadeLayer, Failure> {
-        let mut import = self.store.begin_import()?;
-        let encoded = encode(
-            source,
-            options,
-            outputs(self.store, &mut import)?,
-            self.work,
-        )?;
-        let ContentHashes::Stream(tree, _) = encoded.content else {
-            return Err(unexpected("a stream came with parts"));
-        };
-        let stats = encoded.stats;
-        let (layer, outboard) = finish_layer(encoded, import, tree.root, None, Vec::new());
-        Ok(MadeLayer {
-            tree,
-            way: vec![layer.blobs],
-            layer: Some(layer),
-            outboard,
-            stats,
-        })
     }
 
     fn tree(&self) -> Result<Draft, Failure> {
@@ -276,19 +231,12 @@ impl Making<'_> {
         };
         match old {
             Some(old) => quiet.update_stream(&source, ComponentKind::File, old),
-            None => quiet.first_stream(&source, &self.options(ComponentKind::File)),
+            None => {
+                let options = self.options(ComponentKind::File);
+                first_stream(self.store, &source, &options, quiet.work)
+            }
         }
     }
-}
-
-/// A stream's layer, and what is known of the stream then.
-pub(super) struct MadeLayer {
-    pub tree: Tree,
-    /// None where the parent is the same.
-    pub layer: Option<DraftLayer>,
-    pub way: Vec<LayerBlobs>,
-    pub outboard: Option<Scratch>,
-    pub stats: EncodeStats,
 }
 
 /// A tree's contents, encoded; their layer waits for the listing's root.
@@ -320,10 +268,6 @@ impl EncodedContents {
     }
 }
 
-pub(super) fn unexpected(message: &str) -> Failure {
-    Failure::new(FailureCode::Internal, message)
-}
-
 /// Where in a directory the node's home lies, if it does.
 fn own_within(home: &Path, dir: &Path) -> Result<Option<EntryPath>, Failure> {
     let real = |path: &Path| path.canonicalize().map_err(|e| unreadable(path, &e));
@@ -344,92 +288,4 @@ fn new_manifest(component: Component) -> Result<Manifest, Failure> {
             format!("this cannot be a capsule: {e}"),
         )
     })
-}
-
-/// Scratch space that can be taken out of what encoding returns.
-pub(super) struct Slot(pub Option<Scratch>);
-
-impl Slot {
-    fn get(&self) -> io::Result<&Scratch> {
-        self.0
-            .as_ref()
-            .ok_or_else(|| io::ErrorKind::NotFound.into())
-    }
-}
-
-impl ReadAt for Slot {
-    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<usize> {
-        self.get()?.read_at(offset, buf)
-    }
-}
-
-impl WriteAt for Slot {
-    fn write_at(&mut self, offset: u64, bytes: &[u8]) -> io::Result<usize> {
-        self.0
-            .as_mut()
-            .ok_or(io::ErrorKind::NotFound)?
-            .write_at(offset, bytes)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-pub(super) type StoreEncoded = Encoded<Slot, Slot>;
-
-/// Places in the store for what encoding makes.
-pub(super) fn outputs<'a>(
-    store: &Store,
-    import: &'a mut Import,
-) -> Result<Outputs<'a, Slot, Slot>, Failure> {
-    let slot = || Ok::<_, Failure>(Slot(Some(store.scratch()?)));
-    Ok(Outputs {
-        pack: import,
-        pack_outboard: slot()?,
-        content_outboard: slot()?,
-    })
-}
-
-/// The layer, and a stream's outboard where encoding made it.
-pub(super) fn finish_layer(
-    mut encoded: StoreEncoded,
-    import: Import,
-    root: RootHash,
-    parent: Option<RootHash>,
-    sources: Vec<IndexSource>,
-) -> (DraftLayer, Option<Scratch>) {
-    let tree = encoded.pack;
-    let blob = BlobRef {
-        root: tree.root,
-        size: tree.size,
-    };
-    let outboard = encoded.pack_outboard.0.take();
-    let pack = outboard
-        .filter(|_| tree.size > 0)
-        .map(|outboard| DraftPack {
-            blob,
-            import,
-            outboard,
-        });
-    let (space, content) = match &mut encoded.content {
-        ContentHashes::Stream(_, slot) => (Space::Stream, slot.0.take()),
-        ContentHashes::Known => (Space::Stream, None),
-        ContentHashes::Parts(_) => (Space::Contents, None),
-    };
-    let index = encoded.into_update_index(root, parent, sources);
-    let blobs = LayerBlobs {
-        index: RootHash::of(&index),
-        pack: pack.as_ref().map(|pack| pack.blob.root),
-    };
-    (
-        DraftLayer {
-            space,
-            parent,
-            blobs,
-            index,
-            pack,
-        },
-        content,
-    )
 }

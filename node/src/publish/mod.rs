@@ -22,13 +22,14 @@ use capsule_proto::name::{CapsuleName, Version};
 use capsule_proto::record::{BlobRef, Body, Layer, Name, RecordError};
 
 use crate::control::{Failure, FailureCode, Phase, Publish, Published, Reporter};
+use crate::encoding::DraftLayer;
 use crate::held::{HeldWay, Holdings, blobs_of, component_info, layer_blobs};
 use crate::node::Node;
 use crate::records::{KnownName, SignError};
 use crate::store::{ActiveGuard, BlobKind, GcMode, HeldCapsule, LayerBlobs, PinOrigin, Store};
 use crate::transfer::check::register;
 use crate::work::{Task, blocking, panicked};
-use make::{Draft, DraftLayer, DraftPack, Making, make};
+use make::{Draft, Making, make};
 use parent::Parent;
 
 /// Publishes a path.
@@ -307,15 +308,7 @@ fn store_all(store: &Store, draft: &mut Draft, added: u64) -> Result<(), Failure
     let known = Holdings::new(store.clone()).way_to(&component)?.is_some();
     if !known {
         for layer in &mut draft.layers {
-            store.put_small(&layer.index, BlobKind::Index)?;
-            if let Some(DraftPack {
-                blob,
-                import,
-                outboard,
-            }) = layer.pack.take()
-            {
-                import.commit(&blob.root, blob.size, outboard, BlobKind::Pack)?;
-            }
+            layer.keep(store)?;
         }
         if let Some(listing) = &draft.listing {
             store.put_small(listing, BlobKind::Listing)?;

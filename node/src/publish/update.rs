@@ -7,21 +7,17 @@ use capsule_chunker::bao::{DiffError, Tree, changed_groups};
 use capsule_chunker::content::{Content, Source};
 use capsule_chunker::delta::{OldSource, Outline, Similar, SimilarOptions};
 use capsule_chunker::layer::EncodeStats;
-use capsule_chunker::layer::encode::{
-    Against, ContentHashes, EncodeError, Hashed, encode, encode_update,
-};
+use capsule_chunker::layer::encode::{Against, ContentHashes, EncodeError, Hashed, encode_update};
 use capsule_chunker::layer::hash::hash_source;
 use capsule_chunker::tree::{TreeOutline, TreeSource};
 use capsule_proto::RootHash;
 use capsule_proto::index::{Source as IndexSource, SourceKind, Space};
 use capsule_proto::manifest::{Component, ComponentKind};
 
-use super::make::{
-    EncodedContents, MadeContents, MadeLayer, Making, StoreEncoded, finish_layer, outputs,
-    unexpected,
-};
+use super::make::{EncodedContents, MadeContents, Making};
 use super::parent::Old;
 use crate::control::{Failure, FailureCode};
+use crate::encoding::{MadeLayer, StoreEncoded, finish_layer, first_contents, outputs, unexpected};
 use crate::held::Holdings;
 use crate::store::{Import, LayerBlobs};
 
@@ -130,25 +126,16 @@ impl Making<'_> {
 
     fn first_contents(&self, source: &TreeSource) -> Result<MadeContents, Failure> {
         self.work.set_total(source.len());
-        let mut import = self.store.begin_import()?;
         let options = self.options(ComponentKind::Tree);
-        let encoded = encode(
-            source,
-            &options,
-            outputs(self.store, &mut import)?,
-            self.work,
-        )?;
-        let ContentHashes::Parts(roots) = &encoded.content else {
-            return Err(unexpected("a tree came as a stream"));
-        };
+        let made = first_contents(self.store, source, &options, self.work)?;
         Ok(MadeContents {
-            size: encoded.size,
-            roots: roots.clone(),
+            size: made.encoded.size,
+            roots: made.roots,
             below: Vec::new(),
-            stats: encoded.stats,
+            stats: made.encoded.stats,
             encoded: EncodedContents {
-                encoded,
-                import,
+                encoded: made.encoded,
+                import: made.import,
                 parent: None,
                 sources: Vec::new(),
             },
