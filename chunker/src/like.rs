@@ -101,9 +101,9 @@ impl Likeness {
     }
 
     /// Looks in local content: reads all of it, on all cores.
-    pub fn look_in<S: Source + 'static>(
+    pub fn look_in(
         &mut self,
-        content: Arc<S>,
+        content: Arc<dyn Source>,
         cuts: Cuts,
         progress: &dyn Progress,
     ) -> Result<(), EncodeError> {

@@ -31,12 +31,14 @@ pub fn open(
     layers: &[LayerBlobs],
     options: &ReadOptions,
 ) -> Result<Arc<LayerContent>, Failure> {
-    let cache = LayerCache::new(options);
-    let mut below: Option<Arc<LayerContent>> = None;
-    for layer in layers {
-        below = Some(Arc::new(open_one(store, layer, below, &cache)?));
-    }
-    below.ok_or_else(|| {
+    let pack = |layer: &LayerBlobs| -> Result<Storage, Failure> {
+        Ok(match &layer.pack {
+            Some(pack) => store.open_blob(pack)?,
+            None => Arc::new(Vec::<u8>::new()),
+        })
+    };
+    let mut all = open_all(store, layers, options, &pack, &|_, content| Ok(content))?;
+    all.pop().ok_or_else(|| {
         Failure::new(
             FailureCode::Internal,
             "a component without layers cannot be read",
@@ -44,17 +46,31 @@ pub fn open(
     })
 }
 
+/// Opens all of a component's layers: `pack` opens their packs, and `finish` may give them more to read.
+pub fn open_all(
+    store: &Store,
+    layers: &[LayerBlobs],
+    options: &ReadOptions,
+    pack: &dyn Fn(&LayerBlobs) -> Result<Storage, Failure>,
+    finish: &dyn Fn(&LayerBlobs, LayerContent) -> Result<LayerContent, Failure>,
+) -> Result<Vec<Arc<LayerContent>>, Failure> {
+    let cache = LayerCache::new(options);
+    let mut all: Vec<Arc<LayerContent>> = Vec::with_capacity(layers.len());
+    for layer in layers {
+        let content = open_one(store, layer, pack(layer)?, all.last().cloned(), &cache)?;
+        all.push(Arc::new(finish(layer, content)?));
+    }
+    Ok(all)
+}
+
 fn open_one(
     store: &Store,
     layer: &LayerBlobs,
+    pack: Storage,
     parent: Option<Arc<LayerContent>>,
     cache: &LayerCache,
 ) -> Result<LayerContent, Failure> {
     let index: Storage = store.open_blob(&layer.index)?;
-    let pack: Storage = match &layer.pack {
-        Some(pack) => store.open_blob(pack)?,
-        None => Arc::new(Vec::<u8>::new()),
-    };
     let directory = read_directory(&*index)?;
     let sources = match (&directory.header().sources[..], parent) {
         ([], _) => Vec::new(),

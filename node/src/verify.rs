@@ -358,6 +358,7 @@ async fn repair(
             root: held.root,
             size: Some(held.size),
             kind,
+            groups: None,
         })
         .collect();
     let name = "what was damaged".to_owned();
@@ -365,6 +366,7 @@ async fn repair(
         phase: Phase::Repairing,
         name,
         priority: Priority::Normal,
+        like: None,
     };
     let patience = Arc::new(Patience::default());
     let _place = patience.wait(Instant::now(), DEFAULT_PATIENCE);

@@ -1,5 +1,6 @@
 //! `capsule plan`, `pull`, `follow` and `unfollow`.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use capsule_node::control::{
@@ -9,7 +10,7 @@ use capsule_node::control::{
 use capsule_proto::name::Channel;
 use clap::Args;
 
-use super::context::{Context, Output};
+use super::context::{Context, Output, absolute};
 use super::exit::Exit;
 use super::format::{duration, parse_duration, plural, rate, size};
 use super::style::Style;
@@ -45,6 +46,10 @@ struct Which {
     /// name, 30s for the content]
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     wait: Option<Duration>,
+    /// Look for what is wanted in local data too, and fetch only what is not found: an image, a device, a directory, or a
+    /// capsule. All capsules that are here are looked at anyway
+    #[arg(long, value_name = "PATH|CAPSULE")]
+    like: Option<PathBuf>,
     #[command(flatten)]
     output: Output,
 }
@@ -72,11 +77,15 @@ pub fn plan(args: PlanArgs, context: &Context) -> Result<(), Exit> {
     let Which {
         capsule,
         wait,
+        like,
         output,
     } = args.which;
+    let (like_path, like_capsule) = like_of(like)?;
     let command = Plan {
         capsule: CapsuleRef(capsule),
         wait: wait.map(|wait| wait.as_secs()),
+        like_path,
+        like_capsule,
     };
     output.print(&context.work(command, output, STOPPED)?, render_plan)
 }
@@ -86,11 +95,15 @@ pub fn pull(args: PullArgs, context: &Context) -> Result<(), Exit> {
     let Which {
         capsule,
         wait,
+        like,
         output,
     } = args.which;
+    let (like_path, like_capsule) = like_of(like)?;
     let command = Pull {
         capsule: CapsuleRef(capsule),
         wait: wait.map(|wait| wait.as_secs()),
+        like_path,
+        like_capsule,
     };
     let pulled = context.work(command, output, STOPPED)?;
     output.print(&pulled, render_pull)?;
@@ -102,6 +115,15 @@ pub fn pull(args: PullArgs, context: &Context) -> Result<(), Exit> {
         "`capsule export {capsule} --to PATH` writes it out"
     ));
     Ok(())
+}
+
+/// A path where there is one of that name, else a capsule.
+fn like_of(like: Option<PathBuf>) -> Result<(Option<PathBuf>, Option<CapsuleRef>), Exit> {
+    Ok(match like {
+        Some(like) if like.exists() => (Some(absolute(&like)?), None),
+        Some(like) => (None, Some(CapsuleRef(like.to_string_lossy().into_owned()))),
+        None => (None, None),
+    })
 }
 
 /// Runs `follow`.
@@ -195,7 +217,15 @@ fn render_pull(pulled: &Pulled, style: Style) -> String {
 }
 
 fn components(components: &[PlannedComponent], style: Style) -> String {
-    let mut table = Table::new(&["COMPONENT", "KIND", ">SIZE", "WAY", ">HERE", ">TO FETCH"]);
+    let mut table = Table::new(&[
+        "COMPONENT",
+        "KIND",
+        ">SIZE",
+        "WAY",
+        ">HERE",
+        ">FOUND",
+        ">TO FETCH",
+    ]);
     for planned in components {
         let way = match planned.layers {
             0 => planned.way.clone(),
@@ -207,6 +237,7 @@ fn components(components: &[PlannedComponent], style: Style) -> String {
             size(planned.component.content_size),
             way,
             size(planned.have),
+            size(planned.found),
             size(planned.fetch),
         ]);
     }

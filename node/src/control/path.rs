@@ -26,3 +26,25 @@ pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<PathBuf
         Form::Bytes(bytes) => OsString::from_vec(bytes).into(),
     })
 }
+
+/// The same of a path that may be absent.
+pub mod option {
+    use super::*;
+
+    #[derive(Serialize, Deserialize)]
+    struct Given(#[serde(with = "super")] PathBuf);
+
+    pub fn serialize<S: Serializer>(
+        path: &Option<PathBuf>,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        path.clone().map(Given).serialize(serializer)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Option<PathBuf>, D::Error> {
+        let given = Option::<Given>::deserialize(deserializer)?;
+        Ok(given.map(|Given(path)| path))
+    }
+}

@@ -122,6 +122,12 @@ pub struct Plan {
     /// How long to wait for the name, and for somebody who has it, in seconds; a default where absent.
     #[serde(default)]
     pub wait: Option<u64>,
+    /// Local data in which to look for what is wanted, beside all capsules that are here: an absolute path.
+    #[serde(default, with = "super::path::option")]
+    pub like_path: Option<PathBuf>,
+    /// A capsule that must be here, to be looked at for what is wanted.
+    #[serde(default)]
+    pub like_capsule: Option<CapsuleRef>,
 }
 
 /// Fetches a capsule, checks it, and keeps it.
@@ -133,6 +139,12 @@ pub struct Pull {
     /// where absent.
     #[serde(default)]
     pub wait: Option<u64>,
+    /// Local data in which to look for what is wanted, beside all capsules that are here: an absolute path.
+    #[serde(default, with = "super::path::option")]
+    pub like_path: Option<PathBuf>,
+    /// A capsule that must be here, to be looked at for what is wanted.
+    #[serde(default)]
+    pub like_capsule: Option<CapsuleRef>,
 }
 
 /// Follows a channel: pulls each new version by itself and keeps the newest two pinned.

@@ -329,6 +329,8 @@ mod tests {
         let pull = Pull {
             capsule: CapsuleRef("lab".into()),
             wait: None,
+            like_path: None,
+            like_capsule: None,
         };
         let ended = client.run(pull, |_| canceller.cancel(), |_| {});
         assert!(matches!(ended, Err(ClientError::Lost)));

@@ -215,6 +215,8 @@ impl Demo<'_> {
         let command = Pull {
             capsule: CapsuleRef(name.to_owned()),
             wait: Some(WAIT),
+            like_path: None,
+            like_capsule: None,
         };
         let finished = |pulled: &Pulled| {
             let (bytes, took) = (

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use capsule_chunker::bao::{EncodeError, encode_range};
 use capsule_proto::ranges::group_count;
-use capsule_proto::{GroupRanges, RootHash};
+use capsule_proto::{GROUP_LEN, GroupRanges, RootHash};
 use positioned_io::ReadAt;
 
 use super::blob::{Blob, BlobFiles, Part, path_of};
@@ -114,6 +114,31 @@ impl Store {
         }))
     }
 
+    /// Opens a blob of which only some chunk groups may be here: others fail when they are read. Nothing that comes later is seen.
+    pub fn open_partial(&self, root: &RootHash) -> Result<Arc<PartialReader>, ReadError> {
+        let guard = self.guard([*root]);
+        let blob = self.inner.blob(root).ok_or(ReadError::Unknown(*root))?;
+        let here = blob.state().durable.clone();
+        if blob.is_small() || blob.completes(&here) {
+            return Ok(Arc::new(PartialReader {
+                reader: self.open_blob(root)?,
+                here: None,
+            }));
+        }
+        let files = self
+            .inner
+            .handles
+            .get(&*self.inner.disk, root, OpenMode::Existing)?;
+        Ok(Arc::new(PartialReader {
+            reader: Arc::new(BlobReader {
+                bytes: Bytes::Files(files),
+                size: blob.size,
+                _guard: guard,
+            }),
+            here: Some(here),
+        }))
+    }
+
     /// Opens the hash tree of a complete blob, or of a component. Who reads it verifies it.
     pub fn open_outboard(
         &self,
@@ -190,6 +215,30 @@ impl ReadAt for BlobReader {
             Bytes::Small(bytes) => bytes.as_slice().read_at(offset, buf),
             Bytes::Files(files) => files.data.read_at(offset, buf),
         }
+    }
+}
+
+/// Reads the part of a blob that is here.
+#[derive(Debug)]
+pub struct PartialReader {
+    reader: Arc<BlobReader>,
+    /// None: all of it.
+    here: Option<GroupRanges>,
+}
+
+impl ReadAt for PartialReader {
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<usize> {
+        let end = self
+            .reader
+            .size
+            .min(offset.saturating_add(buf.len() as u64));
+        let groups = offset / GROUP_LEN..end.div_ceil(GROUP_LEN);
+        let absent = |here: &GroupRanges| offset < end && !here.contains_run(&groups);
+        if self.here.as_ref().is_some_and(absent) {
+            let message = format!("bytes {offset}..{end} of the blob are not here");
+            return Err(io::Error::new(io::ErrorKind::NotFound, message));
+        }
+        self.reader.read_at(offset, buf)
     }
 }
 

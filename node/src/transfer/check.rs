@@ -102,12 +102,12 @@ pub fn register(
     Ok(store.register_component(&component.root, component.size, recipe, outboard)?)
 }
 
-fn check_tree(
+/// A tree's listing, decoded where it is not here yet, and what the manifest says of it.
+pub(super) fn listing(
     store: &Store,
     component: &Component,
     way: &TreeWay,
-    work: &Work,
-) -> Result<(), Failure> {
+) -> Result<Listing, Failure> {
     let holdings = Holdings::new(store.clone());
     // Layers of a listing that is here need not be: they are only kept to be served.
     let mut listing_blobs = crate::held::blobs_of(&way.listing);
@@ -126,6 +126,17 @@ fn check_tree(
             "its files do not add up to the size in the manifest",
         ));
     }
+    Ok(listing)
+}
+
+fn check_tree(
+    store: &Store,
+    component: &Component,
+    way: &TreeWay,
+    work: &Work,
+) -> Result<(), Failure> {
+    let holdings = Holdings::new(store.clone());
+    let listing = listing(store, component, way)?;
     // Registered without its contents, a tree would lose them to the next collection.
     if component.content_size > 0 && way.contents.is_empty() {
         let message = format!(
@@ -234,7 +245,7 @@ fn damaged_here(store: &Store, layers: &[LayerBlobs]) -> Result<(), Failure> {
 }
 
 /// The layers do not make the component.
-fn wrong(component: &Component, why: &str) -> Failure {
+pub(super) fn wrong(component: &Component, why: &str) -> Failure {
     let message = format!(
         "component {} is not what the manifest says: {why}; it was refused, and nothing was replaced",
         component.name

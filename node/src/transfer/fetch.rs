@@ -1,6 +1,7 @@
 //! Fetching a set of blobs: a few at a time, with one figure for all, patience, and durability at the end.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -32,6 +33,8 @@ pub struct Wanted {
     pub size: Option<u64>,
     /// What it is.
     pub kind: BlobKind,
+    /// Which chunk groups of it; all where none are named.
+    pub groups: Option<GroupRanges>,
 }
 
 /// What fetching brought.
@@ -64,6 +67,8 @@ pub struct Manner {
     pub name: String,
     /// How urgent it is.
     pub priority: Priority,
+    /// Local data in which to look for what is wanted, beside the capsules that are here.
+    pub like: Option<PathBuf>,
 }
 
 /// Fetches blobs until all are here and durable. What it brought is added to `fetched`, also where it fails in the end.
@@ -76,6 +81,10 @@ pub async fn fetch(
     fetched: &mut Fetched,
 ) -> Result<(), Failure> {
     let roots: Vec<RootHash> = wanted.iter().map(|wanted| wanted.root).collect();
+    let whole: Vec<(RootHash, Option<GroupRanges>)> = wanted
+        .iter()
+        .map(|wanted| (wanted.root, wanted.groups.clone()))
+        .collect();
     let _guard = node.store.guard(roots.iter().copied());
     let _kept = KeepOnDrop {
         store: node.store.clone(),
@@ -93,7 +102,7 @@ pub async fn fetch(
     let came = state.run(tell).await;
     state.account(fetched);
     came?;
-    make_durable(node, roots).await
+    make_durable(node, whole).await
 }
 
 /// Makes what came durable, and expects nothing more, however the fetch ends: a cancelled one is resumed, perhaps after a crash.
@@ -159,7 +168,12 @@ impl Fetching<'_> {
     }
 
     async fn start(&mut self, wanted: Wanted) -> Result<(RootHash, capsule_swarm::Fetch), Failure> {
-        let Wanted { root, size, kind } = wanted;
+        let Wanted {
+            root,
+            size,
+            kind,
+            groups,
+        } = wanted;
         let store = self.node.store.clone();
         match size {
             Some(size) => blocking(move || Ok(store.create_partial(&root, size, kind)?)).await?,
@@ -173,6 +187,7 @@ impl Fetching<'_> {
             } else {
                 self.manner.priority
             },
+            want: groups,
             ..FetchSpec::whole(root, size)
         };
         let fetch = self.node.network.fetch(spec).await?;
@@ -313,12 +328,19 @@ impl Fetching<'_> {
     }
 }
 
-async fn make_durable(node: &Node, roots: Vec<RootHash>) -> Result<(), Failure> {
+async fn make_durable(
+    node: &Node,
+    wanted: Vec<(RootHash, Option<GroupRanges>)>,
+) -> Result<(), Failure> {
     let store = node.store.clone();
     blocking(move || {
-        for root in roots {
+        for (root, groups) in wanted {
             store.flush(&root)?;
-            if !store.durable(&root).is_some_and(|here| here.complete) {
+            let is_here = store.durable(&root).is_some_and(|here| match &groups {
+                Some(groups) => groups.difference(&here.ranges).is_empty(),
+                None => here.complete,
+            });
+            if !is_here {
                 let message = format!("{root} was fetched, but is not all in the store");
                 return Err(Failure::new(FailureCode::Io, message).hint("the same command resumes"));
             }

@@ -4,13 +4,16 @@
 //! order. Pulls of the same capsule join (`shared`): one transfer, heard by all who wait for it, stopped when none of them does
 //! any more. Each of them waits as long as it said (`patience`).
 
+pub mod build;
 pub mod check;
 pub mod fetch;
+pub mod like;
 pub mod patience;
 pub mod prepare;
 mod search;
 mod shared;
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -52,7 +55,10 @@ pub async fn plan(
 ) -> Result<Planned, Failure> {
     let started = Instant::now();
     let resolution = find(node, &request.capsule, request.wait, reporter).await?;
-    let manner = manner(&resolution, Priority::Normal);
+    let manner = Manner {
+        like: like(node, request.like_path, request.like_capsule)?,
+        ..manner(&resolution, Priority::Normal)
+    };
     let asked = Arc::new(Patience::default());
     let _place = asked.wait(Instant::now(), patience(request.wait));
     let prepared = prepare(
@@ -84,11 +90,30 @@ pub async fn plan(
 /// Fetches a capsule for somebody who waits.
 pub async fn pull(node: &Arc<Node>, request: Pull, reporter: &Reporter) -> Result<Pulled, Failure> {
     let resolution = find(node, &request.capsule, request.wait, reporter).await?;
-    let (manner, patience) = (
-        manner(&resolution, Priority::Normal),
-        patience(request.wait),
-    );
+    let manner = Manner {
+        like: like(node, request.like_path, request.like_capsule)?,
+        ..manner(&resolution, Priority::Normal)
+    };
+    let patience = patience(request.wait);
     fetch_capsule(node, resolution, manner, patience, reporter).await
+}
+
+/// The local data that the user points at. A capsule only has to be here: all that are are looked at.
+fn like(
+    node: &Node,
+    path: Option<PathBuf>,
+    capsule: Option<CapsuleRef>,
+) -> Result<Option<PathBuf>, Failure> {
+    if let Some(capsule) = capsule {
+        let resolution = node.resolve(&capsule)?;
+        node.holdings
+            .complete(&resolution.capsule, &spelled(&resolution))?;
+    }
+    if let Some(path) = path.as_ref().filter(|path| !path.is_absolute()) {
+        let message = format!("{} is not an absolute path", path.display());
+        return Err(Failure::new(FailureCode::Invalid, message));
+    }
+    Ok(path)
 }
 
 /// How to pull what a reference resolved to.
@@ -97,6 +122,7 @@ pub fn manner(resolution: &Resolution, priority: Priority) -> Manner {
         phase: Phase::Fetching,
         name: spelled(resolution),
         priority,
+        like: None,
     }
 }
 
@@ -254,6 +280,12 @@ async fn attempt(
     let begun = Instant::now();
     for plan in prepared.components.iter().filter(|plan| !plan.held) {
         match check_component(node, plan, tell).await {
+            // Local data may have changed since it was looked at: once more, without it.
+            Err(failure) if plan.like.is_some() && failure.code != FailureCode::Cancelled => {
+                tracing::warn!(%failure.message, "what was found here is fetched after all");
+                excluded.like = true;
+                return Ok(None);
+            }
             Err(failure) if failure.code == FailureCode::Damaged => {
                 excluded.wrong(&plan.layers, failure)?;
                 return Ok(None);
@@ -345,15 +377,17 @@ async fn check_component(
         total: Some(component.content_size),
         what: Some(component.name.clone()),
     };
-    let store = node.store.clone();
+    let (store, like) = (node.store.clone(), plan.like.clone());
     let checked = node
         .works
-        .run(task, tell, move |work| {
-            check::check(&store, &component, &way, work)
+        .run(task, tell, move |work| match like {
+            Some(like) => build::build(&store, &component, &way, like.open(&store)?, work),
+            None => check::check(&store, &component, &way, work),
         })
         .await;
     if let Err(failure) = &checked
         && failure.code == FailureCode::Damaged
+        && plan.like.is_none()
     {
         // Never by these layers again: perhaps there are others.
         for layer in &plan.layers {

@@ -4,13 +4,15 @@
 //! figures agree to the byte.
 
 use std::collections::{BTreeMap, HashSet};
+use std::sync::Arc;
 use std::time::Instant;
 
 use capsule_proto::manifest::{Component, Manifest};
 use capsule_proto::record::{BlobRef, Layer};
-use capsule_proto::{CapsuleId, RootHash};
+use capsule_proto::{CapsuleId, GroupRanges, RootHash};
 
 use super::fetch::{Fetched, Manner, Wanted, fetch};
+use super::like::{Like, look};
 use super::patience::{Mood, Patience};
 use super::search::{Choice, Reach, choose, reach};
 use super::shared::waiting;
@@ -53,6 +55,8 @@ pub struct ComponentPlan {
     pub layers: Vec<Layer>,
     /// The blobs that this takes, as far as no component before this one takes them.
     pub blobs: BTreeMap<RootHash, (u64, BlobKind)>,
+    /// What of its packs is made of what this machine has otherwise.
+    pub like: Option<Arc<Like>>,
 }
 
 impl Prepared {
@@ -66,15 +70,24 @@ impl Prepared {
 
     /// What a pull fetches: blobs that are not all here.
     pub fn wanted(&self, node: &Node) -> Vec<Wanted> {
-        let all = self.components.iter().flat_map(|plan| &plan.blobs);
-        let missing = all.filter(|(root, _)| !node.holdings.is_complete(root));
-        missing
-            .map(|(root, (size, kind))| Wanted {
-                root: *root,
-                size: Some(*size),
-                kind: *kind,
-            })
-            .collect()
+        let mut wanted = Vec::new();
+        for plan in &self.components {
+            for (root, (size, kind)) in &plan.blobs {
+                let groups = plan.groups(root).cloned();
+                if node.holdings.is_complete(root)
+                    || groups.as_ref().is_some_and(GroupRanges::is_empty)
+                {
+                    continue;
+                }
+                wanted.push(Wanted {
+                    root: *root,
+                    size: Some(*size),
+                    kind: *kind,
+                    groups,
+                });
+            }
+        }
+        wanted
     }
 
     /// Bytes of the manifest and all blobs that are here, but for those that this pull fetched before.
@@ -115,11 +128,22 @@ fn roots(components: &[ComponentPlan]) -> impl Iterator<Item = RootHash> + '_ {
 }
 
 impl ComponentPlan {
+    /// Which chunk groups of a blob are needed, where not all are.
+    fn groups(&self, blob: &RootHash) -> Option<&GroupRanges> {
+        self.like.as_ref()?.groups.get(blob)
+    }
+
     fn describe(&self, node: &Node) -> PlannedComponent {
-        let (mut have, mut size) = (0, 0);
+        let (mut have, mut fetch) = (0, 0);
         for (root, (bytes, _)) in &self.blobs {
             have += node.holdings.bytes_here([*root]);
-            size += bytes;
+            fetch += match self.groups(root) {
+                Some(groups) => {
+                    let here = node.store.durable(root).map(|here| here.ranges);
+                    groups.difference(&here.unwrap_or_default()).bytes(*bytes)
+                }
+                None => bytes.saturating_sub(node.holdings.bytes_here([*root])),
+            };
         }
         let component: ComponentInfo = component_info(&self.component);
         let (way, layers) = match &self.way {
@@ -132,7 +156,8 @@ impl ComponentPlan {
             way: way.to_owned(),
             layers,
             have,
-            fetch: size.saturating_sub(have),
+            found: self.like.as_ref().map_or(0, |like| like.saved),
+            fetch,
         }
     }
 }
@@ -144,6 +169,8 @@ pub struct Excluded {
     pub blobs: HashSet<RootHash>,
     /// Layers that are not what their records say.
     pub layers: HashSet<Layer>,
+    /// Local data, which changed while it was read.
+    pub like: bool,
     /// Why the last of them was excluded: what is said if there is nothing else.
     pub failure: Option<Failure>,
 }
@@ -216,7 +243,7 @@ impl Excluded {
 
 /// Finds out what a pull takes.
 pub async fn prepare(
-    node: &Node,
+    node: &Arc<Node>,
     resolution: &Resolution,
     manner: &Manner,
     patience: &Patience,
@@ -249,6 +276,7 @@ pub async fn prepare(
                 root,
                 size: Some(size),
                 kind: BlobKind::Index,
+                groups: None,
             })
             .collect();
         let fetched = fetch(node, wanted.clone(), &manner, patience, tell, &mut planning);
@@ -257,9 +285,13 @@ pub async fn prepare(
             continue;
         }
         if check_indexes(node, &choice.components, excluded).await? {
+            let components = match excluded.like {
+                true => choice.components,
+                false => look(node, choice.components, manner.like.as_deref(), tell).await?,
+            };
             return Ok(Prepared {
                 manifest,
-                components: choice.components,
+                components,
                 planning,
                 manifest_size,
                 _guard: guard,
@@ -328,6 +360,7 @@ async fn manifest(
             root: capsule.0,
             size: resolution.manifest_size,
             kind: BlobKind::Manifest,
+            groups: None,
         };
         fetch(node, vec![wanted], manner, patience, tell, planning).await?;
     }

@@ -171,6 +171,7 @@ impl Search {
             way,
             layers,
             blobs,
+            like: None,
         });
         Ok(())
     }

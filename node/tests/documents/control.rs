@@ -54,6 +54,8 @@ fn requests_and_answers_have_the_keys_that_the_document_names() {
         |full| Plan {
             capsule: which(),
             wait: full.then_some(1),
+            like_path: None,
+            like_capsule: None,
         },
         samples::planned,
     );
@@ -61,6 +63,8 @@ fn requests_and_answers_have_the_keys_that_the_document_names() {
         |full| Pull {
             capsule: which(),
             wait: full.then_some(1),
+            like_path: None,
+            like_capsule: None,
         },
         samples::pulled,
     );

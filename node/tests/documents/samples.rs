@@ -149,6 +149,7 @@ fn planned_component() -> PlannedComponent {
         way: "layers".to_owned(),
         layers: 1,
         have: 1,
+        found: 1,
         fetch: 1,
     }
 }

@@ -79,6 +79,8 @@ pub struct PlannedComponent {
     pub layers: usize,
     /// Bytes that are here.
     pub have: u64,
+    /// Bytes of packs that need not be fetched, as this machine has their content otherwise.
+    pub found: u64,
     /// Bytes to be fetched.
     pub fetch: u64,
 }

@@ -147,6 +147,8 @@ impl Lab {
         let request = Plan {
             capsule: CapsuleRef(name.into()),
             wait: Some(10),
+            like_path: None,
+            like_capsule: None,
         };
         crate::transfer::plan(&self.puller.node, request, &Reporter::silent()).await
     }
@@ -155,6 +157,8 @@ impl Lab {
         let request = Pull {
             capsule: CapsuleRef(name.into()),
             wait: Some(10),
+            like_path: None,
+            like_capsule: None,
         };
         crate::transfer::pull(&self.puller.node, request, &Reporter::silent()).await
     }
@@ -233,6 +237,8 @@ async fn names_do_not_change_what_they_mean_and_unknown_ones_are_told() {
     let request = Pull {
         capsule: CapsuleRef("nowhere".into()),
         wait: Some(0),
+        like_path: None,
+        like_capsule: None,
     };
     let unknown = crate::transfer::pull(&lab.puller.node, request, &Reporter::silent())
         .await

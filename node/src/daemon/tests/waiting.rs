@@ -23,6 +23,8 @@ async fn pull(node: &Arc<Node>, wait: u64) -> Result<Pulled, Failure> {
     let request = Pull {
         capsule: CapsuleRef("lab:1".into()),
         wait: Some(wait),
+        like_path: None,
+        like_capsule: None,
     };
     crate::transfer::pull(node, request, &Reporter::silent()).await
 }
@@ -97,6 +99,8 @@ async fn what_never_came_is_not_expected_for_ever() {
     let request = Pull {
         capsule: CapsuleRef(nowhere.to_string()),
         wait: Some(0),
+        like_path: None,
+        like_capsule: None,
     };
     let node = &lab.puller.node;
     let failure = crate::transfer::pull(node, request, &Reporter::silent())

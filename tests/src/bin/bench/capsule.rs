@@ -30,6 +30,8 @@ pub fn pull(node: &Node, deadline: &Deadline, on_progress: impl FnMut(Progress))
     let request = Pull {
         capsule: CapsuleRef(NAME.into()),
         wait: None,
+        like_path: None,
+        like_capsule: None,
     };
     ask(node, "the pull", request, deadline, on_progress)
 }

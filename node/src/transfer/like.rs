@@ -1,0 +1,263 @@
+//! Hashing: what a pull need not fetch because this machine has it otherwise, in another capsule or in data that the user points at.
+//!
+//! Where nothing that is here leads to a component, the frame tables of its layers say by hash what their packs hold. What is found is
+//! not fetched; the component is then made of both, and kept in a layer of its own (`transfer::build`), as what others
+//! publish cannot be made of it byte by byte.
+
+use std::collections::{BTreeMap, HashSet};
+use std::fmt;
+use std::path::Path;
+use std::sync::Arc;
+
+use capsule_chunker::image::{self, ImageOptions, ReadAs};
+use capsule_chunker::layer::read::{LayerContent, ReadOptions};
+use capsule_chunker::layer::{Cuts, Storage};
+use capsule_chunker::like::Likeness;
+use capsule_chunker::tree::{ScanOptions, scan};
+use capsule_proto::index::Space;
+use capsule_proto::manifest::{Component, ComponentKind};
+use capsule_proto::{GroupRanges, RootHash};
+
+use super::prepare::ComponentPlan;
+use crate::control::{Failure, FailureCode, Phase};
+use crate::held::HeldWay;
+use crate::layers::open_all;
+use crate::node::Node;
+use crate::store::{BlobKind, LayerBlobs};
+use crate::work::{Task, Tell, Work};
+
+/// Packs that are shorter are fetched whole.
+const WORTH_LOOKING: u64 = 256 << 10;
+/// What is found must save one part in so many of what would be fetched: the rest is encoded anew for it.
+const LEAST_PART: u64 = 16;
+/// Most layers that are looked at for what is wanted.
+const MAX_LAYERS: usize = 4096;
+
+/// What was found of a component.
+pub struct Like {
+    likeness: Likeness,
+    /// The layers of its content, from nothing on.
+    pub layers: Vec<LayerBlobs>,
+    /// By pack: what of it is to be fetched.
+    pub groups: BTreeMap<RootHash, GroupRanges>,
+    /// Bytes of packs that need not be.
+    pub saved: u64,
+}
+
+impl fmt::Debug for Like {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Like")
+            .field("layers", &self.layers)
+            .field("saved", &self.saved)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Looks for what each component takes that is not here, where it is read from nothing on.
+pub(super) async fn look(
+    node: &Arc<Node>,
+    plans: Vec<ComponentPlan>,
+    path: Option<&Path>,
+    tell: &dyn Tell,
+) -> Result<Vec<ComponentPlan>, Failure> {
+    if !plans.iter().any(|plan| is_worth_it(node, plan)) {
+        return Ok(plans);
+    }
+    let task = Task {
+        phase: Phase::Planning,
+        total: None,
+        what: path.map(|path| path.display().to_string()),
+    };
+    let (shared, path) = (node.clone(), path.map(Path::to_owned));
+    let looking = move |work: &Work| {
+        let mut plans = plans;
+        for plan in &mut plans {
+            if is_worth_it(&shared, plan) {
+                plan.like = look_for(&shared, plan, path.as_deref(), work)?.map(Arc::new);
+            }
+        }
+        Ok(plans)
+    };
+    node.works.run(task, tell, looking).await
+}
+
+/// The layers of a component's content, if all of them are to be fetched, from nothing on.
+fn new_layers(plan: &ComponentPlan) -> Option<&[LayerBlobs]> {
+    let (space, layers) = match &plan.way {
+        HeldWay::Layers(layers) => (Space::Stream, layers),
+        HeldWay::Tree(way) => (Space::Contents, &way.contents),
+        HeldWay::Blob => return None,
+    };
+    let new = plan.layers.iter().filter(|layer| layer.space == space);
+    (!plan.held && !layers.is_empty() && new.count() == layers.len()).then_some(layers)
+}
+
+/// The packs of these layers that are not all here, and long enough.
+fn missing_packs(node: &Node, plan: &ComponentPlan) -> Vec<(RootHash, u64)> {
+    let packs = new_layers(plan).unwrap_or_default().iter();
+    let packs = packs.filter_map(|layer| {
+        let pack = layer.pack?;
+        let (size, kind) = *plan.blobs.get(&pack)?;
+        (kind == BlobKind::Pack).then_some((pack, size))
+    });
+    packs
+        .filter(|(pack, size)| *size >= WORTH_LOOKING && !node.holdings.is_complete(pack))
+        .collect()
+}
+
+fn is_worth_it(node: &Node, plan: &ComponentPlan) -> bool {
+    !missing_packs(node, plan).is_empty()
+}
+
+fn no_pack(_: &LayerBlobs) -> Result<Storage, Failure> {
+    Ok(Arc::new(Vec::<u8>::new()))
+}
+
+fn look_for(
+    node: &Node,
+    plan: &ComponentPlan,
+    path: Option<&Path>,
+    work: &Work,
+) -> Result<Option<Like>, Failure> {
+    let layers = new_layers(plan).unwrap_or_default().to_vec();
+    let options = ReadOptions { cache_len: 0 };
+    let opened = open_all(&node.store, &layers, &options, &no_pack, &|_, content| {
+        Ok(content)
+    })?;
+    let mut likeness = Likeness::new();
+    for layer in &opened {
+        likeness.want(layer)?;
+        work.check()?;
+    }
+    look_in_held(node, &mut likeness, work)?;
+    if let Some(path) = path.filter(|_| likeness.is_open()) {
+        look_in_path(&mut likeness, path, plan.component.kind, work)?;
+    }
+    let missing = missing_packs(node, plan);
+    let (mut groups, mut saved, mut all) = (BTreeMap::new(), 0, 0);
+    for (layer, blobs) in opened.iter().zip(&layers) {
+        let Some((pack, size)) = missing
+            .iter()
+            .find(|(pack, _)| blobs.pack == Some(*pack))
+            .copied()
+        else {
+            continue;
+        };
+        let wanted = likeness.local(layer)?.1;
+        let here = node.store.durable(&pack).map(|here| here.ranges);
+        let lacking = GroupRanges::all(size).difference(&here.unwrap_or_default());
+        all += lacking.bytes(size);
+        saved += lacking.difference(&wanted).bytes(size);
+        groups.insert(pack, wanted);
+    }
+    Ok((saved > 0 && saved >= all / LEAST_PART).then_some(Like {
+        likeness,
+        layers,
+        groups,
+        saved,
+    }))
+}
+
+/// Looks in all capsules that are here, by the frame tables of their layers.
+fn look_in_held(node: &Node, likeness: &mut Likeness, work: &Work) -> Result<(), Failure> {
+    let mut seen = HashSet::new();
+    for (id, held) in node.store.capsules()? {
+        let manifest = node.holdings.manifest(&id).filter(|_| held.complete);
+        for component in manifest.iter().flat_map(|manifest| &manifest.components) {
+            work.check()?;
+            if !likeness.is_open() || seen.len() >= MAX_LAYERS {
+                return Ok(());
+            }
+            let layers = node.holdings.recipe(space_of(component), &component.root)?;
+            let layers = layers.unwrap_or_default();
+            if layers.iter().all(|layer| seen.contains(&layer.index)) {
+                continue;
+            }
+            // What cannot be read any more is no reason to fail: it is fetched.
+            let Ok(opened) = open_held(node, &layers) else {
+                continue;
+            };
+            for (layer, blobs) in opened.iter().zip(&layers) {
+                if seen.insert(blobs.index) && likeness.look_in_layer(layer).is_err() {
+                    break;
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+const fn space_of(component: &Component) -> Space {
+    match component.kind {
+        ComponentKind::Tree => Space::Contents,
+        _ => Space::Stream,
+    }
+}
+
+fn open_held(node: &Node, layers: &[LayerBlobs]) -> Result<Vec<Arc<LayerContent>>, Failure> {
+    let pack = |layer: &LayerBlobs| -> Result<Storage, Failure> {
+        Ok(match &layer.pack {
+            Some(pack) => node.store.open_blob(pack)?,
+            None => Arc::new(Vec::<u8>::new()),
+        })
+    };
+    let finish = |_: &LayerBlobs, content| Ok(content);
+    open_all(&node.store, layers, &ReadOptions::default(), &pack, &finish)
+}
+
+/// Looks in local data: an image or device as its disk, a directory as its files.
+fn look_in_path(
+    likeness: &mut Likeness,
+    path: &Path,
+    kind: ComponentKind,
+    work: &Work,
+) -> Result<(), Failure> {
+    let cuts = match kind {
+        ComponentKind::Disk | ComponentKind::Ram => Cuts::Pages,
+        _ => Cuts::Bytes,
+    };
+    let metadata = std::fs::metadata(path).map_err(|error| {
+        let message = format!("cannot read {}: {error}", path.display());
+        Failure::new(crate::failure::io_code(&error), message)
+            .hint("check the path after --like; the node reads it, not the command")
+    })?;
+    if metadata.is_dir() {
+        let options = ScanOptions {
+            one_file_system: false,
+            without: None,
+        };
+        return Ok(likeness.look_in(Arc::new(scan(path, &options)?), cuts, work)?);
+    }
+    let read_as = match kind {
+        ComponentKind::Disk => ReadAs::Auto,
+        _ => ReadAs::File,
+    };
+    let image = image::open(path, &ImageOptions { read_as })?;
+    Ok(likeness.look_in(Arc::from(image.source), cuts, work)?)
+}
+
+impl Like {
+    /// The component's content: frames that were found come from where they were found, the others from what was fetched.
+    pub fn open(&self, node: &crate::store::Store) -> Result<Arc<LayerContent>, Failure> {
+        let pack = |layer: &LayerBlobs| -> Result<Storage, Failure> {
+            Ok(match &layer.pack {
+                Some(pack) if self.groups.contains_key(pack) => node.open_partial(pack)?,
+                Some(pack) => node.open_blob(pack)?,
+                None => Arc::new(Vec::<u8>::new()),
+            })
+        };
+        let finish = |layer: &LayerBlobs, content: LayerContent| {
+            let is_partial = layer
+                .pack
+                .is_some_and(|pack| self.groups.contains_key(&pack));
+            if !is_partial {
+                return Ok(content);
+            }
+            let (local, _) = self.likeness.local(&content)?;
+            Ok(content.with_local(local))
+        };
+        let mut all = open_all(node, &self.layers, &ReadOptions::default(), &pack, &finish)?;
+        let nothing = || Failure::new(FailureCode::Internal, "a component without layers");
+        all.pop().ok_or_else(nothing)
+    }
+}
