@@ -78,6 +78,10 @@ fn walk(
 }
 
 #[cfg(test)]
+#[allow(
+    clippy::single_range_in_vec_init,
+    reason = "lists of ranges, some of one"
+)]
 mod tests {
     use super::*;
     use crate::content::BytesSource;

@@ -85,6 +85,10 @@ pub(super) fn overlaps(ranges: &[Range<u64>], range: &Range<u64>) -> bool {
 }
 
 #[cfg(test)]
+#[allow(
+    clippy::single_range_in_vec_init,
+    reason = "lists of ranges, some of one"
+)]
 mod tests {
     use super::*;
 
