@@ -39,6 +39,8 @@ pub struct TreeWay {
 }
 
 const WAY_VERSION: u8 = 1;
+/// Most layers kept for others, of one component.
+const MAX_OFFERED: usize = 16;
 /// Most layers walked to find what a begun pull takes: those that a search looks at.
 const MAX_WALKED: usize = 4096;
 
@@ -102,6 +104,10 @@ pub fn layer_blobs(layer: &Layer) -> LayerBlobs {
 
 fn tree_key(root: &RootHash) -> String {
     format!("tree way {root}")
+}
+
+fn offer_key(root: &RootHash) -> String {
+    format!("offered layers {root}")
 }
 
 fn blob_key(root: &RootHash) -> String {
@@ -242,6 +248,36 @@ impl Holdings {
         self.store.set_value(&blob_key(root), &out.finish())
     }
 
+    /// Layers to a component that are kept for others, though it is read through others here.
+    fn offered(&self, root: &RootHash) -> Result<Vec<LayerBlobs>, DatabaseError> {
+        let value = self.store.value(&offer_key(root))?;
+        let decode = |bytes: Vec<u8>| {
+            let mut input = Reader::new(&bytes);
+            let layers = read_layers(&mut input)?;
+            input.finish()?;
+            Ok(layers)
+        };
+        let offered = value.map(decode).transpose();
+        let offered = offered.map_err(|_: DecodeError| DatabaseError::Row {
+            table: "values",
+            reason: "the layers offered for a component are damaged, or of a newer version",
+        })?;
+        Ok(offered.unwrap_or_default())
+    }
+
+    /// Keeps a layer to a component for others; of many, the newest.
+    pub fn offer(&self, root: &RootHash, layer: LayerBlobs) -> Result<(), DatabaseError> {
+        let mut layers = self.offered(root)?;
+        layers.retain(|known| *known != layer);
+        if layers.len() >= MAX_OFFERED {
+            layers.remove(0);
+        }
+        layers.push(layer);
+        let mut out = Writer::default();
+        write_layers(&mut out, &layers);
+        self.store.set_value(&offer_key(root), &out.finish())
+    }
+
     /// The layers through which a tree was checked here.
     pub fn tree_way(&self, root: &RootHash) -> Result<Option<TreeWay>, DatabaseError> {
         let value = self
@@ -268,7 +304,7 @@ impl Holdings {
     ) -> Result<(), DatabaseError> {
         let mut keys = Vec::new();
         for root in removed {
-            for key in [tree_key(root), blob_key(root)] {
+            for key in [tree_key(root), blob_key(root), offer_key(root)] {
                 if self.store.value(&key)?.is_some() {
                     keys.push(key);
                 }
@@ -316,6 +352,7 @@ impl Holdings {
             if let Some(layers) = self.blob_way(&component.root)? {
                 blobs.extend(blobs_of(&layers));
             }
+            blobs.extend(blobs_of(&self.offered(&component.root)?));
             if let Some(way) = self.tree_way(&component.root)? {
                 blobs.extend(HeldWay::Tree(way).blobs());
             }

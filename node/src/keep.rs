@@ -122,10 +122,10 @@ fn collect(node: &Node, dry_run: bool) -> Result<(Vec<CapsuleId>, GcReport), Fai
     Ok((dead, report))
 }
 
-/// Forgets how trees were read whose listings went.
+/// Forgets how trees were read whose listings went, and what was offered for components that went.
 fn forget_ways(node: &Node, report: &GcReport) -> Result<(), DatabaseError> {
-    node.holdings
-        .forget_ways(report.blobs.iter().map(|(root, _, _)| root))
+    let blobs = report.blobs.iter().map(|(root, _, _)| root);
+    node.holdings.forget_ways(blobs.chain(&report.components))
 }
 
 fn live_blobs<'a>(

@@ -311,6 +311,7 @@ impl Handler for Answers {
                 Request::Publish(request) => {
                     json(publish::publish(&node, request, &reporter).await)
                 }
+                Request::Rebase(request) => json(publish::rebase(&node, request, &reporter).await),
                 Request::Plan(request) => json(transfer::plan(&node, request, &reporter).await),
                 Request::Pull(request) => json(transfer::pull(&node, request, &reporter).await),
                 Request::Export(request) => json(export::export(&node, request, &reporter).await),

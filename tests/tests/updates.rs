@@ -97,6 +97,47 @@ fn an_update_of_a_disk_costs_what_changed() {
     assert_ne!(first["capsule"], third["capsule"]);
 }
 
+#[test]
+fn a_rebase_spares_newcomers_the_history() {
+    let mut fleet = Fleet::of(2);
+    let path = fleet.path("file");
+    let args = |name| ["publish", text(&path), "--as", "file", "--name", name];
+    fs::write(&path, data::noise(1, 3 << 20)).unwrap();
+    fleet[0].ok(&args("lab:1"));
+    fleet[1].ok(&["pull", "lab:1"]);
+    // Most of the first version is of no use for the second, but nobody can have this without that.
+    let new = [
+        data::noise(2, 1 << 20),
+        data::noise(1, 3 << 20)[..500_000].to_vec(),
+    ]
+    .concat();
+    fs::write(&path, &new).unwrap();
+    fleet[0].ok(&args("lab:2"));
+    let before = fleet[1].json(&["plan", "lab:2"]);
+    let rebased = fleet[0].json(&["publish", "--rebase", "lab:2"]);
+    assert_eq!(rebased["unchanged"], false);
+    let size = number(&rebased, "pack_bytes");
+    assert!((1_500_000..1_600_000).contains(&size), "{rebased:#}");
+    let again = fleet[0].json(&["publish", "--rebase", "lab:2"]);
+    assert_eq!(again["unchanged"], true);
+    // It stays when garbage is collected.
+    fleet[0].ok(&["gc"]);
+    let token = fleet.invite(&[]);
+    let newcomer = fleet.join(&token);
+    fleet[newcomer].wait_for_peers(2);
+    let fetched = pull(&fleet[newcomer], "lab:2", &fleet.path("copy"));
+    assert!(fetched < size + 20_000, "{fetched} of {size}");
+    assert!(fs::read(fleet.path("copy")).unwrap() == new);
+    let after = fleet[1].json(&["plan", "lab:2"]);
+    assert_eq!(
+        number(&after, "fetch_bytes"),
+        number(&before, "fetch_bytes")
+    );
+    // Only who may publish may rebase, and only what is here.
+    fleet[newcomer].fails(1, &["publish", "--rebase", "lab:2"]);
+    fleet[0].fails(2, &["publish", "--rebase", "lab:2", "--trim"]);
+}
+
 fn same(a: &Path, b: &Path) {
     let output = Command::new("diff")
         .args(["-r", "--no-dereference"])

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use capsule_chunker::layer::encode::Effort;
-use capsule_node::control::{CapsuleRef, Publish, PublishAs, Published};
+use capsule_node::control::{CapsuleRef, Publish, PublishAs, Published, Rebase, Rebased};
 use capsule_node::home::parse_expiry;
 use capsule_proto::name::CapsuleName;
 use clap::{Args, ValueEnum};
@@ -30,10 +30,15 @@ const MAX_FRAME_MAX: u32 = 16 << 20;
 #[derive(Debug, Args)]
 pub struct PublishArgs {
     /// What to publish
-    path: PathBuf,
+    #[arg(required_unless_present = "rebase")]
+    path: Option<PathBuf>,
     /// The name it gets: CHANNEL:VERSION, such as lab:2026-11
-    #[arg(long, value_name = "CHANNEL:VERSION", value_parser = versioned_name)]
-    name: CapsuleName,
+    #[arg(long, value_name = "CHANNEL:VERSION", value_parser = versioned_name, required_unless_present = "rebase")]
+    name: Option<CapsuleName>,
+    /// Instead of a path: add layers from nothing to a capsule that is published and here, for machines that have no older
+    /// version. Its id stays
+    #[arg(long, value_name = "CAPSULE", conflicts_with_all = ["path", "name", "read_as", "one_file_system", "trim", "parent", "no_parent", "checksum", "expires"])]
+    rebase: Option<String>,
     /// How to take the content; from what it is, when not given
     #[arg(long = "as", value_name = "KIND")]
     read_as: Option<Kind>,
@@ -103,20 +108,33 @@ fn frame_max(text: &str) -> Result<u32, String> {
 
 /// Runs the command.
 pub fn run(args: PublishArgs, context: &Context) -> Result<(), Exit> {
+    let effort = match args.effort {
+        Strength::Fast => Effort::Fast,
+        Strength::Default => Effort::Default,
+        Strength::Max => Effort::Max,
+    };
+    if let Some(capsule) = args.rebase {
+        let command = Rebase {
+            capsule: CapsuleRef(capsule),
+            effort,
+            frame_max: args.frame_max,
+        };
+        let rebased = context.work(command, args.output, "nothing was added")?;
+        return args.output.print(&rebased, render_rebased);
+    }
+    let (Some(path), Some(name)) = (args.path, args.name) else {
+        unreachable!("clap requires both");
+    };
     let command = Publish {
-        path: absolute(&args.path)?,
-        name: args.name,
+        path: absolute(&path)?,
+        name,
         read_as: match args.read_as {
             None => PublishAs::Auto,
             Some(Kind::File) => PublishAs::File,
             Some(Kind::Disk) => PublishAs::Disk,
             Some(Kind::Tree) => PublishAs::Tree,
         },
-        effort: match args.effort {
-            Strength::Fast => Effort::Fast,
-            Strength::Default => Effort::Default,
-            Strength::Max => Effort::Max,
-        },
+        effort,
         frame_max: args.frame_max,
         one_file_system: args.one_file_system,
         expires: args.expires,
@@ -141,6 +159,18 @@ pub fn run(args: PublishArgs, context: &Context) -> Result<(), Exit> {
         published.name
     ));
     Ok(())
+}
+
+fn render_rebased(rebased: &Rebased, style: Style) -> String {
+    let name = style.bold(&rebased.name);
+    if rebased.unchanged {
+        return format!("{name} has these layers already: nothing was added\n");
+    }
+    format!(
+        "{name} can be fetched from nothing on: {} in {}\n",
+        size(rebased.pack_bytes + rebased.index_bytes),
+        duration(Duration::try_from_secs_f64(rebased.seconds).unwrap_or_default())
+    )
 }
 
 fn render(published: &Published, style: Style) -> String {

@@ -96,6 +96,19 @@ impl Publish {
     }
 }
 
+/// Adds layers from nothing to a capsule that is here, for newcomers.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Rebase {
+    /// Which.
+    pub capsule: CapsuleRef,
+    /// How hard to compress.
+    #[serde(default, with = "effort")]
+    pub effort: Effort,
+    /// Longest frame in bytes; what suits the content where absent.
+    #[serde(default)]
+    pub frame_max: Option<u32>,
+}
+
 /// Lists capsules: what this node holds, and what it knows by name.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct Ls {
@@ -263,6 +276,7 @@ macro_rules! commands {
 
 commands! {
     Publish => Published,
+    Rebase => Rebased,
     Ls => Listed,
     Show => Shown,
     Plan => Planned,

@@ -2,10 +2,12 @@
 //!
 //! Blobs are written and durable before anything names them; records come last. What fails before that leaves nothing, not even
 //! space taken. Content that is here already is not stored twice, and publishing the same again does nothing. Reading and encoding live
-//! in `make`, what comes of an older version in `parent` and `update`, a disk without its free space in `trim`.
+//! in `make`, what comes of an older version in `parent` and `update`, a disk without its free space in `trim`; `rebase` adds layers to what is
+//! published.
 
 mod make;
 mod parent;
+mod rebase;
 #[cfg(test)]
 pub(crate) mod tests;
 mod trim;
@@ -28,9 +30,10 @@ use crate::node::Node;
 use crate::records::{KnownName, SignError};
 use crate::store::{ActiveGuard, BlobKind, GcMode, HeldCapsule, LayerBlobs, PinOrigin, Store};
 use crate::transfer::check::register;
-use crate::work::{Task, blocking, panicked};
+use crate::work::{Task, panicked};
 use make::{Draft, Making, make};
 use parent::Parent;
+pub use rebase::rebase;
 
 /// Publishes a path.
 pub async fn publish(
@@ -46,23 +49,25 @@ pub async fn publish(
         total: None,
         what: Some(name.to_string()),
     };
-    let (shared, asked) = (node.clone(), request.clone());
-    let (parent, guard) = blocking(move || {
-        let parent = Parent::of(&shared, &asked)?;
+    let asked = request.clone();
+    let found = node.while_keeping(move |node| {
+        let parent = Parent::of(node, &asked)?;
         let roots = match &parent {
-            Some(parent) => shared.holdings.blobs_of(&parent.capsule, &shared.records)?,
+            Some(parent) => node.holdings.blobs_of(&parent.capsule, &node.records)?,
             None => BTreeSet::new(),
         };
         // It must not be collected while it is read, nor before the layers upon it are kept.
-        Ok((parent, shared.store.guard(roots)))
-    })
-    .await?;
+        Ok((parent, node.store.guard(roots)))
+    });
+    let (parent, guard) = found.await?;
+    // What is changed from now on may not be in it.
+    let added = node.clock.now();
     let against = parent.as_ref().map(|parent| parent.name.clone());
     let (shared, teller, asked) = (node.clone(), reporter.clone(), request.clone());
     let draft = node
         .works
         .run(task, reporter, move |work| {
-            make(&Making {
+            make_against(&Making {
                 store: &shared.store,
                 home: shared.home.dir(),
                 request: &asked,
@@ -79,6 +84,7 @@ pub async fn publish(
             name: name.clone(),
             version,
             expires: request.expires,
+            added,
         },
     );
     let settled = tokio::spawn(async move {
@@ -122,6 +128,30 @@ pub async fn publish(
     })
 }
 
+/// Makes a draft; against nothing where a parent that nobody asked for turns out to be damaged.
+fn make_against(making: &Making<'_>) -> Result<Draft, Failure> {
+    match make(making) {
+        Err(failure)
+            if failure.code == FailureCode::Damaged
+                && making.parent.is_some()
+                && making.request.parent.is_none() =>
+        {
+            let warning = format!(
+                "{}: this is published against nothing; `capsule verify` repairs what is damaged",
+                failure.message
+            );
+            making.reporter.notice(&warning);
+            let mut draft = make(&Making {
+                parent: None,
+                ..*making
+            })?;
+            draft.warnings.push(warning);
+            Ok(draft)
+        }
+        made => made,
+    }
+}
+
 /// What can be refused before any work.
 fn check_request(node: &Node, request: &Publish) -> Result<Version, Failure> {
     let invalid = |message: String| Failure::new(FailureCode::Invalid, message);
@@ -154,6 +184,8 @@ struct Naming {
     name: CapsuleName,
     version: Version,
     expires: Option<u64>,
+    /// When its content was begun to be read, in seconds since 1970.
+    added: u64,
 }
 
 /// What keeping a draft did.
@@ -188,6 +220,7 @@ fn keep_and_name(node: &Node, naming: Naming, mut draft: Draft) -> Result<(Draft
         name,
         version,
         expires,
+        added,
     } = naming;
     let (mut guard, mut named) = (None, false);
     let capsule = draft.manifest.id();
@@ -216,7 +249,7 @@ fn keep_and_name(node: &Node, naming: Naming, mut draft: Draft) -> Result<(Draft
         .capsule(&capsule)?
         .is_some_and(|held| held.complete)
     {
-        guard = Some(keep(&node.store, &mut draft, node.clock.now())?);
+        guard = Some(keep(&node.store, &mut draft, added)?);
     }
     let mut records = sign_layers(node, &draft)?;
     if known.is_empty() {

@@ -17,7 +17,7 @@ use crate::store::{LayerBlobs, Store};
 const CACHE: usize = 256 << 20;
 
 /// Longest chain of layers that another is put upon: every reader goes through all of it. Then a new one from nothing begins.
-const MAX_CHAIN: usize = 256;
+const MAX_CHAIN: usize = 64;
 /// So many seconds before a version was kept, its files were not looked at any more.
 const MARGIN: u64 = 60;
 

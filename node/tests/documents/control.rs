@@ -43,6 +43,14 @@ fn requests_and_answers_have_the_keys_that_the_document_names() {
         samples::published,
     );
     commands.add(
+        |full| Rebase {
+            capsule: which(),
+            effort: Effort::Max,
+            frame_max: full.then_some(1),
+        },
+        samples::rebased,
+    );
+    commands.add(
         |full| Ls {
             channel: full.then(|| "lab".parse().unwrap()),
             held: true,
@@ -54,8 +62,8 @@ fn requests_and_answers_have_the_keys_that_the_document_names() {
         |full| Plan {
             capsule: which(),
             wait: full.then_some(1),
-            like_path: None,
-            like_capsule: None,
+            like_path: full.then(|| "/sample".into()),
+            like_capsule: full.then(which),
         },
         samples::planned,
     );
@@ -63,8 +71,8 @@ fn requests_and_answers_have_the_keys_that_the_document_names() {
         |full| Pull {
             capsule: which(),
             wait: full.then_some(1),
-            like_path: None,
-            like_capsule: None,
+            like_path: full.then(|| "/sample".into()),
+            like_capsule: full.then(which),
         },
         samples::pulled,
     );

@@ -68,6 +68,17 @@ pub fn published(full: bool) -> Published {
     }
 }
 
+pub fn rebased(_: bool) -> Rebased {
+    Rebased {
+        capsule: capsule(),
+        name: text(),
+        unchanged: false,
+        pack_bytes: 1,
+        index_bytes: 1,
+        seconds: 1.5,
+    }
+}
+
 pub fn listed(full: bool) -> Listed {
     let listed = ListedCapsule {
         capsule: capsule(),

@@ -46,6 +46,23 @@ pub struct Published {
     pub warnings: Vec<String>,
 }
 
+/// Answer to `rebase`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Rebased {
+    /// The capsule.
+    pub capsule: CapsuleId,
+    /// Its name, or its id where it has none.
+    pub name: String,
+    /// Whether the layers were known already, so that nothing was added.
+    pub unchanged: bool,
+    /// Bytes of packs made.
+    pub pack_bytes: u64,
+    /// Bytes of indexes made.
+    pub index_bytes: u64,
+    /// How long it took.
+    pub seconds: f64,
+}
+
 /// Answer to `plan`. All figures are distinct verified blob bytes.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Planned {
