@@ -59,13 +59,16 @@ fn a_disk_is_made_of_another_image_and_of_what_was_fetched() {
     assert!(fs::read(&copy).unwrap() == fs::read(&theirs).unwrap());
 
     // It is held like any other: verified, kept by a collection, and served to others under its own root.
+    fleet[1].ok(&["pin", "lab:1"]);
     fleet[1].ok(&["gc"]);
     assert_eq!(fleet[1].json(&["verify"])["damaged"], Value::Array(vec![]));
     let root = planned["components"][0]["root"].as_str().unwrap();
-    let peers = fleet[2].json(&["peers", "--have", root]);
-    let holders = peers["peers"].as_array().unwrap();
-    let holders = holders.iter().filter(|peer| peer["have"].is_u64());
-    assert_eq!(holders.count(), 2, "{peers:#}");
+    fleet[2].wait_for_peers(2);
+    fleet[2].wait_until("both hold the component", |node| {
+        let peers = node.json(&["peers", "--have", root]);
+        let holders = peers["peers"].as_array().unwrap().iter();
+        holders.filter(|peer| peer["have"].is_u64()).count() == 2
+    });
 
     // An update upon it is fetched as an update.
     disk(&theirs, 0..18);
