@@ -9,7 +9,7 @@ use capsule_chunker::bao::{changed_groups, tree_of};
 use capsule_chunker::content::{BytesSource, Content};
 use capsule_chunker::delta::{OldSource, Outline, Similar, SimilarOptions};
 use capsule_chunker::layer::Cuts;
-use capsule_chunker::layer::encode::{Against, EncodeOptions, Outputs, encode_update};
+use capsule_chunker::layer::encode::{Against, EncodeOptions, Hashed, Outputs, encode_update};
 use capsule_chunker::layer::read::{LayerCache, LayerContent, ReadOptions};
 use capsule_proto::RootHash;
 use capsule_proto::index::{Source as SourceName, SourceKind, Space};
@@ -170,17 +170,23 @@ impl How {
             content: Arc::new(BytesSource(old.clone())),
         }];
         let in_place = self.space == Space::Stream;
+        let (tree, outboard) = tree_of(new);
         let outline = if in_place {
-            let ((old, old_outboard), (new, outboard)) = (tree_of(old), tree_of(new));
-            let changed = changed_groups((&old, &old_outboard), (&new, &outboard)).unwrap();
-            Outline::of_groups(new.size, &changed)
+            let (old, old_outboard) = tree_of(old);
+            let changed = changed_groups((&old, &old_outboard), (&tree, &outboard)).unwrap();
+            Outline::of_groups(tree.size, &changed)
         } else {
             Outline::unknown(new.len() as u64)
         };
         let similar = Similar::build(&sources, &SimilarOptions::default(), &())
             .unwrap()
             .unwrap();
+        let hashed = Hashed {
+            tree,
+            outboard: &outboard,
+        };
         let against = Against {
+            hashed: in_place.then_some(hashed),
             outline: &outline,
             sources: &sources,
             similar: &similar,

@@ -6,11 +6,11 @@ use std::num::NonZeroUsize;
 use std::sync::Arc;
 
 use capsule_chunker::bao::{changed_groups, tree_of};
-use capsule_chunker::content::{BytesSource, Content};
+use capsule_chunker::content::{BytesSource, Content, Extent};
 use capsule_chunker::delta::{Known, OldSource, Outline, Similar, SimilarOptions};
 use capsule_chunker::layer::Cuts;
 use capsule_chunker::layer::encode::{
-    Against, ContentHashes, Effort, EncodeOptions, Outputs, encode_update,
+    Against, ContentHashes, Effort, EncodeError, EncodeOptions, Hashed, Outputs, encode_update,
 };
 use capsule_proto::RootHash;
 use capsule_proto::index::{Codec, Index, RunFrom, Source as SourceName, SourceKind, Space};
@@ -177,9 +177,7 @@ fn make(
 
 /// An update of a stream from its old content: only changed groups are looked at.
 fn update_stream(old: &[u8], new: &TestSource, options: &EncodeOptions) -> Update {
-    let ((old_tree, old_outboard), (tree, outboard)) = (tree_of(old), tree_of(&new.bytes));
-    let changed = changed_groups((&old_tree, &old_outboard), (&tree, &outboard)).unwrap();
-    let outline = Outline::of_groups(tree.size, &changed);
+    let outline = outline_of(old, &new.bytes);
     make(
         new,
         &outline,
@@ -187,6 +185,77 @@ fn update_stream(old: &[u8], new: &TestSource, options: &EncodeOptions) -> Updat
         true,
         options,
     )
+}
+
+fn outline_of(old: &[u8], new: &[u8]) -> Outline {
+    let ((old_tree, old_outboard), (tree, outboard)) = (tree_of(old), tree_of(new));
+    let changed = changed_groups((&old_tree, &old_outboard), (&tree, &outboard)).unwrap();
+    Outline::of_groups(tree.size, &changed)
+}
+
+/// Encodes what a source has now, though other bytes were hashed.
+fn reread(old: &[u8], hashed: &[u8], now: TestSource) -> Result<Vec<u8>, EncodeError> {
+    let outline = outline_of(old, hashed);
+    let (tree, outboard) = tree_of(hashed);
+    let sources = [old_source(old, SourceKind::Parent, Space::Stream)];
+    let against = Against {
+        hashed: Some(Hashed {
+            tree,
+            outboard: &outboard,
+        }),
+        outline: &outline,
+        sources: &sources,
+        similar: &Similar::nothing(),
+        in_place: true,
+    };
+    let mut pack = Vec::new();
+    let outputs = Outputs {
+        pack: &mut pack,
+        pack_outboard: Vec::new(),
+        content_outboard: Vec::<u8>::new(),
+    };
+    let options = update_options(Cuts::Pages, 256 << 10);
+    encode_update(&now, &against, &options, outputs, &())?;
+    Ok(pack)
+}
+
+#[test]
+fn what_is_not_what_was_hashed_is_refused() {
+    let old = random(1, 40 << 20);
+    let mut new = old.clone();
+    for at in [0, 5 << 20, 20 << 20] {
+        new[at..at + 100_000].copy_from_slice(&random(at as u64 + 2, 100_000));
+    }
+    new.truncate(new.len() - 12_345);
+    new.extend(vec![0; 9 << 20]);
+    new.extend(random(7, 5000));
+    assert!(reread(&old, &new, TestSource::new(new.clone())).is_ok());
+    // Zeros that nobody reads are not compared either.
+    let mut holed = TestSource::new(new.clone());
+    let hole = 41 << 20..(47 << 20) + 3;
+    assert!(
+        new[hole.start as usize..hole.end as usize]
+            .iter()
+            .all(|byte| *byte == 0)
+    );
+    let end = new.len() as u64;
+    let extent = |range, zero| Extent { range, zero };
+    holed.extents = vec![
+        extent(0..hole.start, false),
+        extent(hole.clone(), true),
+        extent(hole.end..end, false),
+    ];
+    assert!(reread(&old, &new, holed).is_ok());
+    // One byte, in the first group, in the midst, in the last.
+    for at in [0, (5 << 20) + 99_999, new.len() - 1] {
+        let mut now = new.clone();
+        now[at] ^= 1;
+        let error = reread(&old, &new, TestSource::new(now)).unwrap_err();
+        let EncodeError::Changed { offset } = error else {
+            panic!("{error}")
+        };
+        assert_eq!(offset, (at - at % (16 << 10)) as u64);
+    }
 }
 
 fn check(update: Update, sources: Vec<Vec<u8>>, plain: &[u8], seed: u64) -> Index {
