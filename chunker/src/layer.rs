@@ -23,6 +23,7 @@ pub mod restore;
 mod slab;
 mod source;
 mod stats;
+mod tally;
 mod update;
 mod work;
 
@@ -31,6 +32,7 @@ pub(crate) use cut::{GEAR, PAGE_LEN};
 pub use pages::{IndexFault, Storage};
 pub use source::LayerSource;
 pub use stats::EncodeStats;
+pub use tally::Tally;
 
 /// What cutting local data as the encoder does takes.
 pub(crate) mod slabs {

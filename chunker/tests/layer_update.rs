@@ -8,10 +8,10 @@ use std::sync::Arc;
 use capsule_chunker::bao::{changed_groups, tree_of};
 use capsule_chunker::content::{BytesSource, Content, Extent};
 use capsule_chunker::delta::{Known, OldSource, Outline, Similar, SimilarOptions};
-use capsule_chunker::layer::Cuts;
 use capsule_chunker::layer::encode::{
     Against, ContentHashes, Effort, EncodeError, EncodeOptions, Hashed, Outputs, encode_update,
 };
+use capsule_chunker::layer::{Cuts, Tally};
 use capsule_proto::RootHash;
 use capsule_proto::index::{Codec, Index, RunFrom, Source as SourceName, SourceKind, Space};
 use layer_support::*;
@@ -260,6 +260,15 @@ fn what_is_not_what_was_hashed_is_refused() {
 
 fn check(update: Update, sources: Vec<Vec<u8>>, plain: &[u8], seed: u64) -> Index {
     let index = Index::decode(&update.index).unwrap();
+    let tally = Tally::of(Arc::new(update.index.clone())).unwrap();
+    let sum = tally.zero + tally.inherited + tally.copied + tally.framed;
+    assert_eq!(sum, plain.len() as u64);
+    assert_eq!(tally.new + tally.referring, update.pack.len() as u64);
+    let copied = index
+        .runs
+        .iter()
+        .filter(|run| matches!(run.from, RunFrom::Copy { .. }));
+    assert_eq!(tally.copied, copied.map(|run| run.len).sum::<u64>());
     let sources = sources
         .into_iter()
         .map(|bytes| Arc::new(BytesSource(bytes)) as Arc<dyn Content>)

@@ -57,6 +57,18 @@ fn an_update_of_a_disk_costs_what_changed() {
     assert_eq!(second["parent"], "lab:1");
     assert!(number(&second, "inherited_bytes") > 60 << 20, "{second:#}");
     assert!(number(&second, "copied_bytes") >= 1 << 20, "{second:#}");
+    // The plan tells why: as it was, copied, compressed against old content, new; to the byte.
+    let planned = fleet[1].json(&["plan", "lab:2"]);
+    let disk_plan = &planned["components"][0];
+    for key in ["inherited", "copied"] {
+        assert_eq!(
+            number(disk_plan, key),
+            number(&second, &format!("{key}_bytes"))
+        );
+    }
+    let packs = number(disk_plan, "referring") + number(disk_plan, "new");
+    assert_eq!(packs, number(&second, "pack_bytes"));
+    assert_eq!(packs, number(&planned, "fetch_bytes"));
     let update = pull(&fleet[1], "lab:2", &fleet.path("copy2"));
     assert!(update < 60_000, "{update}");
     assert!(fs::read(fleet.path("copy2")).unwrap() == fs::read(&disk).unwrap());

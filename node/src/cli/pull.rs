@@ -241,7 +241,34 @@ fn components(components: &[PlannedComponent], style: Style) -> String {
             size(planned.fetch),
         ]);
     }
-    table.render(style)
+    table.render(style) + &reasons(components, style)
+}
+
+/// What the layers that are to be fetched consist of; nothing where there are none.
+fn reasons(components: &[PlannedComponent], style: Style) -> String {
+    let mut table = Table::new(&["LAYERS TO", ">AS IT WAS", ">COPIED", ">AGAINST OLD", ">NEW"]);
+    let mut any = false;
+    for planned in components {
+        let (content, packs) = (
+            planned.inherited + planned.copied,
+            planned.referring + planned.new,
+        );
+        if content + packs > 0 {
+            any = true;
+            table.row([
+                planned.component.name.clone(),
+                size(planned.inherited),
+                size(planned.copied),
+                size(planned.referring),
+                size(planned.new),
+            ]);
+        }
+    }
+    if any {
+        format!("\n{}", table.render(style))
+    } else {
+        String::new()
+    }
 }
 
 fn render_follow(followed: &Followed, style: Style) -> String {

@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 use std::time::Instant;
 
+use capsule_chunker::layer::Tally;
 use capsule_proto::manifest::{Component, Manifest};
 use capsule_proto::record::{BlobRef, Layer};
 use capsule_proto::{CapsuleId, GroupRanges, RootHash};
@@ -55,6 +56,8 @@ pub struct ComponentPlan {
     pub layers: Vec<Layer>,
     /// The blobs that this takes, as far as no component before this one takes them.
     pub blobs: BTreeMap<RootHash, (u64, BlobKind)>,
+    /// What those layers consist of.
+    pub tally: Tally,
     /// What of its packs is made of what this machine has otherwise.
     pub like: Option<Arc<Like>>,
 }
@@ -156,6 +159,10 @@ impl ComponentPlan {
             way: way.to_owned(),
             layers,
             have,
+            inherited: self.tally.inherited,
+            copied: self.tally.copied,
+            referring: self.tally.referring,
+            new: self.tally.new,
             found: self.like.as_ref().map_or(0, |like| like.saved),
             fetch,
         }
@@ -285,10 +292,10 @@ pub async fn prepare(
             continue;
         }
         if check_indexes(node, &choice.components, excluded).await? {
-            let components = match excluded.like {
-                true => choice.components,
-                false => look(node, choice.components, manner.like.as_deref(), tell).await?,
-            };
+            let mut components = tallied(node, choice.components).await?;
+            if !excluded.like {
+                components = look(node, components, manner.like.as_deref(), tell).await?;
+            }
             return Ok(Prepared {
                 manifest,
                 components,
@@ -302,6 +309,23 @@ pub async fn prepare(
         return Err(failure);
     }
     Err(not_as_recorded(&manner.name))
+}
+
+/// Notes what the layers of each component consist of.
+async fn tallied(
+    node: &Node,
+    mut components: Vec<ComponentPlan>,
+) -> Result<Vec<ComponentPlan>, Failure> {
+    let store = node.store.clone();
+    blocking(move || {
+        for plan in &mut components {
+            for layer in &plan.layers {
+                plan.tally += Tally::of(store.open_blob(&layer.index.root)?)?;
+            }
+        }
+        Ok(components)
+    })
+    .await
 }
 
 /// All layers that are known turned out wrong.

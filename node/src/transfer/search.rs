@@ -7,6 +7,7 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 
+use capsule_chunker::layer::Tally;
 use capsule_proto::RootHash;
 use capsule_proto::index::Space;
 use capsule_proto::manifest::{Component, ComponentKind, Manifest};
@@ -171,6 +172,7 @@ impl Search {
             way,
             layers,
             blobs,
+            tally: Tally::default(),
             like: None,
         });
         Ok(())

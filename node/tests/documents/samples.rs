@@ -160,6 +160,10 @@ fn planned_component() -> PlannedComponent {
         way: "layers".to_owned(),
         layers: 1,
         have: 1,
+        inherited: 1,
+        copied: 1,
+        referring: 1,
+        new: 1,
         found: 1,
         fetch: 1,
     }

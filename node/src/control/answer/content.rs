@@ -96,6 +96,14 @@ pub struct PlannedComponent {
     pub layers: usize,
     /// Bytes that are here.
     pub have: u64,
+    /// Of its new layers: bytes of content that what is here has in the same place.
+    pub inherited: u64,
+    /// Bytes of content that are copied from other places.
+    pub copied: u64,
+    /// Bytes of packs that are compressed against older content.
+    pub referring: u64,
+    /// Bytes of packs that are not.
+    pub new: u64,
     /// Bytes of packs that need not be fetched, as this machine has their content otherwise.
     pub found: u64,
     /// Bytes to be fetched.
