@@ -4,6 +4,7 @@
 //! plain units and every run's raw figures. `pair` needs root: it installs the other tools, and puts all in namespaces of its own.
 
 mod capsule;
+mod delta;
 mod files;
 mod flow;
 mod idle;
@@ -28,6 +29,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow, ensure};
 use clap::{Parser, Subcommand};
 
+use crate::namespace::Network;
 use crate::process::Deadline;
 use crate::report::MIB;
 
@@ -75,6 +77,8 @@ enum Bench {
         #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..))]
         seconds: u64,
     },
+    /// Updates of systems made of Debian packages; beside casync, rsync, xdelta3, zstd, zchunk, OSTree and the packages themselves.
+    Delta(delta::Options),
     /// The sending end of the plain TCP copy.
     #[command(hide = true)]
     TcpSend { listen: SocketAddr, file: PathBuf },
@@ -98,6 +102,12 @@ impl Setting {
     pub fn deadline(&self, bytes: u64) -> Deadline {
         let default = 60.0 + bytes as f64 / (4.0 * MIB);
         Deadline::after(self.deadline.unwrap_or(Duration::from_secs_f64(default)))
+    }
+
+    /// The same, but never longer than so; a deadline that was asked for holds.
+    pub fn deadline_within(&self, bytes: u64, longest: Duration) -> Deadline {
+        let default = Duration::from_secs_f64(60.0 + bytes as f64 / (4.0 * MIB));
+        Deadline::after(self.deadline.unwrap_or(default.min(longest)))
     }
 
     /// Fails where the scratch directory's file system has less room.
@@ -124,11 +134,24 @@ fn main() -> Result<ExitCode> {
         Bench::TcpReceive { from, file } => {
             return tools::tcp::receive(*from, file).map(|()| ExitCode::SUCCESS);
         }
-        Bench::Pair(_) if !namespace::is_inside() => {
+        Bench::Pair(_) if namespace::inside().is_none() => {
             // Built before the network is gone.
             capsule_tests::binary::capsule();
             pair::install_tools();
-            return namespace::enter();
+            return namespace::enter(Network::Own).map(ExitCode::from);
+        }
+        Bench::Delta(options) if namespace::inside().is_none() => {
+            capsule_tests::binary::capsule();
+            delta::install_tools();
+            let code = if options.must_build()? {
+                namespace::enter(Network::Machine)?
+            } else {
+                0
+            };
+            if code != 0 || options.is_build_only() {
+                return Ok(code.into());
+            }
+            return namespace::enter(Network::Own).map(ExitCode::from);
         }
         _ => {}
     }
@@ -141,8 +164,13 @@ fn main() -> Result<ExitCode> {
     tempfile::env::override_temp_dir(scratch.path())
         .map_err(|dir| anyhow!("temporary files go to {} already", dir.display()))?;
     stop::on_signals(scratch.path())?;
-    if namespace::is_inside() {
+    if namespace::inside().is_some() {
         stop::with_starter(scratch.path());
+    }
+    if let Bench::Delta(options) = &args.bench
+        && namespace::inside() == Some(Network::Machine)
+    {
+        return options.build().map(|()| ExitCode::SUCCESS);
     }
     let setting = Setting {
         scratch: scratch.path().to_owned(),
@@ -156,6 +184,7 @@ fn main() -> Result<ExitCode> {
             ("swarm", swarm::run(&setting, mib << 20, pullers as usize)?)
         }
         Bench::Idle { seconds } => ("idle", idle::run(&setting, seconds)?),
+        Bench::Delta(options) => ("delta", delta::run(&setting, &options)?),
         Bench::TcpSend { .. } | Bench::TcpReceive { .. } => unreachable!("done above"),
     };
     report.print();
