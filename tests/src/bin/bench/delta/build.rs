@@ -39,7 +39,7 @@ pub const SMALL: Recipe = Recipe {
     name: "small",
     bytes: 2 << 30,
     packages: &[
-        "linux-image-amd64",
+        "linux-image-cloud-amd64",
         "initramfs-tools",
         "zstd",
         "systemd-sysv",
@@ -53,8 +53,9 @@ pub const SMALL: Recipe = Recipe {
         "bind9",
         "gnupg",
         "nginx-light",
-        "postgresql",
-        "php-cli",
+        "mariadb-server",
+        "nodejs",
+        "ruby",
         "sudo",
         "rsync",
         "tzdata",
@@ -63,8 +64,8 @@ pub const SMALL: Recipe = Recipe {
         "krb5-user",
     ],
     recommended: false,
-    large: &["g++", "inkscape"],
-    odd: &["mc", "tmux", "lynx", "gdb"],
+    large: &["inkscape", "g++"],
+    odd: &["mc", "tmux", "lynx", "nano"],
 };
 
 /// A desktop.
