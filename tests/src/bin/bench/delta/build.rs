@@ -1,5 +1,6 @@
 //! Builds the images that are compared, once: they stay in the cache, and so do the package files.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -17,6 +18,11 @@ use crate::tools::empty_dir;
 const FACTS: &str = "facts.json";
 /// What is added to the name of another image of nearly the same packages.
 const OTHER: &str = "other";
+
+/// Its part of bytes from the same packages.
+const SAME: f64 = 0.9;
+/// What dpkg has installed.
+const STATUS: &str = "var/lib/dpkg/status";
 
 /// A set of images.
 #[derive(Debug, Clone, Copy)]
@@ -234,7 +240,7 @@ impl Plan<'_> {
         let other = dir.join(format!("{OTHER}.img"));
         if self.other && !other.exists() {
             let partial = other.with_extension("partial");
-            self.another(&apt, &partial)?;
+            self.another(&apt, &partial, &path(&dir, Version::New, true))?;
             fs::rename(&partial, &other)?;
         }
         Ok(())
@@ -321,7 +327,7 @@ impl Plan<'_> {
     }
 
     /// Nearly the same packages as the newest image, in a fresh file system and another order.
-    fn another(&self, apt: &Apt, image: &Path) -> Result<()> {
+    fn another(&self, apt: &Apt, image: &Path, newest: &Path) -> Result<()> {
         eprintln!("building another image of nearly the same packages ...");
         let deadline = Deadline::after(self.step);
         image::make(image, self.recipe.bytes)?;
@@ -334,6 +340,21 @@ impl Plan<'_> {
             inside.install(&[package], self.recipe.recommended)?;
         }
         inside.close()?;
+        let model = Mount::read_only(newest, &image.with_extension("newest"))?;
+        let share = same_share(
+            &fs::read_to_string(root.path().join(STATUS))?,
+            &fs::read_to_string(model.path().join(STATUS))?,
+        );
+        ensure!(
+            share >= SAME,
+            "only {:.0} % of its bytes are of the same packages",
+            share * 100.0
+        );
+        eprintln!(
+            "another image: {:.1} % of its bytes are of the same packages",
+            share * 100.0
+        );
+        model.close()?;
         root.close()?;
         image::trim(image)
     }
@@ -350,6 +371,26 @@ fn half(inside: &Inside<'_>) -> Result<Vec<String>> {
     Ok(names)
 }
 
+/// Which part of what is installed in one image comes from packages that are in the other too, in the same version.
+fn same_share(one: &str, other: &str) -> f64 {
+    let other: BTreeSet<_> = installed(other).map(|(package, _)| package).collect();
+    let (mut same, mut all) = (0, 0);
+    for (package, size) in installed(one) {
+        all += size;
+        same += if other.contains(&package) { size } else { 0 };
+    }
+    same as f64 / all as f64
+}
+
+/// Packages with their versions, and their installed sizes, of a status file of dpkg.
+fn installed(status: &str) -> impl Iterator<Item = ((&str, &str), u64)> {
+    status.split("\n\n").filter_map(|package| {
+        let field = |name: &str| package.lines().find_map(|line| line.strip_prefix(name));
+        let size = field("Installed-Size: ")?.parse().ok()?;
+        Some(((field("Package: ")?, field("Version: ")?), size))
+    })
+}
+
 fn bytes(debs: &[Deb]) -> u64 {
     debs.iter().map(|deb| deb.bytes).sum()
 }
@@ -363,4 +404,17 @@ fn initrds(boot: &Path) -> Result<u64> {
         }
     }
     Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn packages_are_the_same_in_the_same_version() {
+        let one = "Package: a\nVersion: 1\nInstalled-Size: 30\n\nPackage: b\nVersion: 2\nInstalled-Size: 10\n";
+        let other = "Package: a\nVersion: 1\nInstalled-Size: 30\n\nPackage: b\nVersion: 3\nInstalled-Size: 10\n";
+        assert!((same_share(one, other) - 0.75).abs() < 1e-9);
+        assert!((same_share(one, one) - 1.0).abs() < 1e-9);
+    }
 }

@@ -351,3 +351,15 @@ fn ostree(job: &Job<'_>) -> Result<Found> {
     ensure!(!listed.is_empty(), "the new commit did not arrive");
     found(&delta, make, apply)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_zchunk_says_is_understood() {
+        let said = "Would download 3235082 of 33580074 bytes\nMatched 724 of 800 chunks\n";
+        assert_eq!(delta_size(said), Some(3_235_082));
+        assert_eq!(delta_size("no such file"), None);
+    }
+}
