@@ -19,7 +19,8 @@ const COLUMNS: [Column; 3] = [
 pub struct Figures {
     full: bool,
     rows: Vec<(String, Option<f64>, Bound)>,
-    direct: Option<f64>,
+    /// Bytes of one layer from the oldest image to the newest.
+    pub direct: Option<f64>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -128,6 +129,11 @@ impl Figures {
         );
     }
 
+    /// One layer over two versions, where the upgrade was not measured.
+    pub fn direct(&mut self, direct: &Series<Found>) {
+        self.direct = bytes(direct.runs.first());
+    }
+
     /// Two layers against one.
     pub fn chain(&mut self, chain: &Series<Found>) {
         self.at_most(
@@ -187,6 +193,7 @@ impl Figures {
                 vec![*found, Some(*target), reached],
             );
         }
+        table.note("each leg is measured once, whatever --runs says: bytes do not vary");
         table.note("reached: 1 or 0; a dash where a leg that it needs failed or was left out");
         table
     }

@@ -84,11 +84,20 @@ pub fn copy(from: &Path, to: &Path) -> Result<()> {
 
 /// Makes holes of all blocks that the file system does not use.
 pub fn trim(image: &Path) -> Result<()> {
-    tell(
-        Command::new("e2fsck")
-            .args(["-f", "-p", "-E", "discard"])
-            .arg(image),
-    )
+    let mut check = Command::new("e2fsck");
+    check.args(["-f", "-p", "-E", "discard"]).arg(image);
+    let output = check
+        .stdin(Stdio::null())
+        .output()
+        .context("starting e2fsck")?;
+    // 1 tells that it put something right.
+    ensure!(
+        matches!(output.status.code(), Some(0 | 1)),
+        "{check:?} ended with {}: {}",
+        output.status,
+        String::from_utf8_lossy(&output.stdout).trim()
+    );
+    Ok(())
 }
 
 /// Runs a command to its end; what it said is told where it fails.

@@ -69,7 +69,7 @@ pub struct Options {
     /// Only these parts.
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = Part::ALL)]
     only: Vec<Part>,
-    /// Only these other tools; zstd -19 is left out of the small run where it is not named.
+    /// Only these other tools; by default all with --full, else those that the figures need but for zstd -19, and quick ones.
     #[arg(long, value_enum, value_delimiter = ',')]
     tools: Option<Vec<Peer>>,
 }
@@ -174,16 +174,18 @@ impl Options {
         }
     }
 
-    /// The other tools that are measured on images, or on directories.
-    fn tools(&self, directory: bool) -> Vec<Peer> {
-        let slow = |peer: &Peer| *peer == Peer::Zstd19 && !self.full;
-        let all = || Peer::ALL.into_iter().filter(|peer| !slow(peer)).collect();
-        self.tools
-            .clone()
-            .unwrap_or_else(all)
-            .into_iter()
-            .filter(|peer| peer.takes(directory))
-            .collect()
+    /// The other tools that are measured on a pair: in the small run those that the figures need, and what is quick.
+    fn tools(&self, part: Part) -> Vec<Peer> {
+        let chosen = match (&self.tools, self.full, part) {
+            (Some(tools), ..) => &tools[..],
+            (None, true, _) => &Peer::ALL,
+            (None, false, Part::Upgrade) => &Peer::ALL_BUT_SLOWEST,
+            (None, false, Part::Untrimmed) => &[Peer::Rsync, Peer::Xdelta3, Peer::Zstd3],
+            (None, false, Part::Directory) => &[Peer::Rsync, Peer::Ostree],
+            (None, false, _) => &[Peer::Zstd3],
+        };
+        let fits = |peer: &Peer| peer.takes(part == Part::Directory);
+        chosen.iter().copied().filter(fits).collect()
     }
 
     /// Whether images have to be built, which takes the network.
@@ -253,7 +255,7 @@ struct Pair<'a> {
     new: &'a Path,
     deb_bytes: u64,
     efforts: &'a [Effort],
-    directory: bool,
+    part: Part,
 }
 
 /// The legs of a pair.
@@ -298,7 +300,11 @@ impl Bench<'_> {
             } else {
                 &[Effort::Default]
             },
-            directory: false,
+            part: if trimmed {
+                Part::Upgrade
+            } else {
+                Part::Untrimmed
+            },
         };
         let legs = self.legs(&pair)?;
         figures.upgrade(trimmed, pair.deb_bytes, &legs);
@@ -321,7 +327,7 @@ impl Bench<'_> {
             new: &self.set.image(Version::Large, true),
             deb_bytes: facts.install_deb_bytes,
             efforts: &[Effort::Default, Effort::Max],
-            directory: false,
+            part: Part::Install,
         };
         let legs = self.legs(&pair)?;
         figures.install(pair.deb_bytes, &legs);
@@ -342,7 +348,7 @@ impl Bench<'_> {
             new: &new.path().join("usr"),
             deb_bytes: self.set.facts.upgrade_deb_bytes,
             efforts: &[Effort::Default, Effort::Max],
-            directory: true,
+            part: Part::Directory,
         };
         let legs = self.legs(&pair)?;
         figures.directory(&legs);
@@ -365,7 +371,7 @@ impl Bench<'_> {
             });
             legs.ours.push((effort, series));
         }
-        for peer in self.options.tools(pair.directory) {
+        for peer in self.options.tools(pair.part) {
             let mut series = Series::new(peer.name());
             empty_dir(&dir)?;
             let job = Job {
@@ -401,10 +407,16 @@ impl Bench<'_> {
             ".deb files",
             vec![Some(debs), Some(1.0), ours.map(|ours| debs / ours)],
         );
-        if !pair.directory && !self.options.tools(false).contains(&Peer::Zstd19) {
-            table.note(
-                "zstd -19 --patch-from is left out of the small run for its time: --tools zstd19",
-            );
+        let tools = self.options.tools(pair.part);
+        let left_out = Peer::ALL
+            .into_iter()
+            .filter(|peer| peer.takes(pair.part == Part::Directory) && !tools.contains(peer));
+        let left_out: Vec<&str> = left_out.map(Peer::name).collect();
+        if !left_out.is_empty() {
+            table.note(format!(
+                "left out of this run for their time: {} (--tools names them)",
+                left_out.join(", ")
+            ));
         }
         table.note("bytes: ours and rsync's are all that crossed the network, both ways; the others' are those of files, indexes included");
         table.note("x ours: of the first row; CPU: of both ends, making and applying; peak: of the process that took most");
@@ -414,18 +426,31 @@ impl Bench<'_> {
 
     fn two_steps(&self, figures: &mut Figures) -> Table {
         let title = "a machine two versions behind, trimmed";
-        let versions = [Version::Old, Version::Half, Version::New]
-            .map(|version| self.set.image(version, true));
-        let mut chain = Series::new("capsule, default, through two layers");
-        let deadline = self.deadline(self.options.recipe().bytes * 2);
-        chain.measure(title, || {
-            ours::update(&versions, Effort::Default, &deadline)
-        });
+        let bytes = self.options.recipe().bytes;
+        let leg = |name: &str, versions: &[Version]| {
+            let mut series = Series::new(name);
+            let images: Vec<PathBuf> = versions
+                .iter()
+                .map(|version| self.set.image(*version, true))
+                .collect();
+            let deadline = self.deadline(bytes * 2);
+            series.measure(title, || ours::update(&images, Effort::Default, &deadline));
+            series
+        };
         let mut table = Table::new(title, &COLUMNS);
         let debs = Some(self.set.facts.upgrade_deb_bytes as f64);
-        row(&mut table, &chain, debs, None);
-        table
-            .note("beside the pair of the upgrade, which is one layer between the same two images");
+        // Measured already where the upgrade was.
+        if figures.direct.is_none() {
+            let direct = leg("capsule, default, directly", &[Version::Old, Version::New]);
+            figures.direct(&direct);
+            row(&mut table, &direct, debs, None);
+        }
+        let chain = leg(
+            "capsule, default, through two layers",
+            &[Version::Old, Version::Half, Version::New],
+        );
+        row(&mut table, &chain, debs, figures.direct);
+        table.note("x ours: of one layer between the same two images");
         figures.chain(&chain);
         table
     }

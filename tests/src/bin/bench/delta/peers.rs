@@ -79,6 +79,16 @@ impl Peer {
         Self::Ostree,
     ];
 
+    /// All but the one that takes longest by far.
+    pub const ALL_BUT_SLOWEST: [Self; 6] = [
+        Self::Casync,
+        Self::Rsync,
+        Self::Xdelta3,
+        Self::Zstd3,
+        Self::Zchunk,
+        Self::Ostree,
+    ];
+
     /// Its name in tables.
     pub fn name(self) -> &'static str {
         match self {
