@@ -473,7 +473,7 @@ impl Bench<'_> {
         row(&mut table, &again, None, None);
         if let Some(seconds) = hashing {
             table.note(format!(
-                "reading and hashing it once, on all cores: {seconds:.2} s"
+                "reading and hashing it once, holes too, on all cores: {seconds:.2} s"
             ));
         }
         table.note("bytes hold what nodes say to each other meanwhile; what the pull fetched is told below");

@@ -27,7 +27,7 @@ pub struct Ours {
     pub metadata_bytes: u64,
     /// Bytes of packs that were published.
     pub pack_bytes: u64,
-    /// Bytes of new content that is neither zero nor what the older version has in the same place.
+    /// Bytes of new content that is neither zero nor what the older version has in the same place, of all layers.
     pub changed_bytes: u64,
     /// Bytes of new content that its older version has in another place.
     pub copied_bytes: u64,
@@ -133,10 +133,12 @@ pub fn update(versions: &[PathBuf], effort: Effort, deadline: &Deadline) -> Resu
     lab.publish(first, 1, Effort::Fast)?;
     lab.pull(1)?;
     let mut make: Option<Cost> = None;
+    let mut changed_bytes = 0;
     let mut last = None;
     for (version, path) in (2..).zip(rest) {
         let (published, cost) = lab.publish(path, version, effort)?;
         make = Some(make.map_or(cost, |before| add(before, cost)));
+        changed_bytes += changed(&published);
         last = Some((published, version, path));
     }
     let (published, version, path) = last.context("a second version")?;
@@ -153,6 +155,7 @@ pub fn update(versions: &[PathBuf], effort: Effort, deadline: &Deadline) -> Resu
         apply: Some(apply),
         ours: Some(Ours {
             export: Some(export),
+            changed_bytes,
             ..ours(&published, &pulled)
         }),
     })
@@ -165,11 +168,15 @@ pub fn ours(published: &Published, pulled: &Pulled) -> Ours {
         fetched_bytes: pulled.fetched_bytes,
         metadata_bytes: pulled.planning_bytes,
         pack_bytes: published.pack_bytes,
-        changed_bytes: written - published.inherited_bytes,
+        changed_bytes: changed(published),
         copied_bytes: published.copied_bytes,
         written_bytes: written,
         export: None,
     }
+}
+
+fn changed(published: &Published) -> u64 {
+    published.content_bytes - published.zero_bytes - published.inherited_bytes
 }
 
 fn add(first: Cost, second: Cost) -> Cost {

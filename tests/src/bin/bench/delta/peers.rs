@@ -12,7 +12,7 @@ use anyhow::{Context, Result, ensure};
 use super::Found;
 use super::image;
 use super::ours::{remove, same};
-use crate::measure::{Family, Used, loopback_bytes, sync_result};
+use crate::measure::{Family, Used, loopback_bytes, sync_file_system, sync_result};
 use crate::process::{self, Cost, Deadline, Process};
 use crate::tools::empty_dir;
 
@@ -142,11 +142,20 @@ impl Job<'_> {
     /// Runs what makes a result, which must be the new content, and on the disk.
     fn apply(&self, command: &mut Command, result: &Path) -> Result<Cost> {
         let cost = process::run(command, &self.path("log"), &self.deadline, || {
-            sync_result(result)
+            settle(result)
         })?;
         same(self.new, result)?;
         remove(result)?;
         Ok(cost)
+    }
+}
+
+/// Waits until a result is on the disk.
+fn settle(result: &Path) -> Result<()> {
+    if result.is_dir() {
+        sync_file_system(result)
+    } else {
+        sync_result(result)
     }
 }
 
@@ -260,7 +269,7 @@ fn rsync(job: &Job<'_>) -> Result<Found> {
         cpu_seconds: sender.cpu_seconds + receiver.cpu_seconds,
         peak_bytes: sender.peak_bytes.max(receiver.peak_bytes),
     };
-    sync_result(&target)?;
+    settle(&target)?;
     same(job.new, &target)?;
     remove(&target)?;
     Ok(Found {
