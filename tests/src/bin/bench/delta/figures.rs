@@ -2,6 +2,7 @@
 
 use capsule_chunker::layer::encode::Effort;
 
+use super::ours::Way;
 use super::peers::Peer;
 use super::{Found, Legs};
 use crate::process::Cost;
@@ -211,7 +212,7 @@ impl Bound {
 
 impl Legs {
     fn ours(&self, wanted: Effort) -> Option<&Found> {
-        let leg = self.ours.iter().find(|(effort, _)| *effort == wanted);
+        let leg = self.ours.iter().find(|(way, _)| *way == Way::of(wanted));
         leg.and_then(|(_, series)| series.runs.first())
     }
 }

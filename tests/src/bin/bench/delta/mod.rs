@@ -27,7 +27,7 @@ use crate::tools::{empty_dir, install};
 use build::{FULL, Plan, Recipe, SMALL, Set, Version};
 use figures::Figures;
 use image::Mount;
-use ours::Ours;
+use ours::{Ours, Way};
 use peers::{Job, Peer};
 
 /// How long a leg may take in the small run; ours at the highest effort is what it is about, and may take longer.
@@ -35,6 +35,13 @@ const SMALL_LEG: Duration = Duration::from_secs(300);
 const SMALL_MAX: Duration = Duration::from_secs(900);
 /// How long building one image may take.
 const STEP: Duration = Duration::from_secs(2 * 3600);
+
+/// How we publish what is compared at both efforts, and what free blocks are taken out of.
+const BOTH: [Way; 2] = [Way::of(Effort::Default), Way::of(Effort::Max)];
+const TRIMMING: Way = Way {
+    effort: Effort::Default,
+    trim: true,
+};
 
 const COLUMNS: [Column; 9] = [
     Column::plain("bytes", "bytes", 0),
@@ -248,19 +255,19 @@ struct Bench<'a> {
     set: Set,
 }
 
-/// A pair of contents, and which of our efforts are measured on it.
+/// A pair of contents, and how we publish its newer content.
 struct Pair<'a> {
     title: String,
     old: &'a Path,
     new: &'a Path,
     deb_bytes: u64,
-    efforts: &'a [Effort],
+    ways: &'a [Way],
     part: Part,
 }
 
 /// The legs of a pair.
 struct Legs {
-    ours: Vec<(Effort, Series<Found>)>,
+    ours: Vec<(Way, Series<Found>)>,
     peers: Vec<(Peer, Series<Found>)>,
 }
 
@@ -295,10 +302,10 @@ impl Bench<'_> {
             old: &old,
             new: &new,
             deb_bytes: facts.upgrade_deb_bytes,
-            efforts: if trimmed {
-                &[Effort::Default, Effort::Max]
+            ways: if trimmed {
+                &BOTH
             } else {
-                &[Effort::Default]
+                &[Way::of(Effort::Default), TRIMMING]
             },
             part: if trimmed {
                 Part::Upgrade
@@ -326,7 +333,7 @@ impl Bench<'_> {
             old: &self.set.image(Version::New, true),
             new: &self.set.image(Version::Large, true),
             deb_bytes: facts.install_deb_bytes,
-            efforts: &[Effort::Default, Effort::Max],
+            ways: &BOTH,
             part: Part::Install,
         };
         let legs = self.legs(&pair)?;
@@ -347,7 +354,7 @@ impl Bench<'_> {
             old: &old.path().join("usr"),
             new: &new.path().join("usr"),
             deb_bytes: self.set.facts.upgrade_deb_bytes,
-            efforts: &[Effort::Default, Effort::Max],
+            ways: &BOTH,
             part: Part::Directory,
         };
         let legs = self.legs(&pair)?;
@@ -363,13 +370,13 @@ impl Bench<'_> {
             ours: vec![],
             peers: vec![],
         };
-        for &effort in pair.efforts {
-            let mut series = Series::new(format!("capsule, {effort:?}").to_lowercase());
+        for &way in pair.ways {
+            let mut series = Series::new(way.name());
             let versions = [pair.old.to_owned(), pair.new.to_owned()];
             series.measure(&pair.title, || {
-                ours::update(&versions, effort, &self.our_deadline(bytes, effort))
+                ours::update(&versions, way, &self.our_deadline(bytes, way.effort))
             });
-            legs.ours.push((effort, series));
+            legs.ours.push((way, series));
         }
         for peer in self.options.tools(pair.part) {
             let mut series = Series::new(peer.name());
@@ -434,7 +441,9 @@ impl Bench<'_> {
                 .map(|version| self.set.image(*version, true))
                 .collect();
             let deadline = self.deadline(bytes * 2);
-            series.measure(title, || ours::update(&images, Effort::Default, &deadline));
+            series.measure(title, || {
+                ours::update(&images, Way::of(Effort::Default), &deadline)
+            });
             series
         };
         let mut table = Table::new(title, &COLUMNS);

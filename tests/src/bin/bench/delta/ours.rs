@@ -1,6 +1,7 @@
 //! Our own legs: a publisher and a machine that has the first of some versions and pulls the last.
 
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow, ensure};
@@ -10,6 +11,7 @@ use capsule_tests::{Fleet, Node, data};
 use serde::Serialize;
 
 use super::Found;
+use super::image::tell;
 use crate::capsule::{self, pid};
 use crate::measure::{Family, loopback_bytes, sync_file_system};
 use crate::process::{Cost, Deadline};
@@ -37,6 +39,31 @@ pub struct Ours {
     pub export: Option<Cost>,
 }
 
+/// How a leg publishes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Way {
+    /// How hard to compress.
+    pub effort: Effort,
+    /// Without what lies in free blocks.
+    pub trim: bool,
+}
+
+impl Way {
+    /// At an effort, all as it lies.
+    pub const fn of(effort: Effort) -> Self {
+        Self {
+            effort,
+            trim: false,
+        }
+    }
+
+    /// Its name in tables.
+    pub fn name(self) -> String {
+        let trim = if self.trim { ", --trim" } else { "" };
+        format!("capsule, {:?}{trim}", self.effort).to_lowercase()
+    }
+}
+
 /// Two nodes: one publishes, the other pulls.
 pub struct Lab {
     fleet: Fleet,
@@ -55,12 +82,13 @@ impl Lab {
     }
 
     /// Publishes against the version before, if there is one.
-    pub fn publish(&self, path: &Path, version: u32, effort: Effort) -> Result<(Published, Cost)> {
+    pub fn publish(&self, path: &Path, version: u32, way: Way) -> Result<(Published, Cost)> {
         let name = format!("{CHANNEL}:{version}")
             .parse()
             .context("the name is a good one")?;
         let request = Publish {
-            effort,
+            effort: way.effort,
+            trim: way.trim,
             ..Publish::of(path, name)
         };
         sync_file_system(self.fleet.dir())?;
@@ -92,7 +120,7 @@ impl Lab {
     }
 
     /// Writes a pulled version out; it must be what was published.
-    fn export(&self, version: u32, source: &Path) -> Result<Cost> {
+    fn export(&self, version: u32, source: &Path, trimmed: bool) -> Result<Cost> {
         let node = &self.fleet[1];
         let to = self.fleet.path("export");
         let export = Export {
@@ -104,7 +132,12 @@ impl Lab {
         let (_, cost) = cost(&[node], || {
             capsule::ask(node, "the export", export, &self.deadline, drop)
         })?;
-        same(source, &to)?;
+        if trimmed {
+            // Other than the source where that holds what was deleted: a whole file system it must be.
+            tell(Command::new("e2fsck").args(["-f", "-n"]).arg(&to))?;
+        } else {
+            same(source, &to)?;
+        }
         remove(&to)?;
         Ok(cost)
     }
@@ -126,17 +159,21 @@ fn cost<T>(nodes: &[&Node], work: impl FnOnce() -> Result<T>) -> Result<(T, Cost
 }
 
 /// Publishes versions one after the other, and pulls the last onto a machine that has the first.
-pub fn update(versions: &[PathBuf], effort: Effort, deadline: &Deadline) -> Result<Found> {
+pub fn update(versions: &[PathBuf], way: Way, deadline: &Deadline) -> Result<Found> {
     let (first, rest) = versions.split_first().context("a version")?;
     let lab = Lab::start(deadline)?;
     // How the machine came by the first is not measured.
-    lab.publish(first, 1, Effort::Fast)?;
+    let fast = Way {
+        effort: Effort::Fast,
+        ..way
+    };
+    lab.publish(first, 1, fast)?;
     lab.pull(1)?;
     let mut make: Option<Cost> = None;
     let mut changed_bytes = 0;
     let mut last = None;
     for (version, path) in (2..).zip(rest) {
-        let (published, cost) = lab.publish(path, version, effort)?;
+        let (published, cost) = lab.publish(path, version, way)?;
         make = Some(make.map_or(cost, |before| add(before, cost)));
         changed_bytes += changed(&published);
         last = Some((published, version, path));
@@ -148,7 +185,7 @@ pub fn update(versions: &[PathBuf], effort: Effort, deadline: &Deadline) -> Resu
         "only {bytes} bytes crossed the network of {} that were fetched",
         pulled.fetched_bytes
     );
-    let export = lab.export(version, path)?;
+    let export = lab.export(version, path, way.trim)?;
     Ok(Found {
         bytes,
         make,

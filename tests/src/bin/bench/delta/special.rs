@@ -13,7 +13,7 @@ use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 
 use super::Found;
-use super::ours::{Lab, ours};
+use super::ours::{Lab, Way, ours};
 use crate::process::Deadline;
 
 /// The very large image, and the data in it.
@@ -27,10 +27,10 @@ const EDIT: u64 = 4096;
 /// Publishes an image again that has not changed, under a new name; also tells how long reading and hashing it takes.
 pub fn republish(image: &Path, deadline: &Deadline) -> Result<(Found, f64)> {
     let lab = Lab::start(deadline)?;
-    lab.publish(image, 1, Effort::Fast)?;
+    lab.publish(image, 1, Way::of(Effort::Fast))?;
     lab.pull(1)?;
     let hashing = read_and_hash(image)?;
-    let (published, make) = lab.publish(image, 2, Effort::Default)?;
+    let (published, make) = lab.publish(image, 2, Way::of(Effort::Default))?;
     let (pulled, bytes, apply) = lab.pull(2)?;
     let found = Found {
         bytes,
@@ -65,14 +65,14 @@ pub fn scattered(dir: &Path, deadline: &Deadline) -> Result<Found> {
         file.write_all_at(&data::prose(island, ISLAND), island * (VAST / ISLANDS))?;
     }
     let lab = Lab::start(deadline)?;
-    lab.publish(&image, 1, Effort::Fast)?;
+    lab.publish(&image, 1, Way::of(Effort::Fast))?;
     lab.pull(1)?;
     let mut rng = SmallRng::seed_from_u64(6);
     for edit in 0..EDITS {
         let at = rng.random_range(0..VAST / EDIT) * EDIT;
         file.write_all_at(&data::noise(1 << 32 | edit as u64, EDIT as usize), at)?;
     }
-    let (published, make) = lab.publish(&image, 2, Effort::Default)?;
+    let (published, make) = lab.publish(&image, 2, Way::of(Effort::Default))?;
     let (pulled, bytes, apply) = lab.pull(2)?;
     std::fs::remove_file(&image)?;
     Ok(Found {
