@@ -29,7 +29,8 @@ pub struct Ours {
     pub metadata_bytes: u64,
     /// Bytes of packs that were published.
     pub pack_bytes: u64,
-    /// Bytes of new content that is neither zero nor what the older version has in the same place, of all layers.
+    /// Bytes of new content that is neither zero nor what the older version has in the same place (of a tree: anywhere), of all
+    /// layers.
     pub changed_bytes: u64,
     /// Bytes of new content that its older version has in another place.
     pub copied_bytes: u64,
@@ -212,8 +213,15 @@ pub fn ours(published: &Published, pulled: &Pulled) -> Ours {
     }
 }
 
+/// A tree inherits nothing: all that stays is copied, since its files have no places of their own.
 fn changed(published: &Published) -> u64 {
-    published.content_bytes - published.zero_bytes - published.inherited_bytes
+    let new = published.content_bytes - published.zero_bytes - published.inherited_bytes;
+    let is_tree = published.components.iter().any(|part| part.kind == "tree");
+    if is_tree {
+        new - published.copied_bytes
+    } else {
+        new
+    }
 }
 
 fn add(first: Cost, second: Cost) -> Cost {

@@ -329,7 +329,7 @@ fn ostree(job: &Job<'_>) -> Result<Found> {
     let (repo, machine, delta) = (job.path("repo"), job.path("machine"), job.path("delta"));
     let command = |repo: &Path, args: &[&str]| {
         let mut command = Command::new("ostree");
-        command.arg("--repo").arg(repo).args(args);
+        command.args(args).arg("--repo").arg(repo);
         command
     };
     let mut revisions = vec![];
