@@ -7,6 +7,7 @@ mod apt;
 mod build;
 mod figures;
 mod image;
+mod options;
 mod ours;
 mod peers;
 mod special;
@@ -14,7 +15,7 @@ mod special;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use capsule_chunker::layer::encode::Effort;
 use serde::Serialize;
 
@@ -24,17 +25,18 @@ use crate::report::{Column, MIB, Report, Table};
 use crate::series::Series;
 use crate::tools::{empty_dir, install};
 
-use build::{FULL, Plan, Recipe, SMALL, Set, Version};
+pub use options::Options;
+
+use build::{Set, Version};
 use figures::Figures;
 use image::Mount;
+use options::Part;
 use ours::{Ours, Way};
 use peers::{Job, Peer};
 
 /// How long a leg may take in the small run; ours at the highest effort is what it is about, and may take longer.
 const SMALL_LEG: Duration = Duration::from_secs(300);
 const SMALL_MAX: Duration = Duration::from_secs(900);
-/// How long building one image may take.
-const STEP: Duration = Duration::from_secs(2 * 3600);
 
 /// How we publish what is compared at both efforts, and what free blocks are taken out of.
 const BOTH: [Way; 2] = [Way::of(Effort::Default), Way::of(Effort::Max)];
@@ -54,63 +56,6 @@ const COLUMNS: [Column; 9] = [
     Column::plain("metadata", "metadata_bytes", 0),
     Column::mib("changed MiB", "changed_bytes"),
 ];
-
-/// What `bench delta` is asked for.
-#[derive(Debug, clap::Args)]
-pub struct Options {
-    /// The large set: 8 GiB images of a desktop, instead of 2 GiB ones of a server.
-    #[arg(long)]
-    full: bool,
-    /// Where images and package files are kept for later runs; `bench-delta` in the target directory by default.
-    #[arg(long)]
-    cache: Option<PathBuf>,
-    /// Only build the images.
-    #[arg(long)]
-    build_only: bool,
-    /// Build kernels without initial RAM disks: those change with each upgrade, and no package holds them.
-    #[arg(long)]
-    no_initrd: bool,
-    /// Also build another image of nearly the same packages, installed in another order (always with --full).
-    #[arg(long)]
-    other: bool,
-    /// Only these parts.
-    #[arg(long, value_enum, value_delimiter = ',', default_values_t = Part::ALL)]
-    only: Vec<Part>,
-    /// Only these other tools; by default all with --full, else those that the figures need but for zstd -19, and quick ones.
-    #[arg(long, value_enum, value_delimiter = ',')]
-    tools: Option<Vec<Peer>>,
-}
-
-/// What is measured.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-pub enum Part {
-    /// All packages upgraded, free blocks trimmed.
-    Upgrade,
-    /// The same as apt left it.
-    Untrimmed,
-    /// Large applications installed.
-    Install,
-    /// `/usr` of the upgrade, as a directory.
-    Directory,
-    /// A machine two versions behind.
-    TwoSteps,
-    /// An unchanged image published again.
-    Republish,
-    /// A thousand edits in a very large image.
-    Scattered,
-}
-
-impl Part {
-    const ALL: [Self; 7] = [
-        Self::Upgrade,
-        Self::Untrimmed,
-        Self::Install,
-        Self::Directory,
-        Self::TwoSteps,
-        Self::Republish,
-        Self::Scattered,
-    ];
-}
 
 /// What a leg found.
 #[derive(Debug, Clone, Serialize)]
@@ -151,66 +96,6 @@ impl Found {
     }
 }
 
-impl Options {
-    fn recipe(&self) -> &'static Recipe {
-        if self.full { &FULL } else { &SMALL }
-    }
-
-    fn cache(&self) -> Result<PathBuf> {
-        let cache = match &self.cache {
-            Some(cache) => cache.clone(),
-            None => {
-                let me = std::env::current_exe()?;
-                me.ancestors()
-                    .nth(2)
-                    .context("this program lies in a target directory")?
-                    .join("bench-delta")
-            }
-        };
-        std::fs::create_dir_all(&cache).with_context(|| format!("making {}", cache.display()))?;
-        Ok(cache.canonicalize()?)
-    }
-
-    fn plan<'a>(&self, cache: &'a Path) -> Plan<'a> {
-        Plan {
-            cache,
-            recipe: self.recipe(),
-            initrd: !self.no_initrd,
-            other: self.other || self.full,
-            step: STEP,
-        }
-    }
-
-    /// The other tools that are measured on a pair: in the small run those that the figures need, and what is quick.
-    fn tools(&self, part: Part) -> Vec<Peer> {
-        let chosen = match (&self.tools, self.full, part) {
-            (Some(tools), ..) => &tools[..],
-            (None, true, _) => &Peer::ALL,
-            (None, false, Part::Upgrade) => &Peer::ALL_BUT_SLOWEST,
-            (None, false, Part::Untrimmed) => &[Peer::Rsync, Peer::Xdelta3, Peer::Zstd3],
-            (None, false, Part::Directory) => &[Peer::Rsync, Peer::Ostree],
-            (None, false, _) => &[Peer::Zstd3],
-        };
-        let fits = |peer: &Peer| peer.takes(part == Part::Directory);
-        chosen.iter().copied().filter(fits).collect()
-    }
-
-    /// Whether images have to be built, which takes the network.
-    pub fn must_build(&self) -> Result<bool> {
-        Ok(!self.plan(&self.cache()?).is_done())
-    }
-
-    /// Builds them.
-    pub fn build(&self) -> Result<()> {
-        self.plan(&self.cache()?).build()
-    }
-
-    /// Whether that is all.
-    pub fn is_build_only(&self) -> bool {
-        self.build_only
-    }
-}
-
 /// Installs the other tools, as far as it can: those that are there are measured, the others' legs fail.
 pub fn install_tools() {
     if let Err(error) = install(&peers::NEEDS) {
@@ -223,7 +108,7 @@ pub fn run(setting: &Setting, options: &Options) -> Result<Report> {
     let recipe = options.recipe();
     // Two stores and an export, or what the hungriest of the other tools lays down.
     setting.need_room(recipe.bytes * 4)?;
-    let set = Set::open(&options.cache()?, recipe, !options.no_initrd)?;
+    let set = options.set()?;
     let bench = Bench {
         setting,
         options,
