@@ -35,7 +35,7 @@ use ours::{Ours, Way};
 use peers::{Job, Peer};
 
 /// How long a leg may take in the small run; ours at the highest effort is what it is about, and may take longer.
-const SMALL_LEG: Duration = Duration::from_secs(300);
+const SMALL_LEG: Duration = Duration::from_secs(600);
 const SMALL_MAX: Duration = Duration::from_secs(900);
 
 /// How we publish what is compared at both efforts, and what free blocks are taken out of.
