@@ -165,6 +165,15 @@ impl Figures {
         );
     }
 
+    /// Another image beside none.
+    pub fn hashing(&mut self, hashed: Option<f64>, whole: Option<f64>) {
+        self.at_most(
+            "hashing: another image of nearly the same packages / a pull of everything",
+            ratio(hashed, whole),
+            0.6,
+        );
+    }
+
     /// Little changed in much.
     pub fn scattered(&mut self, series: &Series<Found>) {
         let metadata = series

@@ -125,11 +125,10 @@ pub fn run(setting: &Setting, options: &Options) -> Result<Report> {
             Part::TwoSteps => bench.two_steps(&mut figures),
             Part::Republish => bench.republish(&mut figures),
             Part::Scattered => bench.scattered(&mut figures),
+            Part::Hashing => bench.hashing(&mut figures),
         };
         report.tables.push(table);
     }
-    // A pull that hashes what the machine has of an image that is no ancestor gets its leg here: `set.other()` is that image, the
-    // newest one what is pulled, and the figure is set against a full pull: at most 0.6.
     report.tables.push(figures.table());
     Ok(report)
 }
@@ -372,6 +371,28 @@ impl Bench<'_> {
         }
         table.note("bytes hold what nodes say to each other meanwhile; what the pull fetched is told below");
         figures.republish(&again, hashing);
+        table
+    }
+
+    fn hashing(&self, figures: &mut Figures) -> Table {
+        let title = "a machine that has another image of nearly the same packages, installed in another order";
+        let (image, bytes) = (
+            self.set.image(Version::New, true),
+            self.options.recipe().bytes,
+        );
+        let mut table = Table::new(title, &COLUMNS);
+        let other = self.set.other();
+        let mut leg = |name: &str, like: Option<&Path>, whole: Option<f64>| {
+            let mut series = Series::new(name);
+            let deadline = self.deadline(bytes * 2);
+            series.measure(title, || ours::newcomer(&image, like, &deadline));
+            row(&mut table, &series, None, whole);
+            series.runs.first().map(|found| found.bytes as f64)
+        };
+        let whole = leg("capsule, from nothing", None, None);
+        let hashed = leg("capsule, --like that image", other.as_deref(), whole);
+        figures.hashing(hashed, whole);
+        table.note("x ours: of a pull of everything");
         table
     }
 

@@ -26,9 +26,6 @@ pub struct Options {
     /// Build kernels without initial RAM disks: those change with each upgrade, and no package holds them.
     #[arg(long)]
     no_initrd: bool,
-    /// Also build another image of nearly the same packages, installed in another order (always with --full).
-    #[arg(long)]
-    other: bool,
     /// Only these parts.
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = Part::ALL)]
     pub only: Vec<Part>,
@@ -54,10 +51,12 @@ pub enum Part {
     Republish,
     /// A thousand edits in a very large image.
     Scattered,
+    /// A machine with no ancestor, but with another image of nearly the same packages.
+    Hashing,
 }
 
 impl Part {
-    const ALL: [Self; 7] = [
+    const ALL: [Self; 8] = [
         Self::Upgrade,
         Self::Untrimmed,
         Self::Install,
@@ -65,6 +64,7 @@ impl Part {
         Self::TwoSteps,
         Self::Republish,
         Self::Scattered,
+        Self::Hashing,
     ];
 }
 
@@ -94,7 +94,7 @@ impl Options {
             cache,
             recipe: self.recipe(),
             initrd: !self.no_initrd,
-            other: self.other || self.full,
+            other: self.only.contains(&Part::Hashing),
             step: STEP,
         }
     }

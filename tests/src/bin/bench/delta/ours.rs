@@ -101,6 +101,11 @@ impl Lab {
 
     /// Pulls a version; also tells what crossed the network meanwhile, and what both ends used.
     pub fn pull(&self, version: u32) -> Result<(Pulled, u64, Cost)> {
+        self.pull_like(version, None)
+    }
+
+    /// The same with local data in which to look for what is wanted.
+    pub fn pull_like(&self, version: u32, like: Option<&Path>) -> Result<(Pulled, u64, Cost)> {
         sync_file_system(self.fleet.dir())?;
         let node = &self.fleet[1];
         let before = loopback_bytes();
@@ -112,6 +117,8 @@ impl Lab {
                 Pull {
                     capsule,
                     wait: None,
+                    like_path: like.map(Path::to_owned),
+                    like_capsule: None,
                 },
                 &self.deadline,
                 drop,
@@ -194,6 +201,24 @@ pub fn update(versions: &[PathBuf], way: Way, deadline: &Deadline) -> Result<Fou
         ours: Some(Ours {
             export: Some(export),
             changed_bytes,
+            ..ours(&published, &pulled)
+        }),
+    })
+}
+
+/// Pulls onto a machine that has nothing, or only another image.
+pub fn newcomer(image: &Path, like: Option<&Path>, deadline: &Deadline) -> Result<Found> {
+    let lab = Lab::start(deadline)?;
+    let way = Way::of(Effort::Default);
+    let (published, make) = lab.publish(image, 1, way)?;
+    let (pulled, bytes, apply) = lab.pull_like(1, like)?;
+    let export = lab.export(1, image, false)?;
+    Ok(Found {
+        bytes,
+        make: Some(make),
+        apply: Some(apply),
+        ours: Some(Ours {
+            export: Some(export),
             ..ours(&published, &pulled)
         }),
     })
