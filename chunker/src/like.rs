@@ -18,12 +18,23 @@ use capsule_proto::{FrameHash, GROUP_LEN, GroupRanges};
 use crate::content::{Content, Progress, Source};
 use crate::layer::Cuts;
 use crate::layer::encode::EncodeError;
-use crate::layer::read::{LayerContent, LayerError};
+use crate::layer::read::{LayerContent, LayerError, Spent};
 pub use local::Local;
 pub(crate) use local::Piece;
 
 /// Most hashes that are looked for: 2^22, about 300 MiB; 256 GiB of content. What lies beyond is fetched.
 const MAX_WANTED: usize = 1 << 22;
+
+/// Most layers in which something is found: each stays open until it is read.
+const MAX_LAYERS: usize = 64;
+
+/// Fails where nobody waits any more.
+fn goes_on(progress: &dyn Progress) -> Result<(), LayerError> {
+    match progress.cancelled() {
+        true => Err(Spent::Cancelled.into()),
+        false => Ok(()),
+    }
+}
 
 /// Where local data has something.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,8 +60,9 @@ pub(crate) enum Place {
 #[derive(Default)]
 pub struct Likeness {
     wanted: HashMap<FrameHash, Option<Place>>,
-    /// Longest frame of the layers.
+    /// Longest frame of the layers, and their longest content: by these it was cut.
     frame_max: usize,
+    size: u64,
     contents: Vec<Arc<dyn Content>>,
     layers: Vec<Arc<LayerContent>>,
 }
@@ -62,7 +74,12 @@ impl Likeness {
     }
 
     /// Wants what a layer's frames hold. Its pack need not be there.
-    pub fn want(&mut self, layer: &LayerContent) -> Result<(), LayerError> {
+    pub fn want(
+        &mut self,
+        layer: &LayerContent,
+        progress: &dyn Progress,
+    ) -> Result<(), LayerError> {
+        self.size = self.size.max(layer.header().target_size);
         layer.each_frame(|_, frame| {
             self.frame_max = self.frame_max.max(frame.len as usize);
             let spans = frame.spans.iter().map(|span| span.hash);
@@ -71,6 +88,7 @@ impl Likeness {
                     self.wanted.entry(hash).or_default();
                 }
             }
+            goes_on(progress)
         })
     }
 
@@ -80,10 +98,19 @@ impl Likeness {
     }
 
     /// Looks in a layer that is held, by its frame table.
-    pub fn look_in_layer(&mut self, held: &Arc<LayerContent>) -> Result<(), LayerError> {
+    pub fn look_in_layer(
+        &mut self,
+        held: &Arc<LayerContent>,
+        progress: &dyn Progress,
+    ) -> Result<(), LayerError> {
+        if self.layers.len() >= MAX_LAYERS {
+            return Ok(());
+        }
         let source = self.layers.len() as u32;
+        // Where a later page cannot be read, what was found before counts.
+        self.layers.push(held.clone());
         let mut found = false;
-        held.each_frame(|id, frame| {
+        let looked = held.each_frame(|id, frame| {
             let mut offset = 0;
             let spans = frame.spans.iter().map(|span| {
                 let at = offset;
@@ -93,11 +120,12 @@ impl Likeness {
             for (hash, offset) in spans.chain([(frame.hash, 0)]) {
                 found |= self.found(&hash, Place::Frame { source, id, offset });
             }
-        })?;
-        if found {
-            self.layers.push(held.clone());
+            goes_on(progress)
+        });
+        if !found {
+            self.layers.pop();
         }
-        Ok(())
+        looked
     }
 
     /// Looks in local content: reads all of it, on all cores.
@@ -108,14 +136,17 @@ impl Likeness {
         progress: &dyn Progress,
     ) -> Result<(), EncodeError> {
         let source = self.contents.len() as u32;
+        // Where a later part cannot be read, what was found before counts.
+        self.contents.push(content.clone());
+        let cutter = (cuts, self.size, self.frame_max);
         let mut found = false;
-        scan::spans(&*content, cuts, self.frame_max, progress, |hash, offset| {
+        let looked = scan::spans(&*content, cutter, progress, |hash, offset| {
             found |= self.found(hash, Place::Content { source, offset });
-        })?;
-        if found {
-            self.contents.push(content);
+        });
+        if !found {
+            self.contents.pop();
         }
-        Ok(())
+        looked
     }
 
     /// Notes a place, if it is the first.
@@ -130,7 +161,11 @@ impl Likeness {
     }
 
     /// The frames of a layer that can be made of what was found, and the chunk groups of its pack that the others lie in.
-    pub fn local(&self, layer: &LayerContent) -> Result<(Local, GroupRanges), LayerError> {
+    pub fn local(
+        &self,
+        layer: &LayerContent,
+        progress: &dyn Progress,
+    ) -> Result<(Local, GroupRanges), LayerError> {
         let mut local = Local::new(self.contents.clone(), self.layers.clone());
         let mut groups = GroupRanges::new();
         layer.each_frame(|id, frame| {
@@ -150,12 +185,13 @@ impl Likeness {
             };
             let pieces = whole.or_else(in_spans).filter(|pieces| !pieces.is_empty());
             match pieces {
-                Some(pieces) => local.add(id, pieces),
-                None => {
+                Some(pieces) if local.has_room(pieces.len()) => local.add(id, pieces),
+                _ => {
                     let end = frame.pack_offset + u64::from(frame.pack_len);
                     groups.insert(frame.pack_offset / GROUP_LEN..end.div_ceil(GROUP_LEN));
                 }
             }
+            goes_on(progress)
         })?;
         Ok((local, groups))
     }

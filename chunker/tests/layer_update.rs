@@ -219,6 +219,42 @@ fn reread(old: &[u8], hashed: &[u8], now: TestSource) -> Result<Vec<u8>, EncodeE
     Ok(pack)
 }
 
+/// What fails elsewhere is not taken for a change of the content, however much was read by then.
+#[test]
+fn a_pack_that_cannot_be_written_is_told_as_that() {
+    struct Full;
+    impl std::io::Write for Full {
+        fn write(&mut self, _: &[u8]) -> std::io::Result<usize> {
+            Err(std::io::ErrorKind::StorageFull.into())
+        }
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+    let (old, new) = (random(1, 4096), random(2, (40 << 20) + 5000));
+    let (tree, outboard) = tree_of(&new);
+    let sources = [old_source(&old, SourceKind::Parent, Space::Stream)];
+    let against = Against {
+        hashed: Some(Hashed {
+            tree,
+            outboard: &outboard,
+        }),
+        outline: &Outline::unknown(new.len() as u64),
+        sources: &sources,
+        similar: &Similar::nothing(),
+        in_place: true,
+    };
+    let outputs = Outputs {
+        pack: &mut Full,
+        pack_outboard: Vec::new(),
+        content_outboard: Vec::<u8>::new(),
+    };
+    let options = update_options(Cuts::Bytes, 1 << 20);
+    let encoded = encode_update(&TestSource::new(new), &against, &options, outputs, &());
+    let error = encoded.map(|_| ()).unwrap_err();
+    assert!(matches!(error, EncodeError::Pack { .. }), "{error}");
+}
+
 #[test]
 fn what_is_not_what_was_hashed_is_refused() {
     let old = random(1, 40 << 20);

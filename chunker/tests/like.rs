@@ -58,7 +58,7 @@ fn open_with(index: &[u8], pack: impl ReadAt + Send + Sync + 'static) -> LayerCo
 /// Opens a layer of which only what local data lacks is here; and how much of the pack that is.
 fn with_local(layer: &Layer, likeness: &Likeness) -> (LayerContent, u64) {
     let (index, pack) = layer;
-    let (local, here) = likeness.local(&open_with(index, Vec::new())).unwrap();
+    let (local, here) = likeness.local(&open_with(index, Vec::new()), &()).unwrap();
     let bytes = here.bytes(pack.len() as u64);
     let partial = Partial {
         bytes: pack.clone(),
@@ -69,7 +69,9 @@ fn with_local(layer: &Layer, likeness: &Likeness) -> (LayerContent, u64) {
 
 fn wanting(layer: &Layer) -> Likeness {
     let mut likeness = Likeness::new();
-    likeness.want(&open_with(&layer.0, Vec::new())).unwrap();
+    likeness
+        .want(&open_with(&layer.0, Vec::new()), &())
+        .unwrap();
     likeness
 }
 
@@ -104,7 +106,7 @@ fn a_disk_with_the_same_files_elsewhere_is_mostly_found() {
     let held = layer(&here, Cuts::Pages, 256 << 10);
     let mut tabled = wanting(&target);
     tabled
-        .look_in_layer(&Arc::new(open_with(&held.0, held.1)))
+        .look_in_layer(&Arc::new(open_with(&held.0, held.1)), &())
         .unwrap();
     for likeness in [scanned, tabled] {
         let (content, bytes) = with_local(&target, &likeness);
@@ -129,6 +131,29 @@ fn a_disk_with_the_same_files_elsewhere_is_mostly_found() {
         let again = open_with(&encoded.into_index(root), pack);
         assert!(restore_all(&again, 2).unwrap().0 == there);
     }
+}
+
+#[test]
+fn where_all_is_found_nothing_of_the_pack_is_read() {
+    let there = random(1, 3 << 20);
+    let target = layer(&there, Cuts::Pages, 256 << 10);
+    let mut likeness = wanting(&target);
+    let same = Arc::new(TestSource::new(there.clone()));
+    likeness.look_in(same, Cuts::Pages, &()).unwrap();
+    let (content, bytes) = with_local(&target, &likeness);
+    assert_eq!(bytes, 0);
+    assert!(restore_all(&content, 2).unwrap().0 == there);
+}
+
+/// Frames of which many are equal, and short.
+#[test]
+fn tiny_frames_make_no_tiny_spans() {
+    let there = random(1, 5000);
+    let target = layer(&there, Cuts::Bytes, 1);
+    let mut likeness = wanting(&target);
+    let local = Arc::new(TestSource::new(random(2, 3 << 20)));
+    likeness.look_in(local, Cuts::Bytes, &()).unwrap();
+    assert!(likeness.is_open());
 }
 
 /// Content that changes.
@@ -205,7 +230,7 @@ proptest! {
         let mut likeness = wanting(&target);
         likeness.look_in(Arc::new(TestSource::new(here.clone())), cuts, &()).unwrap();
         let held = layer(&here, cuts, 1 << 20);
-        likeness.look_in_layer(&Arc::new(open_with(&held.0, held.1))).unwrap();
+        likeness.look_in_layer(&Arc::new(open_with(&held.0, held.1)), &()).unwrap();
         let (content, bytes) = with_local(&target, &likeness);
         prop_assert!(bytes <= target.1.len() as u64);
         prop_assert!(restore_all(&content, 2).unwrap().0 == there);

@@ -37,7 +37,8 @@ pub fn open(
             None => Arc::new(Vec::<u8>::new()),
         })
     };
-    let mut all = open_all(store, layers, options, &pack, &|_, content| Ok(content))?;
+    let cache = LayerCache::new(options);
+    let mut all = open_all(store, layers, &cache, &pack, &|_, content| Ok(content))?;
     all.pop().ok_or_else(|| {
         Failure::new(
             FailureCode::Internal,
@@ -50,14 +51,13 @@ pub fn open(
 pub fn open_all(
     store: &Store,
     layers: &[LayerBlobs],
-    options: &ReadOptions,
+    cache: &LayerCache,
     pack: &dyn Fn(&LayerBlobs) -> Result<Storage, Failure>,
     finish: &dyn Fn(&LayerBlobs, LayerContent) -> Result<LayerContent, Failure>,
 ) -> Result<Vec<Arc<LayerContent>>, Failure> {
-    let cache = LayerCache::new(options);
     let mut all: Vec<Arc<LayerContent>> = Vec::with_capacity(layers.len());
     for layer in layers {
-        let content = open_one(store, layer, pack(layer)?, all.last().cloned(), &cache)?;
+        let content = open_one(store, layer, pack(layer)?, all.last().cloned(), cache)?;
         all.push(Arc::new(finish(layer, content)?));
     }
     Ok(all)

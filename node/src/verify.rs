@@ -348,6 +348,17 @@ async fn repair(
     let left = damaged
         .iter()
         .filter_map(|(held, _)| held.kind.map(|kind| (held, kind)));
+    // What nothing needs any more, such as a layer that only this node had, is not looked for.
+    let asked = node.clone();
+    let needed = blocking(move || {
+        let mut needed = BTreeSet::new();
+        for (id, _) in asked.store.capsules()? {
+            needed.extend(asked.holdings.blobs_of(&id, &asked.records)?);
+        }
+        Ok(needed)
+    })
+    .await?;
+    let left = left.filter(|(held, _)| needed.contains(&held.root));
     let left = left.filter(|(held, _)| {
         node.store
             .present(&held.root)

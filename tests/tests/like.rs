@@ -82,6 +82,21 @@ fn a_disk_is_made_of_another_image_and_of_what_was_fetched() {
 }
 
 #[test]
+fn where_all_is_found_only_the_plan_is_fetched() {
+    let fleet = Fleet::of(2);
+    let (image, copy) = (fleet.path("image.raw"), fleet.path("copy.raw"));
+    disk(&image, 0..10);
+    fleet[0].ok(&["publish", text(&image), "--as", "disk", "--name", "lab:1"]);
+    let options = ["--like", text(&image)];
+    let planned = fleet[1].json(&[&["plan", "lab:1"], &options[..]].concat());
+    assert_eq!(number(&planned, "fetch_bytes"), 0, "{planned:#}");
+    let pulled = fleet[1].json(&[&["pull", "lab:1"], &options[..]].concat());
+    assert_eq!(number(&pulled, "fetched_bytes"), 0, "{pulled:#}");
+    fleet[1].ok(&["export", "lab:1", "--to", text(&copy)]);
+    assert!(fs::read(&copy).unwrap() == fs::read(&image).unwrap());
+}
+
+#[test]
 fn a_tree_is_made_of_capsules_that_are_here() {
     let fleet = Fleet::of(2);
     let (one, two) = (fleet.path("one"), fleet.path("two"));

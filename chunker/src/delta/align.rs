@@ -14,7 +14,7 @@ use super::old::{OldError, OldReader, OldSource};
 use super::seeds::{Seed, WINDOW_LEN};
 use super::similar::{Place, Similar};
 
-/// A difference can only pay where more than one in eight of the frame's seeds has old content at its stretch's distance.
+/// A difference can only pay where more than one in 32 of the frame's seeds has old content at its stretch's distance.
 const LEAST_ALIGNED: (usize, usize) = (1, 32);
 
 /// A stretch of the frame, and the old content that lies under it.

@@ -22,8 +22,9 @@ const STEP: u64 = 1 << 10;
 const PAGE: u64 = 512 << 10;
 /// References are copied, not decoded.
 const COPIED_PART: u64 = 8;
-/// Decoded frames that are held until the last that refers to them is made: of that chain, those of a few layers.
-const HELD: u64 = 128 << 20;
+/// Decoded frames that are held until the last that refers to them is made: of that chain, those of a few layers; and the most
+/// that one frame refers to, 64 of 4 MiB.
+const HELD: u64 = 384 << 20;
 /// Whether to stop is asked after so much work.
 const ASK_EVERY: u64 = 1 << 20;
 

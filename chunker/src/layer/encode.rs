@@ -126,7 +126,7 @@ pub struct EncodeOptions {
 }
 
 impl EncodeOptions {
-    /// Longest frame of disks and memory, which are read at random.
+    /// Longest frame of disks and memory, which are read at random; of disks not at [`Effort::Max`], which is for what many fetch.
     pub const PAGED_FRAME_MAX: u32 = 256 << 10;
     /// Longest frame of files and trees, which are mostly restored whole: as small as `zstd -T0` without frames.
     pub const FILE_FRAME_MAX: u32 = 1 << 20;
@@ -140,6 +140,7 @@ impl EncodeOptions {
             Effort::Max => Self::FILE_FRAME_MAX_AT_MAX,
         };
         let (cuts, frame_max) = match kind {
+            ComponentKind::Disk if effort == Effort::Max => (Cuts::Pages, file_frame_max),
             ComponentKind::Disk | ComponentKind::Ram => (Cuts::Pages, Self::PAGED_FRAME_MAX),
             ComponentKind::DeviceState | ComponentKind::File | ComponentKind::Tree => {
                 (Cuts::Bytes, file_frame_max)

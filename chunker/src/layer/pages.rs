@@ -220,7 +220,10 @@ impl Pages {
     }
 
     /// Goes through all frames, in order; keeps nothing.
-    pub fn each_frame(&self, mut each: impl FnMut(u32, &Frame)) -> Result<(), LayerError> {
+    pub fn each_frame(
+        &self,
+        mut each: impl FnMut(u32, &Frame) -> Result<(), LayerError>,
+    ) -> Result<(), LayerError> {
         for (number, entry) in self.directory.frame_pages().iter().enumerate() {
             let bytes = read(&self.storage, entry.at, entry.len as usize)?;
             let frames = self.directory.decode_frames(number, &bytes);
@@ -228,8 +231,8 @@ impl Pages {
                 at: entry.at,
                 source,
             })?;
-            let ids = entry.first..;
-            ids.zip(&frames).for_each(|(id, frame)| each(id, frame));
+            let mut ids = (entry.first..).zip(&frames);
+            ids.try_for_each(|(id, frame)| each(id, frame))?;
         }
         Ok(())
     }

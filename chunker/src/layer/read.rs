@@ -101,7 +101,10 @@ impl LayerContent {
     }
 
     /// Goes through the frame table.
-    pub(crate) fn each_frame(&self, each: impl FnMut(u32, &Frame)) -> Result<(), LayerError> {
+    pub(crate) fn each_frame(
+        &self,
+        each: impl FnMut(u32, &Frame) -> Result<(), LayerError>,
+    ) -> Result<(), LayerError> {
         self.pages.each_frame(each)
     }
 

@@ -24,9 +24,10 @@ impl LayerSource {
 
     /// The longest extent from a byte on, within bounds.
     fn extent(&self, start: u64) -> Result<Extent, ReadError> {
-        let budget = &mut Budget::question(&|| false);
         let (end, mut at, mut kind) = (self.content.len(), start, None);
         while at < end && at - start < EXTENT_LEN {
+            // Each pays for itself: there may be many in a long history.
+            let budget = &mut Budget::question(&|| false);
             let piece = follow(&self.content, at..end, budget);
             let piece = piece.map_err(|error| ReadError::Decode {
                 offset: at,

@@ -48,6 +48,7 @@ impl Tally {
                 true => &mut tally.new,
                 false => &mut tally.referring,
             } += u64::from(frame.pack_len);
+            Ok(())
         })?;
         Ok(tally)
     }

@@ -7,6 +7,9 @@ use super::Place;
 use crate::content::{Content, ReadError};
 use crate::layer::read::LayerContent;
 
+/// Most pieces: 2^22, about 500 MiB where each is a frame. A hostile layer may have a billion frames of the same content.
+const MAX_PIECES: usize = 1 << 22;
+
 /// Part of a frame, and where it was found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Piece {
@@ -19,6 +22,8 @@ pub struct Local {
     contents: Vec<Arc<dyn Content>>,
     layers: Vec<Arc<LayerContent>>,
     frames: HashMap<u32, Vec<Piece>>,
+    /// How many pieces they consist of.
+    pieces: usize,
     /// Bytes that they decode to.
     len: u64,
 }
@@ -29,12 +34,19 @@ impl Local {
             contents,
             layers,
             frames: HashMap::new(),
+            pieces: 0,
             len: 0,
         }
     }
 
+    /// Whether so many pieces may be added.
+    pub(super) fn has_room(&self, pieces: usize) -> bool {
+        self.pieces + pieces <= MAX_PIECES
+    }
+
     pub(super) fn add(&mut self, id: u32, pieces: Vec<Piece>) {
         self.len += pieces.iter().map(|piece| u64::from(piece.len)).sum::<u64>();
+        self.pieces += pieces.len();
         self.frames.insert(id, pieces);
     }
 

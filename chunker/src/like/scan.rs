@@ -5,6 +5,7 @@ use std::sync::mpsc::sync_channel;
 use std::thread;
 
 use capsule_proto::FrameHash;
+use capsule_proto::index::MAX_FRAME_LEN;
 use rayon::prelude::*;
 
 use crate::content::{Progress, Source};
@@ -15,15 +16,15 @@ use crate::layer::slabs::{Cutter, Piece, SLAB_LEN, SlabReader};
 /// Slabs that are read while one is hashed.
 const AHEAD: usize = 2;
 
-/// Cuts content, and tells each span's hash and place, in order.
+/// Cuts content as other content of some size and longest frame was cut, and tells each span's hash and place, in order.
 pub(super) fn spans(
     source: &dyn Source,
-    cuts: Cuts,
-    frame_max: usize,
+    (cuts, size, frame_max): (Cuts, u64, usize),
     progress: &dyn Progress,
     mut each: impl FnMut(&FrameHash, u64),
 ) -> Result<(), EncodeError> {
-    let cutter = Cutter::new(cuts, source.len(), frame_max);
+    let frame_max = frame_max.clamp(4 << 10, MAX_FRAME_LEN as usize);
+    let cutter = Cutter::new(cuts, size, frame_max);
     let stop = AtomicBool::new(false);
     let mut reader = SlabReader::new(source, cutter, frame_max, progress, &stop);
     let (slabs, queue) = sync_channel(AHEAD);

@@ -269,7 +269,7 @@ impl EncodedContents {
 }
 
 /// Where in a directory the node's home lies, if it does.
-fn own_within(home: &Path, dir: &Path) -> Result<Option<EntryPath>, Failure> {
+pub fn own_within(home: &Path, dir: &Path) -> Result<Option<EntryPath>, Failure> {
     let real = |path: &Path| path.canonicalize().map_err(|e| unreadable(path, &e));
     let (home, dir) = (real(home)?, real(dir)?);
     if dir.starts_with(&home) {

@@ -31,6 +31,7 @@ use crate::records::{KnownName, SignError};
 use crate::store::{ActiveGuard, BlobKind, GcMode, HeldCapsule, LayerBlobs, PinOrigin, Store};
 use crate::transfer::check::register;
 use crate::work::{Task, panicked};
+pub use make::own_within;
 use make::{Draft, Making, make};
 use parent::Parent;
 pub use rebase::rebase;

@@ -9,8 +9,9 @@ use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
 
+use capsule_chunker::content::Source;
 use capsule_chunker::image::{self, ImageOptions, ReadAs};
-use capsule_chunker::layer::read::{LayerContent, ReadOptions};
+use capsule_chunker::layer::read::{LayerCache, LayerContent, ReadOptions};
 use capsule_chunker::layer::{Cuts, Storage};
 use capsule_chunker::like::Likeness;
 use capsule_chunker::tree::{ScanOptions, scan};
@@ -23,6 +24,7 @@ use crate::control::{Failure, FailureCode, Phase};
 use crate::held::HeldWay;
 use crate::layers::open_all;
 use crate::node::Node;
+use crate::publish::own_within;
 use crate::store::{BlobKind, LayerBlobs};
 use crate::work::{Task, Tell, Work};
 
@@ -30,6 +32,8 @@ use crate::work::{Task, Tell, Work};
 const WORTH_LOOKING: u64 = 256 << 10;
 /// What is found must save one part in so many of what would be fetched: the rest is encoded anew for it.
 const LEAST_PART: u64 = 16;
+/// Most runs of chunk groups that are fetched of a pack.
+const MAX_RUNS: usize = 1 << 14;
 /// Most layers that are looked at for what is wanted.
 const MAX_LAYERS: usize = 4096;
 
@@ -60,7 +64,17 @@ pub(super) async fn look(
     path: Option<&Path>,
     tell: &dyn Tell,
 ) -> Result<Vec<ComponentPlan>, Failure> {
-    if !plans.iter().any(|plan| is_worth_it(node, plan)) {
+    // What several components read is fetched whole.
+    let mut users: BTreeMap<RootHash, usize> = BTreeMap::new();
+    for blob in plans.iter().flat_map(|plan| plan.way.blobs()) {
+        *users.entry(blob).or_default() += 1;
+    }
+    let is_shared = |plan: &ComponentPlan| plan.way.blobs().iter().any(|blob| users[blob] > 1);
+    let worth_it: Vec<bool> = plans
+        .iter()
+        .map(|plan| !is_shared(plan) && is_worth_it(node, plan))
+        .collect();
+    if !worth_it.contains(&true) {
         return Ok(plans);
     }
     let task = Task {
@@ -71,8 +85,8 @@ pub(super) async fn look(
     let (shared, path) = (node.clone(), path.map(Path::to_owned));
     let looking = move |work: &Work| {
         let mut plans = plans;
-        for plan in &mut plans {
-            if is_worth_it(&shared, plan) {
+        for (plan, worth_it) in plans.iter_mut().zip(worth_it) {
+            if worth_it {
                 plan.like = look_for(&shared, plan, path.as_deref(), work)?.map(Arc::new);
             }
         }
@@ -120,18 +134,17 @@ fn look_for(
     work: &Work,
 ) -> Result<Option<Like>, Failure> {
     let layers = new_layers(plan).unwrap_or_default().to_vec();
-    let options = ReadOptions { cache_len: 0 };
-    let opened = open_all(&node.store, &layers, &options, &no_pack, &|_, content| {
+    let cache = LayerCache::new(&ReadOptions { cache_len: 0 });
+    let opened = open_all(&node.store, &layers, &cache, &no_pack, &|_, content| {
         Ok(content)
     })?;
     let mut likeness = Likeness::new();
     for layer in &opened {
-        likeness.want(layer)?;
-        work.check()?;
+        likeness.want(layer, work)?;
     }
     look_in_held(node, &mut likeness, work)?;
     if let Some(path) = path.filter(|_| likeness.is_open()) {
-        look_in_path(&mut likeness, path, plan.component.kind, work)?;
+        look_in_path(node, &mut likeness, path, plan.component.kind, work)?;
     }
     let missing = missing_packs(node, plan);
     let (mut groups, mut saved, mut all) = (BTreeMap::new(), 0, 0);
@@ -143,7 +156,7 @@ fn look_for(
         else {
             continue;
         };
-        let wanted = likeness.local(layer)?.1;
+        let wanted = joined(likeness.local(layer, work)?.1);
         let here = node.store.durable(&pack).map(|here| here.ranges);
         let lacking = GroupRanges::all(size).difference(&here.unwrap_or_default());
         all += lacking.bytes(size);
@@ -158,9 +171,27 @@ fn look_for(
     }))
 }
 
+/// With the narrowest gaps filled where there are too many runs: each is a row in the store, and a request.
+fn joined(groups: GroupRanges) -> GroupRanges {
+    let runs = groups.runs();
+    let Some(extra) = runs.len().checked_sub(MAX_RUNS).filter(|extra| *extra > 0) else {
+        return groups;
+    };
+    let mut gaps: Vec<_> = runs
+        .windows(2)
+        .map(|pair| pair[0].end..pair[1].start)
+        .collect();
+    gaps.sort_by_key(|gap| gap.end - gap.start);
+    let mut joined = groups.clone();
+    gaps.into_iter()
+        .take(extra)
+        .for_each(|gap| joined.insert(gap));
+    joined
+}
+
 /// Looks in all capsules that are here, by the frame tables of their layers.
 fn look_in_held(node: &Node, likeness: &mut Likeness, work: &Work) -> Result<(), Failure> {
-    let mut seen = HashSet::new();
+    let (mut seen, cache) = (HashSet::new(), LayerCache::new(&ReadOptions::default()));
     for (id, held) in node.store.capsules()? {
         let manifest = node.holdings.manifest(&id).filter(|_| held.complete);
         for component in manifest.iter().flat_map(|manifest| &manifest.components) {
@@ -174,11 +205,12 @@ fn look_in_held(node: &Node, likeness: &mut Likeness, work: &Work) -> Result<(),
                 continue;
             }
             // What cannot be read any more is no reason to fail: it is fetched.
-            let Ok(opened) = open_held(node, &layers) else {
+            let Ok(opened) = open_held(node, &layers, &cache) else {
                 continue;
             };
             for (layer, blobs) in opened.iter().zip(&layers) {
-                if seen.insert(blobs.index) && likeness.look_in_layer(layer).is_err() {
+                if seen.insert(blobs.index) && likeness.look_in_layer(layer, work).is_err() {
+                    work.check()?;
                     break;
                 }
             }
@@ -194,7 +226,11 @@ const fn space_of(component: &Component) -> Space {
     }
 }
 
-fn open_held(node: &Node, layers: &[LayerBlobs]) -> Result<Vec<Arc<LayerContent>>, Failure> {
+fn open_held(
+    node: &Node,
+    layers: &[LayerBlobs],
+    cache: &LayerCache,
+) -> Result<Vec<Arc<LayerContent>>, Failure> {
     let pack = |layer: &LayerBlobs| -> Result<Storage, Failure> {
         Ok(match &layer.pack {
             Some(pack) => node.store.open_blob(pack)?,
@@ -202,11 +238,13 @@ fn open_held(node: &Node, layers: &[LayerBlobs]) -> Result<Vec<Arc<LayerContent>
         })
     };
     let finish = |_: &LayerBlobs, content| Ok(content);
-    open_all(&node.store, layers, &ReadOptions::default(), &pack, &finish)
+    open_all(&node.store, layers, cache, &pack, &finish)
 }
 
-/// Looks in local data: an image or device as its disk, a directory as its files.
+/// Looks in local data: an image or device as its disk, a directory as its files. It may change at any time, and parts of it may be
+/// unreadable: what was found before counts, and the rest is fetched.
 fn look_in_path(
+    node: &Node,
     likeness: &mut Likeness,
     path: &Path,
     kind: ComponentKind,
@@ -221,19 +259,32 @@ fn look_in_path(
         Failure::new(crate::failure::io_code(&error), message)
             .hint("check the path after --like; the node reads it, not the command")
     })?;
-    if metadata.is_dir() {
-        let options = ScanOptions {
-            one_file_system: false,
-            without: None,
+    let mut look = || -> Result<(), Failure> {
+        let source: Arc<dyn Source> = if metadata.is_dir() {
+            let options = ScanOptions {
+                one_file_system: true,
+                without: own_within(node.home.dir(), path)?,
+            };
+            Arc::new(scan(path, &options)?)
+        } else {
+            let read_as = match kind {
+                ComponentKind::Disk => ReadAs::Auto,
+                _ => ReadAs::File,
+            };
+            Arc::from(image::open(path, &ImageOptions { read_as })?.source)
         };
-        return Ok(likeness.look_in(Arc::new(scan(path, &options)?), cuts, work)?);
-    }
-    let read_as = match kind {
-        ComponentKind::Disk => ReadAs::Auto,
-        _ => ReadAs::File,
+        Ok(likeness.look_in(source, cuts, work)?)
     };
-    let image = image::open(path, &ImageOptions { read_as })?;
-    Ok(likeness.look_in(Arc::from(image.source), cuts, work)?)
+    let looked = look();
+    work.check()?;
+    if let Err(failure) = looked {
+        let path = path.display();
+        node.trouble(format!(
+            "{path} could not be looked at to its end: {}",
+            failure.message
+        ));
+    }
+    Ok(())
 }
 
 impl Like {
@@ -241,6 +292,10 @@ impl Like {
     pub fn open(&self, node: &crate::store::Store) -> Result<Arc<LayerContent>, Failure> {
         let pack = |layer: &LayerBlobs| -> Result<Storage, Failure> {
             Ok(match &layer.pack {
+                // All of it was found: nothing of it was fetched.
+                Some(pack) if self.groups.get(pack).is_some_and(GroupRanges::is_empty) => {
+                    Arc::new(Vec::<u8>::new())
+                }
                 Some(pack) if self.groups.contains_key(pack) => node.open_partial(pack)?,
                 Some(pack) => node.open_blob(pack)?,
                 None => Arc::new(Vec::<u8>::new()),
@@ -253,10 +308,11 @@ impl Like {
             if !is_partial {
                 return Ok(content);
             }
-            let (local, _) = self.likeness.local(&content)?;
+            let (local, _) = self.likeness.local(&content, &())?;
             Ok(content.with_local(local))
         };
-        let mut all = open_all(node, &self.layers, &ReadOptions::default(), &pack, &finish)?;
+        let cache = LayerCache::new(&ReadOptions::default());
+        let mut all = open_all(node, &self.layers, &cache, &pack, &finish)?;
         let nothing = || Failure::new(FailureCode::Internal, "a component without layers");
         all.pop().ok_or_else(nothing)
     }

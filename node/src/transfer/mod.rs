@@ -281,7 +281,13 @@ async fn attempt(
     for plan in prepared.components.iter().filter(|plan| !plan.held) {
         match check_component(node, plan, tell).await {
             // Local data may have changed since it was looked at: once more, without it.
-            Err(failure) if plan.like.is_some() && failure.code != FailureCode::Cancelled => {
+            Err(failure)
+                if plan.like.is_some()
+                    && matches!(
+                        failure.code,
+                        FailureCode::Damaged | FailureCode::Io | FailureCode::Changed
+                    ) =>
+            {
                 tracing::warn!(%failure.message, "what was found here is fetched after all");
                 excluded.like = true;
                 return Ok(None);
