@@ -95,6 +95,16 @@ pub(super) async fn look(
     node.works.run(task, tell, looking).await
 }
 
+/// Whether local data can be looked at at all: what cannot is told before anything is done.
+pub(super) fn check_path(path: &Path) -> Result<(), Failure> {
+    let found = std::fs::metadata(path).map_err(|error| {
+        let message = format!("cannot read {}: {error}", path.display());
+        Failure::new(crate::failure::io_code(&error), message)
+            .hint("check the path after --like; the node reads it, not the command")
+    });
+    found.map(drop)
+}
+
 /// The layers of a component's content, if all of them are to be fetched, from nothing on.
 fn new_layers(plan: &ComponentPlan) -> Option<&[LayerBlobs]> {
     let (space, layers) = match &plan.way {
@@ -254,13 +264,8 @@ fn look_in_path(
         ComponentKind::Disk | ComponentKind::Ram => Cuts::Pages,
         _ => Cuts::Bytes,
     };
-    let metadata = std::fs::metadata(path).map_err(|error| {
-        let message = format!("cannot read {}: {error}", path.display());
-        Failure::new(crate::failure::io_code(&error), message)
-            .hint("check the path after --like; the node reads it, not the command")
-    })?;
     let mut look = || -> Result<(), Failure> {
-        let source: Arc<dyn Source> = if metadata.is_dir() {
+        let source: Arc<dyn Source> = if path.is_dir() {
             let options = ScanOptions {
                 one_file_system: true,
                 without: own_within(node.home.dir(), path)?,

@@ -56,7 +56,7 @@ pub async fn plan(
     let started = Instant::now();
     let resolution = find(node, &request.capsule, request.wait, reporter).await?;
     let manner = Manner {
-        like: like(node, request.like_path, request.like_capsule)?,
+        like: like(node, request.like_path, request.like_capsule).await?,
         ..manner(&resolution, Priority::Normal)
     };
     let asked = Arc::new(Patience::default());
@@ -91,29 +91,47 @@ pub async fn plan(
 pub async fn pull(node: &Arc<Node>, request: Pull, reporter: &Reporter) -> Result<Pulled, Failure> {
     let resolution = find(node, &request.capsule, request.wait, reporter).await?;
     let manner = Manner {
-        like: like(node, request.like_path, request.like_capsule)?,
+        like: like(node, request.like_path, request.like_capsule).await?,
         ..manner(&resolution, Priority::Normal)
     };
+    if let Some(path) = &manner.like
+        && node.transfers.is_running(&resolution.capsule)
+    {
+        let message = format!(
+            "{} is being pulled already, without a look at {}",
+            manner.name,
+            path.display()
+        );
+        return Err(Failure::new(FailureCode::Busy, message)
+            .hint("wait for that pull, or stop it first: what is verified stays"));
+    }
     let patience = patience(request.wait);
     fetch_capsule(node, resolution, manner, patience, reporter).await
 }
 
 /// The local data that the user points at. A capsule only has to be here: all that are are looked at.
-fn like(
-    node: &Node,
+async fn like(
+    node: &Arc<Node>,
     path: Option<PathBuf>,
     capsule: Option<CapsuleRef>,
 ) -> Result<Option<PathBuf>, Failure> {
-    if let Some(capsule) = capsule {
-        let resolution = node.resolve(&capsule)?;
-        node.holdings
-            .complete(&resolution.capsule, &spelled(&resolution))?;
-    }
-    if let Some(path) = path.as_ref().filter(|path| !path.is_absolute()) {
-        let message = format!("{} is not an absolute path", path.display());
-        return Err(Failure::new(FailureCode::Invalid, message));
-    }
-    Ok(path)
+    let node = node.clone();
+    blocking(move || {
+        if let Some(capsule) = capsule {
+            let resolution = node.resolve(&capsule)?;
+            node.holdings
+                .complete(&resolution.capsule, &spelled(&resolution))?;
+        }
+        if let Some(path) = &path {
+            if !path.is_absolute() {
+                let message = format!("{} is not an absolute path", path.display());
+                return Err(Failure::new(FailureCode::Invalid, message));
+            }
+            like::check_path(path)?;
+        }
+        Ok(path)
+    })
+    .await
 }
 
 /// How to pull what a reference resolved to.

@@ -15,7 +15,7 @@ use capsule_proto::{CapsuleId, GroupRanges, RootHash};
 use super::fetch::{Fetched, Manner, Wanted, fetch};
 use super::like::{Like, look};
 use super::patience::{Mood, Patience};
-use super::search::{Choice, Reach, choose, reach};
+use super::search::{Choice, Reach, choose, reach_of};
 use super::shared::waiting;
 use super::{LOOK, settled};
 use crate::control::{ComponentInfo, Failure, FailureCode, Phase, PlannedComponent};
@@ -23,7 +23,7 @@ use crate::held::{HeldWay, component_info, fits};
 use crate::layers::{is_readable, read_directory};
 use crate::node::Node;
 use crate::records::Resolution;
-use crate::store::{ActiveGuard, BlobKind};
+use crate::store::{ActiveGuard, BlobKind, Presence};
 use crate::work::{Tell, blocking};
 
 /// How often other layers are tried for ones that nobody has, or that are not what their record says.
@@ -191,16 +191,22 @@ impl Excluded {
         failure: Failure,
     ) -> Result<(), Failure> {
         let (mut missing, mut absent) = (Vec::new(), Vec::new());
-        for Wanted { root, size, .. } in wanted {
-            if node.holdings.is_complete(root) {
+        for wanted in wanted {
+            let root = &wanted.root;
+            let blob = BlobRef {
+                root: *root,
+                size: wanted.size.unwrap_or_default(),
+            };
+            let groups = wanted.groups.clone();
+            let groups = groups.unwrap_or_else(|| GroupRanges::all(blob.size));
+            let here = node.store.durable(root);
+            let has_all = |here: Presence| groups.difference(&here.ranges).is_empty();
+            let is_here = wanted.size.is_some() && here.is_some_and(has_all);
+            if is_here || node.holdings.is_complete(root) {
                 continue;
             }
             missing.push(*root);
-            let blob = BlobRef {
-                root: *root,
-                size: size.unwrap_or_default(),
-            };
-            if reach(&node.network, &node.store, &blob).await != Reach::All {
+            if reach_of(&node.network, &node.store, &blob, &groups).await != Reach::All {
                 absent.push(*root);
             }
         }

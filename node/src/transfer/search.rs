@@ -11,7 +11,7 @@ use capsule_chunker::layer::Tally;
 use capsule_proto::RootHash;
 use capsule_proto::index::Space;
 use capsule_proto::manifest::{Component, ComponentKind, Manifest};
-use capsule_proto::ranges::{GroupRanges, group_count};
+use capsule_proto::ranges::GroupRanges;
 use capsule_proto::record::{BlobRef, Layer};
 use capsule_swarm::NetworkHandle;
 use tokio::runtime::Handle;
@@ -116,6 +116,16 @@ pub(super) enum Reach {
 }
 
 pub(super) async fn reach(network: &NetworkHandle, store: &Store, blob: &BlobRef) -> Reach {
+    reach_of(network, store, blob, &GroupRanges::all(blob.size)).await
+}
+
+/// The same of some chunk groups of it.
+pub(super) async fn reach_of(
+    network: &NetworkHandle,
+    store: &Store,
+    blob: &BlobRef,
+    wanted: &GroupRanges,
+) -> Reach {
     let here = store.durable(&blob.root);
     let mut groups = here.map_or_else(GroupRanges::new, |here| here.ranges);
     // A closing network has no providers; whoever fetches hears of it.
@@ -126,7 +136,7 @@ pub(super) async fn reach(network: &NetworkHandle, store: &Store, blob: &BlobRef
     }
     match groups.is_empty() {
         true => Reach::Nothing,
-        false if groups.contains_run(&(0..group_count(blob.size))) => Reach::All,
+        false if wanted.difference(&groups).is_empty() => Reach::All,
         false => Reach::Some,
     }
 }
