@@ -221,7 +221,12 @@ impl Holdings {
 
     /// The layers to a component that is its own pack.
     fn blob_way(&self, root: &RootHash) -> Result<Option<Vec<LayerBlobs>>, DatabaseError> {
-        let value = self.store.value(&blob_key(root))?;
+        self.layers_under(&blob_key(root))
+    }
+
+    /// Layers that are kept as a value.
+    fn layers_under(&self, key: &str) -> Result<Option<Vec<LayerBlobs>>, DatabaseError> {
+        let value = self.store.value(key)?;
         let decode = |bytes: Vec<u8>| {
             let mut input = Reader::new(&bytes);
             let layers = read_layers(&mut input)?;
@@ -250,19 +255,7 @@ impl Holdings {
 
     /// Layers to a component that are kept for others, though it is read through others here.
     fn offered(&self, root: &RootHash) -> Result<Vec<LayerBlobs>, DatabaseError> {
-        let value = self.store.value(&offer_key(root))?;
-        let decode = |bytes: Vec<u8>| {
-            let mut input = Reader::new(&bytes);
-            let layers = read_layers(&mut input)?;
-            input.finish()?;
-            Ok(layers)
-        };
-        let offered = value.map(decode).transpose();
-        let offered = offered.map_err(|_: DecodeError| DatabaseError::Row {
-            table: "values",
-            reason: "the layers offered for a component are damaged, or of a newer version",
-        })?;
-        Ok(offered.unwrap_or_default())
+        Ok(self.layers_under(&offer_key(root))?.unwrap_or_default())
     }
 
     /// Keeps a layer to a component for others; of many, the newest.

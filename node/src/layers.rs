@@ -31,12 +31,7 @@ pub fn open(
     layers: &[LayerBlobs],
     options: &ReadOptions,
 ) -> Result<Arc<LayerContent>, Failure> {
-    let pack = |layer: &LayerBlobs| -> Result<Storage, Failure> {
-        Ok(match &layer.pack {
-            Some(pack) => store.open_blob(pack)?,
-            None => Arc::new(Vec::<u8>::new()),
-        })
-    };
+    let pack = |layer: &LayerBlobs| open_pack(store, layer);
     let cache = LayerCache::new(options);
     let mut all = open_all(store, layers, &cache, &pack, &|_, content| Ok(content))?;
     all.pop().ok_or_else(|| {
@@ -44,6 +39,14 @@ pub fn open(
             FailureCode::Internal,
             "a component without layers cannot be read",
         )
+    })
+}
+
+/// Opens a layer's pack; one without is read as an empty one.
+pub fn open_pack(store: &Store, layer: &LayerBlobs) -> Result<Storage, Failure> {
+    Ok(match &layer.pack {
+        Some(pack) => store.open_blob(pack)?,
+        None => Arc::new(Vec::<u8>::new()),
     })
 }
 

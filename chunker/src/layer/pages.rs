@@ -202,12 +202,7 @@ impl Pages {
         let key = (self.layer, number as u64);
         let page = self.cache.entries.get(key, budget, |budget| {
             budget.page()?;
-            let bytes = read(&self.storage, entry.at, entry.len as usize)?;
-            let frames = self.directory.decode_frames(number, &bytes);
-            let frames = frames.map_err(|source| IndexFault::Decode {
-                at: entry.at,
-                source,
-            })?;
+            let frames = self.read_frames(number)?;
             let weight = frames.iter().map(weight_of).sum();
             Ok::<_, LayerError>((frames, weight))
         })?;
@@ -219,18 +214,24 @@ impl Pages {
         }
     }
 
+    /// A page of frames.
+    fn read_frames(&self, number: usize) -> Result<Vec<Frame>, IndexFault> {
+        let entry = &self.directory.frame_pages()[number];
+        let bytes = read(&self.storage, entry.at, entry.len as usize)?;
+        let frames = self.directory.decode_frames(number, &bytes);
+        frames.map_err(|source| IndexFault::Decode {
+            at: entry.at,
+            source,
+        })
+    }
+
     /// Goes through all frames, in order; keeps nothing.
     pub fn each_frame(
         &self,
         mut each: impl FnMut(u32, &Frame) -> Result<(), LayerError>,
     ) -> Result<(), LayerError> {
         for (number, entry) in self.directory.frame_pages().iter().enumerate() {
-            let bytes = read(&self.storage, entry.at, entry.len as usize)?;
-            let frames = self.directory.decode_frames(number, &bytes);
-            let frames = frames.map_err(|source| IndexFault::Decode {
-                at: entry.at,
-                source,
-            })?;
+            let frames = self.read_frames(number)?;
             let mut ids = (entry.first..).zip(&frames);
             ids.try_for_each(|(id, frame)| each(id, frame))?;
         }

@@ -24,8 +24,6 @@ pub struct Local {
     frames: HashMap<u32, Vec<Piece>>,
     /// How many pieces they consist of.
     pieces: usize,
-    /// Bytes that they decode to.
-    len: u64,
 }
 
 impl Local {
@@ -35,7 +33,6 @@ impl Local {
             layers,
             frames: HashMap::new(),
             pieces: 0,
-            len: 0,
         }
     }
 
@@ -45,14 +42,8 @@ impl Local {
     }
 
     pub(super) fn add(&mut self, id: u32, pieces: Vec<Piece>) {
-        self.len += pieces.iter().map(|piece| u64::from(piece.len)).sum::<u64>();
         self.pieces += pieces.len();
         self.frames.insert(id, pieces);
-    }
-
-    /// Bytes of content that these frames hold.
-    pub const fn content_len(&self) -> u64 {
-        self.len
     }
 
     /// Whether a frame is made of local data.

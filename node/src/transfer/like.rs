@@ -22,7 +22,7 @@ use capsule_proto::{GroupRanges, RootHash};
 use super::prepare::ComponentPlan;
 use crate::control::{Failure, FailureCode, Phase};
 use crate::held::HeldWay;
-use crate::layers::open_all;
+use crate::layers::{open_all, open_pack};
 use crate::node::Node;
 use crate::publish::own_within;
 use crate::store::{BlobKind, LayerBlobs};
@@ -241,12 +241,7 @@ fn open_held(
     layers: &[LayerBlobs],
     cache: &LayerCache,
 ) -> Result<Vec<Arc<LayerContent>>, Failure> {
-    let pack = |layer: &LayerBlobs| -> Result<Storage, Failure> {
-        Ok(match &layer.pack {
-            Some(pack) => node.store.open_blob(pack)?,
-            None => Arc::new(Vec::<u8>::new()),
-        })
-    };
+    let pack = |layer: &LayerBlobs| open_pack(&node.store, layer);
     let finish = |_: &LayerBlobs, content| Ok(content);
     open_all(&node.store, layers, cache, &pack, &finish)
 }
@@ -302,8 +297,7 @@ impl Like {
                     Arc::new(Vec::<u8>::new())
                 }
                 Some(pack) if self.groups.contains_key(pack) => node.open_partial(pack)?,
-                Some(pack) => node.open_blob(pack)?,
-                None => Arc::new(Vec::<u8>::new()),
+                _ => open_pack(node, layer)?,
             })
         };
         let finish = |layer: &LayerBlobs, content: LayerContent| {
