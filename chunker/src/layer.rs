@@ -7,6 +7,7 @@
 mod assemble;
 mod budget;
 mod cache;
+mod changes;
 pub mod codec;
 mod coordinate;
 mod cut;
@@ -27,6 +28,7 @@ mod tally;
 mod update;
 mod work;
 
+pub use changes::Changes;
 pub use cut::Cuts;
 pub(crate) use cut::{GEAR, PAGE_LEN};
 pub use pages::{IndexFault, Storage};

@@ -6,6 +6,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rustix::fs::{SeekFrom, Stat};
 use rustix::io::Errno;
@@ -42,6 +43,26 @@ impl Fingerprint {
     /// Length in bytes.
     pub fn size(&self) -> u64 {
         self.size
+    }
+
+    /// All of it, to be compared later.
+    pub fn fields(&self) -> [u64; 4] {
+        [
+            self.inode,
+            self.size,
+            self.modified as u64,
+            self.changed as u64,
+        ]
+    }
+
+    /// When the data was changed last.
+    pub fn modified(&self) -> SystemTime {
+        let nanos = Duration::from_nanos(self.modified.unsigned_abs());
+        if self.modified < 0 {
+            UNIX_EPOCH
+        } else {
+            UNIX_EPOCH + nanos
+        }
     }
 
     /// When the inode was changed last, in seconds since 1970.

@@ -5,8 +5,8 @@ mod layer_support;
 
 use std::sync::Arc;
 
-use capsule_chunker::bao::{changed_groups, tree_of};
-use capsule_chunker::content::{BytesSource, Content};
+use capsule_chunker::bao::{self, Change, changed_groups, tree_of};
+use capsule_chunker::content::{AsReadAt, BytesSource, Content};
 use capsule_chunker::delta::{OldSource, Outline, Similar, SimilarOptions};
 use capsule_chunker::layer::Cuts;
 use capsule_chunker::layer::encode::{Against, EncodeOptions, Hashed, Outputs, encode_update};
@@ -249,6 +249,27 @@ fn open_way(layers: &[Layer], way: &[usize], cache_len: usize) -> Arc<LayerConte
     below.unwrap()
 }
 
+/// The tree of a version is that of its parent, where it is hashed again where its layer says that it differs.
+fn check_changes(content: &LayerContent, plain: &[u8], versions: &[Vec<u8>]) {
+    let parent = content.header().parent;
+    let is_parent = |version: &&Vec<u8>| Some(RootHash::of(version)) == parent;
+    let Some(old) = versions.iter().find(is_parent) else {
+        return;
+    };
+    let changes = content.changes().unwrap();
+    let (tree, outboard) = tree_of(old);
+    let change = Change {
+        size: content.len(),
+        dirty: &changes.groups,
+        zero: &changes.zero,
+        in_place: false,
+    };
+    let mut made = Vec::<u8>::new();
+    let tree = bao::update(&tree, &outboard, &change, &AsReadAt(content), &mut made).unwrap();
+    assert_eq!(tree.root, RootHash::of(plain));
+    assert!(made == tree_of(plain).1, "the outboard is the same");
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(96))]
 
@@ -292,6 +313,7 @@ proptest! {
                 let (restored, root) = restore_all(&content, how.threads).unwrap();
                 prop_assert!(restored == *plain, "version {} by {:?}", target, way);
                 prop_assert_eq!(root, RootHash::of(plain));
+                check_changes(&content, plain, &versions);
             }
         }
     }

@@ -41,6 +41,8 @@ pub struct MadeLayer {
     pub way: Vec<LayerBlobs>,
     pub outboard: Option<Scratch>,
     pub stats: EncodeStats,
+    /// Bytes that were not read, as the source told that they are the parent's.
+    pub unread: u64,
 }
 
 /// A tree's contents, encoded from nothing.
@@ -73,6 +75,7 @@ pub fn first_stream(
         layer: Some(layer),
         outboard,
         stats,
+        unread: 0,
     })
 }
 

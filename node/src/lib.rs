@@ -5,7 +5,7 @@
 //! | `home`, `control` | the directory; the way from the command line to the daemon |
 //! | `daemon`, `node` | starting, stopping, what happens by itself; what the parts share |
 //! | `publish`, `transfer`, `export`, `verify`, `keep`, `follow`, `report` | the commands |
-//! | `records`, `held`, `graph`, `layers`, `encoding` | what the fleet says; what is here; ways to components; reading and making them |
+//! | `records`, `held`, `graph`, `layers`, `encoding`, `rehash` | what the fleet says; what is here; ways to components; reading, making and hashing them |
 //! | `store`, `blobs` | bytes on the disk, and as the network sees them |
 //! | `clock`, `work` | time with a floor; long work on few threads |
 
@@ -25,6 +25,7 @@ pub mod layers;
 pub mod node;
 pub mod publish;
 pub mod records;
+mod rehash;
 pub mod report;
 pub mod store;
 pub mod transfer;

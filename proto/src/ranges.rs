@@ -39,6 +39,17 @@ pub fn groups_touching(bytes: &Range<u64>) -> Range<u64> {
     bytes.start / GROUP_LEN..bytes.end.div_ceil(GROUP_LEN)
 }
 
+/// The groups of content of `size` bytes that lie within a range of bytes as a whole; the last may be short.
+pub fn whole_groups(bytes: &Range<u64>, size: u64) -> Range<u64> {
+    let start = bytes.start.div_ceil(GROUP_LEN);
+    let end = if bytes.end >= size {
+        group_count(size)
+    } else {
+        bytes.end / GROUP_LEN
+    };
+    start..end.max(start)
+}
+
 /// A set of chunk groups: sorted runs that neither touch nor overlap.
 #[derive(Clone, Default, PartialEq, Eq, Hash)]
 pub struct GroupRanges {

@@ -118,6 +118,20 @@ impl Outline {
         &self.segments
     }
 
+    /// How many bytes lie between a range and the nearest stretch that is to be read.
+    pub(crate) fn distance(&self, range: &Range<u64>) -> u64 {
+        let after = self
+            .segments
+            .partition_point(|segment| segment.end() <= range.start);
+        let is_unknown = |segment: &&Segment| segment.known.is_none();
+        let next = self.segments[after..].iter().find(is_unknown);
+        let last = self.segments[..after].iter().rev().find(is_unknown);
+        let to_next = next.map(|segment| segment.start.saturating_sub(range.end));
+        let to_last = last.map(|segment| range.start - segment.end());
+        let nearest = [to_next, to_last].into_iter().flatten().min();
+        nearest.unwrap_or(u64::MAX)
+    }
+
     /// Where a range of what is to be read lies in the content, in order.
     pub(crate) fn places(&self, range: Range<u64>) -> impl Iterator<Item = Range<u64>> {
         let first = self
@@ -338,6 +352,26 @@ mod tests {
                     prop_assert_eq!(&found[..], &places[start as usize..end as usize]);
                 }
             }
+        }
+
+        #[test]
+        fn the_nearest_unknown_stretch_is_found(parts in prop::collection::vec((1u64..9, any::<bool>()), 0..9), start in 0u64..40, len in 1u64..9) {
+            let mut outline = Outline::default();
+            for (len, known) in &parts {
+                outline.push(*len, known.then_some(Known::Inherited));
+            }
+            let (mut at, mut nearest) = (0, u64::MAX);
+            for (len_here, known) in &parts {
+                for byte in at..at + len_here {
+                    if !known {
+                        let apart = if byte < start { start - byte - 1 } else { byte.saturating_sub(start + len) };
+                        let within = (start..start + len).contains(&byte);
+                        nearest = nearest.min(if within { 0 } else { apart });
+                    }
+                }
+                at += len_here;
+            }
+            prop_assert_eq!(outline.distance(&(start..start + len)), nearest);
         }
 
         #[test]

@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 
 use super::old::{OldError, OldSource};
+use super::outline::Outline;
 use super::seeds::{Seed, WINDOW_LEN, seeds};
 use crate::content::Progress;
 
@@ -91,6 +92,37 @@ impl Similar {
         options: &SimilarOptions,
         progress: &dyn Progress,
     ) -> Result<Option<Self>, OldError> {
+        Self::build_of(sources, options, progress, |_| {})
+    }
+
+    /// The same of at most so many bytes of a parent in whose places the new content lies: of what lies nearest to where that is not
+    /// known. So a small change costs little.
+    pub fn build_near(
+        sources: &[OldSource],
+        outline: &Outline,
+        most: u64,
+        options: &SimilarOptions,
+        progress: &dyn Progress,
+    ) -> Result<Option<Self>, OldError> {
+        Self::build_of(sources, options, progress, |blocks| {
+            let len = |block: &Block| block.range.end - block.range.start;
+            blocks.sort_by_cached_key(|block| (block.source, outline.distance(&block.range)));
+            let mut left = most;
+            blocks.retain(|block| {
+                let fits = len(block) <= left;
+                left -= if fits { len(block) } else { 0 };
+                fits
+            });
+            blocks.sort_unstable_by_key(|block| (block.source, block.range.start));
+        })
+    }
+
+    fn build_of(
+        sources: &[OldSource],
+        options: &SimilarOptions,
+        progress: &dyn Progress,
+        choose: impl FnOnce(&mut Vec<Block>),
+    ) -> Result<Option<Self>, OldError> {
         let mut starts = Vec::with_capacity(sources.len());
         let mut end = 0u64;
         let mut blocks = Vec::new();
@@ -106,6 +138,7 @@ impl Similar {
                 }
             }
         }
+        choose(&mut blocks);
         let data: u64 = blocks
             .iter()
             .map(|block| block.range.end - block.range.start)

@@ -28,6 +28,11 @@ impl<'a> Trimmed<'a> {
         }
     }
 
+    /// What is taken away, in order and apart.
+    pub fn zeros(&self) -> &[Range<u64>] {
+        &self.zeros
+    }
+
     /// The pieces of a range, in order, and whether each is taken away.
     fn pieces(&self, range: Range<u64>) -> impl Iterator<Item = (Range<u64>, bool)> + '_ {
         let mut at = range.start;

@@ -12,11 +12,14 @@ use std::fs::File;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use capsule_proto::ranges::MAX_CONTENT_LEN;
 
-use super::complete::{self, Tables};
+use super::bitmap::Directory;
+use super::complete;
 use super::detect::{Format, Probe};
+use super::tables::Tables;
 use crate::content::ReadError;
 use crate::osfile::Fingerprint;
 
@@ -28,6 +31,9 @@ const MAX_NAME: u64 = 1023;
 const MAX_EXTENSIONS: usize = 32;
 const BACKING_FORMAT: u32 = 0xe279_2aca;
 const DATA_FILE: u32 = 0x4441_5441;
+const BITMAPS: u32 = 0x2385_2875;
+/// Length of that extension.
+const BITMAPS_LEN: u64 = 24;
 
 /// Incompatible feature bits that matter here.
 const CORRUPT: u64 = 2;
@@ -35,20 +41,43 @@ const EXTERNAL_DATA: u64 = 4;
 const EXTENDED_L2: u64 = 16;
 /// All that exist, those of lazy reference counts and of the compression's kind too.
 const KNOWN_FEATURES: u64 = 1 | CORRUPT | EXTERNAL_DATA | 8 | EXTENDED_L2;
+/// Autoclear feature bit: whoever wrote to the image kept its bitmaps.
+const BITMAPS_KEPT: u64 = 1;
 
 /// A file that an image is made of.
 pub(super) struct Link {
     pub path: PathBuf,
     pub file: File,
     pub stamp: Fingerprint,
+    /// The device of the file system that it lies in.
+    pub device: u64,
     pub format: Format,
     /// For an image with an external data file.
-    pub data: Option<(PathBuf, File, Fingerprint)>,
+    pub data: Option<DataFile>,
+    /// Of a qcow2 image.
+    pub facts: Option<Facts>,
+}
+
+/// A file with an image's data.
+pub(super) struct DataFile {
+    pub path: PathBuf,
+    pub file: File,
+    pub stamp: Fingerprint,
+    pub device: u64,
+}
+
+/// Where things are in a qcow2 image.
+#[derive(Clone, Copy)]
+pub(super) struct Facts {
+    pub tables: Tables,
+    pub bitmaps: Option<Directory>,
+    /// Whether it has no features but those that are known.
+    pub is_known: bool,
 }
 
 /// All files of an image, the image itself first.
 pub(super) struct Chain {
-    pub links: Vec<Link>,
+    pub links: Arc<[Arc<Link>]>,
     /// Whether something in it is beyond our own reader: zstd, extended L2 entries, other formats, what is not known yet.
     pub needs_qemu: bool,
 }
@@ -62,14 +91,19 @@ struct Header {
     backing: Option<Vec<u8>>,
     backing_format: Option<Vec<u8>>,
     data_file: Option<Vec<u8>>,
+    bitmaps: Option<Directory>,
+}
+
+/// A chain that is put together.
+#[derive(Default)]
+struct Links {
+    links: Vec<Arc<Link>>,
+    needs_qemu: bool,
 }
 
 /// Finds and opens all files of an image.
 pub(super) fn open(path: &Path, file: File) -> Result<Chain, ReadError> {
-    let mut chain = Chain {
-        links: Vec::new(),
-        needs_qemu: false,
-    };
+    let mut chain = Links::default();
     let mut next = Some((path.to_owned(), file, Some(Format::Qcow2)));
     let mut inodes = Vec::new();
     while let Some((path, file, format)) = next.take() {
@@ -87,10 +121,25 @@ pub(super) fn open(path: &Path, file: File) -> Result<Chain, ReadError> {
         inodes.push((metadata.dev(), metadata.ino()));
         next = chain.push(path, file, format)?;
     }
-    Ok(chain)
+    Ok(Chain {
+        links: chain.links.into(),
+        needs_qemu: chain.needs_qemu,
+    })
 }
 
 impl Chain {
+    /// Of a file whose bytes are taken as they lie.
+    pub fn raw(path: &Path, file: &File) -> Result<Self, ReadError> {
+        let io = |e| ReadError::io(path, 0, e);
+        let link = Link::new(path, file.try_clone().map_err(io)?, Format::Raw)?;
+        Ok(Self {
+            links: Arc::new([Arc::new(link)]),
+            needs_qemu: false,
+        })
+    }
+}
+
+impl Links {
     /// Adds a file; returns the one behind it.
     fn push(
         &mut self,
@@ -99,20 +148,13 @@ impl Chain {
         format: Option<Format>,
     ) -> Result<Option<(PathBuf, File, Option<Format>)>, ReadError> {
         let io = |e| ReadError::io(&path, 0, e);
-        let stamp = Fingerprint::of(&rustix::fs::fstat(&file).map_err(|e| io(e.into()))?);
         let format = match format {
             Some(format) => format,
             None => Probe::read(&file, file.metadata().map_err(io)?.len())
                 .map_err(io)?
                 .format(),
         };
-        let mut link = Link {
-            path: path.clone(),
-            file,
-            stamp,
-            format,
-            data: None,
-        };
+        let mut link = Link::new(&path, file, format)?;
         let mut behind = None;
         match format {
             Format::Raw | Format::Device => {}
@@ -121,19 +163,23 @@ impl Chain {
                 self.check(&link, &header)?;
                 if let Some(name) = &header.data_file {
                     let path = resolve(&link, name, "external data")?;
-                    let (file, stamp) = open_file(&path)?;
-                    link.data = Some((path, file, stamp));
+                    link.data = Some(DataFile::open(path)?);
                 }
                 link.check_complete(&header)?;
+                link.facts = Some(Facts {
+                    tables: header.tables,
+                    bitmaps: header.bitmaps,
+                    is_known: header.is_known(),
+                });
                 if let Some(name) = &header.backing {
                     let format = Self::backing_format(header.backing_format.as_deref());
                     let path = resolve(&link, name, "backing")?;
-                    behind = Some((path.clone(), open_file(&path)?.0, format));
+                    behind = Some((path.clone(), open_file(&path)?, format));
                 }
             }
             _ => self.needs_qemu = true,
         }
-        self.links.push(link);
+        self.links.push(Arc::new(link));
         Ok(behind)
     }
 
@@ -192,14 +238,62 @@ impl Chain {
 }
 
 impl Link {
+    fn new(path: &Path, file: File, format: Format) -> Result<Self, ReadError> {
+        let (stamp, device) = identify(path, &file)?;
+        Ok(Self {
+            path: path.into(),
+            file,
+            stamp,
+            device,
+            format,
+            data: None,
+            facts: None,
+        })
+    }
+
+    /// Another handle of its file.
+    pub fn try_clone(&self) -> Result<File, ReadError> {
+        self.file
+            .try_clone()
+            .map_err(|e| ReadError::io(&self.path, 0, e))
+    }
+
+    /// Whether its files are regular ones, whose times tell of changes.
+    pub fn is_regular(&self) -> Result<bool, ReadError> {
+        let data = self.data.as_ref();
+        Ok(is_regular(&self.path, &self.file)?
+            && data.map_or(Ok(true), |data| is_regular(&data.path, &data.file))?)
+    }
+
+    /// Compares its files with what they were; devices tell nothing.
+    pub fn check_unchanged(&self) -> Result<(), ReadError> {
+        let check = |stamp: &Fingerprint, path: &Path, file: &File| {
+            if is_regular(path, file)? {
+                stamp.check(path, file)
+            } else {
+                Ok(())
+            }
+        };
+        check(&self.stamp, &self.path, &self.file)?;
+        self.data
+            .iter()
+            .try_for_each(|data| check(&data.stamp, &data.path, &data.file))
+    }
+
+    /// Length of the disk that it holds.
+    pub fn disk_len(&self) -> u64 {
+        self.facts
+            .map_or(self.stamp.size(), |facts| facts.tables.disk)
+    }
+
     /// Checks that nothing of an image is missing at the end.
     fn check_complete(&self, header: &Header) -> Result<(), ReadError> {
-        if header.features & !KNOWN_FEATURES != 0 {
+        if !header.is_known() {
             // Its tables may mean anything; QEMU knows them, or refuses.
             return Ok(());
         }
         let data = self.data.as_ref();
-        let data = data.map(|(path, file, _)| (path.as_path(), file));
+        let data = data.map(|data| (data.path.as_path(), &data.file));
         complete::check(&header.tables, (&self.path, &self.file), data)
     }
 }
@@ -224,23 +318,51 @@ fn resolve(link: &Link, name: &[u8], what: &str) -> Result<PathBuf, ReadError> {
     Ok(directory.join(OsStr::from_bytes(name)))
 }
 
-fn open_file(path: &Path) -> Result<(File, Fingerprint), ReadError> {
+fn open_file(path: &Path) -> Result<File, ReadError> {
     let open = || {
         // Never wait for a pipe: a header may name anything.
         let flags =
             rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::CLOEXEC | rustix::fs::OFlags::NONBLOCK;
         let file = File::from(rustix::fs::open(path, flags, rustix::fs::Mode::empty())?);
-        let stat = rustix::fs::fstat(&file)?;
-        let kind = rustix::fs::FileType::from_raw_mode(stat.st_mode);
+        let kind = rustix::fs::FileType::from_raw_mode(rustix::fs::fstat(&file)?.st_mode);
         if !kind.is_file() && !kind.is_block_device() {
             return Err(std::io::Error::other("neither a regular file nor a device"));
         }
-        Ok((file, Fingerprint::of(&stat)))
+        Ok(file)
     };
     open().map_err(|e| ReadError::io(path, 0, e))
 }
 
+fn is_regular(path: &Path, file: &File) -> Result<bool, ReadError> {
+    let metadata = file.metadata().map_err(|e| ReadError::io(path, 0, e))?;
+    Ok(metadata.is_file())
+}
+
+/// What tells that a file was changed, and the device that it is on.
+fn identify(path: &Path, file: &File) -> Result<(Fingerprint, u64), ReadError> {
+    let stat = rustix::fs::fstat(file).map_err(|e| ReadError::io(path, 0, e.into()))?;
+    Ok((Fingerprint::of(&stat), stat.st_dev))
+}
+
+impl DataFile {
+    fn open(path: PathBuf) -> Result<Self, ReadError> {
+        let file = open_file(&path)?;
+        let (stamp, device) = identify(&path, &file)?;
+        Ok(Self {
+            path,
+            file,
+            stamp,
+            device,
+        })
+    }
+}
+
 impl Header {
+    /// Whether its features are all known.
+    fn is_known(&self) -> bool {
+        self.features & !KNOWN_FEATURES == 0
+    }
+
     fn read(link: &Link) -> Result<Self, ReadError> {
         let invalid = |offset, why: &str| ReadError::Format {
             path: link.path.clone(),
@@ -295,6 +417,7 @@ impl Header {
             u64::from(u32_at(100)?)
         };
         header.features = if version == 2 { 0 } else { u64_at(72)? };
+        let autoclear = if version == 2 { 0 } else { u64_at(88)? };
         header.tables.extended = header.features & EXTENDED_L2 != 0;
         for _ in 0..MAX_EXTENSIONS {
             // Without an end mark the extensions end at the backing file's name.
@@ -308,6 +431,14 @@ impl Header {
                     header.backing_format = Some(name_at(at + 8, len)?)
                 }
                 DATA_FILE if len <= MAX_NAME => header.data_file = Some(name_at(at + 8, len)?),
+                BITMAPS if len >= BITMAPS_LEN => {
+                    header.bitmaps = Some(Directory {
+                        count: u32_at(at + 8)?,
+                        len: u64_at(at + 16)?,
+                        at: u64_at(at + 24)?,
+                        is_consistent: autoclear & BITMAPS_KEPT != 0,
+                    })
+                }
                 _ => {}
             }
             at += 8 + len.next_multiple_of(8);

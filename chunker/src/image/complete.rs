@@ -14,54 +14,20 @@
 //! Source: QEMU's `docs/interop/qcow2.txt`.
 
 use std::fs::File;
-use std::io::{Seek, SeekFrom};
 use std::ops::RangeInclusive;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 
+use super::tables::{COMPRESSED, COPIED, Cluster, Extant, OFFSET, Tables, ZERO};
 use crate::content::ReadError;
 
 /// Sizes of clusters that the format allows, as powers of two.
 const CLUSTER_BITS: RangeInclusive<u32> = 9..=21;
-/// Tables are read in pieces of this length: a table may be of 32 MiB.
-const PIECE: usize = 64 << 10;
 /// Unit of compressed data's length, and of a disk's.
 const SECTOR: u64 = 512;
 /// The way out for an original that ends within a sector.
 const WITHIN_SECTOR: &str = "; if the original is no longer, convert that with qemu-img convert";
 /// Subclusters of a cluster with extended L2 entries.
-const SUBCLUSTERS: u64 = 32;
-
-/// Bits 9-55 of an entry: the offset of a table or a cluster.
-const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
-/// In an L2 entry: the cluster is compressed.
-const COMPRESSED: u64 = 1 << 62;
-/// In an entry: nothing else uses this cluster. In external data it tells offset 0 from nothing at all.
-const COPIED: u64 = 1 << 63;
-/// In a plain L2 entry: the cluster reads as zeros, whatever lies there.
-const ZERO: u64 = 1;
-
-/// Where the tables of an image are, as its header says.
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Tables {
-    /// Size of the disk in bytes.
-    pub disk: u64,
-    /// Size of a cluster, as a power of two.
-    pub cluster_bits: u32,
-    /// Offset of the L1 table.
-    pub l1_at: u64,
-    /// Entries of the L1 table.
-    pub l1_len: u64,
-    /// Whether L2 entries have 16 bytes, the second half for subclusters.
-    pub extended: bool,
-}
-
-/// A file, and how much of it there is.
-struct Extant<'a> {
-    path: &'a Path,
-    file: &'a File,
-    len: u64,
-}
+pub(super) const SUBCLUSTERS: u64 = 32;
 
 /// Checks that an image's tables are whole, and all its allocated clusters too, in the image or in its external data file.
 ///
@@ -85,53 +51,33 @@ pub(super) fn check(
             ),
         });
     }
-    tables.check(&image, data.as_ref())
+    tables.each_cluster(&image, |cluster| {
+        tables.check_cluster(cluster, &image, data.as_ref())
+    })
 }
 
 impl Tables {
-    fn check(&self, image: &Extant<'_>, data: Option<&Extant<'_>>) -> Result<(), ReadError> {
-        let cluster = 1 << self.cluster_bits;
-        let entry_len = if self.extended { 16 } else { 8 };
-        // Bytes of the disk that one L2 table is for.
-        let span = cluster / entry_len * cluster;
-        let entries = self.l1_len.min(self.disk.div_ceil(span));
-        image.each_entry(self.l1_at, entries, |index, [l1]| {
-            let (l2_at, left) = (l1 & OFFSET, self.disk - index * span);
-            if l2_at == 0 {
-                return Ok(());
-            }
-            let entries = left.min(span).div_ceil(cluster);
-            let check = |index, entry, bitmap| {
-                self.check_cluster(entry, bitmap, left - index * cluster, image, data)
-            };
-            if self.extended {
-                image.each_entry(l2_at, entries, |index, [entry, bitmap]| {
-                    check(index, entry, Some(bitmap))
-                })
-            } else {
-                image.each_entry(l2_at, entries, |index, [entry]| check(index, entry, None))
-            }
-        })
-    }
-
-    /// Checks the cluster of an L2 entry; `left` is how much of the disk there is from its beginning on.
+    /// Checks that what a reader of a cluster meets is there.
     fn check_cluster(
         &self,
-        entry: u64,
-        bitmap: Option<u64>,
-        left: u64,
+        cluster: Cluster,
         image: &Extant<'_>,
         data: Option<&Extant<'_>>,
     ) -> Result<(), ReadError> {
+        let Cluster {
+            start,
+            entry,
+            bitmap,
+        } = cluster;
         if entry & COMPRESSED != 0 {
-            return image.holds_sector(self.compressed_end(entry));
+            return holds_sector(image, self.compressed_end(entry));
         }
         let offset = entry & OFFSET;
         let allocated = offset != 0 || data.is_some() && entry & COPIED != 0;
         if !allocated {
             return Ok(());
         }
-        let read = self.bytes_read(entry, bitmap).min(left);
+        let read = self.bytes_read(entry, bitmap).min(self.disk - start);
         if read == 0 {
             return Ok(());
         }
@@ -161,74 +107,11 @@ impl Tables {
     }
 }
 
-impl<'a> Extant<'a> {
-    fn new(path: &'a Path, mut file: &'a File) -> Result<Self, ReadError> {
-        // Not from the metadata: those of a device tell no length.
-        let len = file
-            .seek(SeekFrom::End(0))
-            .map_err(|e| ReadError::io(path, 0, e))?;
-        Ok(Self { path, file, len })
-    }
-
-    /// Checks that the file reaches up to `end`.
-    fn holds(&self, end: u64) -> Result<(), ReadError> {
-        if end <= self.len {
-            Ok(())
-        } else {
-            Err(self.cut_off(end, ""))
-        }
-    }
-
-    /// Checks that the file reaches up to `end`, which is the end of a sector of compressed data.
-    fn holds_sector(&self, end: u64) -> Result<(), ReadError> {
-        match end.saturating_sub(self.len) {
-            0 => Ok(()),
-            1..SECTOR => Err(self.cut_off(end, WITHIN_SECTOR)),
-            _ => Err(self.cut_off(end, "")),
-        }
-    }
-
-    fn cut_off(&self, end: u64, more: &str) -> ReadError {
-        let why = format!(
-            "it is cut off: the image's tables point to bytes up to {end}, it has {}: copy it again{more}",
-            self.len
-        );
-        ReadError::Format {
-            path: self.path.into(),
-            offset: self.len,
-            why,
-        }
-    }
-
-    /// Goes through a table of `count` entries of so many words, in pieces.
-    fn each_entry<const WORDS: usize>(
-        &self,
-        at: u64,
-        count: u64,
-        mut visit: impl FnMut(u64, [u64; WORDS]) -> Result<(), ReadError>,
-    ) -> Result<(), ReadError> {
-        let entry_len = 8 * WORDS;
-        // The lengths are bounded by 2^32 entries and 2^21 bytes, but an L1 table's offset is whatever the header says.
-        let end = at.saturating_add(count * entry_len as u64);
-        self.holds(end)?;
-        let mut piece = vec![0; PIECE.min((end - at) as usize)];
-        let mut index = 0;
-        while index < count {
-            let offset = at + index * entry_len as u64;
-            let piece_len = piece.len().min((end - offset) as usize);
-            let piece = &mut piece[..piece_len];
-            self.file
-                .read_exact_at(piece, offset)
-                .map_err(|e| ReadError::io(self.path, offset, e))?;
-            for entry in piece.chunks_exact(entry_len) {
-                let mut words = [0; WORDS];
-                for (word, bytes) in words.iter_mut().zip(entry.chunks_exact(8)) {
-                    *word = u64::from_be_bytes(bytes.try_into().expect("8 bytes"));
-                }
-                visit(index, words)?;
-                index += 1;
-            }
-        }
-        Ok(())
+/// Checks that a file reaches up to `end`, which is the end of a sector of compressed data.
+fn holds_sector(file: &Extant<'_>, end: u64) -> Result<(), ReadError> {
+    match end.saturating_sub(file.len) {
+        0 => Ok(()),
+        1..SECTOR => Err(file.cut_off(end, WITHIN_SECTOR)),
+        _ => Err(file.cut_off(end, "")),
     }
 }

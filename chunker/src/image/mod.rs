@@ -1,7 +1,7 @@
 //! Disk images, devices and single files as sources to publish.
 //!
 //! A path is opened as what it holds: a raw or sparse file, a device (`raw`), a qcow2 image with its backing chain (`chain`,
-//! `complete`, `qcow2`), any other image format through QEMU's tools (`qemu`, `nbd`). Nothing here writes to an image. Cutting content into
+//! `complete`, `qcow2`; what it tells of change: `record`, `bitmap`), any other image format through QEMU's tools (`qemu`, `nbd`). Nothing here writes to an image. Cutting content into
 //! frames belongs to `layer`, directories to `tree`.
 //!
 //! # Disk or file
@@ -10,6 +10,7 @@
 //! with a partition table, a boot sector or a known file system (`detect`). All else is a file. [`ReadAs`] overrides it. Devices
 //! are always read as they are, whatever format lies on them.
 
+mod bitmap;
 mod chain;
 mod complete;
 mod detect;
@@ -17,6 +18,8 @@ mod nbd;
 mod qcow2;
 mod qemu;
 mod raw;
+mod record;
+mod tables;
 
 use std::fs::File;
 use std::io;
@@ -25,11 +28,13 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
+use self::chain::Chain;
 pub use self::detect::Format;
 use self::detect::Probe;
 use self::qcow2::Qcow2Source;
 use self::qemu::QemuSource;
 use self::raw::RawSource;
+pub use self::record::{ImageRecord, Stamp};
 use crate::content::{ReadError, Source};
 
 /// How a path is to be read.
@@ -70,6 +75,8 @@ pub struct OpenedImage {
     pub format: Format,
     /// The device is mounted or held by another program, and may change unnoticed while it is read.
     pub in_use: bool,
+    /// What its files tell of change, where they are of a kind that does.
+    pub record: Option<ImageRecord>,
 }
 
 /// Why an image could not be opened.
@@ -156,23 +163,23 @@ fn open_device(path: &Path, options: &ImageOptions) -> Result<OpenedImage, Image
         kind,
         format: Format::Device,
         in_use,
+        record: None,
     })
 }
 
 fn open_file(path: &Path, options: &ImageOptions) -> Result<OpenedImage, ImageError> {
     let file = File::open(path).map_err(|e| ImageError::open(path, e))?;
-    let opened = |source: Box<dyn Source>, kind, format| OpenedImage {
-        source,
-        kind,
-        format,
-        in_use: false,
+    let raw = |file, kind| {
+        Ok(OpenedImage {
+            record: Some(ImageRecord::new(&Chain::raw(path, &file)?)),
+            source: Box::new(RawSource::file(path, file)?),
+            kind,
+            format: Format::Raw,
+            in_use: false,
+        })
     };
     if options.read_as == ReadAs::File {
-        return Ok(opened(
-            Box::new(RawSource::file(path, file)?),
-            ImageKind::File,
-            Format::Raw,
-        ));
+        return raw(file, ImageKind::File);
     }
     let len = file
         .metadata()
@@ -180,7 +187,7 @@ fn open_file(path: &Path, options: &ImageOptions) -> Result<OpenedImage, ImageEr
         .len();
     let probe = Probe::read(&file, len).map_err(|e| ReadError::io(path, 0, e))?;
     let format = probe.format();
-    let source: Box<dyn Source> = match format {
+    let (source, record): (Box<dyn Source>, _) = match format {
         Format::Raw | Format::Device => {
             let disk = options.read_as == ReadAs::Disk || probe.looks_like_disk();
             let kind = if disk {
@@ -188,21 +195,27 @@ fn open_file(path: &Path, options: &ImageOptions) -> Result<OpenedImage, ImageEr
             } else {
                 ImageKind::File
             };
-            return Ok(opened(
-                Box::new(RawSource::file(path, file)?),
-                kind,
-                Format::Raw,
-            ));
+            return raw(file, kind);
         }
         Format::Qcow2 => {
             let chain = chain::open(path, file)?;
+            let record = ImageRecord::new(&chain);
             if chain.needs_qemu {
-                Box::new(QemuSource::open(path, format)?)
+                let source = QemuSource::open(path, format)?;
+                // From now on the source watches the files.
+                record.check_unchanged()?;
+                (Box::new(source), Some(record))
             } else {
-                Box::new(Qcow2Source::new(chain)?)
+                (Box::new(Qcow2Source::new(chain.links)?), Some(record))
             }
         }
-        _ => Box::new(QemuSource::open(path, format)?),
+        _ => (Box::new(QemuSource::open(path, format)?), None),
     };
-    Ok(opened(source, ImageKind::Disk, format))
+    Ok(OpenedImage {
+        source,
+        kind: ImageKind::Disk,
+        format,
+        in_use: false,
+        record,
+    })
 }

@@ -5,16 +5,16 @@
 
 use std::io;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use imago::file::File as Storage;
 use imago::qcow2::Qcow2;
 use imago::raw::Raw;
 use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder, Mapping};
 
-use super::chain::{Chain, Link};
+use super::chain::Link;
 use super::detect::Format;
 use crate::content::{Content, Extent, Extents, ReadError, Source, check_range};
-use crate::osfile::Fingerprint;
 
 /// Neighbouring clusters of one kind are reported as one extent up to this length.
 const MAX_EXTENT: u64 = 64 << 20;
@@ -22,15 +22,15 @@ const MAX_EXTENT: u64 = 64 << 20;
 /// A virtual disk.
 pub(super) struct Qcow2Source {
     access: FormatAccess<Storage>,
-    links: Vec<Link>,
+    links: Arc<[Arc<Link>]>,
     len: u64,
 }
 
 impl Qcow2Source {
-    /// Puts the disk together, from the end of the chain up.
-    pub fn new(chain: Chain) -> Result<Self, ReadError> {
+    /// Puts the disk of the first image together, from the end of the chain up.
+    pub fn new(links: Arc<[Arc<Link>]>) -> Result<Self, ReadError> {
         let mut backing = None;
-        for link in chain.links.iter().rev() {
+        for link in links.iter().rev() {
             let layer = layer(link, backing.take()).map_err(|e| ReadError::Format {
                 path: link.path.clone(),
                 offset: 0,
@@ -40,11 +40,7 @@ impl Qcow2Source {
         }
         let access = backing.expect("a chain has at least the image itself");
         let len = access.size();
-        Ok(Self {
-            access,
-            links: chain.links,
-            len,
-        })
+        Ok(Self { access, links, len })
     }
 
     fn path(&self) -> PathBuf {
@@ -100,7 +96,7 @@ fn layer(link: &Link, backing: Option<FormatAccess<Storage>>) -> io::Result<Form
         ));
     }
     let data = match &link.data {
-        Some((_, file, _)) => Some(Storage::try_from(file.try_clone()?)?),
+        Some(data) => Some(Storage::try_from(data.file.try_clone()?)?),
         None => None,
     };
     let builder = Qcow2::<Storage>::builder(storage)
@@ -137,29 +133,8 @@ impl Source for Qcow2Source {
     }
 
     fn check_unchanged(&self) -> Result<(), ReadError> {
-        for link in &self.links {
-            check(&link.stamp, &link.path, &link.file)?;
-            if let Some((path, file, stamp)) = &link.data {
-                check(stamp, path, file)?;
-            }
-        }
-        Ok(())
-    }
-}
-
-/// Compares a file of the chain with what it was; devices tell nothing.
-fn check(
-    stamp: &Fingerprint,
-    path: &std::path::Path,
-    file: &std::fs::File,
-) -> Result<(), ReadError> {
-    let regular = file
-        .metadata()
-        .map_err(|e| ReadError::io(path, 0, e))?
-        .is_file();
-    if regular {
-        stamp.check(path, file)
-    } else {
-        Ok(())
+        self.links
+            .iter()
+            .try_for_each(|link| link.check_unchanged())
     }
 }

@@ -37,7 +37,7 @@ pub struct PublishArgs {
     name: Option<CapsuleName>,
     /// Instead of a path: add layers from nothing to a capsule that is published and here, for machines that have no older
     /// version. Its id stays
-    #[arg(long, value_name = "CAPSULE", conflicts_with_all = ["path", "name", "read_as", "one_file_system", "trim", "parent", "no_parent", "checksum", "expires"])]
+    #[arg(long, value_name = "CAPSULE", conflicts_with_all = ["path", "name", "read_as", "one_file_system", "trim", "parent", "no_parent", "checksum", "bitmap", "expires"])]
     rebase: Option<String>,
     /// How to take the content; from what it is, when not given
     #[arg(long = "as", value_name = "KIND")]
@@ -59,9 +59,13 @@ pub struct PublishArgs {
     /// Publish against no other version: larger, but machines need nothing else for it
     #[arg(long)]
     no_parent: bool,
-    /// For a directory with a parent: read all files, also those whose length and time of modification are the same
+    /// Read everything: of a directory also files whose length and time of modification are the parent's, of an overlay also
+    /// what it has from the image behind it
     #[arg(long)]
     checksum: bool,
+    /// For a qcow2 image: read only what this dirty bitmap of it marks, which began when the parent was published
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["checksum", "no_parent"])]
+    bitmap: Option<String>,
     /// For a disk: leave out free space of ext2, ext3 and ext4 file systems, and old content of their journals
     #[arg(long)]
     trim: bool,
@@ -141,6 +145,7 @@ pub fn run(args: PublishArgs, context: &Context) -> Result<(), Exit> {
         parent: args.parent.map(CapsuleRef),
         no_parent: args.no_parent,
         checksum: args.checksum,
+        bitmap: args.bitmap,
         trim: args.trim,
     };
     let published = context.work(command, args.output, STOPPED)?;
@@ -206,25 +211,42 @@ fn render(published: &Published, style: Style) -> String {
         let same = published.inherited_bytes + published.copied_bytes;
         parts.push(format!("{} as in {}", size(same), printable(parent)));
     }
+    if published.unread_bytes > 0 {
+        parts.push(format!("{} not read", size(published.unread_bytes)));
+    }
     let blobs = published.pack_bytes + published.index_bytes;
-    let share = if content == 0 {
-        String::new()
-    } else {
-        format!(" ({:.1} % of it)", blobs as f64 * 100.0 / content as f64)
+    let percent = |whole: u64| blobs as f64 * 100.0 / whole.max(1) as f64;
+    let share = match content {
+        0 => String::new(),
+        _ => format!(" ({:.1} % of it)", percent(content)),
     };
-    let summary = fields(
-        style,
-        &[
-            ("published", published.name.clone()),
-            ("capsule", id),
-            ("content", parts.join(", ")),
-            ("to fetch", format!("{}{share}", size(blobs))),
-            (
-                "took",
-                format!("{}, {}", duration(took), rate(content, took)),
-            ),
-        ],
-    );
+    let known = [
+        published.zero_bytes,
+        published.repeated_bytes,
+        published.inherited_bytes,
+        published.copied_bytes,
+    ];
+    let new = content.saturating_sub(known.iter().sum());
+    let mut facts = vec![
+        ("published", published.name.clone()),
+        ("capsule", id),
+        ("content", parts.join(", ")),
+        ("to fetch", size(blobs) + &share),
+        (
+            "took",
+            format!("{}, {}", duration(took), rate(content, took)),
+        ),
+    ];
+    if new > 0 {
+        let encoded = format!(
+            "{} of new content, to {:.1} %, {}",
+            size(new),
+            percent(new),
+            rate(new, took)
+        );
+        facts.insert(3, ("encoded", encoded));
+    }
+    let summary = fields(style, &facts);
     summary + "\n" + &components.render(style)
 }
 
@@ -267,12 +289,17 @@ mod tests {
             inherited_bytes: 1 << 20,
             copied_bytes: 0,
             referring_bytes: 0,
+            unread_bytes: 0,
             pack_bytes: 1 << 20,
             index_bytes: 0,
             seconds: 2.0,
             warnings: Vec::new(),
         };
         let text = render(&published, Style::PLAIN);
+        assert!(
+            text.contains("encoded    2.00 MiB of new content, to 50.0 %, 1.00 MiB/s\n"),
+            "{text}"
+        );
         assert!(
             text.contains("to fetch   1.00 MiB (25.0 % of it)\n"),
             "{text}"

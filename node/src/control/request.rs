@@ -69,9 +69,12 @@ pub struct Publish {
     /// Against none: so that nobody needs another version for this one.
     #[serde(default)]
     pub no_parent: bool,
-    /// For a tree with a parent: reads all files, also those whose length and time are the parent's.
+    /// Reads everything: of a tree also files whose length and time are the parent's, of an image also what it says it did not change.
     #[serde(default)]
     pub checksum: bool,
+    /// For a qcow2 image: its dirty bitmap that began with the parent. Only what it marks is read.
+    #[serde(default)]
+    pub bitmap: Option<String>,
     /// For a disk: free space of ext file systems, and what their clean journals still hold, as zeros.
     #[serde(default)]
     pub trim: bool,
@@ -91,6 +94,7 @@ impl Publish {
             parent: None,
             no_parent: false,
             checksum: false,
+            bitmap: None,
             trim: false,
         }
     }

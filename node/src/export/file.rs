@@ -5,8 +5,10 @@ use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::SystemTime;
 
 use capsule_chunker::content::Progress;
+use capsule_chunker::image::Stamp;
 use capsule_chunker::layer::restore::Sink;
 use capsule_proto::RootHash;
 use capsule_proto::index::RunFrom;
@@ -101,12 +103,17 @@ impl Target {
         Ok(RootHash::from_bytes(hasher.finalize().into()))
     }
 
-    /// Gives it its length and name, durably.
-    pub fn finish(mut self, size: u64) -> Result<(), Failure> {
+    /// Gives it its length and name, durably. What it can be recognised by, if anything written to it from then on changes that.
+    pub fn finish(mut self, size: u64) -> Result<Option<Stamp>, Failure> {
         self.file
             .set_len(size)
             .and_then(|()| self.file.sync_all())
             .map_err(|e| self.failed(&e))?;
+        let stamp = |file: &File| Stamp::of_raw(&self.to, file).ok();
+        if stamp(&self.file).is_some_and(|stamp| !stamp.settled(SystemTime::now())) {
+            std::thread::sleep(Stamp::TICK);
+        }
+        let named = SystemTime::now();
         let flags = if self.force {
             RenameFlags::empty()
         } else {
@@ -124,10 +131,12 @@ impl Target {
                 self.placed = true;
             }
         }
+        let stamp = stamp(&self.file).filter(|stamp| stamp.settled(named));
         let dir = parent(&self.to);
         File::open(&dir)
             .and_then(|dir| dir.sync_all())
-            .map_err(|e| failed("syncing", &dir, &e))
+            .map_err(|e| failed("syncing", &dir, &e))?;
+        Ok(stamp)
     }
 
     fn failed(&self, error: &io::Error) -> Failure {

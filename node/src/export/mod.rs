@@ -24,6 +24,7 @@ use crate::control::{Export, Exported, Failure, FailureCode, Phase, Reporter};
 use crate::held::{HeldWay, Holdings, TreeWay, component_info};
 use crate::layers::open;
 use crate::node::{Node, spelled};
+use crate::publish::{image_key, note};
 use crate::store::{LayerBlobs, Store};
 use crate::transfer::check::threads;
 use crate::work::{Task, Work, blocking};
@@ -189,7 +190,12 @@ fn write_stream(
     if found != component.root {
         return Err(damage::unreadable(component, "its bytes have another hash"));
     }
-    target.finish(component.size)
+    let stamp = target.finish(component.size)?;
+    if let Some(stamp) = stamp {
+        // An image upon it is then published without being read where it changed nothing.
+        note(store, image_key(&stamp, false), component.root);
+    }
+    Ok(())
 }
 
 /// Writes what layers make; the hash of it. Nothing is written to the store, which may be full.

@@ -4,6 +4,7 @@
 
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
+use std::time::SystemTime;
 
 use capsule_chunker::content::{BytesSource, Source};
 use capsule_chunker::image::{self, ImageKind, ImageOptions, ReadAs};
@@ -16,6 +17,7 @@ use capsule_proto::listing::EntryPath;
 use capsule_proto::manifest::{Component, ComponentKind, Manifest};
 
 use super::parent::{Old, Parent};
+use super::record::key_to_note;
 use super::trim::{self, Trimming};
 use crate::control::{Failure, FailureCode, Phase, Progress, Publish, PublishAs, Reporter};
 use crate::encoding::{DraftLayer, MadeLayer, StoreEncoded, finish_layer, first_stream};
@@ -36,6 +38,10 @@ pub(super) struct Draft {
     pub outboard: Option<Scratch>,
     pub stats: EncodeStats,
     pub trimming: Trimming,
+    /// Bytes that were not read, as the source told that they are the parent's.
+    pub unread: u64,
+    /// Under which its image is to be remembered.
+    pub image: Option<RootHash>,
     pub warnings: Vec<String>,
 }
 
@@ -56,6 +62,13 @@ pub(super) fn make(making: &Making<'_>) -> Result<Draft, Failure> {
     let is_dir = std::fs::metadata(&request.path)
         .map_err(|e| unreadable(&request.path, &e))?
         .is_dir();
+    if is_dir && request.bitmap.is_some() {
+        let message = format!(
+            "{} is a directory: it has no dirty bitmap",
+            request.path.display()
+        );
+        return Err(Failure::new(FailureCode::Invalid, message).hint("leave out --bitmap"));
+    }
     if request.trim {
         trim::check_request(&request.path, is_dir, request.read_as)?;
     }
@@ -96,6 +109,7 @@ impl Making<'_> {
 
     fn stream(&self, read_as: ReadAs) -> Result<Draft, Failure> {
         let path = &self.request.path;
+        let began = SystemTime::now();
         let image = image::open(path, &ImageOptions { read_as })?;
         let mut warnings = Vec::new();
         if image.in_use {
@@ -115,7 +129,19 @@ impl Making<'_> {
             None => &*image.source,
         };
         self.work.set_total(source.len());
-        let made = self.stream_layer(source, kind, name)?;
+        let old = self.old_stream(name, kind)?;
+        let made = match old {
+            Some(old) => {
+                let recorded = self.recorded(&image, trimmed.as_ref(), &old, &mut warnings)?;
+                self.update_stream(source, kind, old, recorded.as_ref())?
+            }
+            None => {
+                if let Some(bitmap) = &self.request.bitmap {
+                    warnings.push(format!("no older version is here that the dirty bitmap {bitmap} could tell changes since: everything was read"));
+                }
+                first_stream(self.store, source, &self.options(kind), self.work)?
+            }
+        };
         let component = Component {
             name: name.to_owned(),
             kind,
@@ -130,26 +156,19 @@ impl Making<'_> {
             listing: None,
             outboard: made.outboard,
             stats: made.stats,
+            image: key_to_note(&image, trimmed.is_some(), began),
             trimming,
+            unread: made.unread,
             warnings,
         })
     }
 
-    /// A stream's layer: an update where there is a parent, else from nothing.
-    fn stream_layer(
-        &self,
-        source: &dyn Source,
-        kind: ComponentKind,
-        name: &str,
-    ) -> Result<MadeLayer, Failure> {
+    /// The parent's stream that a new one is a version of.
+    fn old_stream(&self, name: &str, kind: ComponentKind) -> Result<Option<Old>, Failure> {
         let parent = self.parent.and_then(|parent| parent.component(name, kind));
-        let old = parent.map_or(Ok(None), |component| {
+        parent.map_or(Ok(None), |component| {
             Old::open(self.store, component, Space::Stream)
-        })?;
-        match old {
-            Some(old) => self.update_stream(source, kind, old),
-            None => first_stream(self.store, source, &self.options(kind), self.work),
-        }
+        })
     }
 
     fn tree(&self) -> Result<Draft, Failure> {
@@ -215,6 +234,8 @@ impl Making<'_> {
             outboard: None,
             stats: contents.stats,
             trimming: Trimming::default(),
+            unread: contents.unread,
+            image: None,
             warnings,
         })
     }
@@ -230,7 +251,7 @@ impl Making<'_> {
             ..*self
         };
         match old {
-            Some(old) => quiet.update_stream(&source, ComponentKind::File, old),
+            Some(old) => quiet.update_stream(&source, ComponentKind::File, old, None),
             None => {
                 let options = self.options(ComponentKind::File);
                 first_stream(self.store, &source, &options, quiet.work)
@@ -247,6 +268,8 @@ pub(super) struct MadeContents {
     pub below: Vec<LayerBlobs>,
     pub encoded: EncodedContents,
     pub stats: EncodeStats,
+    /// Bytes that were not read.
+    pub unread: u64,
 }
 
 pub(super) struct EncodedContents {

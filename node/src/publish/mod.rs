@@ -8,6 +8,7 @@
 mod make;
 mod parent;
 mod rebase;
+mod record;
 #[cfg(test)]
 pub(crate) mod tests;
 mod trim;
@@ -30,11 +31,12 @@ use crate::node::Node;
 use crate::records::{KnownName, SignError};
 use crate::store::{ActiveGuard, BlobKind, GcMode, HeldCapsule, LayerBlobs, PinOrigin, Store};
 use crate::transfer::check::register;
-use crate::work::{Task, panicked};
+use crate::work::{Task, blocking, panicked};
 pub use make::own_within;
 use make::{Draft, Making, make};
 use parent::Parent;
 pub use rebase::rebase;
+pub use record::{image_key, note};
 
 /// Publishes a path.
 pub async fn publish(
@@ -96,6 +98,14 @@ pub async fn publish(
         .await
         .unwrap_or_else(|panic| Err(panicked(&panic)))?;
     let capsule = draft.manifest.id();
+    if let (Some(image), [component]) = (draft.image, &draft.manifest.components[..]) {
+        let (store, content) = (node.store.clone(), component.root);
+        blocking(move || {
+            note(&store, image, content);
+            Ok(())
+        })
+        .await?;
+    }
     let stats = &draft.stats;
     let is_upon_parent = draft.layers.iter().any(|layer| layer.parent.is_some())
         || stats.inherited + stats.copied > 0;
@@ -118,6 +128,7 @@ pub async fn publish(
         inherited_bytes: draft.stats.inherited,
         copied_bytes: draft.stats.copied,
         referring_bytes: draft.stats.referring,
+        unread_bytes: draft.unread,
         pack_bytes: draft.stats.pack,
         index_bytes: draft
             .layers

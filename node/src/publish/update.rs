@@ -1,13 +1,16 @@
 //! Updates: what of new content the parent has, and the layer that makes the rest.
 //!
 //! A stream is read twice where it changed, and once where it did not: first it is hashed, and its hash tree, compared with the
-//! parent's, tells which chunk groups differ; what is read of these must agree with the tree. Of a tree only files are read whose length or time differ.
+//! parent's, tells which chunk groups differ; what is read of these must agree with the tree. Where the image itself tells what changed (`record`),
+//! the rest is not read at all. Of a tree only files are read whose length or time differ.
 
 use capsule_chunker::bao::{DiffError, Tree, changed_groups};
 use capsule_chunker::content::{Content, Source};
 use capsule_chunker::delta::{OldSource, Outline, Similar, SimilarOptions};
 use capsule_chunker::layer::EncodeStats;
-use capsule_chunker::layer::encode::{Against, ContentHashes, EncodeError, Hashed, encode_update};
+use capsule_chunker::layer::encode::{
+    Against, ContentHashes, Effort, EncodeError, Hashed, encode_update,
+};
 use capsule_chunker::layer::hash::hash_source;
 use capsule_chunker::tree::{TreeOutline, TreeSource};
 use capsule_proto::RootHash;
@@ -16,10 +19,15 @@ use capsule_proto::manifest::{Component, ComponentKind};
 
 use super::make::{EncodedContents, MadeContents, Making};
 use super::parent::Old;
+use super::record::Recorded;
 use crate::control::{Failure, FailureCode};
 use crate::encoding::{MadeLayer, StoreEncoded, finish_layer, first_contents, outputs, unexpected};
 use crate::held::Holdings;
-use crate::store::{Import, LayerBlobs};
+use crate::store::{Import, LayerBlobs, Scratch};
+
+/// At the lowest effort so many times as much of a parent is read as changed, but never less than this: costs follow the change.
+const INDEXED: u64 = 16;
+const LEAST_INDEXED: u64 = 256 << 20;
 
 impl Making<'_> {
     /// The layer that leads from an older stream to this one; none if they are the same.
@@ -28,8 +36,9 @@ impl Making<'_> {
         source: &dyn Source,
         kind: ComponentKind,
         old: Old,
+        recorded: Option<&Recorded>,
     ) -> Result<MadeLayer, Failure> {
-        let (tree, outboard) = hash_source(source, self.store.scratch()?, self.work)?;
+        let (tree, outboard, unread) = self.hash(source, recorded)?;
         let parent = old.component.root;
         if tree.root == parent {
             source.check_unchanged()?;
@@ -44,6 +53,7 @@ impl Making<'_> {
                 way: old.layers,
                 outboard: Some(outboard),
                 stats,
+                unread,
             });
         }
         let old_tree = Tree {
@@ -54,7 +64,8 @@ impl Making<'_> {
         let changed = changed_groups((&old_tree, &*old_outboard), (&tree, &outboard));
         let changed = changed.map_err(|error| of_diff(&old.component, &error))?;
         let outline = Outline::of_groups(tree.size, &changed);
-        self.work.set_total(tree.size + outline.unknown_len());
+        self.work
+            .set_total(tree.size - unread + outline.unknown_len());
         let hashed = Hashed {
             tree,
             outboard: &outboard,
@@ -76,7 +87,26 @@ impl Making<'_> {
             way,
             outboard: Some(outboard),
             stats,
+            unread,
         })
+    }
+
+    /// The tree of a stream: of all of it, or of what its own record says has changed; and how much was not read for it.
+    fn hash(
+        &self,
+        source: &dyn Source,
+        recorded: Option<&Recorded>,
+    ) -> Result<(Tree, Scratch, u64), Failure> {
+        if let Some(recorded) = recorded {
+            let unread = recorded.unread(source.len());
+            self.work.set_total(source.len() - unread);
+            let sampled = self.request.bitmap.as_deref();
+            if let Some((tree, outboard)) = recorded.hash(source, self.store, sampled, self.work)? {
+                return Ok((tree, outboard, unread));
+            }
+        }
+        let (tree, outboard) = hash_source(source, self.store.scratch()?, self.work)?;
+        Ok((tree, outboard, 0))
     }
 
     /// A tree's contents: against those of an older tree, where there is one that has any.
@@ -99,7 +129,8 @@ impl Making<'_> {
             let since = self.parent.map_or(0, |parent| parent.since);
             TreeOutline::of(source, &listing, since)
         };
-        self.work.set_total(outline.outline.unknown_len());
+        let unknown = outline.outline.unknown_len();
+        self.work.set_total(unknown);
         let AgainstOld {
             encoded,
             import,
@@ -115,6 +146,7 @@ impl Making<'_> {
             roots: outline.roots(source, read),
             below,
             stats: encoded.stats,
+            unread: source.len() - unknown,
             encoded: EncodedContents {
                 encoded,
                 import,
@@ -133,6 +165,7 @@ impl Making<'_> {
             roots: made.roots,
             below: Vec::new(),
             stats: made.encoded.stats,
+            unread: 0,
             encoded: EncodedContents {
                 encoded: made.encoded,
                 import: made.import,
@@ -168,7 +201,14 @@ impl Making<'_> {
         let similar = if outline.unknown_len() == 0 {
             Similar::nothing()
         } else {
-            let found = Similar::build(&sources, &SimilarOptions::default(), self.work);
+            let options = SimilarOptions::default();
+            let found = match self.request.effort {
+                Effort::Fast if space == Space::Stream => {
+                    let most = LEAST_INDEXED.max(outline.unknown_len().saturating_mul(INDEXED));
+                    Similar::build_near(&sources, outline, most, &options, self.work)
+                }
+                _ => Similar::build(&sources, &options, self.work),
+            };
             let found = found.map_err(|error| of_old(&old.component, &error))?;
             found.ok_or_else(Failure::cancelled)?
         };

@@ -27,6 +27,7 @@ mod damage;
 mod disk;
 mod error;
 mod gc;
+mod images;
 mod import;
 mod lock;
 mod meta;

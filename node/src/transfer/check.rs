@@ -8,8 +8,8 @@ use std::io;
 use std::num::NonZeroUsize;
 use std::thread::available_parallelism;
 
-use capsule_chunker::bao::{ContentHasher, TreeHasher};
-use capsule_chunker::content::Content;
+use capsule_chunker::bao::{ContentHasher, Tree, TreeHasher};
+use capsule_chunker::content::{Content, Progress};
 use capsule_chunker::layer::read::{LayerContent, ReadOptions};
 use capsule_chunker::layer::restore::{RestoreError, Sink, restore};
 use capsule_proto::RootHash;
@@ -20,6 +20,7 @@ use crate::control::{Failure, FailureCode};
 use crate::failure::of_hash;
 use crate::held::{HeldWay, Holdings, TreeWay};
 use crate::layers::open;
+use crate::rehash::{Differing, RehashError, rehash, tree_of};
 use crate::store::{BlobKind, ComponentRecipe, LayerBlobs, Scratch, Store};
 use crate::work::Work;
 
@@ -67,6 +68,12 @@ fn check_stream(
 ) -> Result<(), Failure> {
     let content = open(store, layers, &ReadOptions::default())?;
     check_size(component, content.len())?;
+    if let Some((tree, outboard)) = check_changes(store, component, layers, &content, work)? {
+        if tree.root != component.root {
+            return Err(wrong(component, "its bytes have another hash"));
+        }
+        return register(store, component, layers, outboard);
+    }
     let mut hasher = TreeHasher::<Scratch>::with_storage(store.scratch()?);
     pass(
         store,
@@ -82,6 +89,51 @@ fn check_stream(
         return Err(wrong(component, "its bytes have another hash"));
     }
     register(store, component, layers, outboard)
+}
+
+/// The tree of an update of content that is here and was checked by the same layers: only what the last layer changes is decoded.
+/// None where there is no such content, or its tree is damaged.
+fn check_changes(
+    store: &Store,
+    component: &Component,
+    layers: &[LayerBlobs],
+    content: &LayerContent,
+    work: &Work,
+) -> Result<Option<(Tree, Scratch)>, Failure> {
+    let Some(((_, below), parent)) = layers.split_last().zip(content.header().parent) else {
+        return Ok(None);
+    };
+    let by_same = |held: &crate::store::Component| held.recipe.layers == below;
+    let Some(base) = store
+        .component(&parent)
+        .filter(by_same)
+        .and_then(|_| tree_of(store, parent))
+    else {
+        return Ok(None);
+    };
+    let changes = match content.changes() {
+        Ok(changes) => changes,
+        Err(error) => {
+            damaged_here(store, layers)?;
+            return Err(wrong(component, &error.to_string()));
+        }
+    };
+    let differing = Differing {
+        base,
+        changed: changes.groups,
+        zero: changes.zero,
+    };
+    let same = component.size - differing.changed.bytes(component.size);
+    work.read(same);
+    match rehash(store, content, &differing, work) {
+        Ok(hashed) => Ok(Some(hashed)),
+        Err(RehashError::Base) => Ok(None),
+        Err(RehashError::Failed(failure)) => Err(failure),
+        Err(RehashError::Read(error)) => {
+            damaged_here(store, layers)?;
+            Err(wrong(component, &error.to_string()))
+        }
+    }
 }
 
 /// Serves a checked stream under its own root from now on.

@@ -38,6 +38,7 @@ fn requests_and_answers_have_the_keys_that_the_document_names() {
             parent: full.then(|| CapsuleRef("lab:0".into())),
             no_parent: true,
             checksum: true,
+            bitmap: full.then(|| "since".into()),
             trim: true,
         },
         samples::published,

@@ -61,6 +61,7 @@ pub fn published(full: bool) -> Published {
         inherited_bytes: 1,
         copied_bytes: 1,
         referring_bytes: 1,
+        unread_bytes: 1,
         pack_bytes: 1,
         index_bytes: 1,
         seconds: 1.5,

@@ -36,6 +36,8 @@ pub struct Published {
     pub copied_bytes: u64,
     /// Bytes of new content that were compressed against its content.
     pub referring_bytes: u64,
+    /// Bytes of content that were not read: the path itself told that the parent has them.
+    pub unread_bytes: u64,
     /// Bytes of packs made.
     pub pack_bytes: u64,
     /// Bytes of indexes made.
