@@ -24,6 +24,7 @@ pub mod restore;
 mod slab;
 mod source;
 mod stats;
+mod stored;
 mod tally;
 mod update;
 mod work;
@@ -34,6 +35,7 @@ pub(crate) use cut::{GEAR, PAGE_LEN};
 pub use pages::{IndexFault, Storage};
 pub use source::LayerSource;
 pub use stats::EncodeStats;
+pub use stored::stored_index;
 pub use tally::Tally;
 
 /// What cutting local data as the encoder does takes.

@@ -131,3 +131,46 @@ fn a_tree_is_made_of_capsules_that_are_here() {
     let said = fleet[1].fails(1, &["plan", "two:1", "--like", "/nowhere/at/all"]);
     assert!(said.contains("/nowhere/at/all"), "{said}");
 }
+
+#[test]
+fn what_came_as_a_blob_of_its_own_takes_updates_too() {
+    let mut fleet = Fleet::of(2);
+    let (image, copy) = (fleet.path("image.raw"), fleet.path("copy.raw"));
+    disk(&image, 0..10);
+    fleet[0].ok(&["publish", text(&image), "--as", "disk", "--name", "lab:1"]);
+    fleet[1].ok(&["pull", "lab:1", "--like", text(&image)]);
+    let token = fleet.invite(&[]);
+    let third = fleet.join(&token);
+    fleet[third].wait_for_peers(2);
+    let root = fleet[1].json(&["plan", "lab:1"])["components"][0]["root"].clone();
+    let root = root.as_str().unwrap();
+    fleet[third].wait_until("the second announces the component", |node| {
+        let peers = node.json(&["peers", "--have", root]);
+        let holders = peers["peers"].as_array().unwrap().iter();
+        holders.filter(|peer| peer["have"].is_u64()).count() >= 2
+    });
+    // Only who made it of other data is left, and has the published layer not.
+    fleet[0].stop();
+    let planned = fleet[third].json(&["plan", "lab:1"]);
+    assert_eq!(planned["components"][0]["way"], "blob", "{planned:#}");
+    fleet[third].ok(&["pull", "lab:1"]);
+    fleet[0].start();
+    let mut bytes = fs::read(&image).unwrap();
+    bytes[5 << 20..(5 << 20) + 100].copy_from_slice(&data::noise(99, 100));
+    fs::write(&image, &bytes).unwrap();
+    fleet[0].ok(&["publish", text(&image), "--as", "disk", "--name", "lab:2"]);
+    fleet[third].wait_for_peers(2);
+    let pulled = fleet[third].json(&["pull", "lab:2"]);
+    assert!(number(&pulled, "fetched_bytes") < 20_000, "{pulled:#}");
+    fleet[third].ok(&["export", "lab:2", "--to", text(&copy)]);
+    assert!(fs::read(&copy).unwrap() == bytes);
+    fleet[third].ok(&["pin", "lab:2"]);
+    fleet[third].ok(&["rm", "lab:1"]);
+    fleet[third].ok(&["gc"]);
+    assert_eq!(
+        fleet[third].json(&["verify"])["damaged"],
+        Value::Array(vec![])
+    );
+    fleet[third].ok(&["export", "lab:2", "--to", text(&copy), "--force"]);
+    assert!(fs::read(&copy).unwrap() == bytes);
+}

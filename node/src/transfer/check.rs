@@ -9,12 +9,16 @@ use std::num::NonZeroUsize;
 use std::thread::available_parallelism;
 
 use capsule_chunker::bao::{ContentHasher, Tree, TreeHasher};
-use capsule_chunker::content::{Content, Progress};
+use capsule_chunker::content::{Content, Progress, ReadError, check_range};
 use capsule_chunker::layer::read::{LayerContent, ReadOptions};
 use capsule_chunker::layer::restore::{RestoreError, Sink, restore};
+use capsule_chunker::layer::stored_index;
 use capsule_proto::RootHash;
+use capsule_proto::index::Space;
 use capsule_proto::listing::{Listing, MAX_LISTING_LEN};
 use capsule_proto::manifest::Component;
+
+use positioned_io::ReadAt;
 
 use crate::control::{Failure, FailureCode};
 use crate::failure::of_hash;
@@ -36,10 +40,7 @@ pub fn check(
     work: &Work,
 ) -> Result<(), Failure> {
     match way {
-        HeldWay::Blob => check_size(
-            component,
-            store.durable(&component.root).map_or(0, |here| here.size),
-        ),
+        HeldWay::Blob => check_blob(store, component, work),
         HeldWay::Layers(layers) => check_stream(store, component, layers, work),
         HeldWay::Tree(way) => check_tree(store, component, way, work),
     }
@@ -58,6 +59,47 @@ fn check_size(component: &Component, found: u64) -> Result<(), Failure> {
         component,
         &format!("it has {found} bytes, not {}", component.size),
     ))
+}
+
+/// What came as a blob of its own was verified as it came. It gets an index, so that later versions can be put upon it.
+fn check_blob(store: &Store, component: &Component, work: &Work) -> Result<(), Failure> {
+    let size = store.durable(&component.root).map_or(0, |here| here.size);
+    check_size(component, size)?;
+    let holdings = Holdings::new(store.clone());
+    if size == 0 || holdings.recipe(Space::Stream, &component.root)?.is_some() {
+        return Ok(());
+    }
+    let content = BlobContent {
+        blob: store.open_blob(&component.root)?,
+        size,
+    };
+    let index = stored_index(&content, component.root, work)?;
+    let layer = LayerBlobs {
+        index: RootHash::of(&index),
+        pack: Some(component.root),
+    };
+    let _guard = store.guard([layer.index]);
+    store.put_small(&index, BlobKind::Index)?;
+    Ok(holdings.put_blob_way(&component.root, &[layer])?)
+}
+
+/// A blob as content.
+struct BlobContent<B> {
+    blob: B,
+    size: u64,
+}
+
+impl<B: std::ops::Deref<Target: ReadAt> + Send + Sync> Content for BlobContent<B> {
+    fn len(&self) -> u64 {
+        self.size
+    }
+
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), ReadError> {
+        check_range(self.size, offset, buf.len())?;
+        self.blob
+            .read_exact_at(offset, buf)
+            .map_err(|error| ReadError::io("a blob of the store", offset, error))
+    }
 }
 
 fn check_stream(
