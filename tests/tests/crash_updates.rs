@@ -1,0 +1,194 @@
+//! `kill -9` of a node while it publishes, fetches, checks, builds, rebases or collects versions that stand on each other: at moments spread over
+//! the time that the command takes. Whatever the moment, what was here stays, nothing that is half done counts, and the same command
+//! does the rest.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use capsule_tests::{Fleet, Node, data};
+use serde_json::Value;
+
+/// Moments at which a command's node is killed.
+const MOMENTS: u32 = 6;
+const DISK: usize = 24 << 20;
+
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+/// A version of a disk: prose, and some noise that differs from version to version.
+fn version(fleet: &Fleet, number: u64) -> PathBuf {
+    let path = fleet.path(&format!("version{number}"));
+    let mut disk = data::prose(7, DISK);
+    for at in 0..number as usize {
+        let start = 4096 * (31 + 97 * at);
+        let noise = data::noise(at as u64, 300_000);
+        disk[start..start + noise.len()].copy_from_slice(&noise);
+        let moved = disk[1 << 20..3 << 20].to_vec();
+        let to = (4 + at) << 20;
+        disk[to..to + moved.len()].copy_from_slice(&moved);
+    }
+    fs::write(&path, disk).unwrap();
+    path
+}
+
+fn publish(node: &Node, path: &Path, name: &str) -> Value {
+    node.json(&["publish", text(path), "--as", "disk", "--name", name])
+}
+
+/// How long a command takes that nobody disturbs.
+fn time(node: &Node, args: &[&str]) -> Duration {
+    let started = Instant::now();
+    node.ok(args);
+    started.elapsed()
+}
+
+/// Runs a command, kills the node after a part of the time that it takes, and starts it again.
+fn kill_during(node: &mut Node, args: &[&str], after: Duration) {
+    let mut command = node.command(args).spawn().unwrap();
+    std::thread::sleep(after);
+    node.kill();
+    // It says that the daemon went away, or was done before.
+    let _ = command.wait().unwrap();
+    node.start();
+}
+
+fn assert_sound(node: &Node, what: &str) {
+    let verified = node.json(&["verify"]);
+    assert_eq!(verified["damaged"], Value::Array(vec![]), "{what}");
+}
+
+fn assert_exports(node: &Node, name: &str, source: &Path, fleet_path: &Path) {
+    node.ok(&["export", name, "--to", text(fleet_path), "--force"]);
+    assert!(fs::read(source).unwrap() == fs::read(fleet_path).unwrap());
+}
+
+fn moments(whole: Duration) -> impl Iterator<Item = Duration> {
+    (0..MOMENTS).map(move |moment| whole * (2 * moment + 1) / (2 * MOMENTS))
+}
+
+#[test]
+fn a_publisher_of_updates_is_killed() {
+    let mut fleet = Fleet::of(1);
+    let sources: Vec<_> = (0..=u64::from(MOMENTS) + 1)
+        .map(|number| version(&fleet, number))
+        .collect();
+    let copy = fleet.path("copy");
+    publish(&fleet[0], &sources[0], "lab:0");
+    let args = |source: &Path, name: &str| {
+        ["publish", text(source), "--as", "disk", "--name", name].map(str::to_owned)
+    };
+    let first = args(&sources[1], "lab:1");
+    let whole = time(&fleet[0], &first.each_ref().map(String::as_str));
+    for (moment, after) in moments(whole).enumerate() {
+        let number = moment + 2;
+        let (source, name) = (&sources[number], format!("lab:{number}"));
+        let args = args(source, &name);
+        kill_during(&mut fleet[0], &args.each_ref().map(String::as_str), after);
+        assert_sound(&fleet[0], &name);
+        for capsule in fleet[0].json(&["ls"])["capsules"].as_array().unwrap() {
+            assert_eq!(capsule["holding"], "complete", "{name}: {capsule:#}");
+        }
+        let before = format!("lab:{}", number - 1);
+        assert_exports(&fleet[0], &before, &sources[number - 1], &copy);
+        let published = publish(&fleet[0], source, &name);
+        if published["unchanged"] == false {
+            assert_eq!(published["parent"], before, "{published:#}");
+        }
+        assert_exports(&fleet[0], &name, source, &copy);
+    }
+    // What the killed ones left is collected; all that was published stays.
+    fleet[0].ok(&["gc"]);
+    for (number, source) in sources.iter().enumerate() {
+        assert_exports(&fleet[0], &format!("lab:{number}"), source, &copy);
+    }
+}
+
+#[test]
+fn a_puller_of_an_update_is_killed() {
+    let mut fleet = Fleet::of(2);
+    let (one, two) = (version(&fleet, 1), version(&fleet, 4));
+    let copy = fleet.path("copy");
+    publish(&fleet[0], &one, "lab:1");
+    publish(&fleet[0], &two, "lab:2");
+    fleet[1].ok(&["pull", "lab:1"]);
+    fleet[1].ok(&["pin", "lab:1"]);
+    let whole = time(&fleet[1], &["pull", "lab:2"]);
+    for after in moments(whole) {
+        fleet[1].ok(&["rm", "lab:2"]);
+        fleet[1].ok(&["gc"]);
+        kill_during(&mut fleet[1], &["pull", "lab:2"], after);
+        assert_sound(&fleet[1], "an update that was pulled");
+        assert_exports(&fleet[1], "lab:1", &one, &copy);
+        fleet[1].wait_for_peers(1);
+        fleet[1].ok(&["pull", "lab:2"]);
+        assert_exports(&fleet[1], "lab:2", &two, &copy);
+    }
+}
+
+#[test]
+fn a_puller_that_builds_of_other_data_is_killed() {
+    let mut fleet = Fleet::of(2);
+    let (one, other) = (version(&fleet, 3), version(&fleet, 1));
+    let copy = fleet.path("copy");
+    publish(&fleet[0], &one, "lab:1");
+    let pull = ["pull", "lab:1", "--like", text(&other)];
+    let whole = time(&fleet[1], &pull);
+    for after in moments(whole) {
+        fleet[1].ok(&["rm", "lab:1"]);
+        fleet[1].ok(&["gc"]);
+        kill_during(&mut fleet[1], &pull, after);
+        assert_sound(&fleet[1], "what was built");
+        fleet[1].wait_for_peers(1);
+        fleet[1].ok(&pull);
+        assert_exports(&fleet[1], "lab:1", &one, &copy);
+    }
+}
+
+#[test]
+fn a_node_that_rebases_or_collects_is_killed() {
+    let mut fleet = Fleet::of(1);
+    let sources: Vec<_> = (0..3).map(|number| version(&fleet, number)).collect();
+    let copy = fleet.path("copy");
+    for (number, source) in sources.iter().enumerate() {
+        publish(&fleet[0], source, &format!("lab:{number}"));
+    }
+    let rebase = ["publish", "--rebase", "lab:2"];
+    // How long it takes is not known before, as it is done once; about as long as publishing from nothing.
+    let alone = [
+        "publish",
+        text(&sources[2]),
+        "--as",
+        "disk",
+        "--no-parent",
+        "--name",
+        "alone:1",
+    ];
+    let whole = time(&fleet[0], &alone);
+    for after in moments(whole) {
+        kill_during(&mut fleet[0], &rebase, after);
+        assert_sound(&fleet[0], "a rebase");
+        assert_exports(&fleet[0], "lab:2", &sources[2], &copy);
+    }
+    fleet[0].ok(&rebase);
+    for (number, source) in sources.iter().enumerate() {
+        assert_exports(&fleet[0], &format!("lab:{number}"), source, &copy);
+    }
+    // Collections are short: the first moments are those within them.
+    let whole = Duration::from_millis(30);
+    for (moment, after) in moments(whole).enumerate() {
+        let name = format!("more:{moment}");
+        publish(&fleet[0], &version(&fleet, 4 + moment as u64), &name);
+        fleet[0].ok(&["unpin", &name]);
+        if moment == 1 {
+            fleet[0].ok(&["unpin", "lab:0"]);
+            fleet[0].ok(&["unpin", "lab:1"]);
+        }
+        kill_during(&mut fleet[0], &["gc"], after);
+        assert_sound(&fleet[0], "a collection");
+        assert_exports(&fleet[0], "lab:2", &sources[2], &copy);
+    }
+    fleet[0].ok(&["gc"]);
+    assert_exports(&fleet[0], "lab:2", &sources[2], &copy);
+}
