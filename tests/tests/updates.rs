@@ -288,18 +288,25 @@ fn change(file: &Path, version: u64) {
 }
 
 #[test]
-fn a_long_chain_begins_anew() {
+fn of_a_long_chain_half_is_gone_back() {
     let fleet = Fleet::of(2);
     let file = fleet.path("file");
-    let mut bases = Vec::new();
+    let mut sizes = Vec::new();
     for version in 1..=66 {
         change(&file, version);
         let published = fleet[0].publish(&file, &format!("lab:{version}"));
-        if published["parent"] == Value::Null {
-            bases.push(version);
-        }
+        assert_eq!(published["parent"].is_null(), version == 1, "{published:#}");
+        sizes.push(number(&published, "pack_bytes") + number(&published, "index_bytes"));
     }
-    assert_eq!(bases, [1, 65]);
+    // No layer from nothing ever again.
+    assert!(
+        sizes[1..].iter().all(|size| *size < sizes[0] / 5),
+        "{sizes:?}"
+    );
+    for (name, layers) in [("lab:64", 64), ("lab:66", 34)] {
+        let listed = fleet[0].json(&["layers", name]);
+        assert_eq!(listed["layers"].as_array().unwrap().len(), layers, "{name}");
+    }
     let copy = fleet.path("copy");
     for name in ["lab:64", "lab:66"] {
         pull(&fleet[1], name, &copy);
@@ -310,6 +317,8 @@ fn a_long_chain_begins_anew() {
         );
         fs::remove_file(&copy).unwrap();
     }
+    let planned = fleet[1].json(&["plan", "lab:66"]);
+    assert_eq!(number(&planned, "fetch_bytes"), 0, "{planned:#}");
 }
 
 #[test]

@@ -7,17 +7,21 @@ use capsule_chunker::layer::read::ReadOptions;
 use capsule_proto::CapsuleId;
 use capsule_proto::index::Space;
 use capsule_proto::manifest::{Component, ComponentKind, Manifest};
+use capsule_proto::ranges::group_count;
 
 use crate::control::{Failure, FailureCode, Holding, Publish};
-use crate::layers::open;
+use crate::layers::{open, read_directory};
 use crate::node::{Node, spelled};
 use crate::store::{LayerBlobs, Store};
 
 /// Decoded frames kept of older content: it is read at many places, and near most of them more than once.
 const CACHE: usize = 256 << 20;
 
-/// Longest chain of layers that another is put upon: every reader goes through all of it. Then a new one from nothing begins.
+/// Longest chain of layers that another is put upon: every reader goes through all of it.
 const MAX_CHAIN: usize = 64;
+/// How much of a chain that is as long as that the next is put upon: larger than a layer upon the last version, but machines that have any
+/// version since then still fetch only what differs.
+const HALF_CHAIN: usize = MAX_CHAIN / 2;
 /// So many seconds before a version was kept, its files were not looked at any more.
 const MARGIN: u64 = 60;
 
@@ -97,8 +101,8 @@ impl Parent {
 }
 
 impl Old {
-    /// Opens a component in a space; none where it is not read through layers here, or through too many, or has nothing in
-    /// that space.
+    /// Opens a component in a space; none where it is not read through layers here, or has nothing in that space. Of one that is read
+    /// through many layers, the version that half of them make; none where that is not here any more.
     pub fn open(
         store: &Store,
         component: &Component,
@@ -106,9 +110,17 @@ impl Old {
     ) -> Result<Option<Self>, Failure> {
         let holdings = crate::held::Holdings::new(store.clone());
         let layers = holdings.recipe(space, &component.root)?;
-        let Some(layers) = layers.filter(|layers| layers.len() < MAX_CHAIN) else {
+        let Some(mut layers) = layers else {
             return Ok(None);
         };
+        let mut component = component.clone();
+        if layers.len() >= MAX_CHAIN {
+            layers.truncate(HALF_CHAIN);
+            match earlier(store, &component, space, &layers)? {
+                Some(earlier) => component = earlier,
+                None => return Ok(None),
+            }
+        }
         let content = open(store, &layers, &ReadOptions { cache_len: CACHE })?;
         let expected = match space {
             Space::Stream => component.size,
@@ -120,9 +132,38 @@ impl Old {
                 .hint("`capsule verify` looks for damage, and repairs it from other machines"));
         }
         Ok(Some(Self {
-            component: component.clone(),
+            component,
             layers,
             content,
         }))
     }
+}
+
+/// The version of a component that layers make, if it is here.
+fn earlier(
+    store: &Store,
+    component: &Component,
+    space: Space,
+    layers: &[LayerBlobs],
+) -> Result<Option<Component>, Failure> {
+    let Some(last) = layers.last() else {
+        return Ok(None);
+    };
+    let index = store.open_blob(&last.index)?;
+    let header = read_directory(&*index)?.header().clone();
+    let Some(present) = store.present(&header.target) else {
+        return Ok(None);
+    };
+    let is_whole = match space {
+        // Its hash tree is compared.
+        Space::Stream => store.open_outboard(&header.target).is_ok(),
+        // Its listing is.
+        Space::Contents => present.ranges.count() == group_count(present.size),
+    };
+    Ok(is_whole.then(|| Component {
+        root: header.target,
+        size: present.size,
+        content_size: header.target_size,
+        ..component.clone()
+    }))
 }
