@@ -41,6 +41,8 @@ pub(super) struct Parent {
 /// A component of it, as content.
 pub(super) struct Old {
     pub component: Component,
+    /// Whether it is of an earlier version than the parent, as that is read through too many layers.
+    pub is_earlier: bool,
     /// The layers through which it is read, from nothing on.
     pub layers: Vec<LayerBlobs>,
     pub content: Arc<dyn Content>,
@@ -114,7 +116,8 @@ impl Old {
             return Ok(None);
         };
         let mut component = component.clone();
-        if layers.len() >= MAX_CHAIN {
+        let is_earlier = layers.len() >= MAX_CHAIN;
+        if is_earlier {
             layers.truncate(HALF_CHAIN);
             match earlier(store, &component, space, &layers)? {
                 Some(earlier) => component = earlier,
@@ -133,6 +136,7 @@ impl Old {
         }
         Ok(Some(Self {
             component,
+            is_earlier,
             layers,
             content,
         }))

@@ -123,17 +123,17 @@ impl Making<'_> {
         warnings: &mut Vec<String>,
     ) -> Result<Option<Recorded>, Failure> {
         let mut changed = record.marked(bitmap)?;
+        let base = tree_of(self.store, old.component.root).filter(|_| !old.is_earlier);
+        let Some(base) = base else {
+            // It began with the parent, not with an earlier version.
+            warnings.push(format!("the dirty bitmap {bitmap} was not used, and everything was read: the parent's hash tree is not here, or the parent is read through too many layers"));
+            return Ok(None);
+        };
         changed.union_with(&groups_of(free));
         // Whether the parent was trimmed is not known; if so, its free space may be other than what lies there.
         if let Ok(then) = free::find(&*old.content, self.work) {
             changed.union_with(&groups_of(&then.ranges));
         }
-        let Some(base) = tree_of(self.store, old.component.root) else {
-            warnings.push(format!(
-                "the parent's hash tree is not here: --bitmap {bitmap} was not used, and everything was read"
-            ));
-            return Ok(None);
-        };
         Ok(Some(Recorded { base, changed }))
     }
 }
