@@ -27,6 +27,7 @@ mod tally;
 mod update;
 mod work;
 
+pub(crate) use codec::Step;
 pub use cut::Cuts;
 pub(crate) use cut::{GEAR, PAGE_LEN};
 pub use pages::{IndexFault, Storage};

@@ -48,7 +48,7 @@ pub enum Effort {
     /// zstd level 3.
     #[default]
     Default,
-    /// zstd level 19: a hundred times the work, for what many will fetch.
+    /// zstd level 19, and LZMA where it is worth it: a hundred times the work and more, for what many will fetch.
     Max,
 }
 
@@ -71,9 +71,14 @@ impl Effort {
         }
     }
 
-    /// Whether frames that old content resembles are tried as differences too.
+    /// Whether frames that old content resembles are tried as differences too. At [`Self::Max`] patches do better.
     pub(super) const fn differences(self) -> bool {
-        !matches!(self, Self::Fast)
+        matches!(self, Self::Default)
+    }
+
+    /// Whether frames are compressed with LZMA too, which is slower to decode, and those that old content resembles as patches.
+    pub(super) const fn lzma(self) -> bool {
+        matches!(self, Self::Max)
     }
 
     /// How much old content a frame may be compressed against.
@@ -270,12 +275,12 @@ pub enum EncodeError {
         /// What the operating system said.
         source: io::Error,
     },
-    /// zstd failed: out of memory.
+    /// Compression failed: out of memory.
     #[error("compressing frame {frame}: {why}")]
     Compress {
         /// The frame's id.
         frame: u32,
-        /// What zstd said.
+        /// What it said.
         why: FrameFault,
     },
     /// The index refuses what was made.
