@@ -10,6 +10,7 @@ mod cache;
 pub mod codec;
 mod coordinate;
 mod cut;
+mod effort;
 pub mod encode;
 mod error;
 mod follow;
