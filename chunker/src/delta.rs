@@ -11,6 +11,7 @@
 //! | `pieces` | what of a stretch of new content is unchanged in its place, or copied from another |
 //! | `cover` | for what is left: the stretches of old content that a frame is best compressed against |
 //! | `align` | and those that lie under it byte by byte, where it is old content with small changes |
+//! | `steps` | the same at the highest effort: every byte is looked at, and what lies over nothing is left out |
 //!
 //! Everything is decided by the contents alone, so the result does not depend on the number of threads. `layer::encode`
 //! makes a layer of what is found. Figures behind the choices: `chunker/docs/delta.md`.
@@ -22,6 +23,7 @@ mod outline;
 mod pieces;
 mod seeds;
 mod similar;
+mod steps;
 
 pub use old::{OldError, OldSource};
 pub use outline::{Known, Outline};
@@ -31,3 +33,4 @@ pub(crate) use align::align;
 pub(crate) use cover::{Limits, Window, cover};
 pub(crate) use outline::UnknownSource;
 pub(crate) use pieces::{Found, Matcher};
+pub(crate) use steps::steps;

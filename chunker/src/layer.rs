@@ -11,6 +11,7 @@ mod changes;
 pub mod codec;
 mod coordinate;
 mod cut;
+mod effort;
 pub mod encode;
 mod error;
 mod follow;
@@ -30,6 +31,7 @@ mod update;
 mod work;
 
 pub use changes::Changes;
+pub(crate) use codec::Step;
 pub use cut::Cuts;
 pub(crate) use cut::{GEAR, PAGE_LEN};
 pub use pages::{IndexFault, Storage};

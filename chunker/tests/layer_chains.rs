@@ -47,7 +47,7 @@ impl Layer {
     fn frame(&mut self, content: &[u8], depth: u8, references: Vec<Reference>) -> u32 {
         let packed = match self.compressor.compress(content).unwrap() {
             Packed::Zstd(packed) => packed,
-            Packed::Stored => panic!("it should compress"),
+            Packed::Stored | Packed::Lzma(_) => panic!("it should compress with zstd"),
         };
         // Readers give the references to the decoder, which needs none of them.
         let codec = match references.is_empty() {

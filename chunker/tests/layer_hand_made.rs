@@ -5,7 +5,7 @@ mod layer_support;
 use std::sync::Arc;
 
 use capsule_chunker::content::{BytesSource, Content};
-use capsule_chunker::layer::codec::{Compressor, Packed};
+use capsule_chunker::layer::codec::{Compressor, Packed, Step, lzma_against, patch};
 use capsule_proto::index::{
     Codec, Frame, Index, IndexBuilder, IndexHeader, Reference, ReferenceTo, Run, RunFrom, Source,
     SourceKind, Space, Span,
@@ -46,7 +46,7 @@ fn plans() -> impl Strategy<Value = Vec<(Plan, usize)>> {
         Just(Plan::Zero),
         (any::<Pick>(), any::<Pick>()).prop_map(|(source, from)| Plan::Copy { source, from }),
         (any::<Pick>(), any::<Pick>()).prop_map(|(frame, from)| Plan::Earlier { frame, from }),
-        (0..4u8, references, any::<u64>()).prop_map(|(codec, references, seed)| Plan::New {
+        (0..7u8, references, any::<u64>()).prop_map(|(codec, references, seed)| Plan::New {
             codec,
             references,
             seed
@@ -129,7 +129,7 @@ impl Making {
 
     fn new_frame(&mut self, codec: u8, wanted: &[(bool, Pick, Pick, u32)], seed: u64, len: usize) {
         let (mut references, mut prefix, mut depth) = (Vec::new(), Vec::new(), 0);
-        for (in_frame, which, from, len) in wanted.iter().filter(|_| codec > 1) {
+        for (in_frame, which, from, len) in wanted.iter().filter(|_| (2..6).contains(&codec)) {
             let shallow: Vec<_> = (0..self.frames.len())
                 .filter(|id| self.frames[*id].1 < 8)
                 .collect();
@@ -169,11 +169,32 @@ impl Making {
             1 => match compressor.compress(&content).unwrap() {
                 Packed::Stored => (Codec::Stored, content.clone()),
                 Packed::Zstd(packed) => (Codec::Zstd, packed),
+                Packed::Lzma(packed) => (Codec::Lzma, packed),
             },
             2 => (
                 Codec::ZstdReferences,
                 compressor.compress_against(&content, &prefix).unwrap(),
             ),
+            4 => (
+                Codec::LzmaReferences,
+                lzma_against(&content, &prefix).unwrap(),
+            ),
+            5 => {
+                let over = content.len().min(prefix.len());
+                let steps = [Step {
+                    over: over as u32,
+                    new: (content.len() - over) as u32,
+                    seek: -(over as i32),
+                }];
+                match patch(&content, &prefix, &steps).unwrap() {
+                    Some(packed) => (Codec::Patch, packed),
+                    None => (
+                        Codec::LzmaReferences,
+                        lzma_against(&content, &prefix).unwrap(),
+                    ),
+                }
+            }
+            6 => (Codec::Lzma, lzma_against(&content, &[]).unwrap()),
             _ => {
                 let difference: Vec<u8> = content
                     .iter()

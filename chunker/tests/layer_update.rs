@@ -490,10 +490,18 @@ fn what_differs_in_small_numbers_everywhere_becomes_a_difference() {
         update.len(),
         fast.len()
     );
+    let update_len = update.len();
     let index = check(update, vec![old.clone()], &new, 1);
     let differences = index.frames.iter();
     let differences = differences.filter(|frame| frame.codec == Codec::Difference);
     assert!(differences.count() >= 2);
+
+    // At the highest effort, patches.
+    let max = at_effort(Effort::Max);
+    assert!(max.len() < update_len, "{} of {update_len}", max.len());
+    let index = check(max, vec![old], &new, 1);
+    let mut patches = index.frames.iter();
+    assert!(patches.any(|frame| frame.codec == Codec::Patch));
 }
 
 #[test]

@@ -38,7 +38,7 @@ fn sources(parent: Option<RootHash>) -> Vec<Source> {
 fn frames() -> impl Strategy<Value = Vec<Frame>> {
     let reference = (any::<bool>(), any::<u32>(), any::<u32>());
     let frame = (
-        0u8..6,
+        0u8..8,
         1u32..1 << 24,
         1u32..1 << 24,
         any::<[u8; 16]>(),
@@ -70,7 +70,10 @@ fn frames() -> impl Strategy<Value = Vec<Frame>> {
                         len,
                     }];
                 }
-                3 => refer(&mut frame, &references, &frames),
+                3 => refer(&mut frame, Codec::ZstdReferences, &references, &frames),
+                4 => refer(&mut frame, Codec::LzmaReferences, &references, &frames),
+                5 => refer(&mut frame, Codec::Patch, &references, &frames),
+                6 => frame.codec = Codec::Lzma,
                 _ => {}
             }
             pack_offset += u64::from(frame.pack_len);
@@ -97,8 +100,8 @@ fn split(len: u32, pieces: u32) -> Vec<Span> {
         .collect()
 }
 
-fn refer(frame: &mut Frame, seeds: &[(bool, u32, u32)], earlier: &[Frame]) {
-    frame.codec = Codec::ZstdReferences;
+fn refer(frame: &mut Frame, codec: Codec, seeds: &[(bool, u32, u32)], earlier: &[Frame]) {
+    frame.codec = codec;
     for &(to_frame, which, len) in seeds {
         let at = which as usize % earlier.len().max(1);
         let reference = match earlier
@@ -299,6 +302,9 @@ fn frames_that_readers_would_refuse_are_not_built() {
         ),
         (frame(Codec::Zstd, &[old(9)]), "codecs with references"),
         (frame(Codec::ZstdReferences, &[]), "codecs with references"),
+        (frame(Codec::Lzma, &[old(9)]), "codecs with references"),
+        (frame(Codec::LzmaReferences, &[]), "codecs with references"),
+        (frame(Codec::Patch, &[]), "codecs with references"),
         (
             frame(Codec::ZstdReferences, &[old(1); 65]),
             "at most 64 references",

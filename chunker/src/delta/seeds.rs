@@ -17,6 +17,11 @@ pub struct Seed {
     pub at: u64,
 }
 
+/// Stretches that are gone through side by side: each step of one hash waits for the step before, but not for other hashes.
+const LANES: usize = 4;
+/// Length of each.
+const LANE_LEN: usize = 1 << 10;
+
 /// Finds the seeds of data that lies at byte `at` of something: one window in `2^bits`.
 ///
 /// In content that repeats itself the same few windows would come all the time: seeds keep a distance of an eighth of that
@@ -24,18 +29,58 @@ pub struct Seed {
 pub fn seeds(data: &[u8], at: u64, bits: u32, mut found: impl FnMut(Seed)) {
     let limit = 1u64 << (64 - bits);
     let distance = 1usize << (bits - 3);
-    let (mut hash, mut next) = (0u64, WINDOW_LEN - 1);
-    for (i, byte) in data.iter().enumerate() {
-        hash = (hash << 2).wrapping_add(GEAR[usize::from(*byte)]);
-        if hash < limit && i >= next {
-            next = i + distance;
-            let at = at + (i + 1 - WINDOW_LEN) as u64;
+    let mut next = WINDOW_LEN - 1;
+    let mut keep = |end: usize, hash: u64| {
+        if end >= next {
+            next = end + distance;
             found(Seed {
                 hash: mix(hash),
-                at,
+                at: at + (end + 1 - WINDOW_LEN) as u64,
             });
         }
+    };
+    let mut hits: [Vec<(usize, u64)>; LANES] = Default::default();
+    let mut start = 0;
+    for block in data.chunks_exact(LANES * LANE_LEN) {
+        let lane = |n: usize| &block[n * LANE_LEN..][..LANE_LEN];
+        let bytes = lane(0).iter().zip(lane(1)).zip(lane(2)).zip(lane(3));
+        let mut hashes: [u64; LANES] = std::array::from_fn(|n| before(data, start + n * LANE_LEN));
+        for (i, (((a, b), c), d)) in bytes.enumerate() {
+            for (hash, byte) in hashes.iter_mut().zip([a, b, c, d]) {
+                *hash = step(*hash, *byte);
+            }
+            let [a, b, c, d] = hashes;
+            if a.min(b).min(c.min(d)) < limit {
+                for (n, (hits, hash)) in hits.iter_mut().zip(hashes).enumerate() {
+                    if hash < limit {
+                        hits.push((start + n * LANE_LEN + i, hash));
+                    }
+                }
+            }
+        }
+        for hits in &mut hits {
+            hits.drain(..).for_each(|(end, hash)| keep(end, hash));
+        }
+        start += block.len();
     }
+    let mut hash = before(data, start);
+    for (i, byte) in data[start..].iter().enumerate() {
+        hash = step(hash, *byte);
+        if hash < limit {
+            keep(start + i, hash);
+        }
+    }
+}
+
+/// The gear hash one byte on.
+fn step(hash: u64, byte: u8) -> u64 {
+    (hash << 2).wrapping_add(GEAR[usize::from(byte)])
+}
+
+/// The hash of what lies before a byte.
+fn before(data: &[u8], at: usize) -> u64 {
+    let window = &data[at.saturating_sub(WINDOW_LEN)..at];
+    window.iter().fold(0, |hash, byte| step(hash, *byte))
 }
 
 /// Spreads what a gear hash knows over all bits: its lower ones hang on the last bytes only, its upper ones are zero here.
@@ -92,6 +137,29 @@ mod tests {
             // Unless one just before it keeps its distance.
             let near = |other: &Seed| (1..WINDOW_LEN as u64).contains(&(seed.at - other.at));
             assert!(again.contains(&seed) || again.iter().any(near));
+        }
+    }
+
+    // Side by side they are those that one hash, byte by byte, comes to.
+    #[test]
+    fn lanes_change_nothing() {
+        let all = [random(5, 30_000), random(6, 3).repeat(5000)].concat();
+        for len in [0, 31, 32, 4095, 4096, 4097, 20_000, all.len()] {
+            let data = &all[..len];
+            let (mut hash, mut next, mut plain) = (0, WINDOW_LEN - 1, Vec::new());
+            for (i, byte) in data.iter().enumerate() {
+                hash = step(hash, *byte);
+                if hash >> 56 == 0 && i >= next {
+                    next = i + 32;
+                    plain.push(Seed {
+                        hash: mix(hash),
+                        at: 9 + (i + 1 - WINDOW_LEN) as u64,
+                    });
+                }
+            }
+            let mut found = Vec::new();
+            seeds(data, 9, 8, |seed| found.push(seed));
+            assert_eq!(found, plain, "{len}");
         }
     }
 

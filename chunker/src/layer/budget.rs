@@ -3,7 +3,7 @@
 //! A layer's sources may be layers' contents, and so on: without a bound over all of them, each that refers to many places of
 //! the one below multiplies what a read costs. Whoever makes bytes pays from the budget of the read that wants them.
 
-use capsule_proto::index::Frame;
+use capsule_proto::index::{Codec, Frame};
 use thiserror::Error;
 
 /// A longer read is read in pieces of this length, each with a budget of its own. One as long as this has twice what the
@@ -22,6 +22,10 @@ const STEP: u64 = 1 << 10;
 const PAGE: u64 = 512 << 10;
 /// References are copied, not decoded.
 const COPIED_PART: u64 = 8;
+/// LZMA decodes content at a tenth of zstd's speed, and slower the more bytes it takes in the pack: a core makes or takes so little
+/// in the time of `BYTES` that the worst read takes some 40 seconds. That chain at the highest effort still has enough.
+const LZMA_CONTENT: u64 = 2;
+const LZMA_PACKED: u64 = 16;
 /// Decoded frames that are held until the last that refers to them is made: of that chain, those of a few layers; and the most
 /// that one frame refers to, 64 of 4 MiB.
 const HELD: u64 = 384 << 20;
@@ -100,7 +104,11 @@ impl<'a> Budget<'a> {
             .frames
             .checked_sub(1)
             .ok_or(Spent::TooDear("too many frames"))?;
-        let decoded = u64::from(frame.len) + u64::from(frame.pack_len);
+        let (content, packed) = match frame.codec {
+            Codec::Stored | Codec::Zstd | Codec::ZstdReferences | Codec::Difference => (1, 1),
+            Codec::Lzma | Codec::LzmaReferences | Codec::Patch => (LZMA_CONTENT, LZMA_PACKED),
+        };
+        let decoded = content * u64::from(frame.len) + packed * u64::from(frame.pack_len);
         self.spend(decoded + references_len(frame) / COPIED_PART)
     }
 
@@ -173,6 +181,13 @@ mod tests {
         assert_eq!(frames(9 * UNIT, 1), 2 * FRAMES);
         assert_eq!(frames(0, 16 << 20), BYTES / (32 << 20));
         assert_eq!(frames(UNIT, 16 << 20), 2 * BYTES / (32 << 20));
+        let mut budget = Budget::new(0);
+        let slow = Frame {
+            codec: Codec::Patch,
+            ..frame(16 << 20)
+        };
+        let slow = (0..).take_while(|_| budget.frame(&slow).is_ok()).count() as u64;
+        assert_eq!(slow, BYTES / (18 * (16 << 20)));
     }
 
     #[test]

@@ -3,6 +3,11 @@
 //! Knows nothing of packs and indexes beyond a frame's own entry. Where references come from is the business of `read`;
 //! which references to choose, of the delta search.
 
+mod lzma;
+mod patch;
+
+pub use patch::Step;
+
 use capsule_proto::FrameHash;
 use capsule_proto::index::{Codec, Frame};
 use thiserror::Error;
@@ -10,6 +15,8 @@ use zstd::zstd_safe::{self, CCtx, CParameter, DCtx};
 
 /// A frame is stored as it is unless compression saves at least 1/128: less is not worth decompressing.
 const LEAST_SAVING: usize = 128;
+/// LZMA is taken where it saves at least 1/32 of what zstd makes: less is not worth slower decoding.
+const LEAST_LZMA_SAVING: usize = 32;
 
 /// A frame's bytes in a pack.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -18,6 +25,8 @@ pub enum Packed {
     Stored,
     /// A zstd frame.
     Zstd(Vec<u8>),
+    /// LZMA.
+    Lzma(Vec<u8>),
 }
 
 /// What is wrong with a frame.
@@ -26,12 +35,18 @@ pub enum FrameFault {
     /// The pack's bytes are not what the codec makes.
     #[error("it does not decompress: {0}")]
     Zstd(String),
-    /// The pack's bytes hold more than one zstd frame.
-    #[error("its {packed} bytes in the pack hold a zstd frame of only {used}")]
+    /// The same, where that is LZMA.
+    #[error("it does not decompress as LZMA: {0}")]
+    Lzma(String),
+    /// A patch whose steps do not make the content.
+    #[error("the steps of its patch are wrong: {0}")]
+    Steps(&'static str),
+    /// The pack's bytes hold more than one compressed frame.
+    #[error("its {packed} bytes in the pack hold a compressed frame of only {used}")]
     Trailing {
         /// Length in the pack.
         packed: usize,
-        /// Length of the zstd frame.
+        /// Length of the compressed frame.
         used: usize,
     },
     /// Another length than the index says.
@@ -67,6 +82,7 @@ pub struct Compressor {
     context: CCtx<'static>,
     buffer: Vec<u8>,
     level: i32,
+    lzma: bool,
 }
 
 impl Compressor {
@@ -76,7 +92,13 @@ impl Compressor {
             context: CCtx::create(),
             buffer: Vec::new(),
             level,
+            lzma: false,
         }
+    }
+
+    /// Compresses with LZMA too, and takes what is worth it.
+    pub fn with_lzma(self, lzma: bool) -> Self {
+        Self { lzma, ..self }
     }
 
     /// Compresses content on its own.
@@ -89,6 +111,13 @@ impl Compressor {
             .set_parameter(level)
             .and_then(|_| self.context.compress2(&mut self.buffer, content))
             .map_err(fault)?;
+        if self.lzma {
+            let packed = lzma::encode(content, &[])?;
+            let least = self.buffer.len().min(content.len());
+            if is_worth_lzma(packed.len(), least) {
+                return Ok(Packed::Lzma(packed));
+            }
+        }
         let enough = self.buffer.len() < content.len() - content.len() / LEAST_SAVING;
         Ok(if enough {
             Packed::Zstd(self.buffer.clone())
@@ -120,6 +149,28 @@ impl Compressor {
     }
 }
 
+/// Whether to take what LZMA makes rather than what zstd does, or the content itself.
+pub(super) const fn is_worth_lzma(lzma: usize, other: usize) -> bool {
+    lzma < other - other / LEAST_LZMA_SAVING
+}
+
+/// Compresses content with LZMA, with references as its dictionary.
+pub fn lzma_against(content: &[u8], references: &[u8]) -> Result<Vec<u8>, FrameFault> {
+    lzma::encode(content, references)
+}
+
+/// Compresses content as a patch of references, whose steps make all of it; none where there are too many steps to pay.
+///
+/// # Panics
+/// Where steps leave the content or the references.
+pub fn patch(
+    content: &[u8],
+    references: &[u8],
+    steps: &[Step],
+) -> Result<Option<Vec<u8>>, FrameFault> {
+    patch::encode(content, references, steps)
+}
+
 /// Decodes frames; keeps zstd's tables and its input buffer from frame to frame.
 pub struct Decoder {
     context: DCtx<'static>,
@@ -139,8 +190,8 @@ impl Decoder {
     /// Decodes a frame and checks its hash: `read_packed` fills a buffer with its bytes in the pack, `references` is the
     /// content that it refers to.
     ///
-    /// Never makes more than the frame's length, whatever the pack says: the buffer has that size, and zstd writes
-    /// nowhere else.
+    /// Never makes more than the frame's length (of a patch, and as much again for its steps), whatever the pack says: the
+    /// buffer has that size, and nothing is written elsewhere.
     pub fn decode<E: From<FrameFault>>(
         &mut self,
         frame: &Frame,
@@ -183,6 +234,8 @@ impl Decoder {
                     .for_each(|(byte, old)| *byte = byte.wrapping_add(*old));
                 Ok(content)
             }
+            Codec::Lzma | Codec::LzmaReferences => lzma::decode(&self.packed, references, len),
+            Codec::Patch => patch::decode(&self.packed, references, len),
             Codec::Stored | Codec::Zstd => decompress(&mut self.context, &self.packed, len),
         }
     }

@@ -29,66 +29,17 @@ use super::assemble::Assembler;
 use super::codec::FrameFault;
 use super::coordinate::{Coordinator, PackWriter};
 use super::cut::{Cuts, Cutter};
+pub use super::effort::Effort;
 use super::reread::Reread;
 use super::slab::{SLAB_LEN, Slab, SlabReader};
 use super::stats::EncodeStats;
 use super::work::{self, Event, Job, PanicGuard};
 use crate::bao::{HashError, Tree, TreeHasher};
 use crate::content::{Progress, ReadError, Source};
-use crate::delta::{Limits, OldError, OldSource, Outline, Similar, UnknownSource};
+use crate::delta::{OldError, OldSource, Outline, Similar, UnknownSource};
 
 /// Slabs beside those that the workers keep busy: one being read, one being hashed in order, two waiting.
 const SLAB_COUNT: usize = 4;
-
-/// How hard to compress.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Effort {
-    /// zstd level 1.
-    Fast,
-    /// zstd level 3.
-    #[default]
-    Default,
-    /// zstd level 19: a hundred times the work, for what many will fetch.
-    Max,
-}
-
-impl Effort {
-    /// The zstd level.
-    pub const fn level(self) -> i32 {
-        match self {
-            Self::Fast => 1,
-            Self::Default => 3,
-            Self::Max => 19,
-        }
-    }
-
-    /// The zstd level for content that old content resembles: there is little of it, so it may take longer.
-    pub(super) const fn level_with_references(self) -> i32 {
-        match self {
-            Self::Fast => 3,
-            Self::Default => 7,
-            Self::Max => 19,
-        }
-    }
-
-    /// Whether frames that old content resembles are tried as differences too.
-    pub(super) const fn differences(self) -> bool {
-        !matches!(self, Self::Fast)
-    }
-
-    /// How much old content a frame may be compressed against.
-    pub(super) const fn references(self) -> Limits {
-        let bytes = match self {
-            Self::Fast => 384 << 10,
-            Self::Default => 768 << 10,
-            Self::Max => 2 << 20,
-        };
-        Limits {
-            window_len: 128 << 10,
-            bytes,
-        }
-    }
-}
 
 /// New content that was hashed before it is encoded.
 pub struct Hashed<'a> {
@@ -270,12 +221,12 @@ pub enum EncodeError {
         /// What the operating system said.
         source: io::Error,
     },
-    /// zstd failed: out of memory.
+    /// Compression failed: out of memory.
     #[error("compressing frame {frame}: {why}")]
     Compress {
         /// The frame's id.
         frame: u32,
-        /// What zstd said.
+        /// What it said.
         why: FrameFault,
     },
     /// The index refuses what was made.

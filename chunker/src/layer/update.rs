@@ -4,11 +4,11 @@ use std::ops::Range;
 
 use capsule_proto::index::{Codec, Reference, ReferenceTo};
 
-use super::codec::{Compressor, Packed};
+use super::codec::{self, Compressor, Packed};
 use super::encode::{Against, EncodeError, EncodeOptions};
 use super::slab::{Piece, Slab};
 use super::work::Encoding;
-use crate::delta::{Found, Limits, Matcher, Window, align, cover};
+use crate::delta::{Found, Limits, Matcher, Window, align, cover, steps};
 
 /// What a reference costs in the index, about: source, offset and length, compressed.
 const REFERENCE_COST: usize = 5;
@@ -23,6 +23,8 @@ pub(super) struct Updater<'a> {
     compressor: Compressor,
     /// Whether frames are tried as differences.
     differences: bool,
+    /// Whether they are compressed with LZMA and as patches too.
+    lzma: bool,
     /// The references' content.
     references: Vec<u8>,
 }
@@ -41,6 +43,7 @@ impl<'a> Updater<'a> {
             limits: options.effort.references(),
             compressor: Compressor::new(options.effort.level_with_references()),
             differences: options.effort.differences(),
+            lzma: options.effort.lzma(),
             references: Vec::new(),
         }
     }
@@ -141,6 +144,12 @@ impl<'a> Updater<'a> {
             .compress_against(content, &self.references)
             .map_err(|why| EncodeError::Compress { frame, why })?;
         let mut best = referring(Codec::ZstdReferences, packed, &windows);
+        if self.lzma {
+            let smaller = self.lzma(frame, content, &windows)?;
+            if codec::is_worth_lzma(smaller.bytes.len(), best.bytes.len()) {
+                best = smaller;
+            }
+        }
         if let Some(difference) = self.difference(frame, content, best.bytes.len())?
             && cost(&difference) < cost(&best)
         {
@@ -156,6 +165,26 @@ impl<'a> Updater<'a> {
             _ => plain.bytes.len(),
         };
         Ok(if cost(&best) < plain_len { best } else { plain })
+    }
+
+    /// The frame by LZMA, with the references that were read as dictionary, or as a patch of them.
+    fn lzma(
+        &self,
+        frame: u32,
+        content: &[u8],
+        windows: &[Window],
+    ) -> Result<Encoding, EncodeError> {
+        let failed = |why| EncodeError::Compress { frame, why };
+        let references = &self.references;
+        let with_dictionary = codec::lzma_against(content, references).map_err(failed)?;
+        let steps = steps(references, content);
+        let patch = codec::patch(content, references, &steps).map_err(failed)?;
+        Ok(match patch {
+            Some(patch) if patch.len() < with_dictionary.len() => {
+                referring(Codec::Patch, patch, windows)
+            }
+            _ => referring(Codec::LzmaReferences, with_dictionary, windows),
+        })
     }
 
     /// The frame as a bytewise difference, where old content lies under it, and there is something to be gained.
@@ -185,7 +214,7 @@ impl<'a> Updater<'a> {
             .map_err(|why| EncodeError::Compress { frame, why })?;
         Ok(match packed {
             Packed::Zstd(packed) => Some(referring(Codec::Difference, packed, &windows)),
-            Packed::Stored => None,
+            Packed::Stored | Packed::Lzma(_) => None,
         })
     }
 

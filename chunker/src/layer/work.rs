@@ -82,6 +82,7 @@ impl From<Packed> for Encoding {
         let (codec, bytes) = match packed {
             Packed::Stored => (Codec::Stored, Vec::new()),
             Packed::Zstd(bytes) => (Codec::Zstd, bytes),
+            Packed::Lzma(bytes) => (Codec::Lzma, bytes),
         };
         Self {
             codec,
@@ -131,7 +132,7 @@ pub(super) fn run_worker(
     against: Option<&Against<'_>>,
 ) {
     let guard = PanicGuard(events);
-    let mut compressor = Compressor::new(options.effort.level());
+    let mut compressor = Compressor::new(options.effort.level()).with_lzma(options.effort.lzma());
     let mut updater = against.map(|against| Updater::new(against, options));
     loop {
         // Held while waiting for a job: the others have nothing to do then either.

@@ -42,7 +42,7 @@ pub struct PublishArgs {
     /// How to take the content; from what it is, when not given
     #[arg(long = "as", value_name = "KIND")]
     read_as: Option<Kind>,
-    /// How hard to compress: zstd level 1, 3 or 19
+    /// How hard to compress: zstd level 1, 3 or 19; max with LZMA too, which is slower to read
     #[arg(long, value_enum, default_value_t = Strength::Default)]
     effort: Strength,
     /// Longest frame, 4K to 16M: smaller ones read faster at random places, larger ones compress better [default: what

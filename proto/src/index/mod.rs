@@ -150,6 +150,12 @@ pub enum Codec {
     /// One zstd frame of a bytewise difference against the references' content, which is at least as long as the frame's
     /// (`proto/docs/index.md`, "Difference").
     Difference,
+    /// One raw LZMA stream behind its properties byte.
+    Lzma,
+    /// The same, whose dictionary is the references' content, one after another.
+    LzmaReferences,
+    /// Steps, and a difference against what of the references' content they lead over (`proto/docs/index.md`, "Patch").
+    Patch,
 }
 
 /// A range of content that a frame is compressed against.
@@ -337,7 +343,7 @@ impl Frame {
                 "a stored frame is as long in the pack as its content",
             ),
             (
-                matches!(codec, Codec::Stored | Codec::Zstd) == references.is_empty(),
+                matches!(codec, Codec::Stored | Codec::Zstd | Codec::Lzma) == references.is_empty(),
                 "the codecs with references, and only they, have them",
             ),
             (

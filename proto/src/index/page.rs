@@ -383,6 +383,9 @@ const fn codec_tag(codec: Codec) -> u8 {
         Codec::Zstd => 1,
         Codec::ZstdReferences => 2,
         Codec::Difference => 3,
+        Codec::Lzma => 4,
+        Codec::LzmaReferences => 5,
+        Codec::Patch => 6,
     }
 }
 
@@ -392,10 +395,13 @@ fn decode_codec(r: &Reader<'_>, tag: u8) -> Result<Codec> {
         1 => Ok(Codec::Zstd),
         2 => Ok(Codec::ZstdReferences),
         3 => Ok(Codec::Difference),
+        4 => Ok(Codec::Lzma),
+        5 => Ok(Codec::LzmaReferences),
+        6 => Ok(Codec::Patch),
         _ => Err(r.invalid(
             "frame codec",
             r.at(),
-            "codecs are 0 to 3: upgrade capsule to read newer ones",
+            "codecs are 0 to 6: upgrade capsule to read newer ones",
         )),
     }
 }

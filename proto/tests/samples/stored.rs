@@ -328,6 +328,14 @@ fn update() -> Layer {
         }],
         ..frame(5500, 100, 9000, Codec::Difference)
     };
+    let with_dictionary = Frame {
+        references: vec![to(ReferenceTo::Source(1), 7, 100_000)],
+        ..frame(5900, 40, 3000, Codec::LzmaReferences)
+    };
+    let patch = Frame {
+        references: vec![to(ReferenceTo::Source(0), 0, 500)],
+        ..frame(5940, 60, 4000, Codec::Patch)
+    };
     Layer {
         header: header(Space::Stream, Some("parent"), 1 << 20, sources()),
         runs: vec![
@@ -353,12 +361,18 @@ fn update() -> Layer {
             run(28_001, 9000, RunFrom::Frame { id: 3, offset: 0 }),
             run(50_000, 9000, RunFrom::Frame { id: 2, offset: 0 }),
             run(60_000, 100, RunFrom::Frame { id: 1, offset: 0 }),
+            run(61_000, 7000, RunFrom::Frame { id: 4, offset: 0 }),
+            run(68_000, 3000, RunFrom::Frame { id: 5, offset: 0 }),
+            run(71_000, 4000, RunFrom::Frame { id: 6, offset: 0 }),
         ],
         frames: vec![
             frame(0, 5000, 5000, Codec::Stored),
             delta,
             of_frames,
             difference,
+            frame(5600, 300, 7000, Codec::Lzma),
+            with_dictionary,
+            patch,
         ],
     }
 }
