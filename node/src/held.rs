@@ -38,6 +38,15 @@ pub struct TreeWay {
     pub contents: Vec<LayerBlobs>,
 }
 
+/// What a capsule takes here.
+#[derive(Debug, Clone, Default)]
+pub struct Takes {
+    /// Blobs of which it takes all.
+    pub whole: BTreeSet<RootHash>,
+    /// Layers, from nothing on, through which something is read: all of their indexes, and of their packs what that takes.
+    pub ways: BTreeSet<Vec<LayerBlobs>>,
+}
+
 const WAY_VERSION: u8 = 1;
 /// Most layers kept for others, of one component.
 const MAX_OFFERED: usize = 16;
@@ -115,6 +124,17 @@ fn blob_key(root: &RootHash) -> String {
 }
 
 impl HeldWay {
+    /// Its layers, from nothing on: a tree has two ways.
+    pub fn ways(&self) -> impl Iterator<Item = &[LayerBlobs]> {
+        let (one, two) = match self {
+            Self::Blob => (None, None),
+            Self::Layers(layers) => (Some(layers), None),
+            Self::Tree(way) => (Some(&way.listing), Some(&way.contents)),
+        };
+        let ways = one.into_iter().chain(two).map(Vec::as_slice);
+        ways.filter(|layers| !layers.is_empty())
+    }
+
     /// All blobs that it needs, but for a listing, which goes by the component's root.
     pub fn blobs(&self) -> BTreeSet<RootHash> {
         match self {
@@ -181,15 +201,16 @@ impl Holdings {
         if component.kind == ComponentKind::Tree {
             let way = self.tree_way(root)?;
             let held = |way: &TreeWay| {
-                is_blob
-                    && (component.content_size == 0 || !way.contents.is_empty())
-                    && blobs_of(&way.contents).all(|blob| self.is_complete(&blob))
+                is_blob && (component.content_size == 0 || !way.contents.is_empty())
             };
-            return Ok(way.filter(held).map(HeldWay::Tree));
+            return Ok(match way.filter(held) {
+                Some(way) if self.store.is_readable(&way.contents)? => Some(HeldWay::Tree(way)),
+                _ => None,
+            });
         }
         if let Some(known) = self.store.component(root) {
             let layers = known.recipe.layers;
-            if blobs_of(&layers).all(|blob| self.is_complete(&blob)) {
+            if self.store.is_readable(&layers)? {
                 return Ok(Some(HeldWay::Layers(layers)));
             }
         }
@@ -214,9 +235,10 @@ impl Holdings {
                 },
             },
         };
-        Ok(layers.filter(|layers| {
-            !layers.is_empty() && blobs_of(layers).all(|blob| self.is_complete(&blob))
-        }))
+        Ok(match layers.filter(|layers| !layers.is_empty()) {
+            Some(layers) if self.store.is_readable(&layers)? => Some(layers),
+            _ => None,
+        })
     }
 
     /// The layers to a component that is its own pack.
@@ -286,8 +308,22 @@ impl Holdings {
     }
 
     /// Keeps the layers through which a tree was checked.
-    pub fn put_tree_way(&self, root: &RootHash, way: &TreeWay) -> Result<(), DatabaseError> {
-        self.store.set_value(&tree_key(root), &way.encode())
+    pub fn put_tree_way(&self, root: &RootHash, way: &TreeWay) -> Result<(), Failure> {
+        for layers in [&way.listing, &way.contents] {
+            self.note_reached(layers)?;
+        }
+        Ok(self.store.set_value(&tree_key(root), &way.encode())?)
+    }
+
+    /// Notes what of its packs a way takes, where not all of them are here: whether it is whole can be told from then on. One whose
+    /// indexes are not here is not.
+    pub fn note_reached(&self, layers: &[LayerBlobs]) -> Result<(), Failure> {
+        let has_indexes = layers.iter().all(|layer| self.is_complete(&layer.index));
+        if !has_indexes || self.store.is_readable(layers)? {
+            return Ok(());
+        }
+        let reached = crate::layers::reached(&self.store, layers, &())?;
+        Ok(self.store.put_reached(layers, reached)?)
     }
 
     /// Forgets the layers of trees whose listings are gone, and of components that were their own packs; others are passed over.
@@ -321,44 +357,47 @@ impl Holdings {
     }
 
     /// Every blob that a capsule takes here, whether all of it is here or not.
-    ///
-    /// Of a capsule that is held, but whose manifest cannot be read (damaged, or being fetched again), nobody can tell what
-    /// it takes: everything here counts, so that nothing of it is collected before the manifest is whole again.
     pub fn blobs_of(
         &self,
         capsule: &CapsuleId,
         records: &Records,
     ) -> Result<BTreeSet<RootHash>, DatabaseError> {
-        let mut blobs = BTreeSet::from([capsule.0]);
+        Ok(self.takes(capsule, records)?.blobs())
+    }
+
+    /// What a capsule takes here.
+    ///
+    /// Of a capsule that is held, but whose manifest cannot be read (damaged, or being fetched again), nobody can tell what
+    /// it takes: everything here counts, so that nothing of it is collected before the manifest is whole again.
+    pub fn takes(&self, capsule: &CapsuleId, records: &Records) -> Result<Takes, DatabaseError> {
+        let (mut whole, mut ways) = (BTreeSet::from([capsule.0]), BTreeSet::new());
         let Some(manifest) = self.manifest(capsule) else {
             if self.store.capsule(capsule)?.is_some() {
-                blobs.extend(self.everything());
+                whole.extend(self.everything());
             }
-            return Ok(blobs);
+            return Ok(Takes { whole, ways });
         };
         for component in &manifest.components {
-            blobs.insert(component.root);
+            whole.insert(component.root);
             // Damaged in one place, they are as needed as before: that place is all that is to be fetched again.
-            if let Some(known) = self.store.component(&component.root) {
-                blobs.extend(known.recipe.blobs());
-            }
-            if let Some(layers) = self.blob_way(&component.root)? {
-                blobs.extend(blobs_of(&layers));
-            }
-            blobs.extend(blobs_of(&self.offered(&component.root)?));
+            let recipe = self.store.component(&component.root);
+            ways.extend(recipe.map(|known| known.recipe.layers));
+            ways.extend(self.blob_way(&component.root)?);
             if let Some(way) = self.tree_way(&component.root)? {
-                blobs.extend(HeldWay::Tree(way).blobs());
+                ways.extend([way.listing, way.contents]);
             }
+            // Who asks for these may want to make anything of them.
+            whole.extend(blobs_of(&self.offered(&component.root)?));
             match self.way_to(component)? {
                 Some(HeldWay::Layers(_) | HeldWay::Tree(_)) => {}
                 // Begun, or its own pack: whatever layers are known to lead there.
                 Some(HeldWay::Blob) | None => {
                     let layers = leading_to(&component.root, records)?;
-                    blobs.extend(blobs_of(&layers));
+                    whole.extend(blobs_of(&layers));
                 }
             }
         }
-        Ok(blobs)
+        Ok(Takes { whole, ways })
     }
 
     fn everything(&self) -> impl Iterator<Item = RootHash> {
@@ -384,6 +423,16 @@ impl Holdings {
     /// Whether a blob is here, all of it.
     pub fn is_complete(&self, blob: &RootHash) -> bool {
         self.store.durable(blob).is_some_and(|here| here.complete)
+    }
+}
+
+impl Takes {
+    /// All of it.
+    pub fn blobs(self) -> BTreeSet<RootHash> {
+        let of_ways = self.ways.iter().flat_map(|layers| blobs_of(layers));
+        let mut blobs: BTreeSet<RootHash> = of_ways.collect();
+        blobs.extend(self.whole);
+        blobs
     }
 }
 

@@ -22,6 +22,7 @@ pub mod held;
 pub mod home;
 pub mod keep;
 pub mod layers;
+mod needs;
 pub mod node;
 pub mod publish;
 pub mod records;

@@ -46,11 +46,9 @@ impl Reach {
     ///
     /// The same layers give the same answer everywhere: what one machine keeps is what another asks for.
     pub fn of(top: &LayerContent, progress: &dyn Progress) -> Result<Self, LayerError> {
-        let all = Wanted {
-            ranges: vec![0..top.len()],
-            ..Wanted::default()
-        };
         let (mut reach, mut left) = (Self::default(), Left::new());
+        let mut all = Wanted::default();
+        all.add(0..top.len());
         left.insert(top.key(0).0, (top, all));
         // What a layer reads was opened before it, so the last of those left is wanted by none of them.
         while let Some((number, (layer, wanted))) = left.pop_last() {
@@ -284,7 +282,7 @@ mod tests {
         assert_eq!(joined(runs(), 4).runs(), [0..1, 3..6, 9..10, 11..12]);
         assert_eq!(joined(runs(), 3).runs(), [0..1, 3..6, 9..12]);
         assert_eq!(joined(runs(), 2).runs(), [0..6, 9..12]);
-        assert_eq!(joined(runs(), 1).runs(), [0..12]);
+        assert_eq!(joined(runs(), 1), GroupRanges::from(0..12));
         assert!(joined(Vec::new(), 1).is_empty());
     }
 

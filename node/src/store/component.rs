@@ -56,7 +56,7 @@ impl Store {
 
     /// Serves a component under its own root from now on, durably: `outboard` is its hash tree.
     ///
-    /// All of its layers' blobs must be here, complete. Registering again replaces recipe and outboard,
+    /// All that it takes of its layers must be here ([`Store::is_readable`]). Registering again replaces recipe and outboard,
     /// and clears what was found damaged.
     pub fn register_component<'a>(
         &self,
@@ -76,11 +76,10 @@ impl Store {
         }
         let blobs = recipe.blobs();
         let _guard = self.guard(blobs.iter().copied());
-        if let Some(missing) = blobs
-            .iter()
-            .find(|blob| !self.durable(blob).is_some_and(|p| p.complete))
-        {
-            return Err(WriteError::Unknown(*missing));
+        if !self.is_readable(&recipe.layers)? {
+            let is_complete = |blob: &RootHash| self.durable(blob).is_some_and(|p| p.complete);
+            let missing = blobs.iter().find(|blob| !is_complete(blob));
+            return Err(WriteError::Unknown(*missing.unwrap_or(root)));
         }
         self.inner
             .register(root, Component { size, recipe }, outboard.into())

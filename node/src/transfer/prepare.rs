@@ -3,12 +3,14 @@
 //! Fetches manifest and indexes, and nothing else; so `plan` and the beginning of a pull are the same code, and their
 //! figures agree to the byte.
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 use std::time::Instant;
 
 use capsule_chunker::layer::Tally;
 use capsule_proto::manifest::{Component, Manifest};
+use capsule_proto::ranges::group_count;
 use capsule_proto::record::{BlobRef, Layer};
 use capsule_proto::{CapsuleId, GroupRanges, RootHash};
 
@@ -19,12 +21,12 @@ use super::search::{Choice, Reach, choose, reach_of};
 use super::shared::waiting;
 use super::{LOOK, settled};
 use crate::control::{ComponentInfo, Failure, FailureCode, Phase, PlannedComponent};
-use crate::held::{HeldWay, component_info, fits};
-use crate::layers::{is_readable, read_directory};
+use crate::held::{HeldWay, blobs_of, component_info, fits};
+use crate::layers::{is_readable, reached, read_directory};
 use crate::node::Node;
 use crate::records::Resolution;
-use crate::store::{ActiveGuard, BlobKind, Presence};
-use crate::work::{Tell, blocking};
+use crate::store::{ActiveGuard, BlobKind, LayerBlobs, Presence, Reached};
+use crate::work::{Task, Tell, Work, blocking};
 
 /// How often other layers are tried for ones that nobody has, or that are not what their record says.
 pub const MAX_TRIES: usize = 8;
@@ -58,6 +60,8 @@ pub struct ComponentPlan {
     pub blobs: BTreeMap<RootHash, (u64, BlobKind)>,
     /// What those layers consist of.
     pub tally: Tally,
+    /// What of its packs it takes, where that is not all of them: with what other components of the capsule take of the same.
+    pub reached: Reached,
     /// What of its packs is made of what this machine has otherwise.
     pub like: Option<Arc<Like>>,
 }
@@ -76,10 +80,11 @@ impl Prepared {
         let mut wanted = Vec::new();
         for plan in &self.components {
             for (root, (size, kind)) in &plan.blobs {
+                if node.holdings.is_complete(root) {
+                    continue;
+                }
                 let groups = plan.groups(root).cloned();
-                if node.holdings.is_complete(root)
-                    || groups.as_ref().is_some_and(GroupRanges::is_empty)
-                {
+                if groups.is_some() && plan.missing(node, root, *size) == 0 {
                     continue;
                 }
                 wanted.push(Wanted {
@@ -108,13 +113,14 @@ impl Prepared {
 
     /// Bytes of the manifest and all blobs.
     pub fn total_bytes(&self) -> u64 {
-        let blobs: u64 = self
-            .components
-            .iter()
-            .flat_map(|plan| plan.blobs.values())
-            .map(|(size, _)| size)
-            .sum();
-        blobs + self.manifest_size
+        let blobs = self.components.iter().flat_map(|plan| {
+            let taken = |(root, (size, _)): (&RootHash, &(u64, BlobKind))| {
+                let part = plan.reached.get(root);
+                part.map_or(*size, |groups| groups.bytes(*size))
+            };
+            plan.blobs.iter().map(taken)
+        });
+        blobs.sum::<u64>() + self.manifest_size
     }
 
     /// All roots that the capsule takes here.
@@ -133,20 +139,27 @@ fn roots(components: &[ComponentPlan]) -> impl Iterator<Item = RootHash> + '_ {
 impl ComponentPlan {
     /// Which chunk groups of a blob are needed, where not all are.
     fn groups(&self, blob: &RootHash) -> Option<&GroupRanges> {
-        self.like.as_ref()?.groups.get(blob)
+        let like = self.like.as_ref();
+        let like = like.and_then(|like| like.groups.get(blob));
+        like.or_else(|| self.reached.get(blob))
+    }
+
+    /// Bytes of a blob that are needed and not here.
+    fn missing(&self, node: &Node, blob: &RootHash, size: u64) -> u64 {
+        match self.groups(blob) {
+            Some(groups) => {
+                let here = node.store.durable(blob).map(|here| here.ranges);
+                groups.difference(&here.unwrap_or_default()).bytes(size)
+            }
+            None => size.saturating_sub(node.holdings.bytes_here([*blob])),
+        }
     }
 
     fn describe(&self, node: &Node) -> PlannedComponent {
         let (mut have, mut fetch) = (0, 0);
         for (root, (bytes, _)) in &self.blobs {
             have += node.holdings.bytes_here([*root]);
-            fetch += match self.groups(root) {
-                Some(groups) => {
-                    let here = node.store.durable(root).map(|here| here.ranges);
-                    groups.difference(&here.unwrap_or_default()).bytes(*bytes)
-                }
-                None => bytes.saturating_sub(node.holdings.bytes_here([*root])),
-            };
+            fetch += self.missing(node, root, *bytes);
         }
         let component: ComponentInfo = component_info(&self.component);
         let (way, layers) = match &self.way {
@@ -174,6 +187,8 @@ impl ComponentPlan {
 pub struct Excluded {
     /// Blobs that did not come.
     pub blobs: HashSet<RootHash>,
+    /// Packs of which connected machines lack something that is needed.
+    pub short: HashSet<RootHash>,
     /// Layers that are not what their records say.
     pub layers: HashSet<Layer>,
     /// Local data, which changed while it was read.
@@ -272,7 +287,7 @@ pub async fn prepare(
     let mut planning = Fetched::default();
     let manifest = manifest(node, resolution, (&manner, patience), tell, &mut planning).await?;
     let manifest_size = manifest.encode().len() as u64;
-    for _ in 0..MAX_TRIES {
+    for tries in (1..=MAX_TRIES).rev() {
         let choice = choose_in_time(node, &manifest, patience, tell, excluded).await?;
         let guard = roots(&choice.components).chain([resolution.capsule.0]);
         let guard = node.store.guard(guard);
@@ -299,6 +314,14 @@ pub async fn prepare(
         }
         if check_indexes(node, &choice.components, excluded).await? {
             let mut components = tallied(node, choice.components).await?;
+            components = with_reached(node, components, tell).await?;
+            // What is read of a pack may be had where not all of it is, which the choice hoped for.
+            let short = short(node, &components).await;
+            let found = short.difference(&excluded.short).count() > 0;
+            excluded.short.extend(short);
+            if found && excluded.failure.is_none() && tries > 1 {
+                continue;
+            }
             if !excluded.like {
                 components = look(node, components, manner.like.as_deref(), tell).await?;
             }
@@ -315,6 +338,91 @@ pub async fn prepare(
         return Err(failure);
     }
     Err(not_as_recorded(&manner.name))
+}
+
+/// Notes what of its packs each component takes, by the indexes of its layers. Where all of them are here nobody need know.
+async fn with_reached(
+    node: &Arc<Node>,
+    components: Vec<ComponentPlan>,
+    tell: &dyn Tell,
+) -> Result<Vec<ComponentPlan>, Failure> {
+    let is_complete = |root: &RootHash| node.holdings.is_complete(root);
+    let mut blobs = components.iter().flat_map(|plan| plan.way.blobs());
+    if blobs.all(|blob| is_complete(&blob)) {
+        return Ok(components);
+    }
+    let task = Task {
+        phase: Phase::Planning,
+        total: None,
+        what: None,
+    };
+    let shared = node.clone();
+    let reading = move |work: &Work| {
+        let mut components = components;
+        // What one component takes as a whole, all of them do.
+        let mut taken: BTreeMap<RootHash, Option<GroupRanges>> = BTreeMap::new();
+        let mut take = |root: RootHash, part: Option<&GroupRanges>| match taken.entry(root) {
+            Entry::Vacant(place) => drop(place.insert(part.cloned())),
+            Entry::Occupied(mut known) => match (known.get_mut(), part) {
+                (Some(known), Some(part)) => known.union_with(part),
+                (known, _) => *known = None,
+            },
+        };
+        for plan in &components {
+            take(plan.component.root, None);
+            for layers in plan.way.ways() {
+                let reached = reached_of(&shared, layers, work)?;
+                blobs_of(layers).for_each(|blob| take(blob, reached.get(&blob)));
+            }
+        }
+        for plan in &mut components {
+            let sizes = &plan.blobs;
+            let is_all = |root: &RootHash, part: &GroupRanges| {
+                let size = sizes.get(root).map(|(size, _)| *size);
+                size.is_some_and(|size| part.contains_run(&(0..group_count(size))))
+            };
+            let part = |root: RootHash| Some((root, taken.get(&root)?.clone()?));
+            let parts = plan.way.blobs().into_iter().filter_map(part);
+            plan.reached = parts.filter(|(root, part)| !is_all(root, part)).collect();
+        }
+        Ok(components)
+    };
+    node.works.run(task, tell, reading).await
+}
+
+/// What a way takes of its packs; of those that are not named, all.
+fn reached_of(node: &Node, layers: &[LayerBlobs], work: &Work) -> Result<Reached, Failure> {
+    let is_complete = |root: &RootHash| node.holdings.is_complete(root);
+    let has_indexes = layers.iter().all(|layer| is_complete(&layer.index));
+    if layers.len() < 2 || !has_indexes || blobs_of(layers).all(|blob| is_complete(&blob)) {
+        return Ok(Reached::new());
+    }
+    match node.store.reached(layers)? {
+        Some(known) => Ok(known),
+        None => reached(&node.store, layers, work),
+    }
+}
+
+/// Packs of which not all that is needed is here or at connected machines, though something is.
+async fn short(node: &Node, components: &[ComponentPlan]) -> HashSet<RootHash> {
+    let mut short = HashSet::new();
+    for plan in components.iter().filter(|plan| !plan.held) {
+        for (root, (size, kind)) in &plan.blobs {
+            if *kind != BlobKind::Pack || plan.missing(node, root, *size) == 0 {
+                continue;
+            }
+            let blob = BlobRef {
+                root: *root,
+                size: *size,
+            };
+            let all = || GroupRanges::all(*size);
+            let wanted = plan.groups(root).cloned().unwrap_or_else(all);
+            if reach_of(&node.network, &node.store, &blob, &wanted).await == Reach::Some {
+                short.insert(*root);
+            }
+        }
+    }
+    short
 }
 
 /// Notes what the layers of each component consist of.

@@ -345,6 +345,8 @@ pub fn collected(_full: bool) -> Collected {
         dry_run: true,
         capsules: vec![capsule()],
         blobs: 1,
+        punched: 1,
+        punched_bytes: 1,
         bytes: 1,
         busy: 1,
     }
@@ -354,6 +356,8 @@ pub fn removed(_full: bool) -> Removed {
     Removed {
         capsule: capsule(),
         blobs: 1,
+        punched: 1,
+        punched_bytes: 1,
         bytes: 1,
         busy: 1,
     }
