@@ -119,6 +119,10 @@ fn offer_key(root: &RootHash) -> String {
     format!("offered layers {root}")
 }
 
+fn own_key(space: Space, root: &RootHash) -> String {
+    format!("own way {} {root}", space_word(space))
+}
+
 fn blob_key(root: &RootHash) -> String {
     format!("blob way {root}")
 }
@@ -203,18 +207,62 @@ impl Holdings {
             let held = |way: &TreeWay| {
                 is_blob && (component.content_size == 0 || !way.contents.is_empty())
             };
-            return Ok(match way.filter(held) {
-                Some(way) if self.store.is_readable(&way.contents)? => Some(HeldWay::Tree(way)),
-                _ => None,
-            });
+            let Some(way) = way.filter(held) else {
+                return Ok(None);
+            };
+            let contents = self.shortest(Space::Contents, root, way.contents)?;
+            let listing = way.listing;
+            let held = |contents| HeldWay::Tree(TreeWay { listing, contents });
+            return Ok(contents.map(held));
         }
-        if let Some(known) = self.store.component(root) {
-            let layers = known.recipe.layers;
-            if self.store.is_readable(&layers)? {
-                return Ok(Some(HeldWay::Layers(layers)));
-            }
+        if let Some(known) = self.store.component(root)
+            && let Some(layers) = self.shortest(Space::Stream, root, known.recipe.layers)?
+        {
+            return Ok(Some(HeldWay::Layers(layers)));
         }
         Ok(is_blob.then_some(HeldWay::Blob))
+    }
+
+    /// The way through which something is best read here: its own, or that of others; none if neither is all here.
+    fn shortest(
+        &self,
+        space: Space,
+        root: &RootHash,
+        others: Vec<LayerBlobs>,
+    ) -> Result<Option<Vec<LayerBlobs>>, DatabaseError> {
+        for layers in self.own_way(space, root)?.into_iter().chain([others]) {
+            if self.store.is_readable(&layers)? {
+                return Ok(Some(layers));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Layers that were made here to read something that is told of with others.
+    pub fn own_way(
+        &self,
+        space: Space,
+        root: &RootHash,
+    ) -> Result<Option<Vec<LayerBlobs>>, DatabaseError> {
+        self.layers_under(&own_key(space, root))
+    }
+
+    /// Keeps these.
+    pub fn put_own_way(
+        &self,
+        space: Space,
+        root: &RootHash,
+        layers: &[LayerBlobs],
+    ) -> Result<(), Failure> {
+        self.note_reached(layers)?;
+        let mut out = Writer::default();
+        write_layers(&mut out, layers);
+        Ok(self.store.set_value(&own_key(space, root), &out.finish())?)
+    }
+
+    /// Whether layers to a component are kept for others.
+    pub fn is_offered(&self, root: &RootHash) -> Result<bool, DatabaseError> {
+        Ok(!self.offered(root)?.is_empty())
     }
 
     /// The layers through which something is read here, from nothing on, if all of them are here: what an update can be put
@@ -333,7 +381,9 @@ impl Holdings {
     ) -> Result<(), DatabaseError> {
         let mut keys = Vec::new();
         for root in removed {
-            for key in [tree_key(root), blob_key(root), offer_key(root)] {
+            let own = [Space::Stream, Space::Contents].map(|space| own_key(space, root));
+            let keys_of = [tree_key(root), blob_key(root), offer_key(root)];
+            for key in keys_of.into_iter().chain(own) {
                 if self.store.value(&key)?.is_some() {
                     keys.push(key);
                 }
@@ -383,6 +433,9 @@ impl Holdings {
             let recipe = self.store.component(&component.root);
             ways.extend(recipe.map(|known| known.recipe.layers));
             ways.extend(self.blob_way(&component.root)?);
+            for space in [Space::Stream, Space::Contents] {
+                ways.extend(self.own_way(space, &component.root)?);
+            }
             if let Some(way) = self.tree_way(&component.root)? {
                 ways.extend([way.listing, way.contents]);
             }

@@ -11,12 +11,13 @@ use capsule_chunker::content::{Content, Progress};
 use capsule_chunker::layer::Storage;
 use capsule_chunker::layer::reach::Reach;
 use capsule_chunker::layer::read::{LayerCache, LayerContent, ReadOptions};
-use capsule_proto::index::{Directory, IndexHeader, SourceKind};
+use capsule_proto::index::{Directory, IndexHeader, SourceKind, Space};
 use capsule_proto::{GroupRanges, RootHash};
 use positioned_io::ReadAt;
 use tokio::sync::Notify;
 
 use crate::control::{Failure, FailureCode};
+use crate::held::Holdings;
 use crate::store::{Component, ComponentProvider, LayerBlobs, Reached, Store};
 
 /// Components kept open for peers: several ask for one and the same at a time, seldom for more.
@@ -215,7 +216,11 @@ impl ComponentProvider for Components {
         let options = ReadOptions {
             cache_len: SERVING_CACHE,
         };
-        let content = open(&self.store, &component.recipe.layers, &options)?;
+        let own = Holdings::new(self.store.clone()).own_way(Space::Stream, root)?;
+        let content = match own {
+            Some(own) if self.store.is_readable(&own)? => open(&self.store, &own, &options)?,
+            _ => open(&self.store, &component.recipe.layers, &options)?,
+        };
         let mut kept = Components::open(self);
         if kept.len() == OPEN_COMPONENTS {
             kept.pop_front();

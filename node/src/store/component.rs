@@ -20,7 +20,7 @@ use super::disk::OpenMode;
 use super::error::{DatabaseError, IoFault, ReadError, WriteError};
 use super::import::Outboard;
 use super::meta::COMPONENTS;
-use super::rows::{Component, ComponentRecipe, ComponentRow, MAX_LAYERS, Row};
+use super::rows::{Component, ComponentRecipe, ComponentRow, LayerBlobs, MAX_LAYERS, Row};
 use super::serve::{Presence, Trouble, classify};
 use super::{Inner, Store};
 
@@ -83,6 +83,35 @@ impl Store {
         }
         self.inner
             .register(root, Component { size, recipe }, outboard.into())
+    }
+
+    /// Reads a registered component through other layers from now on, durably; one that is not registered stays so. All that it
+    /// takes of them must be here.
+    pub fn set_recipe(&self, root: &RootHash, layers: Vec<LayerBlobs>) -> Result<(), WriteError> {
+        let _guard = self.guard(
+            layers
+                .iter()
+                .flat_map(|layer| [Some(layer.index), layer.pack])
+                .flatten(),
+        );
+        if layers.is_empty() || layers.len() > MAX_LAYERS || !self.is_readable(&layers)? {
+            return Err(WriteError::Unknown(*root));
+        }
+        let _turn = lock(&self.inner.component_turn);
+        let Some(entry) = self.inner.component_entry(root) else {
+            return Ok(());
+        };
+        let row = ComponentRow {
+            component: Component {
+                size: entry.component.size,
+                recipe: ComponentRecipe { layers },
+            },
+            ranges: lock(&entry.ranges).clone(),
+        };
+        self.inner.commit_component(root, &row)?;
+        let entry = Arc::new(ComponentEntry::from_row(row));
+        self.inner.components_mut().insert(*root, entry);
+        Ok(())
     }
 
     /// A registered component.

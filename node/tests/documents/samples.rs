@@ -151,6 +151,12 @@ pub fn layer_list(full: bool) -> LayerList {
     LayerList {
         capsule: capsule(),
         layers: vec![layer(full)],
+        reads: vec![ReadInfo {
+            component: text(),
+            space: "stream".to_owned(),
+            layers: 1,
+            own: 1,
+        }],
     }
 }
 
