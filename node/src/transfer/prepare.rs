@@ -3,30 +3,29 @@
 //! Fetches manifest and indexes, and nothing else; so `plan` and the beginning of a pull are the same code, and their
 //! figures agree to the byte.
 
-use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 use std::time::Instant;
 
 use capsule_chunker::layer::Tally;
 use capsule_proto::manifest::{Component, Manifest};
-use capsule_proto::ranges::group_count;
 use capsule_proto::record::{BlobRef, Layer};
 use capsule_proto::{CapsuleId, GroupRanges, RootHash};
 
 use super::fetch::{Fetched, Manner, Wanted, fetch};
 use super::like::{Like, look};
+use super::part::{short, with_reached};
 use super::patience::{Mood, Patience};
 use super::search::{Choice, Reach, choose, reach_of};
 use super::shared::waiting;
 use super::{LOOK, settled};
 use crate::control::{ComponentInfo, Failure, FailureCode, Phase, PlannedComponent};
-use crate::held::{HeldWay, blobs_of, component_info, fits};
-use crate::layers::{is_readable, reached, read_directory};
+use crate::held::{HeldWay, component_info, fits};
+use crate::layers::{is_readable, read_directory};
 use crate::node::Node;
 use crate::records::Resolution;
-use crate::store::{ActiveGuard, BlobKind, LayerBlobs, Presence, Reached};
-use crate::work::{Task, Tell, Work, blocking};
+use crate::store::{ActiveGuard, BlobKind, Presence, Reached};
+use crate::work::{Tell, blocking};
 
 /// How often other layers are tried for ones that nobody has, or that are not what their record says.
 pub const MAX_TRIES: usize = 8;
@@ -138,14 +137,14 @@ fn roots(components: &[ComponentPlan]) -> impl Iterator<Item = RootHash> + '_ {
 
 impl ComponentPlan {
     /// Which chunk groups of a blob are needed, where not all are.
-    fn groups(&self, blob: &RootHash) -> Option<&GroupRanges> {
+    pub(super) fn groups(&self, blob: &RootHash) -> Option<&GroupRanges> {
         let like = self.like.as_ref();
         let like = like.and_then(|like| like.groups.get(blob));
         like.or_else(|| self.reached.get(blob))
     }
 
     /// Bytes of a blob that are needed and not here.
-    fn missing(&self, node: &Node, blob: &RootHash, size: u64) -> u64 {
+    pub(super) fn missing(&self, node: &Node, blob: &RootHash, size: u64) -> u64 {
         match self.groups(blob) {
             Some(groups) => {
                 let here = node.store.durable(blob).map(|here| here.ranges);
@@ -338,91 +337,6 @@ pub async fn prepare(
         return Err(failure);
     }
     Err(not_as_recorded(&manner.name))
-}
-
-/// Notes what of its packs each component takes, by the indexes of its layers. Where all of them are here nobody need know.
-async fn with_reached(
-    node: &Arc<Node>,
-    components: Vec<ComponentPlan>,
-    tell: &dyn Tell,
-) -> Result<Vec<ComponentPlan>, Failure> {
-    let is_complete = |root: &RootHash| node.holdings.is_complete(root);
-    let mut blobs = components.iter().flat_map(|plan| plan.way.blobs());
-    if blobs.all(|blob| is_complete(&blob)) {
-        return Ok(components);
-    }
-    let task = Task {
-        phase: Phase::Planning,
-        total: None,
-        what: None,
-    };
-    let shared = node.clone();
-    let reading = move |work: &Work| {
-        let mut components = components;
-        // What one component takes as a whole, all of them do.
-        let mut taken: BTreeMap<RootHash, Option<GroupRanges>> = BTreeMap::new();
-        let mut take = |root: RootHash, part: Option<&GroupRanges>| match taken.entry(root) {
-            Entry::Vacant(place) => drop(place.insert(part.cloned())),
-            Entry::Occupied(mut known) => match (known.get_mut(), part) {
-                (Some(known), Some(part)) => known.union_with(part),
-                (known, _) => *known = None,
-            },
-        };
-        for plan in &components {
-            take(plan.component.root, None);
-            for layers in plan.way.ways() {
-                let reached = reached_of(&shared, layers, work)?;
-                blobs_of(layers).for_each(|blob| take(blob, reached.get(&blob)));
-            }
-        }
-        for plan in &mut components {
-            let sizes = &plan.blobs;
-            let is_all = |root: &RootHash, part: &GroupRanges| {
-                let size = sizes.get(root).map(|(size, _)| *size);
-                size.is_some_and(|size| part.contains_run(&(0..group_count(size))))
-            };
-            let part = |root: RootHash| Some((root, taken.get(&root)?.clone()?));
-            let parts = plan.way.blobs().into_iter().filter_map(part);
-            plan.reached = parts.filter(|(root, part)| !is_all(root, part)).collect();
-        }
-        Ok(components)
-    };
-    node.works.run(task, tell, reading).await
-}
-
-/// What a way takes of its packs; of those that are not named, all.
-fn reached_of(node: &Node, layers: &[LayerBlobs], work: &Work) -> Result<Reached, Failure> {
-    let is_complete = |root: &RootHash| node.holdings.is_complete(root);
-    let has_indexes = layers.iter().all(|layer| is_complete(&layer.index));
-    if layers.len() < 2 || !has_indexes || blobs_of(layers).all(|blob| is_complete(&blob)) {
-        return Ok(Reached::new());
-    }
-    match node.store.reached(layers)? {
-        Some(known) => Ok(known),
-        None => reached(&node.store, layers, work),
-    }
-}
-
-/// Packs of which not all that is needed is here or at connected machines, though something is.
-async fn short(node: &Node, components: &[ComponentPlan]) -> HashSet<RootHash> {
-    let mut short = HashSet::new();
-    for plan in components.iter().filter(|plan| !plan.held) {
-        for (root, (size, kind)) in &plan.blobs {
-            if *kind != BlobKind::Pack || plan.missing(node, root, *size) == 0 {
-                continue;
-            }
-            let blob = BlobRef {
-                root: *root,
-                size: *size,
-            };
-            let all = || GroupRanges::all(*size);
-            let wanted = plan.groups(root).cloned().unwrap_or_else(all);
-            if reach_of(&node.network, &node.store, &blob, &wanted).await == Reach::Some {
-                short.insert(*root);
-            }
-        }
-    }
-    short
 }
 
 /// Notes what the layers of each component consist of.
