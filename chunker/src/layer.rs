@@ -1,7 +1,7 @@
 //! Layers: content as frames of a pack, described by an index.
 //!
 //! `encode` makes pack and index of a source; `read` gives any range of a component back through its layers; `restore`
-//! gives all of it, in order, on all cores. Formats are `capsule-proto`'s (`proto::index`); where blobs are stored, and
+//! gives all of it, in order, on all cores; `reach` tells which parts of the packs that takes. Formats are `capsule-proto`'s (`proto::index`); where blobs are stored, and
 //! by which layers a component is reached, is the node's business. See `chunker/docs/layer.md`.
 
 mod assemble;
@@ -19,6 +19,7 @@ pub mod hash;
 mod making;
 mod pages;
 mod plan;
+pub mod reach;
 pub mod read;
 mod reread;
 pub mod restore;

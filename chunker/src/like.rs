@@ -11,9 +11,12 @@ mod local;
 mod scan;
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::Arc;
 
-use capsule_proto::{FrameHash, GROUP_LEN, GroupRanges};
+use capsule_proto::index::Frame;
+use capsule_proto::ranges::groups_touching;
+use capsule_proto::{FrameHash, GroupRanges};
 
 use crate::content::{Content, Progress, Source};
 use crate::layer::Cuts;
@@ -34,6 +37,16 @@ fn goes_on(progress: &dyn Progress) -> Result<(), LayerError> {
         true => Err(Spent::Cancelled.into()),
         false => Ok(()),
     }
+}
+
+/// The chunk groups that a frame lies in.
+fn groups_of(frame: &Frame) -> Range<u64> {
+    let end = frame.pack_offset + u64::from(frame.pack_len);
+    groups_touching(&(frame.pack_offset..end))
+}
+
+fn lies_in(frame: &Frame, groups: &GroupRanges) -> bool {
+    groups.contains_run(&groups_of(frame))
 }
 
 /// Where local data has something.
@@ -97,10 +110,12 @@ impl Likeness {
         self.wanted.values().any(Option::is_none)
     }
 
-    /// Looks in a layer that is held, by its frame table.
+    /// Looks in a layer that is held, by its frame table. Where only some chunk groups of its pack are (`here`), in frames that
+    /// lie in these and refer to nothing: what others refer to may be gone.
     pub fn look_in_layer(
         &mut self,
         held: &Arc<LayerContent>,
+        here: Option<&GroupRanges>,
         progress: &dyn Progress,
     ) -> Result<(), LayerError> {
         if self.layers.len() >= MAX_LAYERS {
@@ -111,6 +126,9 @@ impl Likeness {
         self.layers.push(held.clone());
         let mut found = false;
         let looked = held.each_frame(|id, frame| {
+            if here.is_some_and(|here| !frame.references.is_empty() || !lies_in(frame, here)) {
+                return goes_on(progress);
+            }
             let mut offset = 0;
             let spans = frame.spans.iter().map(|span| {
                 let at = offset;
@@ -187,8 +205,7 @@ impl Likeness {
             match pieces {
                 Some(pieces) if local.has_room(pieces.len()) => local.add(id, pieces),
                 _ => {
-                    let end = frame.pack_offset + u64::from(frame.pack_len);
-                    groups.insert(frame.pack_offset / GROUP_LEN..end.div_ceil(GROUP_LEN));
+                    groups.insert(groups_of(frame));
                 }
             }
             goes_on(progress)

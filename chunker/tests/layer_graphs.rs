@@ -3,17 +3,21 @@
 
 mod layer_support;
 
-use std::sync::Arc;
+use std::io;
+use std::sync::{Arc, Mutex};
 
 use capsule_chunker::bao::{self, Change, changed_groups, tree_of};
-use capsule_chunker::content::{AsReadAt, BytesSource, Content};
+use capsule_chunker::content::{AsReadAt, BytesSource, Content, Progress};
 use capsule_chunker::delta::{OldSource, Outline, Similar, SimilarOptions};
 use capsule_chunker::layer::Cuts;
 use capsule_chunker::layer::encode::{Against, EncodeOptions, Hashed, Outputs, encode_update};
-use capsule_chunker::layer::read::{LayerCache, LayerContent, ReadOptions};
-use capsule_proto::RootHash;
+use capsule_chunker::layer::reach::Reach;
+use capsule_chunker::layer::read::{LayerCache, LayerContent, LayerError, ReadOptions, Spent};
 use capsule_proto::index::{Source as SourceName, SourceKind, Space};
+use capsule_proto::ranges::groups_touching;
+use capsule_proto::{GROUP_LEN, GroupRanges, RootHash};
 use layer_support::*;
+use positioned_io::ReadAt;
 use proptest::prelude::*;
 use proptest::sample::{Index as Pick, select};
 use rand::{Rng, RngExt, SeedableRng, rngs::SmallRng};
@@ -234,19 +238,89 @@ fn way(layers: &[Layer], target: usize, seen: &mut Vec<usize>, rng: &mut impl Rn
 }
 
 fn open_way(layers: &[Layer], way: &[usize], cache_len: usize) -> Arc<LayerContent> {
+    let packs = way.iter().map(|i| Pack::of(&layers[*i])).collect();
+    open_packs(layers, way, packs, cache_len).pop().unwrap()
+}
+
+/// Opens all layers of a way, with packs of their own.
+fn open_packs(
+    layers: &[Layer],
+    way: &[usize],
+    packs: Vec<Pack>,
+    cache_len: usize,
+) -> Vec<Arc<LayerContent>> {
     let cache = LayerCache::new(&ReadOptions { cache_len });
-    let mut below: Option<Arc<LayerContent>> = None;
-    for i in way {
-        let sources = below.iter().map(|below| below.clone() as Arc<dyn Content>);
-        let content = LayerContent::open(
-            Arc::new(layers[*i].index.clone()),
-            Arc::new(layers[*i].pack.clone()),
-            sources.collect(),
-            &cache,
-        );
-        below = Some(Arc::new(content.unwrap()));
+    let mut all: Vec<Arc<LayerContent>> = Vec::new();
+    for (i, pack) in way.iter().zip(packs) {
+        let below = all.last().cloned();
+        let sources = below.into_iter().map(|below| below as Arc<dyn Content>);
+        let index = Arc::new(layers[*i].index.clone());
+        let content = LayerContent::open(index, Arc::new(pack), sources.collect(), &cache);
+        all.push(Arc::new(content.unwrap()));
     }
-    below.unwrap()
+    all
+}
+
+/// A pack that notes which of its chunk groups are read.
+#[derive(Clone)]
+struct Pack {
+    bytes: Vec<u8>,
+    read: Arc<Mutex<GroupRanges>>,
+}
+
+impl Pack {
+    fn of(layer: &Layer) -> Self {
+        let (bytes, read) = (layer.pack.clone(), Arc::default());
+        Self { bytes, read }
+    }
+
+    /// Nothing but these groups.
+    fn only(mut self, groups: &GroupRanges) -> Self {
+        for (group, bytes) in self.bytes.chunks_mut(GROUP_LEN as usize).enumerate() {
+            if !groups.contains(group as u64) {
+                bytes.fill(0xa5);
+            }
+        }
+        self
+    }
+}
+
+impl ReadAt for Pack {
+    fn read_at(&self, at: u64, buf: &mut [u8]) -> io::Result<usize> {
+        let groups = groups_touching(&(at..at + buf.len() as u64));
+        self.read.lock().unwrap().insert(groups);
+        self.bytes.read_at(at, buf)
+    }
+}
+
+/// What the indexes say is read of each pack is what is read; and without the rest all is as before.
+fn check_reach(
+    layers: &[Layer],
+    way: &[usize],
+    plain: &[u8],
+    how: &How,
+) -> Result<(), TestCaseError> {
+    let packs: Vec<Pack> = way.iter().map(|i| Pack::of(&layers[*i])).collect();
+    let all = open_packs(layers, way, packs.clone(), how.cache_len);
+    let top = all.last().unwrap();
+    let reach = Reach::of(top, &()).unwrap();
+    prop_assert!(
+        packs
+            .iter()
+            .all(|pack| pack.read.lock().unwrap().is_empty())
+    );
+    restore_all(top, how.threads).unwrap();
+    let groups: Vec<GroupRanges> = all.iter().map(|layer| reach.groups(layer)).collect();
+    for (pack, groups) in packs.iter().zip(&groups) {
+        prop_assert_eq!(&*pack.read.lock().unwrap(), groups);
+    }
+    let cut = packs.into_iter().zip(&groups);
+    let cut = cut.map(|(pack, groups)| pack.only(groups)).collect();
+    let without = open_packs(layers, way, cut, 0).pop().unwrap();
+    let (restored, _) = restore_all(&without, how.threads).unwrap();
+    prop_assert!(restored == plain);
+    check_ranges(&without, plain, 7, 3);
+    Ok(())
 }
 
 /// The tree of a version is that of its parent, where it is hashed again where its layer says that it differs.
@@ -314,6 +388,7 @@ proptest! {
                 prop_assert!(restored == *plain, "version {} by {:?}", target, way);
                 prop_assert_eq!(root, RootHash::of(plain));
                 check_changes(&content, plain, &versions);
+                check_reach(&layers, &way, plain, &how)?;
             }
         }
     }
@@ -348,4 +423,38 @@ fn a_chain_is_read_from_many_threads() {
             scope.spawn(move || check_ranges(content, plain, reader, 12));
         }
     });
+}
+
+// Most of what a long history leaves in its first packs is reached by nothing any more.
+#[test]
+fn what_was_overwritten_is_not_reached_and_looking_can_be_stopped() {
+    let how = How {
+        pages: true,
+        space: Space::Stream,
+        frame_max: 32_768,
+        cache_len: 0,
+        threads: 1,
+    };
+    let first = random(1, 1 << 20);
+    let mut second = first.clone();
+    second[..900 << 10].copy_from_slice(&random(2, 900 << 10));
+    let versions = [first, second];
+    let layers = [how.whole(&versions, 0), how.update(&versions, 0, 1)];
+    let packs = layers.iter().map(Pack::of).collect();
+    let all = open_packs(&layers, &[0, 1], packs, 0);
+    let reach = Reach::of(&all[1], &()).unwrap();
+    let kept = reach.groups(&all[0]).bytes(1 << 20);
+    assert!((124 << 10..300 << 10).contains(&kept), "{kept}");
+    let whole = GroupRanges::all(layers[1].pack.len() as u64);
+    assert_eq!(reach.groups(&all[1]), whole);
+    assert!(reach.decoded() >= 1 << 20 && reach.frames() >= 32);
+
+    struct Stopped;
+    impl Progress for Stopped {
+        fn cancelled(&self) -> bool {
+            true
+        }
+    }
+    let stopped = Reach::of(&all[1], &Stopped).unwrap_err();
+    assert!(matches!(stopped, LayerError::Spent(Spent::Cancelled)));
 }

@@ -106,7 +106,7 @@ fn a_disk_with_the_same_files_elsewhere_is_mostly_found() {
     let held = layer(&here, Cuts::Pages, 256 << 10);
     let mut tabled = wanting(&target);
     tabled
-        .look_in_layer(&Arc::new(open_with(&held.0, held.1)), &())
+        .look_in_layer(&Arc::new(open_with(&held.0, held.1)), None, &())
         .unwrap();
     for likeness in [scanned, tabled] {
         let (content, bytes) = with_local(&target, &likeness);
@@ -230,7 +230,7 @@ proptest! {
         let mut likeness = wanting(&target);
         likeness.look_in(Arc::new(TestSource::new(here.clone())), cuts, &()).unwrap();
         let held = layer(&here, cuts, 1 << 20);
-        likeness.look_in_layer(&Arc::new(open_with(&held.0, held.1)), &()).unwrap();
+        likeness.look_in_layer(&Arc::new(open_with(&held.0, held.1)), None, &()).unwrap();
         let (content, bytes) = with_local(&target, &likeness);
         prop_assert!(bytes <= target.1.len() as u64);
         prop_assert!(restore_all(&content, 2).unwrap().0 == there);

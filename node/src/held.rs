@@ -38,6 +38,15 @@ pub struct TreeWay {
     pub contents: Vec<LayerBlobs>,
 }
 
+/// What a capsule takes here.
+#[derive(Debug, Clone, Default)]
+pub struct Takes {
+    /// Blobs of which it takes all.
+    pub whole: BTreeSet<RootHash>,
+    /// Layers, from nothing on, through which something is read: all of their indexes, and of their packs what that takes.
+    pub ways: BTreeSet<Vec<LayerBlobs>>,
+}
+
 const WAY_VERSION: u8 = 1;
 /// Most layers kept for others, of one component.
 const MAX_OFFERED: usize = 16;
@@ -110,11 +119,26 @@ fn offer_key(root: &RootHash) -> String {
     format!("offered layers {root}")
 }
 
+fn own_key(space: Space, root: &RootHash) -> String {
+    format!("own way {} {root}", space_word(space))
+}
+
 fn blob_key(root: &RootHash) -> String {
     format!("blob way {root}")
 }
 
 impl HeldWay {
+    /// Its layers, from nothing on: a tree has two ways.
+    pub fn ways(&self) -> impl Iterator<Item = &[LayerBlobs]> {
+        let (one, two) = match self {
+            Self::Blob => (None, None),
+            Self::Layers(layers) => (Some(layers), None),
+            Self::Tree(way) => (Some(&way.listing), Some(&way.contents)),
+        };
+        let ways = one.into_iter().chain(two).map(Vec::as_slice);
+        ways.filter(|layers| !layers.is_empty())
+    }
+
     /// All blobs that it needs, but for a listing, which goes by the component's root.
     pub fn blobs(&self) -> BTreeSet<RootHash> {
         match self {
@@ -181,19 +205,64 @@ impl Holdings {
         if component.kind == ComponentKind::Tree {
             let way = self.tree_way(root)?;
             let held = |way: &TreeWay| {
-                is_blob
-                    && (component.content_size == 0 || !way.contents.is_empty())
-                    && blobs_of(&way.contents).all(|blob| self.is_complete(&blob))
+                is_blob && (component.content_size == 0 || !way.contents.is_empty())
             };
-            return Ok(way.filter(held).map(HeldWay::Tree));
+            let Some(way) = way.filter(held) else {
+                return Ok(None);
+            };
+            let contents = self.shortest(Space::Contents, root, way.contents)?;
+            let listing = way.listing;
+            let held = |contents| HeldWay::Tree(TreeWay { listing, contents });
+            return Ok(contents.map(held));
         }
-        if let Some(known) = self.store.component(root) {
-            let layers = known.recipe.layers;
-            if blobs_of(&layers).all(|blob| self.is_complete(&blob)) {
-                return Ok(Some(HeldWay::Layers(layers)));
-            }
+        if let Some(known) = self.store.component(root)
+            && let Some(layers) = self.shortest(Space::Stream, root, known.recipe.layers)?
+        {
+            return Ok(Some(HeldWay::Layers(layers)));
         }
         Ok(is_blob.then_some(HeldWay::Blob))
+    }
+
+    /// The way through which something is best read here: its own, or that of others; none if neither is all here.
+    fn shortest(
+        &self,
+        space: Space,
+        root: &RootHash,
+        others: Vec<LayerBlobs>,
+    ) -> Result<Option<Vec<LayerBlobs>>, DatabaseError> {
+        for layers in self.own_way(space, root)?.into_iter().chain([others]) {
+            if self.store.is_readable(&layers)? {
+                return Ok(Some(layers));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Layers that were made here to read something that is told of with others.
+    pub fn own_way(
+        &self,
+        space: Space,
+        root: &RootHash,
+    ) -> Result<Option<Vec<LayerBlobs>>, DatabaseError> {
+        self.layers_under(&own_key(space, root))
+    }
+
+    /// Keeps these.
+    pub fn put_own_way(
+        &self,
+        space: Space,
+        root: &RootHash,
+        layers: &[LayerBlobs],
+    ) -> Result<(), Failure> {
+        self.note_reached(layers)?;
+        let mut out = Writer::default();
+        write_layers(&mut out, layers);
+        Ok(self.store.set_value(&own_key(space, root), &out.finish())?)
+    }
+
+    /// Whether layers to a component are kept for others.
+    pub fn is_offered(&self, root: &RootHash) -> Result<bool, DatabaseError> {
+        Ok(!self.offered(root)?.is_empty())
     }
 
     /// The layers through which something is read here, from nothing on, if all of them are here: what an update can be put
@@ -214,9 +283,10 @@ impl Holdings {
                 },
             },
         };
-        Ok(layers.filter(|layers| {
-            !layers.is_empty() && blobs_of(layers).all(|blob| self.is_complete(&blob))
-        }))
+        Ok(match layers.filter(|layers| !layers.is_empty()) {
+            Some(layers) if self.store.is_readable(&layers)? => Some(layers),
+            _ => None,
+        })
     }
 
     /// The layers to a component that is its own pack.
@@ -286,8 +356,22 @@ impl Holdings {
     }
 
     /// Keeps the layers through which a tree was checked.
-    pub fn put_tree_way(&self, root: &RootHash, way: &TreeWay) -> Result<(), DatabaseError> {
-        self.store.set_value(&tree_key(root), &way.encode())
+    pub fn put_tree_way(&self, root: &RootHash, way: &TreeWay) -> Result<(), Failure> {
+        for layers in [&way.listing, &way.contents] {
+            self.note_reached(layers)?;
+        }
+        Ok(self.store.set_value(&tree_key(root), &way.encode())?)
+    }
+
+    /// Notes what of its packs a way takes, where not all of them are here: whether it is whole can be told from then on. One whose
+    /// indexes are not here is not.
+    pub fn note_reached(&self, layers: &[LayerBlobs]) -> Result<(), Failure> {
+        let has_indexes = layers.iter().all(|layer| self.is_complete(&layer.index));
+        if !has_indexes || self.store.is_readable(layers)? {
+            return Ok(());
+        }
+        let reached = crate::layers::reached(&self.store, layers, &())?;
+        Ok(self.store.put_reached(layers, reached)?)
     }
 
     /// Forgets the layers of trees whose listings are gone, and of components that were their own packs; others are passed over.
@@ -297,7 +381,9 @@ impl Holdings {
     ) -> Result<(), DatabaseError> {
         let mut keys = Vec::new();
         for root in removed {
-            for key in [tree_key(root), blob_key(root), offer_key(root)] {
+            let own = [Space::Stream, Space::Contents].map(|space| own_key(space, root));
+            let keys_of = [tree_key(root), blob_key(root), offer_key(root)];
+            for key in keys_of.into_iter().chain(own) {
                 if self.store.value(&key)?.is_some() {
                     keys.push(key);
                 }
@@ -321,44 +407,50 @@ impl Holdings {
     }
 
     /// Every blob that a capsule takes here, whether all of it is here or not.
-    ///
-    /// Of a capsule that is held, but whose manifest cannot be read (damaged, or being fetched again), nobody can tell what
-    /// it takes: everything here counts, so that nothing of it is collected before the manifest is whole again.
     pub fn blobs_of(
         &self,
         capsule: &CapsuleId,
         records: &Records,
     ) -> Result<BTreeSet<RootHash>, DatabaseError> {
-        let mut blobs = BTreeSet::from([capsule.0]);
+        Ok(self.takes(capsule, records)?.blobs())
+    }
+
+    /// What a capsule takes here.
+    ///
+    /// Of a capsule that is held, but whose manifest cannot be read (damaged, or being fetched again), nobody can tell what
+    /// it takes: everything here counts, so that nothing of it is collected before the manifest is whole again.
+    pub fn takes(&self, capsule: &CapsuleId, records: &Records) -> Result<Takes, DatabaseError> {
+        let (mut whole, mut ways) = (BTreeSet::from([capsule.0]), BTreeSet::new());
         let Some(manifest) = self.manifest(capsule) else {
             if self.store.capsule(capsule)?.is_some() {
-                blobs.extend(self.everything());
+                whole.extend(self.everything());
             }
-            return Ok(blobs);
+            return Ok(Takes { whole, ways });
         };
         for component in &manifest.components {
-            blobs.insert(component.root);
+            whole.insert(component.root);
             // Damaged in one place, they are as needed as before: that place is all that is to be fetched again.
-            if let Some(known) = self.store.component(&component.root) {
-                blobs.extend(known.recipe.blobs());
+            let recipe = self.store.component(&component.root);
+            ways.extend(recipe.map(|known| known.recipe.layers));
+            ways.extend(self.blob_way(&component.root)?);
+            for space in [Space::Stream, Space::Contents] {
+                ways.extend(self.own_way(space, &component.root)?);
             }
-            if let Some(layers) = self.blob_way(&component.root)? {
-                blobs.extend(blobs_of(&layers));
-            }
-            blobs.extend(blobs_of(&self.offered(&component.root)?));
             if let Some(way) = self.tree_way(&component.root)? {
-                blobs.extend(HeldWay::Tree(way).blobs());
+                ways.extend([way.listing, way.contents]);
             }
+            // Who asks for these may want to make anything of them.
+            whole.extend(blobs_of(&self.offered(&component.root)?));
             match self.way_to(component)? {
                 Some(HeldWay::Layers(_) | HeldWay::Tree(_)) => {}
                 // Begun, or its own pack: whatever layers are known to lead there.
                 Some(HeldWay::Blob) | None => {
                     let layers = leading_to(&component.root, records)?;
-                    blobs.extend(blobs_of(&layers));
+                    whole.extend(blobs_of(&layers));
                 }
             }
         }
-        Ok(blobs)
+        Ok(Takes { whole, ways })
     }
 
     fn everything(&self) -> impl Iterator<Item = RootHash> {
@@ -384,6 +476,16 @@ impl Holdings {
     /// Whether a blob is here, all of it.
     pub fn is_complete(&self, blob: &RootHash) -> bool {
         self.store.durable(blob).is_some_and(|here| here.complete)
+    }
+}
+
+impl Takes {
+    /// All of it.
+    pub fn blobs(self) -> BTreeSet<RootHash> {
+        let of_ways = self.ways.iter().flat_map(|layers| blobs_of(layers));
+        let mut blobs: BTreeSet<RootHash> = of_ways.collect();
+        blobs.extend(self.whole);
+        blobs
     }
 }
 

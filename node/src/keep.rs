@@ -12,6 +12,7 @@ use capsule_proto::{CapsuleId, GroupRanges, RootHash};
 use crate::control::{
     CapsuleRef, Collected, Failure, FailureCode, Gc, Pin, Pinned, Removed, Rm, Unpin,
 };
+use crate::needs::Needs;
 use crate::node::{Node, spelled};
 use crate::store::{DatabaseError, GcMode, GcReport, PinOrigin, Store};
 use crate::work::{blocking, panicked};
@@ -82,9 +83,43 @@ pub async fn gc(node: &Arc<Node>, request: Gc) -> Result<Collected, Failure> {
         dry_run,
         capsules: dead,
         blobs: (report.blobs.len() + report.components.len()) as u64,
+        punched: report.punched.len() as u64,
+        punched_bytes: punched_bytes(&report),
         bytes: report.freed,
         busy: report.in_use.len() as u64,
     })
+}
+
+fn punched_bytes(report: &GcReport) -> u64 {
+    report.punched.iter().map(|(_, bytes)| bytes).sum()
+}
+
+/// Frees what capsules do not need: whole blobs, and the parts of packs that nothing of theirs is read from.
+fn free(
+    node: &Node,
+    mut needs: Needs,
+    candidates: Option<&BTreeSet<RootHash>>,
+    mode: GcMode,
+) -> Result<GcReport, Failure> {
+    let collect = mode == GcMode::Collect;
+    let may_go = |root: &RootHash| candidates.is_none_or(|candidates| candidates.contains(root));
+    if collect {
+        needs.note(&node.store)?;
+        node.components.close_all();
+    }
+    let live = |root: &RootHash| needs.contains(root) || !may_go(root);
+    let mut report = node.store.gc(&live, mode)?;
+    let dead = needs.dead(&node.store);
+    let dead = dead.iter().filter(|(root, _)| may_go(root));
+    node.store.punch_all(dead, mode, &mut report)?;
+    if collect {
+        forget_ways(node, &report)?;
+        // What a pull that is under way noted belongs to nothing yet.
+        if node.transfers.list().is_empty() {
+            needs.forget_others(&node.store)?;
+        }
+    }
+    Ok(report)
 }
 
 fn collect(node: &Node, dry_run: bool) -> Result<(Vec<CapsuleId>, GcReport), Failure> {
@@ -106,20 +141,13 @@ fn collect(node: &Node, dry_run: bool) -> Result<(Vec<CapsuleId>, GcReport), Fai
             living.push(id);
         }
     }
-    let live = live_blobs(node, living.iter().chain(&pinned))?;
-    if !dry_run {
-        node.components.close_all();
-    }
+    let needs = Needs::of(node, living.iter().chain(&pinned), &())?;
     let mode = if dry_run {
         GcMode::DryRun
     } else {
         GcMode::Collect
     };
-    let report = node.store.gc(&|root| live.contains(root), mode)?;
-    if !dry_run {
-        forget_ways(node, &report)?;
-    }
-    Ok((dead, report))
+    Ok((dead, free(node, needs, None, mode)?))
 }
 
 /// Forgets how trees were read whose listings went, and what was offered for components that went.
@@ -128,23 +156,14 @@ fn forget_ways(node: &Node, report: &GcReport) -> Result<(), DatabaseError> {
     node.holdings.forget_ways(blobs.chain(&report.components))
 }
 
-fn live_blobs<'a>(
-    node: &Node,
-    capsules: impl Iterator<Item = &'a CapsuleId>,
-) -> Result<BTreeSet<RootHash>, Failure> {
-    let mut live = BTreeSet::new();
-    for id in capsules {
-        live.extend(node.holdings.blobs_of(id, &node.records)?);
-    }
-    Ok(live)
-}
-
 /// Removes one capsule; what others need stays.
 pub async fn rm(node: &Arc<Node>, request: Rm) -> Result<Removed, Failure> {
     let (capsule, report) = take_away(node, move |node| remove(node, &request)).await?;
     Ok(Removed {
         capsule,
         blobs: (report.blobs.len() + report.components.len()) as u64,
+        punched: report.punched.len() as u64,
+        punched_bytes: punched_bytes(&report),
         bytes: report.freed,
         busy: report.in_use.len() as u64,
     })
@@ -179,13 +198,10 @@ fn remove(node: &Node, request: &Rm) -> Result<(CapsuleId, GcReport), Failure> {
         .map(|(id, _)| id)
         .filter(|id| *id != capsule)
         .collect();
-    let needed = live_blobs(node, others.iter())?;
+    let needs = Needs::of(node, &others, &())?;
     node.store.remove_capsule(&capsule)?;
-    node.components.close_all();
     // Everything lives but what this capsule alone needed.
-    let live = |root: &RootHash| !candidates.contains(root) || needed.contains(root);
-    let report = node.store.gc(&live, GcMode::Collect)?;
-    forget_ways(node, &report)?;
+    let report = free(node, needs, Some(&candidates), GcMode::Collect)?;
     Ok((capsule, report))
 }
 

@@ -7,16 +7,18 @@ use std::error::Error;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use capsule_chunker::content::Content;
+use capsule_chunker::content::{Content, Progress};
 use capsule_chunker::layer::Storage;
+use capsule_chunker::layer::reach::Reach;
 use capsule_chunker::layer::read::{LayerCache, LayerContent, ReadOptions};
-use capsule_proto::RootHash;
-use capsule_proto::index::{Directory, IndexHeader, SourceKind};
+use capsule_proto::index::{Directory, IndexHeader, SourceKind, Space};
+use capsule_proto::{GroupRanges, RootHash};
 use positioned_io::ReadAt;
 use tokio::sync::Notify;
 
 use crate::control::{Failure, FailureCode};
-use crate::store::{Component, ComponentProvider, LayerBlobs, Store};
+use crate::held::Holdings;
+use crate::store::{Component, ComponentProvider, LayerBlobs, Reached, Store};
 
 /// Components kept open for peers: several ask for one and the same at a time, seldom for more.
 const OPEN_COMPONENTS: usize = 4;
@@ -42,12 +44,38 @@ pub fn open(
     })
 }
 
-/// Opens a layer's pack; one without is read as an empty one.
+/// Opens a layer's pack, of which only what is read need be here; one without is read as an empty one.
 pub fn open_pack(store: &Store, layer: &LayerBlobs) -> Result<Storage, Failure> {
     Ok(match &layer.pack {
-        Some(pack) => store.open_blob(pack)?,
-        None => Arc::new(Vec::<u8>::new()),
+        Some(pack) if store.durable(pack).is_some() => store.open_partial(pack)?,
+        Some(_) | None => Arc::new(Vec::<u8>::new()),
     })
+}
+
+/// What of its packs a way takes, by the indexes of its layers, which must all be here. Its last pack was made for it: all of that.
+pub fn reached(
+    store: &Store,
+    layers: &[LayerBlobs],
+    progress: &dyn Progress,
+) -> Result<Reached, Failure> {
+    let cache = LayerCache::new(&ReadOptions { cache_len: 0 });
+    let all = open_all(store, layers, &cache, &no_pack, &|_, content| Ok(content))?;
+    let (Some(top), Some(last)) = (all.last(), layers.last()) else {
+        return Ok(Reached::new());
+    };
+    let (reach, mut reached) = (Reach::of(top, progress)?, Reached::new());
+    for (layer, blobs) in all.iter().zip(layers) {
+        if let Some(pack) = blobs.pack.filter(|pack| last.pack != Some(*pack)) {
+            let groups: &mut GroupRanges = reached.entry(pack).or_default();
+            groups.union_with(&reach.groups(layer));
+        }
+    }
+    Ok(reached)
+}
+
+/// No pack: for who reads indexes only.
+pub fn no_pack(_: &LayerBlobs) -> Result<Storage, Failure> {
+    Ok(Arc::new(Vec::<u8>::new()))
 }
 
 /// Opens all of a component's layers: `pack` opens their packs, and `finish` may give them more to read.
@@ -188,7 +216,11 @@ impl ComponentProvider for Components {
         let options = ReadOptions {
             cache_len: SERVING_CACHE,
         };
-        let content = open(&self.store, &component.recipe.layers, &options)?;
+        let own = Holdings::new(self.store.clone()).own_way(Space::Stream, root)?;
+        let content = match own {
+            Some(own) if self.store.is_readable(&own)? => open(&self.store, &own, &options)?,
+            _ => open(&self.store, &component.recipe.layers, &options)?,
+        };
         let mut kept = Components::open(self);
         if kept.len() == OPEN_COMPONENTS {
             kept.pop_front();

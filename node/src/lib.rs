@@ -6,6 +6,7 @@
 //! | `daemon`, `node` | starting, stopping, what happens by itself; what the parts share |
 //! | `publish`, `transfer`, `export`, `verify`, `keep`, `follow`, `report` | the commands |
 //! | `records`, `held`, `graph`, `layers`, `encoding`, `rehash` | what the fleet says; what is here; ways to components; reading, making and hashing them |
+//! | `needs`, `materialise` | what of packs is read; what is dear to read is encoded anew |
 //! | `store`, `blobs` | bytes on the disk, and as the network sees them |
 //! | `clock`, `work` | time with a floor; long work on few threads |
 
@@ -22,6 +23,8 @@ pub mod held;
 pub mod home;
 pub mod keep;
 pub mod layers;
+mod materialise;
+mod needs;
 pub mod node;
 pub mod publish;
 pub mod records;

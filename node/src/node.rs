@@ -13,6 +13,7 @@ use capsule_proto::credential::MachineId;
 use capsule_proto::name::CapsuleName;
 use capsule_swarm::{NetworkHandle, PeerId, PeerInfo};
 use serde::Serialize;
+use tokio::sync::Notify;
 
 use crate::blobs::Blobs;
 use crate::clock::Clock;
@@ -72,6 +73,8 @@ pub struct Node {
     /// What is kept: held while it is read and acted upon, so that nothing is collected that is pinned meanwhile. Whoever
     /// needs `naming` too takes that first.
     pub keeping: Arc<tokio::sync::Mutex<()>>,
+    /// Told whenever capsules came or went.
+    pub changed: Notify,
     /// When it started.
     pub started: Instant,
     memory: Mutex<Memory>,
@@ -104,6 +107,7 @@ impl Node {
             follower: Follower::default(),
             naming: tokio::sync::Mutex::new(()),
             keeping: Arc::default(),
+            changed: Notify::new(),
             started: Instant::now(),
             memory: Mutex::default(),
         })
@@ -136,6 +140,7 @@ impl Node {
 
     /// Tells the fleet which capsules are here.
     pub async fn tell_capsules(&self) -> Result<(), Failure> {
+        self.changed.notify_one();
         let store = self.store.clone();
         let held = crate::work::blocking(move || Ok(store.capsules()?)).await?;
         Ok(self

@@ -4,17 +4,18 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use capsule_proto::credential::{Channels, Roles};
+use capsule_proto::index::Space;
 use capsule_proto::manifest::Manifest;
 use capsule_proto::{CapsuleId, RootHash};
 use capsule_swarm::{PeerId, PeerInfo};
 
 use crate::control::{
     BanInfo, BlobStatus, ConnectedPeer, Failure, HashList, HeldHash, HolderInfo, LayerInfo,
-    LayerList, Layers, Listed, ListedCapsule, Ls, NameInfo, NodeStatus, PeerList, Peers, Show,
-    Shown, TransferInfo,
+    LayerList, Layers, Listed, ListedCapsule, Ls, NameInfo, NodeStatus, PeerList, Peers, ReadInfo,
+    Show, Shown, TransferInfo,
 };
 use crate::follow;
-use crate::held::{component_info, kind_word, space_word};
+use crate::held::{HeldWay, component_info, kind_word, space_word};
 use crate::keep::{origin_word, pins_of};
 use crate::node::{Node, conflicts};
 use crate::records::{KnownLayer, KnownName};
@@ -156,12 +157,39 @@ pub async fn layers(node: &Arc<Node>, request: Layers) -> Result<LayerList, Fail
     blocking(move || {
         let capsule = node.resolve(&request.capsule)?.capsule;
         let manifest = node.holdings.manifest(&capsule);
+        let layers = graph_of(&node, manifest.as_ref())?;
         Ok(LayerList {
             capsule,
-            layers: graph_of(&node, manifest.as_ref())?,
+            reads: reads_of(&node, manifest.as_ref(), &layers)?,
+            layers,
         })
     })
     .await
+}
+
+/// Through which layers a manifest's components are read here.
+fn reads_of(
+    node: &Node,
+    manifest: Option<&Manifest>,
+    told: &[LayerInfo],
+) -> Result<Vec<ReadInfo>, Failure> {
+    let told: BTreeSet<RootHash> = told.iter().map(|layer| layer.index.root).collect();
+    let mut reads = Vec::new();
+    for component in manifest.iter().flat_map(|manifest| &manifest.components) {
+        let (space, layers) = match node.holdings.way_to(component)? {
+            Some(HeldWay::Layers(layers)) => (Space::Stream, layers),
+            Some(HeldWay::Tree(way)) => (Space::Contents, way.contents),
+            Some(HeldWay::Blob) | None => continue,
+        };
+        let own = layers.iter().filter(|layer| !told.contains(&layer.index));
+        reads.push(ReadInfo {
+            component: component.name.clone(),
+            space: space_word(space).to_owned(),
+            own: own.count(),
+            layers: layers.len(),
+        });
+    }
+    Ok(reads)
 }
 
 /// The layers that lead to a manifest's components.

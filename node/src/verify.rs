@@ -8,13 +8,14 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use capsule_proto::ranges::group_count;
-use capsule_proto::{CapsuleId, RootHash};
+use capsule_proto::{CapsuleId, GroupRanges, RootHash};
 use capsule_swarm::Priority;
 
 use crate::control::{
     CapsuleRef, DamageInfo, Failure, FailureCode, Phase, Reporter, Verified, Verify,
 };
 use crate::held::kind_word;
+use crate::needs::Needs;
 use crate::node::{Node, spelled};
 use crate::store::{BlobInfo, BlobKind, DatabaseError, ReadError, Store};
 use crate::transfer::fetch::{Fetched, Manner, Wanted, fetch};
@@ -183,10 +184,8 @@ fn read_one(store: &Store, held: &Held, work: &Work) -> Result<Result<u64, ReadE
 
 /// Whether a component cannot be read because its layers are not all here.
 fn lacks_layers(store: &Store, root: &RootHash) -> bool {
-    store.component(root).is_some_and(|component| {
-        let mut blobs = component.recipe.blobs().into_iter();
-        blobs.any(|blob| !store.durable(&blob).is_some_and(|here| here.complete))
-    })
+    let layers = store.component(root).map(|known| known.recipe.layers);
+    layers.is_some_and(|layers| !store.is_readable(&layers).unwrap_or(false))
 }
 
 /// Capsules that are no longer whole; notes that, also of what nobody noted when it went.
@@ -350,28 +349,25 @@ async fn repair(
         .filter_map(|(held, _)| held.kind.map(|kind| (held, kind)));
     // What nothing needs any more, such as a layer that only this node had, is not looked for.
     let asked = node.clone();
-    let needed = blocking(move || {
-        let mut needed = BTreeSet::new();
-        for (id, _) in asked.store.capsules()? {
-            needed.extend(asked.holdings.blobs_of(&id, &asked.records)?);
-        }
-        Ok(needed)
+    let needs = blocking(move || {
+        let capsules = asked.store.capsules()?;
+        Needs::of(&asked, capsules.iter().map(|(id, _)| id), &())
     })
     .await?;
-    let left = left.filter(|(held, _)| needed.contains(&held.root));
-    let left = left.filter(|(held, _)| {
-        node.store
-            .present(&held.root)
-            .is_some_and(|here| !here.complete)
-    });
-    let wanted: Vec<Wanted> = left
-        .map(|(held, kind)| Wanted {
+    let left = left.filter(|(held, _)| needs.contains(&held.root));
+    let wanted = left.filter_map(|(held, kind)| {
+        let groups = needs.part_of(&held.root).cloned();
+        let needed = groups.clone();
+        let needed = needed.unwrap_or_else(|| GroupRanges::all(held.size));
+        let here = node.store.present(&held.root)?.ranges;
+        (!needed.difference(&here).is_empty()).then_some(Wanted {
             root: held.root,
             size: Some(held.size),
             kind,
-            groups: None,
+            groups,
         })
-        .collect();
+    });
+    let wanted: Vec<Wanted> = wanted.collect();
     let name = "what was damaged".to_owned();
     let manner = Manner {
         phase: Phase::Repairing,

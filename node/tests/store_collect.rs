@@ -5,8 +5,8 @@ mod store_sim;
 use std::sync::Arc;
 
 use capsule_node::store::{
-    BlobKind, ComponentProvider, ComponentRecipe, Full, GcMode, LayerBlobs, ReadError, RemoveError,
-    Store, StoreOptions, WriteError,
+    BlobKind, ComponentProvider, ComponentRecipe, Full, GcMode, GcReport, LayerBlobs, ReadError,
+    RemoveError, Store, StoreOptions, WriteError,
 };
 use capsule_proto::{GROUP_LEN, GroupRanges, RootHash};
 use positioned_io::ReadAt;
@@ -134,6 +134,116 @@ fn dead_ranges_are_freed_on_the_disk() {
     );
     write(&store, &sample, 0..64);
     assert!(store.durable(&sample.root()).unwrap().complete);
+}
+
+#[test]
+fn what_a_crash_left_of_punching_is_punched_by_the_next() {
+    use std::os::unix::fs::{FileExt, MetadataExt};
+    let dir = tempfile::tempdir().unwrap();
+    let sample = Sample::groups(1, 64);
+    let file = dir.path().join(file_of(&sample.root(), "data"));
+    let held = || std::fs::metadata(&file).unwrap().blocks() * 512;
+    let dead = GroupRanges::from(10..64);
+    let store = open(dir.path());
+    write(&store, &sample, 0..64);
+    store.punch(&sample.root(), &dead).unwrap();
+    let punched = held();
+    drop(store);
+    // As if the row had been committed, and nothing punched.
+    let bytes = &sample.bytes[10 * GROUP_LEN as usize..];
+    let open_file = std::fs::File::options().write(true).open(&file).unwrap();
+    open_file.write_all_at(bytes, 10 * GROUP_LEN).unwrap();
+    open_file.sync_all().unwrap();
+    assert!(held() > punched + 50 * GROUP_LEN);
+    let store = open(dir.path());
+    let mut report = GcReport::default();
+    let (root, dead) = (sample.root(), &dead);
+    store
+        .punch_all([(&root, dead)], GcMode::DryRun, &mut report)
+        .unwrap();
+    store
+        .punch_all([(&root, dead)], GcMode::Collect, &mut report)
+        .unwrap();
+    assert_eq!(report, GcReport::default(), "no row tells of these bytes");
+    assert!(held() <= punched, "{punched} -> {}", held());
+    assert_eq!(read(&store, &root, 0..10), sample.encoded(0..10));
+}
+
+// An index and a pack of which a component takes a part.
+#[test]
+fn a_component_needs_no_more_of_a_pack_than_its_way_reaches() {
+    let (disk, store) = simulated();
+    let (index, pack) = (Sample::groups(1, 2), Sample::groups(2, 9));
+    let (image, top) = (Sample::groups(3, 12), Sample::groups(4, 3));
+    let layers = vec![
+        LayerBlobs {
+            index: index.root(),
+            pack: Some(pack.root()),
+        },
+        LayerBlobs {
+            index: index.root(),
+            pack: Some(top.root()),
+        },
+    ];
+    write(&store, &index, 0..2);
+    write(&store, &pack, 0..9);
+    write(&store, &top, 0..3);
+    let dead = GroupRanges::from(5..9);
+    let recipe = ComponentRecipe {
+        layers: layers.clone(),
+    };
+    let register =
+        || store.register_component(&image.root(), image.size(), recipe.clone(), &image.outboard);
+    register().unwrap();
+    store.flush_all().unwrap();
+    let reopened = || Store::open_with(Arc::new(disk.crash(7)), StoreOptions::default()).unwrap();
+    let is_here = |store: &Store| store.component(&image.root()).is_some();
+
+    // Punched without a word, the component is not whole.
+    assert!(store.is_readable(&layers).unwrap());
+    let reached = [(pack.root(), GroupRanges::from(0..5))];
+    store.put_reached(&layers, reached.into()).unwrap();
+    let mut report = GcReport::default();
+    let root = pack.root();
+    store
+        .punch_all([(&root, &dead)], GcMode::DryRun, &mut report)
+        .unwrap();
+    let mut done = GcReport::default();
+    store
+        .punch_all([(&root, &dead)], GcMode::Collect, &mut done)
+        .unwrap();
+    assert_eq!(report, done);
+    assert_eq!(done.freed, pack.size() - 5 * GROUP_LEN + 64 * 4);
+    assert!(store.is_readable(&layers).unwrap());
+    assert!(is_here(&reopened()));
+    register().unwrap();
+    assert!(!store.is_readable(&layers[..1]).unwrap(), "another way");
+    let partial = store.open_partial(&root).unwrap();
+    let mut bytes = [0; 100];
+    partial.read_exact_at(4 * GROUP_LEN, &mut bytes).unwrap();
+    assert!(partial.read_exact_at(5 * GROUP_LEN, &mut bytes).is_err());
+    // In use it is spared.
+    let guarded = GroupRanges::from(4..9);
+    let mut spared = GcReport::default();
+    store
+        .punch_all([(&root, &guarded)], GcMode::Collect, &mut spared)
+        .unwrap();
+    assert_eq!((spared.in_use, spared.freed), (vec![root], 0));
+    drop(partial);
+
+    // Less than is reached is too little.
+    store.punch(&root, &guarded).unwrap();
+    assert!(!store.is_readable(&layers).unwrap());
+    assert!(matches!(register(), Err(WriteError::Unknown(missing)) if missing == root));
+    assert!(!is_here(&reopened()));
+    // Who forgets what a way reaches needs all of it.
+    write(&store, &pack, 4..5);
+    store.flush_all().unwrap();
+    assert!(store.is_readable(&layers).unwrap());
+    store.keep_reached(&[layers.clone()].into()).unwrap();
+    assert!(store.is_readable(&layers).unwrap());
+    store.keep_reached(&Default::default()).unwrap();
+    assert!(!store.is_readable(&layers).unwrap());
 }
 
 #[test]

@@ -276,7 +276,11 @@ fn layers_tell_the_ways_to_a_version() {
     assert_eq!(ways, expected);
     let told = fleet[0].ok(&["layers", "lab"]);
     assert!(
-        told.contains("nothing") && told.lines().count() == 4,
+        told.contains("nothing") && told.lines().count() == 5,
+        "{told}"
+    );
+    assert!(
+        told.ends_with("file (stream) is read here through 3 layers\n"),
         "{told}"
     );
 }

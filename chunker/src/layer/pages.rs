@@ -214,8 +214,8 @@ impl Pages {
         }
     }
 
-    /// A page of frames.
-    fn read_frames(&self, number: usize) -> Result<Vec<Frame>, IndexFault> {
+    /// A page of frames; keeps nothing.
+    pub fn read_frames(&self, number: usize) -> Result<Vec<Frame>, IndexFault> {
         let entry = &self.directory.frame_pages()[number];
         let bytes = read(&self.storage, entry.at, entry.len as usize)?;
         let frames = self.directory.decode_frames(number, &bytes);

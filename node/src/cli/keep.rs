@@ -126,24 +126,60 @@ fn render_collected(collected: &Collected, _: Style) -> String {
         .iter()
         .map(|capsule| format!("{verb} capsule {capsule}\n"))
         .collect();
-    if collected.capsules.is_empty() && collected.blobs == 0 && collected.busy == 0 {
+    let amounts = Amounts {
+        blobs: collected.blobs,
+        punched: collected.punched,
+        punched_bytes: collected.punched_bytes,
+        bytes: collected.bytes,
+        busy: collected.busy,
+    };
+    if collected.capsules.is_empty() && amounts.is_nothing() {
         return "nothing to remove: pinned capsules need all that is here\n".to_owned();
     }
-    capsules + &amounts(verb, collected.blobs, collected.bytes, collected.busy)
+    capsules + &amounts.render(verb)
 }
 
 fn render_removed(removed: &Removed, _: Style) -> String {
     format!("removed capsule {}\n", removed.capsule)
-        + &amounts("removed", removed.blobs, removed.bytes, removed.busy)
+        + &Amounts {
+            blobs: removed.blobs,
+            punched: removed.punched,
+            punched_bytes: removed.punched_bytes,
+            bytes: removed.bytes,
+            busy: removed.busy,
+        }
+        .render("removed")
 }
 
-fn amounts(verb: &str, blobs: u64, bytes: u64, busy: u64) -> String {
-    let busy = if busy > 0 {
-        format!("; {} in use stayed", plural(busy, "blob"))
-    } else {
-        String::new()
-    };
-    format!("{verb} {}, {}{busy}\n", plural(blobs, "blob"), size(bytes))
+/// How much went, or would.
+struct Amounts {
+    blobs: u64,
+    punched: u64,
+    punched_bytes: u64,
+    bytes: u64,
+    busy: u64,
+}
+
+impl Amounts {
+    const fn is_nothing(&self) -> bool {
+        self.blobs == 0 && self.punched == 0 && self.busy == 0
+    }
+
+    fn render(&self, verb: &str) -> String {
+        let mut text = format!(
+            "{verb} {}, {}",
+            plural(self.blobs, "blob"),
+            size(self.bytes)
+        );
+        if self.punched > 0 {
+            let (bytes, blobs) = (size(self.punched_bytes), plural(self.punched, "blob"));
+            text += &format!("; {bytes} of that from {blobs} of which the rest is needed");
+        }
+        if self.busy > 0 {
+            text += &format!("; {} in use stayed", plural(self.busy, "blob"));
+        }
+        text + "\n"
+    }
 }
 
 #[cfg(test)]
@@ -186,6 +222,8 @@ mod tests {
             dry_run: false,
             capsules: Vec::new(),
             blobs: 0,
+            punched: 0,
+            punched_bytes: 0,
             bytes: 0,
             busy: 0,
         };
@@ -199,6 +237,8 @@ mod tests {
             dry_run: true,
             capsules: vec![capsule],
             blobs: 3,
+            punched: 0,
+            punched_bytes: 0,
             bytes: 2048,
             busy: 1,
         };
@@ -207,6 +247,19 @@ mod tests {
             format!(
                 "would remove capsule {capsule}\nwould remove 3 blobs, 2.00 KiB; 1 blob in use stayed\n"
             )
+        );
+        let punched = Collected {
+            dry_run: false,
+            capsules: Vec::new(),
+            blobs: 0,
+            punched: 2,
+            punched_bytes: 2048,
+            bytes: 2048,
+            busy: 0,
+        };
+        assert_eq!(
+            render_collected(&punched, Style::PLAIN),
+            "removed 0 blobs, 2.00 KiB; 2.00 KiB of that from 2 blobs of which the rest is needed\n"
         );
     }
 }

@@ -1,11 +1,11 @@
 //! `capsule layers`.
 
-use capsule_node::control::{BlobStatus, CapsuleRef, LayerInfo, LayerList, Layers};
+use capsule_node::control::{BlobStatus, CapsuleRef, LayerInfo, LayerList, Layers, ReadInfo};
 use clap::Args;
 
 use super::context::{Context, Output};
 use super::exit::Exit;
-use super::format::{percent, size};
+use super::format::{percent, plural, size};
 use super::list::hash;
 use super::style::Style;
 use super::table::Table;
@@ -64,7 +64,23 @@ fn render(found: &LayerList, style: Style, long: bool) -> String {
             percent(have, all),
         ]);
     }
-    table.render(style)
+    let reads: String = found.reads.iter().map(read).collect();
+    table.render(style) + &reads
+}
+
+fn read(read: &ReadInfo) -> String {
+    let ReadInfo {
+        component,
+        space,
+        layers,
+        own,
+    } = read;
+    let own = match own {
+        0 => String::new(),
+        own => format!(", {} of them made here and told to nobody", own),
+    };
+    let layers = plural(*layers as u64, "layer");
+    format!("{component} ({space}) is read here through {layers}{own}\n")
 }
 
 fn blobs(layer: &LayerInfo) -> impl Iterator<Item = &BlobStatus> {

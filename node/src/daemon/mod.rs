@@ -31,6 +31,7 @@ use crate::control::{self, ServerError, serve};
 use crate::follow;
 use crate::home::{Home, HomeError, socket};
 use crate::layers::Components;
+use crate::materialise;
 use crate::node::{Answers, Node, Parts};
 use crate::records::Records;
 use crate::store::{
@@ -308,6 +309,7 @@ impl Daemon {
         parts.start("purge of records", events::purge_records(node.clone()));
         parts.start("end of bans", events::lift_bans(node.clone()));
         parts.start("trimming of memory", events::trim_when_quiet(node.clone()));
+        parts.start("shortening of chains", materialise::run(node.clone()));
         parts.start("closing of components", async move {
             components.close_idle().await
         });

@@ -58,6 +58,8 @@ pub(super) struct BlobState {
     /// The open files while there is something to flush: a sync through the same description sees
     /// every error of the writes before it.
     pub files: Option<Arc<BlobFiles>>,
+    /// Whether all that is absent was punched since this process began: a crash between commit and punching leaves space taken.
+    pub swept: bool,
     /// Bytes of a small blob until they are in the database.
     pub small: Option<Arc<Vec<u8>>>,
 }

@@ -20,7 +20,7 @@ use super::disk::OpenMode;
 use super::error::{DatabaseError, IoFault, ReadError, WriteError};
 use super::import::Outboard;
 use super::meta::COMPONENTS;
-use super::rows::{Component, ComponentRecipe, ComponentRow, MAX_LAYERS, Row};
+use super::rows::{Component, ComponentRecipe, ComponentRow, LayerBlobs, MAX_LAYERS, Row};
 use super::serve::{Presence, Trouble, classify};
 use super::{Inner, Store};
 
@@ -56,7 +56,7 @@ impl Store {
 
     /// Serves a component under its own root from now on, durably: `outboard` is its hash tree.
     ///
-    /// All of its layers' blobs must be here, complete. Registering again replaces recipe and outboard,
+    /// All that it takes of its layers must be here ([`Store::is_readable`]). Registering again replaces recipe and outboard,
     /// and clears what was found damaged.
     pub fn register_component<'a>(
         &self,
@@ -76,14 +76,42 @@ impl Store {
         }
         let blobs = recipe.blobs();
         let _guard = self.guard(blobs.iter().copied());
-        if let Some(missing) = blobs
-            .iter()
-            .find(|blob| !self.durable(blob).is_some_and(|p| p.complete))
-        {
-            return Err(WriteError::Unknown(*missing));
+        if !self.is_readable(&recipe.layers)? {
+            let is_complete = |blob: &RootHash| self.durable(blob).is_some_and(|p| p.complete);
+            let missing = blobs.iter().find(|blob| !is_complete(blob));
+            return Err(WriteError::Unknown(*missing.unwrap_or(root)));
         }
         self.inner
             .register(root, Component { size, recipe }, outboard.into())
+    }
+
+    /// Reads a registered component through other layers from now on, durably; one that is not registered stays so. All that it
+    /// takes of them must be here.
+    pub fn set_recipe(&self, root: &RootHash, layers: Vec<LayerBlobs>) -> Result<(), WriteError> {
+        let _guard = self.guard(
+            layers
+                .iter()
+                .flat_map(|layer| [Some(layer.index), layer.pack])
+                .flatten(),
+        );
+        if layers.is_empty() || layers.len() > MAX_LAYERS || !self.is_readable(&layers)? {
+            return Err(WriteError::Unknown(*root));
+        }
+        let _turn = lock(&self.inner.component_turn);
+        let Some(entry) = self.inner.component_entry(root) else {
+            return Ok(());
+        };
+        let row = ComponentRow {
+            component: Component {
+                size: entry.component.size,
+                recipe: ComponentRecipe { layers },
+            },
+            ranges: lock(&entry.ranges).clone(),
+        };
+        self.inner.commit_component(root, &row)?;
+        let entry = Arc::new(ComponentEntry::from_row(row));
+        self.inner.components_mut().insert(*root, entry);
+        Ok(())
     }
 
     /// A registered component.

@@ -45,7 +45,9 @@ pub struct GcReport {
     pub blobs: Vec<(RootHash, BlobKind, u64)>,
     /// Components no longer served.
     pub components: Vec<RootHash>,
-    /// Bytes freed: the sum over the blobs, and the components' outboards.
+    /// Packs and other blobs that stay, of which dead ranges were freed: root, bytes of these.
+    pub punched: Vec<(RootHash, u64)>,
+    /// Bytes freed: the sum over all of these, and the components' outboards.
     pub freed: u64,
     /// Blobs that are not live, but in use.
     pub in_use: Vec<RootHash>,
@@ -128,6 +130,37 @@ impl Store {
         Ok(report)
     }
 
+    /// Frees dead ranges of blobs, where no guard holds these; adds to what a collection did.
+    pub fn punch_all<'a>(
+        &self,
+        dead: impl IntoIterator<Item = (&'a RootHash, &'a GroupRanges)>,
+        mode: GcMode,
+        report: &mut GcReport,
+    ) -> Result<(), RemoveError> {
+        for (root, dead) in dead {
+            let Some(blob) = self.inner.blob(root) else {
+                continue;
+            };
+            let here = blob.state().present.intersection(dead);
+            let freed = match mode {
+                GcMode::Collect => self.punch(root, dead),
+                GcMode::DryRun if self.inner.is_active(root) => Err(RemoveError::Busy(*root)),
+                GcMode::DryRun => Ok(blob.cost(&here)),
+            };
+            match freed {
+                Ok(0) => {}
+                Ok(freed) => {
+                    report.punched.push((*root, freed));
+                    report.freed += freed;
+                }
+                Err(RemoveError::Busy(root)) if !here.is_empty() => report.in_use.push(root),
+                Err(RemoveError::Busy(_) | RemoveError::Unknown(_)) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
     /// Frees dead ranges of a blob: they no longer count as held; the bytes that were held of them.
     ///
     /// Durably not present first, then the hole: the other way round, a crash between would leave zeros
@@ -136,7 +169,7 @@ impl Store {
         let blob = self.inner.blob(root).ok_or(RemoveError::Unknown(*root))?;
         let _turn = blob.turn();
         let _alone = blob.gate_exclusive();
-        let dead = {
+        let (dead, absent) = {
             let active = lock(&self.inner.active);
             let mut state = blob.state();
             if state.gone {
@@ -148,14 +181,20 @@ impl Store {
             let dead = state.present.intersection(dead);
             state.present = state.present.difference(&dead);
             state.durable = state.durable.difference(&dead);
-            dead
+            // Once in the life of a process, also what a crash left behind.
+            let absent = match state.swept {
+                true => dead.clone(),
+                false => blob.all().difference(&state.present),
+            };
+            (dead, absent)
         };
-        if dead.is_empty() {
-            return Ok(0);
-        }
         let freed = blob.cost(&dead);
         self.inner.space.release(freed);
-        self.inner.punch_committed(&blob, &dead)?;
+        if !dead.is_empty() {
+            self.inner.commit_less(&blob)?;
+        }
+        self.inner.free(&blob, &absent)?;
+        blob.state().swept = true;
         Ok(freed)
     }
 }
@@ -267,8 +306,8 @@ impl Inner {
         }
     }
 
-    /// Commits that groups are no longer present, then frees their space. The caller holds turn and gate.
-    fn punch_committed(&self, blob: &Blob, dead: &GroupRanges) -> Result<(), RemoveError> {
+    /// Commits that groups are no longer present. The caller holds turn and gate.
+    fn commit_less(&self, blob: &Blob) -> Result<(), RemoveError> {
         let (durable, row) = {
             let state = blob.state();
             (state.durable.clone(), state.row)
@@ -276,6 +315,14 @@ impl Inner {
         if row {
             self.commit_presence(blob, &durable, None)
                 .inspect_err(|_| self.note_dirty(blob, &mut blob.state(), 1))?;
+        }
+        Ok(())
+    }
+
+    /// Frees the space of groups that are absent, and durably so. The caller holds turn and gate.
+    fn free(&self, blob: &Blob, absent: &GroupRanges) -> Result<(), RemoveError> {
+        if absent.is_empty() {
+            return Ok(());
         }
         if blob.is_small() {
             blob.state().small = None;
@@ -289,7 +336,7 @@ impl Inner {
             Err(fault) if fault.source.kind() == std::io::ErrorKind::NotFound => return Ok(()),
             Err(fault) => return Err(fault.into()),
         };
-        for run in dead.runs() {
+        for run in absent.runs() {
             let start = run.start * GROUP_LEN;
             // To the end of the group, though the blob may end before: whole file-system blocks are freed.
             let len = group_bytes(run, u64::MAX).end - start;

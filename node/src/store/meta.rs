@@ -37,6 +37,7 @@ pub(super) const SETTINGS: TableDefinition<&str, u64> = TableDefinition::new("se
 pub(super) const BLOBS: HashTable = TableDefinition::new("blobs");
 pub(super) const SMALL: HashTable = TableDefinition::new("small");
 pub(super) const COMPONENTS: HashTable = TableDefinition::new("components");
+pub(super) const REACHED: HashTable = TableDefinition::new("reached");
 pub(super) const CAPSULES: HashTable = TableDefinition::new("capsules");
 pub(super) const PINS: TableDefinition<(&Hash, &str), ()> = TableDefinition::new("pins");
 pub(super) const FOLLOWS: TableDefinition<&str, &[u8]> = TableDefinition::new("follows");
@@ -205,7 +206,7 @@ fn create(disk: &dyn Disk) -> Result<(), OpenError> {
 
 fn create_tables(tx: &WriteTransaction) -> Result<(), DatabaseError> {
     tx.open_table(SETTINGS)?.insert("format", FORMAT)?;
-    for table in [BLOBS, SMALL, COMPONENTS, CAPSULES, RECORDS] {
+    for table in [BLOBS, SMALL, COMPONENTS, REACHED, CAPSULES, RECORDS] {
         tx.open_table(table)?;
     }
     tx.open_table(PINS)?;

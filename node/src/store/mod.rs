@@ -19,7 +19,8 @@
 //! | `blob` | a blob in memory: states, locks, open files |
 //! | `partial`, `import` | writing: verified ranges and flush; whole blobs |
 //! | `serve`, `damage`, `component` | reading; what no longer verifies; components by decoding |
-//! | `gc`, `space`, `recover` | removal; quota; opening after whatever happened |
+//! | `gc`, `reached` | removal; what of packs is needed, where that is not all of them |
+//! | `space`, `recover` | quota; opening after whatever happened |
 
 mod blob;
 mod component;
@@ -32,6 +33,7 @@ mod import;
 mod lock;
 mod meta;
 mod partial;
+mod reached;
 mod recover;
 mod rows;
 mod serve;
@@ -54,6 +56,7 @@ pub use disk::{Disk, DiskFile, FileEntry, OpenMode, RealDisk};
 pub use error::{DatabaseError, Full, IoFault, OpenError, ReadError, RemoveError, WriteError};
 pub use gc::{ActiveGuard, GcMode, GcReport};
 pub use import::{Import, Outboard, Scratch};
+pub use reached::Reached;
 pub use recover::Recovery;
 pub use rows::{
     Ban, BlobKind, Component, ComponentRecipe, Follow, HeldCapsule, LayerBlobs, MAX_LAYERS,

@@ -17,6 +17,7 @@ use super::disk::Disk;
 use super::error::{IoFault, OpenError};
 use super::import::TMP_DIR;
 use super::meta::{BLOBS, COMPONENTS, META_NEW, Meta, SMALL, rows};
+use super::reached::{Reached, all_reached, is_whole, key_of};
 use super::rows::{BlobRow, ComponentRow, Row};
 
 /// What opening found and put right.
@@ -59,7 +60,7 @@ pub(super) fn make_directories(disk: &dyn Disk) -> Result<(), IoFault> {
 pub(super) fn recover(disk: &dyn Disk, meta: &Meta) -> Result<Recovered, OpenError> {
     let mut recovery = Recovery::default();
     clear_tmp(disk, &mut recovery)?;
-    let (blobs, components, small) = meta.read(|tx| {
+    let (blobs, components, small, reached) = meta.read(|tx| {
         let small = tx.open_table(SMALL)?;
         let mut lens = HashMap::new();
         for entry in redb::ReadableTable::iter(&small)? {
@@ -73,6 +74,7 @@ pub(super) fn recover(disk: &dyn Disk, meta: &Meta) -> Result<Recovered, OpenErr
             rows::<BlobRow>(tx, BLOBS)?,
             rows::<ComponentRow>(tx, COMPONENTS)?,
             lens,
+            all_reached(tx)?,
         ))
     })?;
     let mut blobs: BTreeMap<_, _> = blobs
@@ -103,7 +105,7 @@ pub(super) fn recover(disk: &dyn Disk, meta: &Meta) -> Result<Recovered, OpenErr
     }
     let lost_components: Vec<_> = components
         .iter()
-        .filter(|(root, row)| component_lost(root, row, &files, &blobs))
+        .filter(|(root, row)| component_lost(root, row, &files, (&blobs, &reached)))
         .map(|(root, row)| (*root, row.ranges.clone()))
         .collect();
     lost_components
@@ -192,21 +194,22 @@ fn lost_groups(root: &RootHash, row: &BlobRow, files: &Files, small: Option<u64>
     lost
 }
 
-/// A component needs its outboard, and the blobs of its layers whole.
+/// A component needs its outboard, and what it takes of its layers.
 fn component_lost(
     root: &RootHash,
     row: &ComponentRow,
     files: &Files,
-    blobs: &BTreeMap<RootHash, BlobRow>,
+    (blobs, reached): (&BTreeMap<RootHash, BlobRow>, &BTreeMap<RootHash, Reached>),
 ) -> bool {
     let outboard = files.get(&(*root, Part::Component)).copied();
-    let whole = |blob: &RootHash| {
-        blobs
-            .get(blob)
-            .is_some_and(|row| row.ranges.contains_run(&(0..group_count(row.size))))
+    let here = |blob: &RootHash| {
+        let row = blobs.get(blob)?;
+        let complete = row.ranges.contains_run(&(0..group_count(row.size)));
+        Some((row.ranges.clone(), complete))
     };
+    let layers = &row.component.recipe.layers;
     outboard != Some(outboard_len(row.component.size))
-        || !row.component.recipe.blobs().iter().all(whole)
+        || !is_whole(layers, reached.get(&key_of(layers)), here)
 }
 
 fn write_back(

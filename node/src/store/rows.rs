@@ -64,7 +64,7 @@ pub(super) struct BlobRow {
 }
 
 /// One layer that a component is read through.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct LayerBlobs {
     /// Root hash of its index.
     pub index: RootHash,
@@ -139,7 +139,7 @@ pub struct Ban {
 /// Longest reason of a ban, in bytes: a line for people.
 pub const MAX_REASON_LEN: usize = 1024;
 
-fn write_ranges(ranges: &GroupRanges, out: &mut Writer) {
+pub(super) fn write_ranges(ranges: &GroupRanges, out: &mut Writer) {
     let mut end = 0;
     out.list(ranges.runs(), |out, run| {
         out.varint(run.start - end);
@@ -148,7 +148,7 @@ fn write_ranges(ranges: &GroupRanges, out: &mut Writer) {
     });
 }
 
-fn read_ranges(input: &mut Reader<'_>, size: u64) -> Result<GroupRanges, DecodeError> {
+pub(super) fn read_ranges(input: &mut Reader<'_>, size: u64) -> Result<GroupRanges, DecodeError> {
     let (start, groups) = (input.at(), group_count(size));
     let mut end = 0;
     let runs = input.list("runs of groups", MAX_RUNS, 2, |input| {
@@ -158,6 +158,13 @@ fn read_ranges(input: &mut Reader<'_>, size: u64) -> Result<GroupRanges, DecodeE
     })?;
     GroupRanges::from_runs(runs)
         .map_err(|_| input.invalid("runs of groups", start, "the runs are not a set"))
+}
+
+pub(super) fn write_layers(layers: &[LayerBlobs], out: &mut Writer) {
+    out.list(layers, |out, layer| {
+        out.hash(&layer.index);
+        out.option(layer.pack.as_ref(), Writer::hash);
+    });
 }
 
 /// The largest part of a set that a row holds: its longest runs. Less presence than there is, is always true.
@@ -210,10 +217,7 @@ impl Row for ComponentRow {
 
     fn write(&self, out: &mut Writer) {
         out.varint(self.component.size);
-        out.list(&self.component.recipe.layers, |out, layer| {
-            out.hash(&layer.index);
-            out.option(layer.pack.as_ref(), Writer::hash);
-        });
+        write_layers(&self.component.recipe.layers, out);
         write_ranges(&self.ranges, out);
     }
 

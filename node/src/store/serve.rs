@@ -119,19 +119,22 @@ impl Store {
         let guard = self.guard([*root]);
         let blob = self.inner.blob(root).ok_or(ReadError::Unknown(*root))?;
         let here = blob.state().durable.clone();
-        if blob.is_small() || blob.completes(&here) {
+        if blob.completes(&here) {
             return Ok(Arc::new(PartialReader {
                 reader: self.open_blob(root)?,
                 here: None,
             }));
         }
-        let files = self
-            .inner
-            .handles
-            .get(&*self.inner.disk, root, OpenMode::Existing)?;
+        // Where nothing is here there may be no files either.
+        let bytes = if here.is_empty() {
+            Bytes::Small(Arc::default())
+        } else {
+            let handles = &self.inner.handles;
+            Bytes::Files(handles.get(&*self.inner.disk, root, OpenMode::Existing)?)
+        };
         Ok(Arc::new(PartialReader {
             reader: Arc::new(BlobReader {
-                bytes: Bytes::Files(files),
+                bytes,
                 size: blob.size,
                 _guard: guard,
             }),

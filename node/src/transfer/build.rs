@@ -7,13 +7,14 @@ use std::sync::Arc;
 use capsule_chunker::layer::LayerSource;
 use capsule_chunker::layer::encode::{Effort, EncodeOptions};
 use capsule_chunker::layer::read::LayerContent;
+use capsule_proto::listing::Listing;
 use capsule_proto::manifest::{Component, ComponentKind};
 
 use super::check::{register, wrong};
 use crate::control::Failure;
-use crate::encoding::{finish_layer, first_contents, first_stream};
+use crate::encoding::{MadeLayer, finish_layer, first_contents, first_stream};
 use crate::held::{HeldWay, Holdings, TreeWay};
-use crate::store::Store;
+use crate::store::{ActiveGuard, LayerBlobs, Store};
 use crate::work::Work;
 
 /// Encodes a component's content in one layer from nothing, and keeps that. `way` is how it would be read through what was published.
@@ -41,19 +42,31 @@ fn build_stream(
     options: &EncodeOptions,
     work: &Work,
 ) -> Result<(), Failure> {
+    let (mut made, _guard) = encode_stream(store, component, content, options, work)?;
+    match made.outboard.take() {
+        Some(outboard) => register(store, component, &made.way, outboard),
+        None => Err(crate::encoding::unexpected("a stream without a hash tree")),
+    }
+}
+
+/// Encodes a stream in one layer from nothing and keeps that, guarded. Nothing is read through it yet.
+pub fn encode_stream(
+    store: &Store,
+    component: &Component,
+    content: Arc<LayerContent>,
+    options: &EncodeOptions,
+    work: &Work,
+) -> Result<(MadeLayer, ActiveGuard), Failure> {
     let source = LayerSource::new(content, None);
     let mut made = first_stream(store, &source, options, work)?;
     if made.tree.root != component.root || made.tree.size != component.size {
         return Err(wrong(component, "its bytes have another hash"));
     }
-    let _guard = store.guard(crate::held::blobs_of(&made.way));
+    let guard = store.guard(crate::held::blobs_of(&made.way));
     if let Some(layer) = &mut made.layer {
         layer.keep(store)?;
     }
-    match made.outboard.take() {
-        Some(outboard) => register(store, component, &made.way, outboard),
-        None => Err(crate::encoding::unexpected("a stream without a hash tree")),
-    }
+    Ok((made, guard))
 }
 
 fn build_tree(
@@ -66,6 +79,23 @@ fn build_tree(
 ) -> Result<(), Failure> {
     debug_assert_eq!(component.kind, ComponentKind::Tree);
     let listing = super::check::listing(store, component, way)?;
+    let (contents, _guard) = encode_contents(store, component, &listing, content, options, work)?;
+    let way = TreeWay {
+        listing: way.listing.clone(),
+        contents,
+    };
+    Holdings::new(store.clone()).put_tree_way(&component.root, &way)
+}
+
+/// The same of a tree's contents.
+pub fn encode_contents(
+    store: &Store,
+    component: &Component,
+    listing: &Listing,
+    content: Arc<LayerContent>,
+    options: &EncodeOptions,
+    work: &Work,
+) -> Result<(Vec<LayerBlobs>, ActiveGuard), Failure> {
     let files: Vec<_> = listing.files().collect();
     let lens = files.iter().map(|(_, len, _)| *len).collect();
     let source = LayerSource::new(content, Some(lens));
@@ -81,11 +111,8 @@ fn build_tree(
         return Err(wrong(component, &why));
     }
     let (mut layer, _) = finish_layer(made.encoded, made.import, component.root, None, Vec::new());
-    let way = TreeWay {
-        listing: way.listing.clone(),
-        contents: vec![layer.blobs],
-    };
-    let _guard = store.guard(crate::held::blobs_of(&way.contents));
+    let contents = vec![layer.blobs];
+    let guard = store.guard(crate::held::blobs_of(&contents));
     layer.keep(store)?;
-    Ok(Holdings::new(store.clone()).put_tree_way(&component.root, &way)?)
+    Ok((contents, guard))
 }

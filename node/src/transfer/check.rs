@@ -190,6 +190,7 @@ pub fn register(
     if crate::held::blobs_of(layers).any(|blob| blob == component.root) {
         return Ok(Holdings::new(store.clone()).put_blob_way(&component.root, layers)?);
     }
+    Holdings::new(store.clone()).note_reached(layers)?;
     let recipe = ComponentRecipe {
         layers: layers.to_vec(),
     };
@@ -204,10 +205,8 @@ pub(super) fn listing(
 ) -> Result<Listing, Failure> {
     let holdings = Holdings::new(store.clone());
     // Layers of a listing that is here need not be: they are only kept to be served.
-    let mut listing_blobs = crate::held::blobs_of(&way.listing);
-    let only_blob =
-        way.listing.is_empty() || !listing_blobs.all(|blob| holdings.is_complete(&blob));
-    let listing = if only_blob {
+    holdings.note_reached(&way.listing)?;
+    let listing = if way.listing.is_empty() || !store.is_readable(&way.listing)? {
         holdings
             .listing(component)
             .map_err(|failure| of_disk(failure, holdings.is_complete(&component.root)))?
@@ -259,7 +258,7 @@ fn check_tree(
         )?;
         files.finish()?;
     }
-    Ok(holdings.put_tree_way(&component.root, way)?)
+    holdings.put_tree_way(&component.root, way)
 }
 
 /// What was damaged on this disk is not its publisher's fault: the store has taken it out by then.
@@ -334,6 +333,13 @@ fn damaged_here(store: &Store, layers: &[LayerBlobs]) -> Result<(), Failure> {
             let hint = "the same command fetches them again; look at the disk's health";
             return Err(Failure::new(FailureCode::Io, message).hint(hint));
         }
+    }
+    // Or something else took them out meanwhile.
+    let holdings = Holdings::new(store.clone());
+    holdings.note_reached(layers)?;
+    if !store.is_readable(layers)? {
+        let message = "what was fetched is no longer all here";
+        return Err(Failure::new(FailureCode::Io, message).hint("the same command resumes"));
     }
     Ok(())
 }

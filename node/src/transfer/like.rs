@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 use capsule_chunker::content::Source;
 use capsule_chunker::image::{self, ImageOptions, ReadAs};
+use capsule_chunker::layer::reach::{MAX_REACHED_RUNS, with_few_runs};
 use capsule_chunker::layer::read::{LayerCache, LayerContent, ReadOptions};
 use capsule_chunker::layer::{Cuts, Storage};
 use capsule_chunker::like::Likeness;
@@ -22,7 +23,7 @@ use capsule_proto::{GroupRanges, RootHash};
 use super::prepare::ComponentPlan;
 use crate::control::{Failure, FailureCode, Phase};
 use crate::held::HeldWay;
-use crate::layers::{open_all, open_pack};
+use crate::layers::{no_pack, open_all, open_pack};
 use crate::node::Node;
 use crate::publish::own_within;
 use crate::store::{BlobKind, LayerBlobs};
@@ -32,8 +33,6 @@ use crate::work::{Task, Tell, Work};
 const WORTH_LOOKING: u64 = 256 << 10;
 /// What is found must save one part in so many of what would be fetched: the rest is encoded anew for it.
 const LEAST_PART: u64 = 16;
-/// Most runs of chunk groups that are fetched of a pack.
-const MAX_RUNS: usize = 1 << 14;
 /// Most layers that are looked at for what is wanted.
 const MAX_LAYERS: usize = 4096;
 
@@ -133,10 +132,6 @@ fn is_worth_it(node: &Node, plan: &ComponentPlan) -> bool {
     !missing_packs(node, plan).is_empty()
 }
 
-fn no_pack(_: &LayerBlobs) -> Result<Storage, Failure> {
-    Ok(Arc::new(Vec::<u8>::new()))
-}
-
 fn look_for(
     node: &Node,
     plan: &ComponentPlan,
@@ -166,9 +161,14 @@ fn look_for(
         else {
             continue;
         };
-        let wanted = joined(likeness.local(layer, work)?.1);
+        let mut wanted = with_few_runs(&likeness.local(layer, work)?.1, MAX_REACHED_RUNS);
+        let mut lacking = GroupRanges::all(size);
+        if let Some(reached) = plan.reached.get(&pack) {
+            wanted = wanted.intersection(reached);
+            lacking = reached.clone();
+        }
         let here = node.store.durable(&pack).map(|here| here.ranges);
-        let lacking = GroupRanges::all(size).difference(&here.unwrap_or_default());
+        lacking = lacking.difference(&here.unwrap_or_default());
         all += lacking.bytes(size);
         saved += lacking.difference(&wanted).bytes(size);
         groups.insert(pack, wanted);
@@ -179,24 +179,6 @@ fn look_for(
         groups,
         saved,
     }))
-}
-
-/// With the narrowest gaps filled where there are too many runs: each is a row in the store, and a request.
-fn joined(groups: GroupRanges) -> GroupRanges {
-    let runs = groups.runs();
-    let Some(extra) = runs.len().checked_sub(MAX_RUNS).filter(|extra| *extra > 0) else {
-        return groups;
-    };
-    let mut gaps: Vec<_> = runs
-        .windows(2)
-        .map(|pair| pair[0].end..pair[1].start)
-        .collect();
-    gaps.sort_by_key(|gap| gap.end - gap.start);
-    let mut joined = groups.clone();
-    gaps.into_iter()
-        .take(extra)
-        .for_each(|gap| joined.insert(gap));
-    joined
 }
 
 /// Looks in all capsules that are here, by the frame tables of their layers.
@@ -219,7 +201,12 @@ fn look_in_held(node: &Node, likeness: &mut Likeness, work: &Work) -> Result<(),
                 continue;
             };
             for (layer, blobs) in opened.iter().zip(&layers) {
-                if seen.insert(blobs.index) && likeness.look_in_layer(layer, work).is_err() {
+                if !seen.insert(blobs.index) {
+                    continue;
+                }
+                let here = blobs.pack.and_then(|pack| node.store.durable(&pack));
+                let part = here.filter(|here| !here.complete).map(|here| here.ranges);
+                if likeness.look_in_layer(layer, part.as_ref(), work).is_err() {
                     work.check()?;
                     break;
                 }

@@ -8,6 +8,7 @@ pub mod build;
 pub mod check;
 pub mod fetch;
 pub mod like;
+mod part;
 pub mod patience;
 pub mod prepare;
 mod search;

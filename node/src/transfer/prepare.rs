@@ -14,6 +14,7 @@ use capsule_proto::{CapsuleId, GroupRanges, RootHash};
 
 use super::fetch::{Fetched, Manner, Wanted, fetch};
 use super::like::{Like, look};
+use super::part::{short, with_reached};
 use super::patience::{Mood, Patience};
 use super::search::{Choice, Reach, choose, reach_of};
 use super::shared::waiting;
@@ -23,7 +24,7 @@ use crate::held::{HeldWay, component_info, fits};
 use crate::layers::{is_readable, read_directory};
 use crate::node::Node;
 use crate::records::Resolution;
-use crate::store::{ActiveGuard, BlobKind, Presence};
+use crate::store::{ActiveGuard, BlobKind, Presence, Reached};
 use crate::work::{Tell, blocking};
 
 /// How often other layers are tried for ones that nobody has, or that are not what their record says.
@@ -58,6 +59,8 @@ pub struct ComponentPlan {
     pub blobs: BTreeMap<RootHash, (u64, BlobKind)>,
     /// What those layers consist of.
     pub tally: Tally,
+    /// What of its packs it takes, where that is not all of them: with what other components of the capsule take of the same.
+    pub reached: Reached,
     /// What of its packs is made of what this machine has otherwise.
     pub like: Option<Arc<Like>>,
 }
@@ -76,10 +79,11 @@ impl Prepared {
         let mut wanted = Vec::new();
         for plan in &self.components {
             for (root, (size, kind)) in &plan.blobs {
+                if node.holdings.is_complete(root) {
+                    continue;
+                }
                 let groups = plan.groups(root).cloned();
-                if node.holdings.is_complete(root)
-                    || groups.as_ref().is_some_and(GroupRanges::is_empty)
-                {
+                if groups.is_some() && plan.missing(node, root, *size) == 0 {
                     continue;
                 }
                 wanted.push(Wanted {
@@ -108,13 +112,14 @@ impl Prepared {
 
     /// Bytes of the manifest and all blobs.
     pub fn total_bytes(&self) -> u64 {
-        let blobs: u64 = self
-            .components
-            .iter()
-            .flat_map(|plan| plan.blobs.values())
-            .map(|(size, _)| size)
-            .sum();
-        blobs + self.manifest_size
+        let blobs = self.components.iter().flat_map(|plan| {
+            let taken = |(root, (size, _)): (&RootHash, &(u64, BlobKind))| {
+                let part = plan.reached.get(root);
+                part.map_or(*size, |groups| groups.bytes(*size))
+            };
+            plan.blobs.iter().map(taken)
+        });
+        blobs.sum::<u64>() + self.manifest_size
     }
 
     /// All roots that the capsule takes here.
@@ -132,21 +137,28 @@ fn roots(components: &[ComponentPlan]) -> impl Iterator<Item = RootHash> + '_ {
 
 impl ComponentPlan {
     /// Which chunk groups of a blob are needed, where not all are.
-    fn groups(&self, blob: &RootHash) -> Option<&GroupRanges> {
-        self.like.as_ref()?.groups.get(blob)
+    pub(super) fn groups(&self, blob: &RootHash) -> Option<&GroupRanges> {
+        let like = self.like.as_ref();
+        let like = like.and_then(|like| like.groups.get(blob));
+        like.or_else(|| self.reached.get(blob))
+    }
+
+    /// Bytes of a blob that are needed and not here.
+    pub(super) fn missing(&self, node: &Node, blob: &RootHash, size: u64) -> u64 {
+        match self.groups(blob) {
+            Some(groups) => {
+                let here = node.store.durable(blob).map(|here| here.ranges);
+                groups.difference(&here.unwrap_or_default()).bytes(size)
+            }
+            None => size.saturating_sub(node.holdings.bytes_here([*blob])),
+        }
     }
 
     fn describe(&self, node: &Node) -> PlannedComponent {
         let (mut have, mut fetch) = (0, 0);
         for (root, (bytes, _)) in &self.blobs {
             have += node.holdings.bytes_here([*root]);
-            fetch += match self.groups(root) {
-                Some(groups) => {
-                    let here = node.store.durable(root).map(|here| here.ranges);
-                    groups.difference(&here.unwrap_or_default()).bytes(*bytes)
-                }
-                None => bytes.saturating_sub(node.holdings.bytes_here([*root])),
-            };
+            fetch += self.missing(node, root, *bytes);
         }
         let component: ComponentInfo = component_info(&self.component);
         let (way, layers) = match &self.way {
@@ -174,6 +186,8 @@ impl ComponentPlan {
 pub struct Excluded {
     /// Blobs that did not come.
     pub blobs: HashSet<RootHash>,
+    /// Packs of which connected machines lack something that is needed.
+    pub short: HashSet<RootHash>,
     /// Layers that are not what their records say.
     pub layers: HashSet<Layer>,
     /// Local data, which changed while it was read.
@@ -272,7 +286,7 @@ pub async fn prepare(
     let mut planning = Fetched::default();
     let manifest = manifest(node, resolution, (&manner, patience), tell, &mut planning).await?;
     let manifest_size = manifest.encode().len() as u64;
-    for _ in 0..MAX_TRIES {
+    for tries in (1..=MAX_TRIES).rev() {
         let choice = choose_in_time(node, &manifest, patience, tell, excluded).await?;
         let guard = roots(&choice.components).chain([resolution.capsule.0]);
         let guard = node.store.guard(guard);
@@ -299,6 +313,14 @@ pub async fn prepare(
         }
         if check_indexes(node, &choice.components, excluded).await? {
             let mut components = tallied(node, choice.components).await?;
+            components = with_reached(node, components, tell).await?;
+            // What is read of a pack may be had where not all of it is, which the choice hoped for.
+            let short = short(node, &components).await;
+            let found = short.difference(&excluded.short).count() > 0;
+            excluded.short.extend(short);
+            if found && excluded.failure.is_none() && tries > 1 {
+                continue;
+            }
             if !excluded.like {
                 components = look(node, components, manner.like.as_deref(), tell).await?;
             }

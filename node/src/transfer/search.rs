@@ -22,7 +22,7 @@ use crate::graph::{Cost, Known, Way, cheapest};
 use crate::held::{HeldWay, Holdings, TreeWay, blobs_of, layer_blobs};
 use crate::node::Node;
 use crate::records::Records;
-use crate::store::{BlobKind, DatabaseError, LayerBlobs, Store};
+use crate::store::{BlobKind, DatabaseError, LayerBlobs, Reached, Store};
 use crate::work::blocking;
 
 /// A component as a blob must be cheaper than its layers by this part of its bytes.
@@ -72,6 +72,7 @@ async fn choose_any(
         runtime: Handle::current(),
         refused,
         absent: excluded.blobs.clone(),
+        short: excluded.short.clone(),
         sizes: streams.chain(trees).collect(),
         reach: RefCell::default(),
     };
@@ -101,10 +102,12 @@ struct Search {
     refused: HashSet<Layer>,
     /// Blobs that this pull tried in vain.
     absent: HashSet<RootHash>,
+    /// Packs of which something that is needed is nowhere.
+    short: HashSet<RootHash>,
     /// What the manifest says of lengths, by space.
     sizes: HashMap<(u8, RootHash), u64>,
-    /// What the network said of blobs.
-    reach: RefCell<HashMap<RootHash, Reach>>,
+    /// What the network said of blobs, and how many bytes of each are here or there.
+    reach: RefCell<HashMap<RootHash, (Reach, u64)>>,
 }
 
 /// How much of a blob is here or at connected machines.
@@ -115,17 +118,26 @@ pub(super) enum Reach {
     All,
 }
 
-pub(super) async fn reach(network: &NetworkHandle, store: &Store, blob: &BlobRef) -> Reach {
-    reach_of(network, store, blob, &GroupRanges::all(blob.size)).await
-}
-
-/// The same of some chunk groups of it.
+/// How much of some chunk groups of a blob is here or at connected machines; nothing only where nothing of all of it is.
 pub(super) async fn reach_of(
     network: &NetworkHandle,
     store: &Store,
     blob: &BlobRef,
     wanted: &GroupRanges,
 ) -> Reach {
+    reach_by(wanted, &available(network, store, blob).await)
+}
+
+fn reach_by(wanted: &GroupRanges, available: &GroupRanges) -> Reach {
+    match available.is_empty() {
+        true => Reach::Nothing,
+        false if wanted.difference(available).is_empty() => Reach::All,
+        false => Reach::Some,
+    }
+}
+
+/// The chunk groups of a blob that are here or at connected machines.
+async fn available(network: &NetworkHandle, store: &Store, blob: &BlobRef) -> GroupRanges {
     let here = store.durable(&blob.root);
     let mut groups = here.map_or_else(GroupRanges::new, |here| here.ranges);
     // A closing network has no providers; whoever fetches hears of it.
@@ -134,11 +146,7 @@ pub(super) async fn reach_of(
             groups.union_with(&provider.groups);
         }
     }
-    match groups.is_empty() {
-        true => Reach::Nothing,
-        false if wanted.difference(&groups).is_empty() => Reach::All,
-        false => Reach::Some,
-    }
+    groups
 }
 
 impl Search {
@@ -183,6 +191,7 @@ impl Search {
             layers,
             blobs,
             tally: Tally::default(),
+            reached: Reached::new(),
             like: None,
         });
         Ok(())
@@ -286,17 +295,29 @@ impl Search {
     }
 
     fn reach(&self, blob: &BlobRef) -> Reach {
+        self.reach_and_bytes(blob).0
+    }
+
+    fn reach_and_bytes(&self, blob: &BlobRef) -> (Reach, u64) {
         if self.holdings.is_complete(&blob.root) {
-            return Reach::All;
+            return (Reach::All, blob.size);
         }
         if let Some(known) = self.reach.borrow().get(&blob.root) {
             return *known;
         }
-        let found = self
-            .runtime
-            .block_on(reach(&self.network, &self.store, blob));
+        let groups = available(&self.network, &self.store, blob);
+        let groups = self.runtime.block_on(groups);
+        let reach = reach_by(&GroupRanges::all(blob.size), &groups);
+        let found = (reach, groups.bytes(blob.size));
         self.reach.borrow_mut().insert(blob.root, found);
         found
+    }
+
+    /// Whether what machines have of a pack may be what is needed of it: until the indexes tell otherwise. A component that is
+    /// sought as a blob is needed as a whole.
+    fn may_do_in_part(&self, blob: &BlobRef) -> bool {
+        let as_blob = self.sizes.contains_key(&(Space::Stream as u8, blob.root));
+        !as_blob && !self.short.contains(&blob.root)
     }
 
     /// Whether a layer may make what its record says, as far as can be told before any of it is fetched.
@@ -342,8 +363,12 @@ impl Known for Search {
     }
 
     fn missing(&self, blob: &BlobRef) -> u64 {
-        blob.size
-            .saturating_sub(self.holdings.bytes_here([blob.root]))
+        let size = match self.reach_and_bytes(blob) {
+            // No more than that can come, and it may do.
+            (Reach::Some, bytes) if self.may_do_in_part(blob) => bytes,
+            _ => blob.size,
+        };
+        size.saturating_sub(self.holdings.bytes_here([blob.root]))
     }
 
     /// A little more than its bytes: whoever serves a component decodes it for that, and it is stored as it is. What is here
@@ -355,11 +380,14 @@ impl Known for Search {
         served.then(|| (absent, missing.saturating_add(missing / BLOB_SURCHARGE)))
     }
 
+    /// A pack of which some machine has a part may do: what is needed of it the indexes tell, once they are here.
     fn is_reachable(&self, layer: &Layer) -> bool {
-        let mut blobs = [Some(&layer.index), layer.pack.as_ref()]
-            .into_iter()
-            .flatten();
-        blobs.all(|blob| self.reach(blob) == Reach::All)
+        let pack_may_do = |pack: &BlobRef| match self.reach(pack) {
+            Reach::All => true,
+            Reach::Some => self.may_do_in_part(pack),
+            Reach::Nothing => false,
+        };
+        self.reach(&layer.index) == Reach::All && layer.pack.as_ref().is_none_or(pack_may_do)
     }
 }
 

@@ -152,6 +152,12 @@ pub fn layer_list(full: bool) -> LayerList {
     LayerList {
         capsule: capsule(),
         layers: vec![layer(full)],
+        reads: vec![ReadInfo {
+            component: text(),
+            space: "stream".to_owned(),
+            layers: 1,
+            own: 1,
+        }],
     }
 }
 
@@ -346,6 +352,8 @@ pub fn collected(_full: bool) -> Collected {
         dry_run: true,
         capsules: vec![capsule()],
         blobs: 1,
+        punched: 1,
+        punched_bytes: 1,
         bytes: 1,
         busy: 1,
     }
@@ -355,6 +363,8 @@ pub fn removed(_full: bool) -> Removed {
     Removed {
         capsule: capsule(),
         blobs: 1,
+        punched: 1,
+        punched_bytes: 1,
         bytes: 1,
         busy: 1,
     }

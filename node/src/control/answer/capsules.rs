@@ -162,4 +162,19 @@ pub struct LayerList {
     pub capsule: CapsuleId,
     /// Those that lead to its components, then those that lead to their parents, and so on. At most about 4,096.
     pub layers: Vec<LayerInfo>,
+    /// Through which of them, and of others, its components are read here, as far as they are here.
+    pub reads: Vec<ReadInfo>,
+}
+
+/// How a component is read on this node.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ReadInfo {
+    /// The component's name.
+    pub component: String,
+    /// Which of its bytes: `stream` or `contents`.
+    pub space: String,
+    /// Through how many layers.
+    pub layers: usize,
+    /// How many of these only this node has: it made them, and tells nobody of them.
+    pub own: usize,
 }

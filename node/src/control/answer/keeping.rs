@@ -43,7 +43,11 @@ pub struct Collected {
     pub capsules: Vec<CapsuleId>,
     /// Blobs and components removed.
     pub blobs: u64,
-    /// Bytes freed.
+    /// Blobs that stay, of which parts that nothing is read from were freed.
+    pub punched: u64,
+    /// Bytes of these parts.
+    pub punched_bytes: u64,
+    /// Bytes freed, in all.
     pub bytes: u64,
     /// Blobs that a transfer or export uses, so that they stayed.
     pub busy: u64,
@@ -56,7 +60,11 @@ pub struct Removed {
     pub capsule: CapsuleId,
     /// Blobs and components removed.
     pub blobs: u64,
-    /// Bytes freed; what other capsules need stays.
+    /// Blobs that other capsules need, of which parts that nothing is read from were freed.
+    pub punched: u64,
+    /// Bytes of these parts.
+    pub punched_bytes: u64,
+    /// Bytes freed, in all; what other capsules need stays.
     pub bytes: u64,
     /// Blobs that a transfer or export uses, so that they stayed.
     pub busy: u64,

@@ -1,0 +1,255 @@
+//! Making what has become dear to read cheap again: content that is read through a long chain of layers is encoded anew, in one layer
+//! that only this node has.
+//!
+//! Runs in the background, on one core, one component at a time, whenever what is held changed, and at the start. What is begun is lost when
+//! the node stops, and begun again. A version upon one that was made cheap takes that one's layers in place of the chain: of a line of versions
+//! one in [`DEAR_LAYERS`] is encoded. On a machine that publishes, the layers that all others have stay the component's way too; on others they are
+//! no longer needed, and go with the next collection.
+
+use std::collections::BTreeSet;
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+
+use capsule_chunker::content::Source;
+use capsule_chunker::layer::LayerSource;
+use capsule_chunker::layer::encode::{Effort, EncodeOptions};
+use capsule_chunker::layer::reach::Reach;
+use capsule_chunker::layer::read::{LayerCache, LayerContent, ReadOptions};
+use capsule_proto::CapsuleId;
+use capsule_proto::index::Space;
+use capsule_proto::manifest::{Component, ComponentKind};
+
+use crate::control::{Failure, Phase, Progress};
+use crate::held::{HeldWay, TreeWay, blobs_of};
+use crate::layers::{no_pack, open, open_all};
+use crate::node::Node;
+use crate::store::{ActiveGuard, LayerBlobs, Store};
+use crate::transfer::build::{encode_contents, encode_stream};
+use crate::work::{Task, Work, blocking};
+
+/// From so many layers on a way is dear: each is two open files and a cache's share, and every read of a megabyte looks into each.
+/// Measured in `chunker/docs/layer.md`.
+pub const DEAR_LAYERS: usize = 16;
+/// A way is dear that decodes more than so many times the bytes that its content has.
+const DEAR_DECODING: u64 = 4;
+/// Ways remembered as cheap, or as failed; beyond, they are looked at again.
+const MAX_SEEN: usize = 4096;
+
+/// A component that may be dear to read.
+#[derive(Debug, Clone)]
+struct Candidate {
+    capsule: CapsuleId,
+    component: Component,
+    space: Space,
+    layers: Vec<LayerBlobs>,
+}
+
+/// Looks whenever something changed; for ever.
+pub async fn run(node: Arc<Node>) {
+    let mut seen: BTreeSet<Vec<LayerBlobs>> = BTreeSet::new();
+    loop {
+        node.changed.notified().await;
+        let shared = node.clone();
+        let found = match blocking(move || candidates(&shared)).await {
+            Ok(found) => found,
+            Err(failure) => {
+                node.trouble(format!(
+                    "looking for long chains of layers: {}",
+                    failure.message
+                ));
+                continue;
+            }
+        };
+        for candidate in found {
+            if seen.contains(&candidate.layers) {
+                continue;
+            }
+            if seen.len() >= MAX_SEEN {
+                seen.clear();
+            }
+            // Whatever becomes of it, this way is not looked at again: another one will be.
+            seen.insert(candidate.layers.clone());
+            let name = candidate.component.name.clone();
+            if let Err(failure) = make_cheap(&node, candidate).await {
+                let message = failure.message;
+                node.trouble(format!(
+                    "component {name} is read through a long chain, and could not be encoded anew: {message}"
+                ));
+            }
+        }
+    }
+}
+
+/// What is read through several layers, of what is held completely; the shortest chains first, as others may stand on them.
+fn candidates(node: &Node) -> Result<Vec<Candidate>, Failure> {
+    let mut found = Vec::new();
+    for (capsule, held) in node.store.capsules()? {
+        let manifest = node.holdings.manifest(&capsule).filter(|_| held.complete);
+        for component in manifest
+            .into_iter()
+            .flat_map(|manifest| manifest.components)
+        {
+            let (space, layers) = match node.holdings.way_to(&component)? {
+                Some(HeldWay::Layers(layers)) => (Space::Stream, layers),
+                Some(HeldWay::Tree(way)) => (Space::Contents, way.contents),
+                Some(HeldWay::Blob) | None => continue,
+            };
+            if layers.len() > 1 {
+                found.push(Candidate {
+                    capsule,
+                    component,
+                    space,
+                    layers,
+                });
+            }
+        }
+    }
+    found.sort_by_key(|candidate| candidate.layers.len());
+    Ok(found)
+}
+
+async fn make_cheap(node: &Arc<Node>, candidate: Candidate) -> Result<(), Failure> {
+    let task = Task {
+        phase: Phase::Checking,
+        total: None,
+        what: Some(candidate.component.name.clone()),
+    };
+    let shared = node.clone();
+    let making = move |work: &Work| {
+        // Not removed while it is read, nor what comes of it before that is noted.
+        let _old = shared.store.guard(blobs_of(&candidate.layers));
+        let Some((layers, _new)) = cheaper(&shared, &candidate, work)? else {
+            return Ok(());
+        };
+        adopt(&shared, &candidate, layers)
+    };
+    node.works.run(task, &|_: Progress| {}, making).await
+}
+
+/// A cheaper way to what is dear: through what was made cheap before, or a new layer.
+fn cheaper(
+    node: &Node,
+    candidate: &Candidate,
+    work: &Work,
+) -> Result<Option<(Vec<LayerBlobs>, ActiveGuard)>, Failure> {
+    let Candidate {
+        component,
+        space,
+        layers,
+        ..
+    } = candidate;
+    if !node.store.is_readable(layers)? || !is_dear(&node.store, layers, work)? {
+        return Ok(None);
+    }
+    if let Some(shorter) = shorter(node, *space, layers)?
+        && !is_dear(&node.store, &shorter, work)?
+    {
+        let guard = node.store.guard(blobs_of(&shorter));
+        return Ok(Some((shorter, guard)));
+    }
+    let options = EncodeOptions {
+        // Whoever waits for something else needs the other cores.
+        threads: NonZeroUsize::MIN,
+        ..EncodeOptions::new(component.kind, Effort::Fast)
+    };
+    let content = open(&node.store, layers, &ReadOptions::default())?;
+    let (layer, guard) = match component.kind {
+        ComponentKind::Tree => {
+            let listing = node.holdings.listing(component)?;
+            encode_contents(&node.store, component, &listing, content, &options, work)?
+        }
+        _ => {
+            let (made, guard) = encode_stream(&node.store, component, content, &options, work)?;
+            (made.way, guard)
+        }
+    };
+    Ok(Some((layer, guard)))
+}
+
+/// Whether reading through layers costs much more than it would through one.
+fn is_dear(store: &Store, layers: &[LayerBlobs], work: &Work) -> Result<bool, Failure> {
+    if layers.len() >= DEAR_LAYERS {
+        return Ok(true);
+    }
+    let Some(top) = indexes(store, layers)?.pop() else {
+        return Ok(false);
+    };
+    let decoded = Reach::of(&top, work)?.decoded();
+    let mut data = 0;
+    for extent in LayerSource::new(top, None).extents() {
+        work.check()?;
+        let extent = extent?;
+        data += match extent.zero {
+            true => 0,
+            false => extent.range.end - extent.range.start,
+        };
+    }
+    Ok(decoded > data.saturating_mul(DEAR_DECODING))
+}
+
+/// The shortest way that leads over a component that is held and read through fewer layers than in this one.
+fn shorter(
+    node: &Node,
+    space: Space,
+    layers: &[LayerBlobs],
+) -> Result<Option<Vec<LayerBlobs>>, Failure> {
+    let mut best: Option<Vec<LayerBlobs>> = None;
+    for (position, layer) in indexes(&node.store, layers)?.iter().enumerate() {
+        let rest = &layers[position + 1..];
+        if rest.is_empty() {
+            break;
+        }
+        let target = layer.header().target;
+        let below = match node.holdings.own_way(space, &target)? {
+            Some(own) if node.store.is_readable(&own)? => Some(own),
+            _ => node.holdings.recipe(space, &target)?,
+        };
+        let len = best.as_ref().map_or(layers.len(), Vec::len);
+        if let Some(below) = below.filter(|below| below.len() + rest.len() < len) {
+            best = Some([&below[..], rest].concat());
+        }
+    }
+    Ok(best)
+}
+
+/// The indexes of layers, without their packs.
+fn indexes(store: &Store, layers: &[LayerBlobs]) -> Result<Vec<Arc<LayerContent>>, Failure> {
+    let cache = LayerCache::new(&ReadOptions { cache_len: 0 });
+    open_all(store, layers, &cache, &no_pack, &|_, content| Ok(content))
+}
+
+/// Reads the component through other layers from now on, if all is still as it was.
+fn adopt(node: &Node, candidate: &Candidate, layers: Vec<LayerBlobs>) -> Result<(), Failure> {
+    // On a thread for long work, of which there are few.
+    let _keeping = node.keeping.blocking_lock();
+    let (holdings, root) = (&node.holdings, &candidate.component.root);
+    let held = node.store.capsule(&candidate.capsule)?;
+    let way = holdings.way_to(&candidate.component)?;
+    let is_same = match &way {
+        Some(HeldWay::Layers(now)) => *now == candidate.layers,
+        Some(HeldWay::Tree(now)) => now.contents == candidate.layers,
+        Some(HeldWay::Blob) | None => false,
+    };
+    if held.is_none() || !is_same {
+        return Ok(());
+    }
+    let instead = (candidate.layers.len(), layers.len());
+    // Who publishes upon it counts, and tells of, the layers that all others have.
+    let publishes = node.identity.credential.grant().roles.publisher;
+    if publishes || holdings.is_offered(root)? {
+        holdings.put_own_way(candidate.space, root, &layers)?;
+    } else {
+        holdings.note_reached(&layers)?;
+        match way {
+            Some(HeldWay::Tree(way)) => {
+                let contents = layers;
+                holdings.put_tree_way(root, &TreeWay { contents, ..way })?;
+            }
+            _ => node.store.set_recipe(root, layers)?,
+        }
+    }
+    node.components.close_all();
+    let (name, (before, after)) = (&candidate.component.name, instead);
+    tracing::info!(name, before, after, "read through fewer layers from now on");
+    Ok(())
+}
