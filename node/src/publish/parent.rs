@@ -7,9 +7,9 @@ use capsule_chunker::layer::read::ReadOptions;
 use capsule_proto::CapsuleId;
 use capsule_proto::index::Space;
 use capsule_proto::manifest::{Component, ComponentKind, Manifest};
-use capsule_proto::ranges::group_count;
 
 use crate::control::{Failure, FailureCode, Holding, Publish};
+use crate::held::Holdings;
 use crate::layers::{open, read_directory};
 use crate::node::{Node, spelled};
 use crate::store::{LayerBlobs, Store};
@@ -110,7 +110,7 @@ impl Old {
         component: &Component,
         space: Space,
     ) -> Result<Option<Self>, Failure> {
-        let holdings = crate::held::Holdings::new(store.clone());
+        let holdings = Holdings::new(store.clone());
         let layers = holdings.recipe(space, &component.root)?;
         let Some(mut layers) = layers else {
             return Ok(None);
@@ -118,9 +118,8 @@ impl Old {
         let mut component = component.clone();
         let is_earlier = layers.len() >= MAX_CHAIN;
         if is_earlier {
-            layers.truncate(HALF_CHAIN);
-            match earlier(store, &component, space, &layers)? {
-                Some(earlier) => component = earlier,
+            match earlier(store, &component, space, &layers[HALF_CHAIN - 1])? {
+                Some(earlier) => (component, layers) = earlier,
                 None => return Ok(None),
             }
         }
@@ -143,31 +142,32 @@ impl Old {
     }
 }
 
-/// The version of a component that layers make, if it is here.
+/// The version of a component that a layer makes, and the layers through which it is read, if it is here.
 fn earlier(
     store: &Store,
     component: &Component,
     space: Space,
-    layers: &[LayerBlobs],
-) -> Result<Option<Component>, Failure> {
-    let Some(last) = layers.last() else {
-        return Ok(None);
-    };
-    let index = store.open_blob(&last.index)?;
+    layer: &LayerBlobs,
+) -> Result<Option<(Component, Vec<LayerBlobs>)>, Failure> {
+    let index = store.open_blob(&layer.index)?;
     let header = read_directory(&*index)?.header().clone();
-    let Some(present) = store.present(&header.target) else {
+    let holdings = Holdings::new(store.clone());
+    let layers = holdings.recipe(space, &header.target)?;
+    let layers = layers.filter(|layers| layers.len() < MAX_CHAIN);
+    let (Some(layers), Some(present)) = (layers, store.present(&header.target)) else {
         return Ok(None);
     };
     let is_whole = match space {
         // Its hash tree is compared.
         Space::Stream => store.open_outboard(&header.target).is_ok(),
         // Its listing is.
-        Space::Contents => present.ranges.count() == group_count(present.size),
+        Space::Contents => holdings.is_complete(&header.target),
     };
-    Ok(is_whole.then(|| Component {
+    let earlier = || Component {
         root: header.target,
         size: present.size,
         content_size: header.target_size,
         ..component.clone()
-    }))
+    };
+    Ok(is_whole.then(|| (earlier(), layers)))
 }
