@@ -55,6 +55,11 @@ impl Fingerprint {
         ]
     }
 
+    /// Whether its times seem to be whole seconds.
+    pub fn is_coarse(&self) -> bool {
+        self.modified % 1_000_000_000 == 0 && self.changed % 1_000_000_000 == 0
+    }
+
     /// When the data was changed last.
     pub fn modified(&self) -> SystemTime {
         let nanos = Duration::from_nanos(self.modified.unsigned_abs());

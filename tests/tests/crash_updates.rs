@@ -44,14 +44,15 @@ fn time(node: &Node, args: &[&str]) -> Duration {
     started.elapsed()
 }
 
-/// Runs a command, kills the node after a part of the time that it takes, and starts it again.
-fn kill_during(node: &mut Node, args: &[&str], after: Duration) {
+/// Runs a command, kills the node after a part of the time that it takes, and starts it again. Whether the command was not done by then.
+fn kill_during(node: &mut Node, args: &[&str], after: Duration) -> bool {
     let mut command = node.command(args).spawn().unwrap();
     std::thread::sleep(after);
     node.kill();
     // It says that the daemon went away, or was done before.
-    let _ = command.wait().unwrap();
+    let done = command.wait().unwrap().success();
     node.start();
+    !done
 }
 
 fn assert_sound(node: &Node, what: &str) {
@@ -81,11 +82,13 @@ fn a_publisher_of_updates_is_killed() {
     };
     let first = args(&sources[1], "lab:1");
     let whole = time(&fleet[0], &first.each_ref().map(String::as_str));
+    let mut killed = 0;
     for (moment, after) in moments(whole).enumerate() {
         let number = moment + 2;
         let (source, name) = (&sources[number], format!("lab:{number}"));
         let args = args(source, &name);
-        kill_during(&mut fleet[0], &args.each_ref().map(String::as_str), after);
+        let args = args.each_ref().map(String::as_str);
+        killed += u32::from(kill_during(&mut fleet[0], &args, after));
         assert_sound(&fleet[0], &name);
         for capsule in fleet[0].json(&["ls"])["capsules"].as_array().unwrap() {
             assert_eq!(capsule["holding"], "complete", "{name}: {capsule:#}");
@@ -98,6 +101,7 @@ fn a_publisher_of_updates_is_killed() {
         }
         assert_exports(&fleet[0], &name, source, &copy);
     }
+    assert!(killed > MOMENTS / 3, "{killed} were in time");
     // What the killed ones left is collected; all that was published stays.
     fleet[0].ok(&["gc"]);
     for (number, source) in sources.iter().enumerate() {
@@ -115,16 +119,18 @@ fn a_puller_of_an_update_is_killed() {
     fleet[1].ok(&["pull", "lab:1"]);
     fleet[1].ok(&["pin", "lab:1"]);
     let whole = time(&fleet[1], &["pull", "lab:2"]);
+    let mut killed = 0;
     for after in moments(whole) {
         fleet[1].ok(&["rm", "lab:2"]);
         fleet[1].ok(&["gc"]);
-        kill_during(&mut fleet[1], &["pull", "lab:2"], after);
+        killed += u32::from(kill_during(&mut fleet[1], &["pull", "lab:2"], after));
         assert_sound(&fleet[1], "an update that was pulled");
         assert_exports(&fleet[1], "lab:1", &one, &copy);
         fleet[1].wait_for_peers(1);
         fleet[1].ok(&["pull", "lab:2"]);
         assert_exports(&fleet[1], "lab:2", &two, &copy);
     }
+    assert!(killed > MOMENTS / 3, "{killed} were in time");
 }
 
 #[test]
@@ -135,15 +141,17 @@ fn a_puller_that_builds_of_other_data_is_killed() {
     publish(&fleet[0], &one, "lab:1");
     let pull = ["pull", "lab:1", "--like", text(&other)];
     let whole = time(&fleet[1], &pull);
+    let mut killed = 0;
     for after in moments(whole) {
         fleet[1].ok(&["rm", "lab:1"]);
         fleet[1].ok(&["gc"]);
-        kill_during(&mut fleet[1], &pull, after);
+        killed += u32::from(kill_during(&mut fleet[1], &pull, after));
         assert_sound(&fleet[1], "what was built");
         fleet[1].wait_for_peers(1);
         fleet[1].ok(&pull);
         assert_exports(&fleet[1], "lab:1", &one, &copy);
     }
+    assert!(killed > MOMENTS / 3, "{killed} were in time");
 }
 
 #[test]
@@ -154,24 +162,18 @@ fn a_node_that_rebases_or_collects_is_killed() {
     for (number, source) in sources.iter().enumerate() {
         publish(&fleet[0], source, &format!("lab:{number}"));
     }
-    let rebase = ["publish", "--rebase", "lab:2"];
-    // How long it takes is not known before, as it is done once; about as long as publishing from nothing.
-    let alone = [
-        "publish",
-        text(&sources[2]),
-        "--as",
-        "disk",
-        "--no-parent",
-        "--name",
-        "alone:1",
-    ];
-    let whole = time(&fleet[0], &alone);
-    for after in moments(whole) {
-        kill_during(&mut fleet[0], &rebase, after);
+    // Of another frame length each time, as the same again is known.
+    let lengths: Vec<String> = (0..=MOMENTS).map(|n| format!("{}K", 32 + 4 * n)).collect();
+    let rebase = |n: usize| ["publish", "--rebase", "lab:2", "--frame-max", &lengths[n]];
+    let whole = time(&fleet[0], &rebase(MOMENTS as usize));
+    let mut killed = 0;
+    for (moment, after) in moments(whole).enumerate() {
+        killed += u32::from(kill_during(&mut fleet[0], &rebase(moment), after));
         assert_sound(&fleet[0], "a rebase");
         assert_exports(&fleet[0], "lab:2", &sources[2], &copy);
+        fleet[0].ok(&rebase(moment));
     }
-    fleet[0].ok(&rebase);
+    assert!(killed > MOMENTS / 3, "{killed} were in time");
     for (number, source) in sources.iter().enumerate() {
         assert_exports(&fleet[0], &format!("lab:{number}"), source, &copy);
     }

@@ -9,7 +9,7 @@ use std::os::unix::fs::FileExt;
 use capsule_proto::GroupRanges;
 
 use super::chain::Link;
-use super::record::add;
+use super::record::{MAX_RUNS, add};
 use super::tables::{Extant, OFFSET};
 use crate::content::ReadError;
 
@@ -49,8 +49,8 @@ struct Bitmap {
     granularity_bits: u8,
 }
 
-/// The groups that a bitmap marks.
-pub(super) fn read(link: &Link, name: &str) -> Result<GroupRanges, ReadError> {
+/// The groups that a bitmap marks; none if they are in too many places.
+pub(super) fn read(link: &Link, name: &str) -> Result<Option<GroupRanges>, ReadError> {
     let refused = |why: String| ReadError::Format {
         path: link.path.clone(),
         offset: 0,
@@ -98,7 +98,7 @@ pub(super) fn read(link: &Link, name: &str) -> Result<GroupRanges, ReadError> {
         }
         Ok(())
     })?;
-    Ok(runs.into_iter().collect())
+    Ok((runs.len() <= MAX_RUNS).then(|| runs.into_iter().collect()))
 }
 
 /// Adds what set bits mark; the first bit is for what is at `first` on the disk.

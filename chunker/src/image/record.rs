@@ -23,7 +23,7 @@ use crate::content::{ReadError, Source};
 use crate::osfile::Fingerprint;
 
 /// Most runs of changed chunk groups: 64 MiB of them. What changed in more places is read as a whole.
-const MAX_RUNS: usize = 1 << 22;
+pub(super) const MAX_RUNS: usize = 1 << 22;
 
 /// Recognises an image whose files were not changed: their devices, inodes, lengths and times, those of the images behind it too.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,12 +32,16 @@ pub struct Stamp {
     pub hash: [u8; 32],
     /// When the data of one of its files was changed last.
     modified: SystemTime,
+    /// Until when after that something may be written that changes none of the times.
+    tick: Duration,
 }
 
-impl Stamp {
-    /// A file's times are those of the clock's tick before, of 10 ms at most.
-    pub const TICK: Duration = Duration::from_millis(20);
+/// A file's times are those of the kernel's clock before, which ticks every 10 ms at most.
+const TICK: Duration = Duration::from_millis(20);
+/// File systems that keep whole seconds, or two, as FAT does.
+const COARSE_TICK: Duration = Duration::from_secs(3);
 
+impl Stamp {
     /// Of a raw image.
     pub fn of_raw(path: &Path, file: &File) -> Result<Self, ReadError> {
         Ok(stamp(&Chain::raw(path, file)?.links))
@@ -45,7 +49,12 @@ impl Stamp {
 
     /// Whether it could not be the same if something had been written at a moment or after it. Within the clock's tick it could.
     pub fn settled(&self, moment: SystemTime) -> bool {
-        self.modified + Self::TICK <= moment
+        self.modified + self.tick <= moment
+    }
+
+    /// How long has to be waited until it is settled, where it is not now.
+    pub fn settles_in(&self) -> Duration {
+        self.tick
     }
 }
 
@@ -73,6 +82,11 @@ impl ImageRecord {
         }
         let stamps = (0..self.links.len()).map(|depth| stamp(&self.links[depth..]));
         Ok(stamps.collect())
+    }
+
+    /// Recognises the image's own file whatever is written to it: by device and inode.
+    pub fn file(&self) -> [u8; 32] {
+        file_key(&self.links[0])
     }
 
     /// The groups of the disk that are not just what the image at a depth of the chain (1: the one behind it) has there.
@@ -120,8 +134,8 @@ impl ImageRecord {
         )?)))
     }
 
-    /// The groups of the disk that a persistent dirty bitmap marks.
-    pub fn marked(&self, bitmap: &str) -> Result<GroupRanges, ReadError> {
+    /// The groups of the disk that a persistent dirty bitmap marks; none if they are in some millions of places.
+    pub fn marked(&self, bitmap: &str) -> Result<Option<GroupRanges>, ReadError> {
         bitmap::read(&self.links[0], bitmap)
     }
 }
@@ -129,7 +143,11 @@ impl ImageRecord {
 fn stamp(links: &[Arc<Link>]) -> Stamp {
     let mut hasher = blake3::Hasher::new();
     let mut modified = SystemTime::UNIX_EPOCH;
+    let mut tick = TICK;
     let mut add = |device: u64, stamp: &Fingerprint| {
+        if stamp.is_coarse() {
+            tick = COARSE_TICK;
+        }
         hasher.update(&device.to_le_bytes());
         stamp.fields().iter().for_each(|field| {
             hasher.update(&field.to_le_bytes());
@@ -147,7 +165,17 @@ fn stamp(links: &[Arc<Link>]) -> Stamp {
     Stamp {
         hash: *hasher.finalize().as_bytes(),
         modified,
+        tick,
     }
+}
+
+/// A file whatever was written to it since: its device and inode.
+fn file_key(link: &Link) -> [u8; 32] {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(b"file");
+    hasher.update(&link.device.to_le_bytes());
+    hasher.update(&link.stamp.fields()[0].to_le_bytes());
+    *hasher.finalize().as_bytes()
 }
 
 /// The groups that an image has clusters of its own for, zeros among them; none if these are in too many places.

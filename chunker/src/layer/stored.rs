@@ -13,12 +13,12 @@ use crate::content::{Content, Progress};
 /// Most frames, but of content beyond 16 TiB: 40 MiB of index.
 const MAX_FRAMES: u64 = 1 << 20;
 
-/// The index of a stream whose pack it is itself. Reads all of it.
+/// The index of a stream whose pack it is itself. Reads all of it; none if its hash is another.
 pub fn stored_index(
     content: &dyn Content,
     root: RootHash,
     progress: &dyn Progress,
-) -> Result<Vec<u8>, EncodeError> {
+) -> Result<Option<Vec<u8>>, EncodeError> {
     let size = content.len();
     let least = u64::from(EncodeOptions::PAGED_FRAME_MAX);
     let frame_len = (size / MAX_FRAMES)
@@ -26,6 +26,7 @@ pub fn stored_index(
         .clamp(least, MAX_FRAME_LEN);
     let mut builder = IndexBuilder::new();
     let mut bytes = Vec::new();
+    let mut hasher = blake3::Hasher::new();
     for start in (0..size).step_by(frame_len as usize) {
         if progress.cancelled() {
             return Err(EncodeError::Cancelled);
@@ -33,6 +34,7 @@ pub fn stored_index(
         let len = frame_len.min(size - start);
         bytes.resize(len as usize, 0);
         content.read_at(start, &mut bytes)?;
+        hasher.update_rayon(&bytes);
         let id = builder.push_frame(Frame {
             pack_offset: start,
             pack_len: len as u32,
@@ -47,11 +49,14 @@ pub fn stored_index(
         builder.push_run(Run { start, len, from })?;
         progress.read(len);
     }
-    Ok(builder.finish(&IndexHeader {
-        space: Space::Stream,
-        parent: None,
-        target: root,
-        target_size: size,
-        sources: Vec::new(),
-    }))
+    let index = || {
+        builder.finish(&IndexHeader {
+            space: Space::Stream,
+            parent: None,
+            target: root,
+            target_size: size,
+            sources: Vec::new(),
+        })
+    };
+    Ok((hasher.finalize().as_bytes() == root.as_bytes()).then(index))
 }

@@ -5,7 +5,7 @@ use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use capsule_chunker::content::Progress;
 use capsule_chunker::image::Stamp;
@@ -27,6 +27,8 @@ use crate::work::Work;
 const PAGE: usize = 4096;
 /// Bytes copied at a time: enough to hash them on all cores.
 const COPY_LEN: usize = 1 << 20;
+/// So long is waited until a file can be recognised later; where times are coarse it is not.
+const LONGEST_WAIT: Duration = Duration::from_millis(50);
 /// Longest file name: Linux's NAME_MAX.
 const MAX_NAME: usize = 255;
 /// Tells this process's exports apart.
@@ -110,8 +112,13 @@ impl Target {
             .and_then(|()| self.file.sync_all())
             .map_err(|e| self.failed(&e))?;
         let stamp = |file: &File| Stamp::of_raw(&self.to, file).ok();
-        if stamp(&self.file).is_some_and(|stamp| !stamp.settled(SystemTime::now())) {
-            std::thread::sleep(Stamp::TICK);
+        let now = SystemTime::now();
+        if let Some(wait) = stamp(&self.file)
+            .filter(|stamp| !stamp.settled(now))
+            .map(|stamp| stamp.settles_in())
+            .filter(|wait| *wait <= LONGEST_WAIT)
+        {
+            std::thread::sleep(wait);
         }
         let named = SystemTime::now();
         let flags = if self.force {

@@ -17,7 +17,7 @@ use capsule_proto::listing::EntryPath;
 use capsule_proto::manifest::{Component, ComponentKind, Manifest};
 
 use super::parent::{Old, Parent};
-use super::record::key_to_note;
+use super::record::{directory_key, keys_to_note};
 use super::trim::{self, Trimming};
 use crate::control::{Failure, FailureCode, Phase, Progress, Publish, PublishAs, Reporter};
 use crate::encoding::{DraftLayer, MadeLayer, StoreEncoded, finish_layer, first_stream};
@@ -40,8 +40,8 @@ pub(super) struct Draft {
     pub trimming: Trimming,
     /// Bytes that were not read, as the source told that they are the parent's.
     pub unread: u64,
-    /// Under which its image is to be remembered.
-    pub image: Option<RootHash>,
+    /// Under which the path is to be remembered as having this content.
+    pub notes: Vec<RootHash>,
     pub warnings: Vec<String>,
 }
 
@@ -130,9 +130,11 @@ impl Making<'_> {
         };
         self.work.set_total(source.len());
         let old = self.old_stream(name, kind)?;
+        let mut by_bitmap = false;
         let made = match old {
             Some(old) => {
                 let recorded = self.recorded(&image, trimmed.as_ref(), &old, &mut warnings)?;
+                by_bitmap = recorded.is_some() && self.request.bitmap.is_some();
                 self.update_stream(source, kind, old, recorded.as_ref())?
             }
             None => {
@@ -156,7 +158,7 @@ impl Making<'_> {
             listing: None,
             outboard: made.outboard,
             stats: made.stats,
-            image: key_to_note(&image, trimmed.is_some(), began),
+            notes: keys_to_note(&image, trimmed.is_some(), by_bitmap, began),
             trimming,
             unread: made.unread,
             warnings,
@@ -235,7 +237,7 @@ impl Making<'_> {
             stats: contents.stats,
             trimming: Trimming::default(),
             unread: contents.unread,
-            image: None,
+            notes: directory_key(path).into_iter().collect(),
             warnings,
         })
     }

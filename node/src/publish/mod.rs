@@ -98,10 +98,10 @@ pub async fn publish(
         .await
         .unwrap_or_else(|panic| Err(panicked(&panic)))?;
     let capsule = draft.manifest.id();
-    if let (Some(image), [component]) = (draft.image, &draft.manifest.components[..]) {
-        let (store, content) = (node.store.clone(), component.root);
+    if let [component] = &draft.manifest.components[..] {
+        let (store, content, keys) = (node.store.clone(), component.root, draft.notes.clone());
         blocking(move || {
-            note(&store, image, content);
+            keys.into_iter().for_each(|key| note(&store, key, content));
             Ok(())
         })
         .await?;

@@ -2,10 +2,12 @@
 //! the image behind it, and a dirty bitmap what was written since it began. The hash tree is then made from that of the older content, and
 //! only what changed is read.
 //!
-//! An image behind counts as known if its files are what they were when it was published or exported here. When a bitmap began only the user
-//! knows; a sample of what it does not mark is compared with the parent.
+//! An image behind counts as known if its files are what they were when it was published or exported here. A bitmap is used if the parent is what
+//! was last published of that image; when it began only the user knows, so a sample of what it does not mark is compared with the parent.
 
 use std::ops::Range;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::time::SystemTime;
 
 use capsule_chunker::bao::{Tree, verify};
@@ -13,7 +15,7 @@ use capsule_chunker::content::{Content, Source};
 use capsule_chunker::free::{self, Trimmed};
 use capsule_chunker::image::{ImageRecord, OpenedImage, Stamp};
 use capsule_proto::ranges::{groups_touching, whole_groups};
-use capsule_proto::{GroupRanges, RootHash};
+use capsule_proto::{GROUP_LEN, GroupRanges, RootHash};
 use rand::RngExt;
 
 use super::make::Making;
@@ -38,15 +40,37 @@ pub fn image_key(stamp: &Stamp, trimmed: bool) -> RootHash {
     RootHash::of(&[&stamp.hash[..], &[trimmed.into()]].concat())
 }
 
-/// What an image is to be remembered as, once it is published; none if it could be changed without that being seen.
-pub(super) fn key_to_note(
+/// Under which a file is remembered as what was last published of it, or a directory: whatever is written to it since.
+fn place_key(place: &[u8]) -> RootHash {
+    RootHash::of(&[b"last published", place].concat())
+}
+
+/// Under which a directory is remembered so.
+pub(super) fn directory_key(path: &Path) -> Option<RootHash> {
+    let metadata = std::fs::metadata(path).ok()?;
+    let place = [metadata.dev().to_le_bytes(), metadata.ino().to_le_bytes()].concat();
+    Some(place_key(&place))
+}
+
+/// What an image is to be remembered as, once it is published: as what its files hold now, if they cannot change without that being seen;
+/// and as what was last published of it. What a bitmap says is not proven, and must not become so.
+pub(super) fn keys_to_note(
     image: &OpenedImage,
     trimmed: bool,
+    by_bitmap: bool,
     began: SystemTime,
-) -> Option<RootHash> {
-    let stamps = image.record.as_ref()?.stamps().ok()?;
-    let stamp = stamps.first().filter(|stamp| stamp.settled(began))?;
-    Some(image_key(stamp, trimmed))
+) -> Vec<RootHash> {
+    let Some(record) = &image.record else {
+        return Vec::new();
+    };
+    let stamps = record.stamps().unwrap_or_default();
+    let stamp = stamps.first().filter(|stamp| stamp.settled(began));
+    let content = stamp.filter(|_| !by_bitmap);
+    let content = content.map(|stamp| image_key(stamp, trimmed));
+    content
+        .into_iter()
+        .chain([place_key(&record.file())])
+        .collect()
 }
 
 /// Remembers it. A hint that is missing only costs time.
@@ -122,12 +146,26 @@ impl Making<'_> {
         old: &Old,
         warnings: &mut Vec<String>,
     ) -> Result<Option<Recorded>, Failure> {
-        let mut changed = record.marked(bitmap)?;
-        let base = tree_of(self.store, old.component.root).filter(|_| !old.is_earlier);
-        let Some(base) = base else {
-            // It began with the parent, not with an earlier version.
-            warnings.push(format!("the dirty bitmap {bitmap} was not used, and everything was read: the parent's hash tree is not here, or the parent is read through too many layers"));
-            return Ok(None);
+        let mut unused = |why: &str| {
+            warnings.push(format!(
+                "the dirty bitmap {bitmap} was not used, and everything was read: {why}"
+            ));
+            Ok(None)
+        };
+        let Some(mut changed) = record.marked(bitmap)? else {
+            return unused("it marks too many places");
+        };
+        // It can only have begun with what was last published of this file.
+        let last = self.store.image(&place_key(&record.file()))?;
+        if last != Some(old.component.root) {
+            return unused(if old.is_earlier {
+                "the parent is read through too many layers"
+            } else {
+                "the parent is not what was last published of this image here"
+            });
+        }
+        let Some(base) = tree_of(self.store, old.component.root) else {
+            return unused("the parent's hash tree is not here");
         };
         changed.union_with(&groups_of(free));
         // Whether the parent was trimmed is not known; if so, its free space may be other than what lies there.
@@ -184,7 +222,14 @@ impl Recorded {
         bitmap: &str,
         work: &Work,
     ) -> Result<(), Failure> {
-        let same = GroupRanges::all(self.base.size).difference(&self.changed);
+        let common = self.base.size.min(source.len());
+        let common = if self.base.size == source.len() {
+            GroupRanges::all(common)
+        } else {
+            // The last group of the shorter one is another in the longer one.
+            GroupRanges::from(0..common / GROUP_LEN)
+        };
+        let same = common.difference(&self.changed);
         let count = same.count();
         let mut rng = rand::rng();
         let mut sample = GroupRanges::new();

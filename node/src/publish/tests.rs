@@ -27,12 +27,17 @@ fn draft(store: &Store, path: &Path) -> Result<Draft, Failure> {
     draft_against(store, path, None)
 }
 
-fn draft_against(store: &Store, path: &Path, parent: Option<&Manifest>) -> Result<Draft, Failure> {
-    let parent = parent.map(|manifest| Parent {
+/// `parent`: an older version, and since when its files may have been changed.
+fn draft_against(
+    store: &Store,
+    path: &Path,
+    parent: Option<(&Manifest, u64)>,
+) -> Result<Draft, Failure> {
+    let parent = parent.map(|(manifest, since)| Parent {
         name: "lab:0".to_owned(),
         capsule: manifest.id(),
         manifest: manifest.clone(),
-        since: u64::MAX,
+        since,
     });
     make(&Making {
         store,
@@ -47,8 +52,13 @@ fn draft_against(store: &Store, path: &Path, parent: Option<&Manifest>) -> Resul
 
 /// Publishes into a store alone, without records.
 pub(crate) fn published(store: &Store, path: &Path) -> Manifest {
-    let mut draft = draft(store, path).unwrap();
+    kept(store, draft(store, path).unwrap())
+}
+
+fn kept(store: &Store, mut draft: Draft) -> Manifest {
     keep(store, &mut draft, 1).unwrap();
+    let root = draft.manifest.components[0].root;
+    draft.notes.iter().for_each(|key| note(store, *key, root));
     draft.manifest
 }
 
@@ -84,6 +94,58 @@ fn a_tree_is_kept_found_and_checked() {
     // The same content, from another place at another time, is the same capsule.
     let again = draft(&store, &dir).unwrap().manifest;
     assert_eq!(again.id(), manifest.id());
+}
+
+/// Files that are as long and as old as in the parent, which nobody touched since, are not read; but only against the version that this
+/// directory was last published as, not against an earlier one or another's.
+#[test]
+fn what_is_not_read_is_what_this_directory_had() {
+    let temp = tempfile::tempdir().unwrap();
+    let (store, dir) = (store(temp.path(), "store"), tree(temp.path()));
+    let write = |dir: &Path, name: &str, content: String| {
+        let path = dir.join(name);
+        fs::write(&path, content).unwrap();
+        let file = fs::File::options().write(true).open(path).unwrap();
+        file.set_modified(std::time::SystemTime::UNIX_EPOCH)
+            .unwrap();
+    };
+    let x_of = |manifest: &Manifest| {
+        let listing = Holdings::new(store.clone()).listing(&manifest.components[0]);
+        let listing = listing.unwrap();
+        let entry = |at: usize| listing.entries()[at].path.to_string();
+        let mut files = listing.files();
+        files.find(|(at, ..)| entry(*at).ends_with('x')).unwrap().2
+    };
+    write(&dir, "x", "before".to_owned());
+    write(&dir, "counter", "version 01".to_owned());
+    let mut last = published(&store, &dir);
+    let mut chains = Vec::new();
+    for version in 2..=66 {
+        write(&dir, "counter", format!("version {version:02}"));
+        if version == 40 {
+            write(&dir, "x", "after!".to_owned());
+        }
+        // What was written just now is looked at, as its time tells; nothing else.
+        let since = if version == 40 { 0 } else { u64::MAX };
+        let draft = draft_against(&store, &dir, Some((&last, since))).unwrap();
+        let HeldWay::Tree(way) = &draft.way else {
+            panic!("a tree")
+        };
+        chains.push(way.contents.len());
+        last = kept(&store, draft);
+        if version != 40 {
+            continue;
+        }
+        assert_eq!(x_of(&last), RootHash::of(b"after!"));
+    }
+    assert_eq!(x_of(&last), RootHash::of(b"after!"), "{chains:?}");
+    // Another directory, as old as this one, with other content of the same length.
+    let other = temp.path().join("other");
+    fs::create_dir(&other).unwrap();
+    write(&other, "x", "other!".to_owned());
+    let draft = draft_against(&store, &other, Some((&last, u64::MAX))).unwrap();
+    assert_eq!(draft.unread, 0);
+    assert_eq!(x_of(&kept(&store, draft)), RootHash::of(b"other!"));
 }
 
 #[test]

@@ -19,7 +19,7 @@ use capsule_proto::manifest::{Component, ComponentKind};
 
 use super::make::{EncodedContents, MadeContents, Making};
 use super::parent::Old;
-use super::record::Recorded;
+use super::record::{Recorded, directory_key};
 use crate::control::{Failure, FailureCode};
 use crate::encoding::{MadeLayer, StoreEncoded, finish_layer, first_contents, outputs, unexpected};
 use crate::held::Holdings;
@@ -126,8 +126,7 @@ impl Making<'_> {
             TreeOutline::unknown(source)
         } else {
             let listing = Holdings::new(self.store.clone()).listing(&old.component)?;
-            let since = self.parent.map_or(0, |parent| parent.since);
-            TreeOutline::of(source, &listing, since)
+            TreeOutline::of(source, &listing, self.looked_at(&old)?)
         };
         let unknown = outline.outline.unknown_len();
         self.work.set_total(unknown);
@@ -154,6 +153,17 @@ impl Making<'_> {
                 sources,
             },
         })
+    }
+
+    /// Since when what was changed in this directory may not be what it was in the parent: only if that is what was last published of it.
+    /// Else everything is read.
+    fn looked_at(&self, old: &Old) -> Result<u64, Failure> {
+        let last = match directory_key(&self.request.path) {
+            Some(key) => self.store.image(&key)?,
+            None => None,
+        };
+        let parent = self.parent.filter(|_| last == Some(old.component.root));
+        Ok(parent.map_or(0, |parent| parent.since))
     }
 
     fn first_contents(&self, source: &TreeSource) -> Result<MadeContents, Failure> {

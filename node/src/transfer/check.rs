@@ -73,7 +73,16 @@ fn check_blob(store: &Store, component: &Component, work: &Work) -> Result<(), F
         blob: store.open_blob(&component.root)?,
         size,
     };
-    let index = stored_index(&content, component.root, work)?;
+    let Some(index) = stored_index(&content, component.root, work)? else {
+        let bad = store.verify(&component.root)?;
+        let message = format!(
+            "{} chunk groups of {} are damaged on this machine's disk",
+            bad.count(),
+            component.root
+        );
+        let hint = "the same command fetches them again; look at the disk's health";
+        return Err(Failure::new(FailureCode::Io, message).hint(hint));
+    };
     let layer = LayerBlobs {
         index: RootHash::of(&index),
         pack: Some(component.root),
@@ -134,7 +143,7 @@ fn check_stream(
 }
 
 /// The tree of an update of content that is here and was checked by the same layers: only what the last layer changes is decoded.
-/// None where there is no such content, or its tree is damaged.
+/// None where there is no such content, or its tree is damaged, or most has changed.
 fn check_changes(
     store: &Store,
     component: &Component,
@@ -160,13 +169,17 @@ fn check_changes(
             return Err(wrong(component, &error.to_string()));
         }
     };
+    // What changed is read by one thread mostly, all of it by all of them.
+    let changed = changes.groups.bytes(component.size);
+    if changed.saturating_mul(threads().get() as u64) >= component.size {
+        return Ok(None);
+    }
     let differing = Differing {
         base,
         changed: changes.groups,
         zero: changes.zero,
     };
-    let same = component.size - differing.changed.bytes(component.size);
-    work.read(same);
+    work.read(component.size - changed);
     match rehash(store, content, &differing, work) {
         Ok(hashed) => Ok(Some(hashed)),
         Err(RehashError::Base) => Ok(None),
