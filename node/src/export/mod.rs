@@ -27,7 +27,7 @@ use crate::node::{Node, spelled};
 use crate::publish::{image_key, note};
 use crate::store::{LayerBlobs, Store};
 use crate::transfer::check::threads;
-use crate::work::{Task, Work, blocking};
+use crate::work::{Task, Work};
 use file::Target;
 
 /// Writes a component of a capsule to a path.
@@ -43,17 +43,14 @@ pub async fn export(
             format!("{} is not an absolute path", request.to.display()),
         ));
     }
-    let (asked, reference, wanted) = (
-        node.clone(),
-        request.capsule.clone(),
-        request.component.clone(),
-    );
-    let (capsule, name, component, way) = blocking(move || {
-        let resolution = asked.resolve(&reference)?;
+    let (reference, wanted) = (request.capsule.clone(), request.component.clone());
+    // The way may be another the next moment, and the old one collected.
+    let chosen = node.while_keeping(move |node| {
+        let resolution = node.resolve(&reference)?;
         let name = spelled(&resolution);
-        let manifest = asked.holdings.complete(&resolution.capsule, &name)?;
+        let manifest = node.holdings.complete(&resolution.capsule, &name)?;
         let component = pick(&manifest, wanted.as_deref(), &name)?.clone();
-        let way = asked.holdings.way_to(&component)?.ok_or_else(|| {
+        let way = node.holdings.way_to(&component)?.ok_or_else(|| {
             Failure::new(
                 FailureCode::Damaged,
                 format!(
@@ -65,11 +62,12 @@ pub async fn export(
                 "`capsule verify --repair {name}` or `capsule pull {name}` fetches what is missing"
             ))
         })?;
-        Ok((resolution.capsule, name, component, way))
-    })
-    .await?;
-    let blobs = way.blobs().into_iter().chain([component.root, capsule.0]);
-    let guard = node.store.guard(blobs);
+        let capsule = resolution.capsule;
+        let blobs = way.blobs().into_iter().chain([component.root, capsule.0]);
+        let guard = node.store.guard(blobs);
+        Ok((capsule, name, component, way, guard))
+    });
+    let (capsule, name, component, way, guard) = chosen.await?;
     let task = Task {
         phase: Phase::Exporting,
         total: Some(component.content_size),

@@ -221,10 +221,11 @@ impl Making<'_> {
         let mut layers: Vec<DraftLayer> = names.layer.into_iter().collect();
         let mut way = TreeWay {
             listing: names.way,
-            contents: contents.below,
+            contents: contents.parent_layers,
         };
         if !unchanged {
             let layer = contents.encoded.into_layer(root);
+            way.contents = contents.below;
             way.contents.push(layer.blobs);
             layers.push(layer);
         }
@@ -266,8 +267,9 @@ impl Making<'_> {
 pub(super) struct MadeContents {
     pub size: u64,
     pub roots: Vec<RootHash>,
-    /// The layers of the parent.
+    /// The layers of what the new one is put upon; of the parent.
     pub below: Vec<LayerBlobs>,
+    pub parent_layers: Vec<LayerBlobs>,
     pub encoded: EncodedContents,
     pub stats: EncodeStats,
     /// Bytes that were not read.

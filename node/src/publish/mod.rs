@@ -419,22 +419,19 @@ fn layers_held(node: &Node, draft: &Draft, component: &Component) -> Result<Vec<
     };
     let made = |made: &DraftLayer| layer(made.space, made.parent, made.blobs);
     let mut layers: Vec<Layer> = draft.layers.iter().map(made).collect();
-    let ways = match node.holdings.way_to(component)? {
-        Some(HeldWay::Layers(layers)) => vec![(Space::Stream, layers)],
-        Some(HeldWay::Tree(way)) => {
-            vec![
-                (Space::Stream, way.listing),
-                (Space::Contents, way.contents),
-            ]
-        }
-        Some(HeldWay::Blob) | None => Vec::new(),
+    let spaces: &[Space] = match node.holdings.way_to(component)? {
+        Some(HeldWay::Layers(_)) => &[Space::Stream],
+        Some(HeldWay::Tree(_)) => &[Space::Stream, Space::Contents],
+        Some(HeldWay::Blob) | None => &[],
     };
-    for (space, way) in ways {
+    for &space in spaces {
+        // Not the layers that only this node reads it through.
+        let way = node.holdings.recipe(space, &component.root)?;
         // Of a chain, the records came with its layers.
-        if let [only] = way[..]
-            && !layers.iter().any(|layer| layer_blobs(layer) == only)
+        if let Some([only]) = way.as_deref()
+            && !layers.iter().any(|layer| layer_blobs(layer) == *only)
         {
-            layers.push(layer(space, None, only));
+            layers.push(layer(space, None, *only));
         }
     }
     Ok(layers)

@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use capsule_chunker::content::Content;
 use capsule_chunker::layer::read::ReadOptions;
-use capsule_proto::CapsuleId;
 use capsule_proto::index::Space;
 use capsule_proto::manifest::{Component, ComponentKind, Manifest};
+use capsule_proto::{CapsuleId, RootHash};
 
 use crate::control::{Failure, FailureCode, Holding, Publish};
 use crate::held::Holdings;
@@ -40,9 +40,11 @@ pub(super) struct Parent {
 
 /// A component of it, as content.
 pub(super) struct Old {
+    /// The parent's, or an earlier version of it, where that is read through too many layers.
     pub component: Component,
-    /// Whether it is of an earlier version than the parent, as that is read through too many layers.
-    pub is_earlier: bool,
+    /// The parent's own root, and the layers through which it is read.
+    pub parent: RootHash,
+    pub parent_layers: Vec<LayerBlobs>,
     /// The layers through which it is read, from nothing on.
     pub layers: Vec<LayerBlobs>,
     pub content: Arc<dyn Content>,
@@ -112,17 +114,18 @@ impl Old {
     ) -> Result<Option<Self>, Failure> {
         let holdings = Holdings::new(store.clone());
         let layers = holdings.recipe(space, &component.root)?;
-        let Some(mut layers) = layers else {
+        let Some(parent_layers) = layers else {
             return Ok(None);
         };
-        let mut component = component.clone();
-        let is_earlier = layers.len() >= MAX_CHAIN;
-        if is_earlier {
-            match earlier(store, &component, space, &layers[HALF_CHAIN - 1])? {
-                Some(earlier) => (component, layers) = earlier,
-                None => return Ok(None),
-            }
-        }
+        let parent = component.root;
+        let is_long = parent_layers.len() >= MAX_CHAIN;
+        let put_upon = match is_long {
+            true => earlier(store, component, space, &parent_layers[HALF_CHAIN - 1])?,
+            false => Some((component.clone(), parent_layers.clone())),
+        };
+        let Some((component, layers)) = put_upon else {
+            return Ok(None);
+        };
         let content = open(store, &layers, &ReadOptions { cache_len: CACHE })?;
         let expected = match space {
             Space::Stream => component.size,
@@ -135,7 +138,8 @@ impl Old {
         }
         Ok(Some(Self {
             component,
-            is_earlier,
+            parent,
+            parent_layers,
             layers,
             content,
         }))

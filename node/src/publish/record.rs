@@ -158,7 +158,7 @@ impl Making<'_> {
         // It can only have begun with what was last published of this file.
         let last = self.store.image(&place_key(&record.file()))?;
         if last != Some(old.component.root) {
-            return unused(if old.is_earlier {
+            return unused(if old.parent != old.component.root {
                 "the parent is read through too many layers"
             } else {
                 "the parent is not what was last published of this image here"

@@ -40,7 +40,7 @@ impl Making<'_> {
     ) -> Result<MadeLayer, Failure> {
         let (tree, outboard, unread) = self.hash(source, recorded)?;
         let parent = old.component.root;
-        if tree.root == parent {
+        if tree.root == old.parent {
             source.check_unchanged()?;
             let stats = EncodeStats {
                 content: tree.size,
@@ -50,7 +50,7 @@ impl Making<'_> {
             return Ok(MadeLayer {
                 tree,
                 layer: None,
-                way: old.layers,
+                way: old.parent_layers,
                 outboard: Some(outboard),
                 stats,
                 unread,
@@ -129,6 +129,7 @@ impl Making<'_> {
             TreeOutline::of(source, &listing, self.looked_at(&old)?)
         };
         let unknown = outline.outline.unknown_len();
+        let parent_layers = old.parent_layers.clone();
         self.work.set_total(unknown);
         let AgainstOld {
             encoded,
@@ -144,6 +145,7 @@ impl Making<'_> {
             size: encoded.size,
             roots: outline.roots(source, read),
             below,
+            parent_layers,
             stats: encoded.stats,
             unread: source.len() - unknown,
             encoded: EncodedContents {
@@ -174,6 +176,7 @@ impl Making<'_> {
             size: made.encoded.size,
             roots: made.roots,
             below: Vec::new(),
+            parent_layers: Vec::new(),
             stats: made.encoded.stats,
             unread: 0,
             encoded: EncodedContents {
