@@ -307,6 +307,16 @@ fn a_dirty_bitmap_tells_what_to_read_and_a_wrong_one_is_noticed() {
         "{third:#}"
     );
 
+    // The newest version is another image's: nothing tells what differs from that.
+    publish(node, &raw, "lab:3a", &["--as", "disk"]);
+    let (other, _) = publish(node, &image, "lab:3b", &["--bitmap", "since"]);
+    let warning = other["warnings"][0].as_str().unwrap();
+    assert!(
+        warning.contains("last published of this image"),
+        "{warning}"
+    );
+    assert_eq!(number(&other, "unread_bytes"), 0);
+
     // Cleared too late: what was written before is not marked.
     write(&image, &["write -q -P 5 30M 20M"]);
     bitmap("--clear");
