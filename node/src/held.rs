@@ -7,6 +7,8 @@
 
 mod ways;
 
+pub use ways::check_len;
+
 use std::collections::BTreeSet;
 
 use capsule_proto::index::{IndexHeader, Space};

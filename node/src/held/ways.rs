@@ -8,7 +8,7 @@ use capsule_proto::codec::{DecodeError, Reader, Writer};
 use capsule_proto::index::Space;
 
 use super::{Holdings, TreeWay, space_word};
-use crate::control::Failure;
+use crate::control::{Failure, FailureCode};
 use crate::store::{DatabaseError, LayerBlobs, MAX_LAYERS};
 
 const WAY_VERSION: u8 = 1;
@@ -71,6 +71,18 @@ fn read_layers(input: &mut Reader<'_>) -> Result<Vec<LayerBlobs>, DecodeError> {
             pack: input.option("pack", |input| input.hash("pack"))?,
         })
     })
+}
+
+/// Fails where nothing is to be read through so many layers: no row holds them.
+pub fn check_len(layers: usize) -> Result<(), Failure> {
+    if layers <= MAX_LAYERS {
+        return Ok(());
+    }
+    let message =
+        format!("it would be read through {layers} layers, and at most {MAX_LAYERS} are followed");
+    Err(Failure::new(FailureCode::Refused, message).hint(
+        "on a machine that has it, `capsule publish --rebase` adds a layer from nothing to a version; pull again after that",
+    ))
 }
 
 impl Holdings {
@@ -181,6 +193,7 @@ impl Holdings {
     /// Notes what of its packs a way takes, where not all of them are here: whether it is whole can be told from then on. One whose
     /// indexes are not here is not.
     pub fn note_reached(&self, layers: &[LayerBlobs]) -> Result<(), Failure> {
+        check_len(layers.len())?;
         let has_indexes = layers.iter().all(|layer| self.is_complete(&layer.index));
         if !has_indexes || self.store.is_readable(layers)? {
             return Ok(());
