@@ -7,7 +7,6 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use capsule_chunker::content::Progress;
-use capsule_chunker::layer::reach::{MAX_REACHED_RUNS, with_few_runs};
 use capsule_proto::{CapsuleId, GROUP_LEN, GroupRanges, RootHash};
 
 use crate::control::{Failure, FailureCode};
@@ -109,9 +108,7 @@ impl Needs {
     pub fn dead(&self, store: &Store) -> BTreeMap<RootHash, GroupRanges> {
         let dead = |(pack, needed): (&RootHash, &GroupRanges)| {
             let size = store.durable(pack)?.size;
-            // As many runs as one way may have: the store notes presence by runs.
-            let kept = with_few_runs(needed, MAX_REACHED_RUNS);
-            Some((*pack, GroupRanges::all(size).difference(&kept)))
+            Some((*pack, GroupRanges::all(size).difference(needed)))
         };
         self.parts.iter().filter_map(dead).collect()
     }
