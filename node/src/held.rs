@@ -48,6 +48,8 @@ pub struct Takes {
     pub whole: BTreeSet<RootHash>,
     /// Layers, from nothing on, through which something is read: all of their indexes, and of their packs what that takes.
     pub ways: BTreeSet<Vec<LayerBlobs>>,
+    /// Whether nobody can tell what it takes: it is held, and its manifest cannot be read.
+    pub unknown: bool,
 }
 
 /// Most layers walked to find what a begun pull takes: those that a search looks at.
@@ -232,13 +234,18 @@ impl Holdings {
     /// Of a capsule that is held, but whose manifest cannot be read (damaged, or being fetched again), nobody can tell what
     /// it takes: everything here counts, so that nothing of it is collected before the manifest is whole again.
     pub fn takes(&self, capsule: &CapsuleId, records: &Records) -> Result<Takes, DatabaseError> {
-        let (mut whole, mut ways) = (BTreeSet::from([capsule.0]), BTreeSet::new());
-        let Some(manifest) = self.manifest(capsule) else {
-            if self.store.capsule(capsule)?.is_some() {
-                whole.extend(self.everything());
-            }
-            return Ok(Takes { whole, ways });
+        let mut takes = Takes {
+            whole: [capsule.0].into(),
+            ..Takes::default()
         };
+        let Some(manifest) = self.manifest(capsule) else {
+            takes.unknown = self.store.capsule(capsule)?.is_some();
+            if takes.unknown {
+                takes.whole.extend(self.everything());
+            }
+            return Ok(takes);
+        };
+        let Takes { whole, ways, .. } = &mut takes;
         for component in &manifest.components {
             whole.insert(component.root);
             // Damaged in one place, they are as needed as before: that place is all that is to be fetched again.
@@ -262,7 +269,7 @@ impl Holdings {
                 }
             }
         }
-        Ok(Takes { whole, ways })
+        Ok(takes)
     }
 
     fn everything(&self) -> impl Iterator<Item = RootHash> {

@@ -21,6 +21,8 @@ pub struct Needs {
     /// Blobs that are needed in part only: none of them is needed as a whole.
     parts: BTreeMap<RootHash, GroupRanges>,
     ways: BTreeSet<Vec<LayerBlobs>>,
+    /// Whether of some capsule nobody can tell which ways it has.
+    unknown: bool,
     /// What was found out of ways and is not in the store yet.
     new: Vec<(Vec<LayerBlobs>, Reached)>,
 }
@@ -37,6 +39,7 @@ impl Needs {
             let takes = node.holdings.takes(id, &node.records)?;
             needs.whole.extend(takes.whole);
             needs.ways.extend(takes.ways);
+            needs.unknown |= takes.unknown;
         }
         // An index is little, and the last pack of a way was made for it.
         for way in &needs.ways {
@@ -121,8 +124,12 @@ impl Needs {
         Ok(())
     }
 
-    /// Forgets what was noted of ways that none of the capsules has.
+    /// Forgets what was noted of ways that none of the capsules has; nothing as long as it cannot be told which they have: of packs that
+    /// have parts only, these notes tell that nothing is missing.
     pub fn forget_others(&self, store: &Store) -> Result<(), DatabaseError> {
+        if self.unknown {
+            return Ok(());
+        }
         store.keep_reached(&self.ways)
     }
 }
