@@ -10,6 +10,7 @@ use capsule_chunker::content::Progress;
 use capsule_proto::{CapsuleId, GROUP_LEN, GroupRanges, RootHash};
 
 use crate::control::{Failure, FailureCode};
+use crate::held::Takes;
 use crate::layers::reached;
 use crate::node::Node;
 use crate::store::{DatabaseError, LayerBlobs, Reached, Store};
@@ -34,9 +35,33 @@ impl Needs {
         capsules: impl IntoIterator<Item = &'a CapsuleId>,
         progress: &dyn Progress,
     ) -> Result<Self, Failure> {
+        let takes = |id| {
+            let mut takes = node.holdings.takes(id, &node.records)?;
+            takes.ways.append(&mut takes.own);
+            takes.whole.append(&mut takes.begun);
+            Ok(takes)
+        };
+        Self::of_taken(&node.store, capsules.into_iter().map(takes), progress)
+    }
+
+    /// Of capsules that are complete, what is to be here for as long as they are: what is not can be had from others.
+    pub fn lasting<'a>(
+        node: &Node,
+        capsules: impl IntoIterator<Item = &'a CapsuleId>,
+        progress: &dyn Progress,
+    ) -> Result<Self, Failure> {
+        let takes = |id| Ok(node.holdings.takes(id, &node.records)?);
+        Self::of_taken(&node.store, capsules.into_iter().map(takes), progress)
+    }
+
+    fn of_taken(
+        store: &Store,
+        taken: impl Iterator<Item = Result<Takes, Failure>>,
+        progress: &dyn Progress,
+    ) -> Result<Self, Failure> {
         let mut needs = Self::default();
-        for id in capsules {
-            let takes = node.holdings.takes(id, &node.records)?;
+        for takes in taken {
+            let takes = takes?;
             needs.whole.extend(takes.whole);
             needs.ways.extend(takes.ways);
             needs.unknown |= takes.unknown;
@@ -47,7 +72,7 @@ impl Needs {
             needs.whole.extend(way.last().and_then(|layer| layer.pack));
         }
         for way in std::mem::take(&mut needs.ways) {
-            needs.add_packs(&node.store, &way, progress)?;
+            needs.add_packs(store, &way, progress)?;
             needs.ways.insert(way);
         }
         let whole = &needs.whole;

@@ -108,6 +108,24 @@ impl Holdings {
         Ok(self.store.set_value(&own_key(space, root), &out.finish())?)
     }
 
+    /// Forgets those layers of a component of which this holds: the component is read through others, and they are made again.
+    pub fn drop_own_ways(
+        &self,
+        component: &RootHash,
+        is_bad: impl Fn(&[LayerBlobs]) -> Result<bool, DatabaseError>,
+    ) -> Result<bool, DatabaseError> {
+        let mut bad = Vec::new();
+        for space in [Space::Stream, Space::Contents] {
+            if let Some(own) = self.own_way(space, component)?
+                && is_bad(&own)?
+            {
+                bad.push(own_key(space, component));
+            }
+        }
+        self.store.remove_values(&bad)?;
+        Ok(!bad.is_empty())
+    }
+
     /// Whether layers to a component are kept for others.
     pub fn is_offered(&self, root: &RootHash) -> Result<bool, DatabaseError> {
         Ok(!self.offered(root)?.is_empty())
