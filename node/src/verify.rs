@@ -15,7 +15,7 @@ use crate::control::{
     CapsuleRef, DamageInfo, Failure, FailureCode, Phase, Reporter, Verified, Verify,
 };
 use crate::held::{blobs_of, kind_word};
-use crate::needs::Needs;
+use crate::needs::{Needs, note_ways};
 use crate::node::{Node, spelled};
 use crate::store::{BlobInfo, BlobKind, DatabaseError, LayerBlobs, ReadError, Store};
 use crate::transfer::fetch::{Fetched, Manner, Wanted, fetch};
@@ -374,14 +374,10 @@ async fn repair(
         // One that nobody has keeps no other from being repaired.
         failed = failed.and(fetched.await.map(drop));
     }
-    let task = Task {
-        phase: Phase::Planning,
-        total: None,
-        what: None,
-    };
+    let meant: Vec<CapsuleId> = asked.iter().copied().collect();
+    note_ways(node, move |_| Ok(meant), reporter).await?;
     let shared = node.clone();
-    let looking = move |work: &Work| wanted(&shared, &asked, work);
-    let wanted = node.works.run(task, reporter, looking).await?;
+    let wanted = blocking(move || wanted(&shared, &asked)).await?;
     let name = "what was damaged".to_owned();
     let manner = Manner {
         phase: Phase::Repairing,
@@ -400,15 +396,11 @@ async fn repair(
 
 /// What of capsules that count as complete is not here though it should be: a layer that is kept for others, say. What only this node's own
 /// ways took, nobody else has; of capsules that are not complete, a pull looked for all.
-fn wanted(
-    node: &Node,
-    capsules: &BTreeSet<CapsuleId>,
-    work: &Work,
-) -> Result<Vec<Wanted>, Failure> {
+fn wanted(node: &Node, capsules: &BTreeSet<CapsuleId>) -> Result<Vec<Wanted>, Failure> {
     let held = node.store.capsules()?.into_iter();
     let complete = held.filter(|(id, held)| held.complete && capsules.contains(id));
     let complete: Vec<CapsuleId> = complete.map(|(id, _)| id).collect();
-    let needs = Needs::lasting(node, &complete, work)?;
+    let needs = Needs::lasting(node, &complete)?;
     let blobs = node.store.blobs().into_iter();
     let wanted = blobs.filter(|blob| needs.contains(&blob.root));
     let wanted = wanted.filter_map(|blob| {
