@@ -34,8 +34,8 @@ pub trait Known {
     /// What stops a search.
     type Error;
 
-    /// Whether the component is here, in that space, with all that leads to it.
-    fn is_held(&self, space: Space, root: &RootHash) -> Result<bool, Self::Error>;
+    /// Through how many layers the component is read here, in that space, if all that leads to it is here.
+    fn held(&self, space: Space, root: &RootHash) -> Result<Option<usize>, Self::Error>;
 
     /// The layers that lead to a component in a space.
     fn layers_to(&self, space: Space, root: &RootHash) -> Result<Vec<Layer>, Self::Error>;
@@ -52,12 +52,13 @@ pub trait Known {
 
 /// The cheapest way to a component ([`Cost`]); of equals the one with the fewest layers. None: no way is known.
 ///
-/// `size` is the length of what the root names; only a stream's root names its bytes, so only streams come as blobs.
+/// No way is through more than `most` layers, with those below it. `size` is the length of what the root names; only a stream's root names its bytes, so only streams come as blobs.
 pub fn cheapest<K: Known>(
     known: &K,
     space: Space,
     root: RootHash,
     size: u64,
+    most: usize,
 ) -> Result<Option<Way>, K::Error> {
     // Cost and number of layers from a node to the goal, and the layer that leads on from it.
     let mut best: HashMap<Option<RootHash>, (Cost, usize)> = HashMap::new();
@@ -81,7 +82,9 @@ pub fn cheapest<K: Known>(
         let Some(component) = node else {
             return Ok(Some(Way::Layers(walk(&onward, None, root))));
         };
-        if known.is_held(space, &component)? {
+        // What would be read through too many layers in all is sought some other way.
+        let held = known.held(space, &component)?;
+        if held.is_some_and(|below| below.saturating_add(cost.1) <= most) {
             let layers = walk(&onward, Some(component), root);
             return Ok(Some(if layers.is_empty() {
                 Way::Held
@@ -89,7 +92,7 @@ pub fn cheapest<K: Known>(
                 Way::Layers(layers)
             }));
         }
-        if best.len() >= MAX_VISITED {
+        if best.len() >= MAX_VISITED || cost.1 >= most {
             continue;
         }
         for layer in known.layers_to(space, &component)? {
@@ -135,6 +138,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::store::MAX_LAYERS;
 
     /// A graph of components 0..n; layer (from, to, bytes) with from 255 as nothing.
     #[derive(Debug, Default)]
@@ -144,6 +148,8 @@ mod tests {
         /// Layers whose bytes this divides are at no connected machine.
         absent: Option<u64>,
         blobs: HashSet<u8>,
+        /// Through how many layers each that is held is read.
+        below: usize,
     }
 
     fn hash(n: u8) -> RootHash {
@@ -178,8 +184,9 @@ mod tests {
     impl Known for Graph {
         type Error = Infallible;
 
-        fn is_held(&self, _: Space, root: &RootHash) -> Result<bool, Infallible> {
-            Ok(self.held.contains(&node(root)))
+        fn held(&self, _: Space, root: &RootHash) -> Result<Option<usize>, Infallible> {
+            let below = self.below.max(1);
+            Ok(self.held.contains(&node(root)).then_some(below))
         }
 
         fn layers_to(&self, _: Space, root: &RootHash) -> Result<Vec<Layer>, Infallible> {
@@ -208,7 +215,7 @@ mod tests {
     }
 
     fn find(graph: &Graph, goal: u8) -> Option<Way> {
-        cheapest(graph, Space::Stream, hash(goal), 1000).unwrap()
+        cheapest(graph, Space::Stream, hash(goal), 1000, MAX_LAYERS).unwrap()
     }
 
     fn cost(graph: &Graph, way: &Way) -> Cost {
@@ -274,6 +281,23 @@ mod tests {
     }
 
     #[test]
+    fn no_way_has_more_layers_than_are_followed() {
+        let mut graph = Graph {
+            layers: vec![(1, 2, 1), (255, 2, 500)],
+            held: [1].into(),
+            below: MAX_LAYERS - 1,
+            ..Graph::default()
+        };
+        let onto = Some(Way::Layers(vec![layer((1, 2, 1))]));
+        assert_eq!(find(&graph, 2), onto);
+        graph.below = MAX_LAYERS;
+        let anew = Some(Way::Layers(vec![layer((255, 2, 500))]));
+        assert_eq!(find(&graph, 2), anew);
+        graph.layers.pop();
+        assert_eq!(find(&graph, 2), None);
+    }
+
+    #[test]
     fn circles_end() {
         let graph = Graph {
             layers: vec![(1, 2, 1), (2, 1, 1)],
@@ -313,7 +337,7 @@ mod tests {
             absent in prop::option::of(1u64..5),
             blobs in prop::collection::hash_set(0u8..8, 0..3),
         ) {
-            let graph = Graph { layers, held, absent, blobs };
+            let graph = Graph { layers, held, absent, blobs, below: 1 };
             for goal in 0..8 {
                 let found = find(&graph, goal);
                 prop_assert_eq!(found.as_ref().map(|way| cost(&graph, way)), oracle(&graph, goal));

@@ -7,6 +7,8 @@
 
 mod ways;
 
+pub use ways::check_len;
+
 use std::collections::BTreeSet;
 
 use capsule_proto::index::{IndexHeader, Space};
@@ -46,6 +48,12 @@ pub struct Takes {
     pub whole: BTreeSet<RootHash>,
     /// Layers, from nothing on, through which something is read: all of their indexes, and of their packs what that takes.
     pub ways: BTreeSet<Vec<LayerBlobs>>,
+    /// Ways that were made here, which nobody else has: when they are lost, they are made again.
+    pub own: BTreeSet<Vec<LayerBlobs>>,
+    /// Blobs of layers that a pull may have begun to fetch: what is here of them is taken.
+    pub begun: BTreeSet<RootHash>,
+    /// Whether nobody can tell what it takes: it is held, and its manifest cannot be read.
+    pub unknown: bool,
 }
 
 /// Most layers walked to find what a begun pull takes: those that a search looks at.
@@ -230,13 +238,24 @@ impl Holdings {
     /// Of a capsule that is held, but whose manifest cannot be read (damaged, or being fetched again), nobody can tell what
     /// it takes: everything here counts, so that nothing of it is collected before the manifest is whole again.
     pub fn takes(&self, capsule: &CapsuleId, records: &Records) -> Result<Takes, DatabaseError> {
-        let (mut whole, mut ways) = (BTreeSet::from([capsule.0]), BTreeSet::new());
-        let Some(manifest) = self.manifest(capsule) else {
-            if self.store.capsule(capsule)?.is_some() {
-                whole.extend(self.everything());
-            }
-            return Ok(Takes { whole, ways });
+        let mut takes = Takes {
+            whole: [capsule.0].into(),
+            ..Takes::default()
         };
+        let Some(manifest) = self.manifest(capsule) else {
+            takes.unknown = self.store.capsule(capsule)?.is_some();
+            if takes.unknown {
+                takes.whole.extend(self.everything());
+            }
+            return Ok(takes);
+        };
+        let Takes {
+            whole,
+            ways,
+            own,
+            begun,
+            ..
+        } = &mut takes;
         for component in &manifest.components {
             whole.insert(component.root);
             // Damaged in one place, they are as needed as before: that place is all that is to be fetched again.
@@ -244,7 +263,7 @@ impl Holdings {
             ways.extend(recipe.map(|known| known.recipe.layers));
             ways.extend(self.blob_way(&component.root)?);
             for space in [Space::Stream, Space::Contents] {
-                ways.extend(self.own_way(space, &component.root)?);
+                own.extend(self.own_way(space, &component.root)?);
             }
             if let Some(way) = self.tree_way(&component.root)? {
                 ways.extend([way.listing, way.contents]);
@@ -256,11 +275,11 @@ impl Holdings {
                 // Begun, or its own pack: whatever layers are known to lead there.
                 Some(HeldWay::Blob) | None => {
                     let layers = leading_to(&component.root, records)?;
-                    whole.extend(blobs_of(&layers));
+                    begun.extend(blobs_of(&layers));
                 }
             }
         }
-        Ok(Takes { whole, ways })
+        Ok(takes)
     }
 
     fn everything(&self) -> impl Iterator<Item = RootHash> {
@@ -291,10 +310,17 @@ impl Holdings {
 
 impl Takes {
     /// All of it.
-    pub fn blobs(self) -> BTreeSet<RootHash> {
+    pub fn blobs(mut self) -> BTreeSet<RootHash> {
+        self.ways.append(&mut self.own);
+        self.lasting()
+    }
+
+    /// All of it but what only its own ways take.
+    pub fn lasting(self) -> BTreeSet<RootHash> {
         let of_ways = self.ways.iter().flat_map(|layers| blobs_of(layers));
         let mut blobs: BTreeSet<RootHash> = of_ways.collect();
         blobs.extend(self.whole);
+        blobs.extend(self.begun);
         blobs
     }
 }

@@ -1,7 +1,8 @@
 //! What stays and what goes: pins, collection, removal.
 //!
 //! A capsule is wanted while somebody pins it (the user, its publication here, a followed channel) or a pull of it runs. The store
-//! removes blobs; which of them are needed is decided here. All of it happens while `Node::keeping` is held: what was decided is
+//! removes blobs; which of them are needed is decided here. What is read of packs is noted before that (`needs`), as it may take long and can
+//! be stopped. All else happens while `Node::keeping` is held: what was decided is
 //! still so when it is done.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -10,9 +11,9 @@ use std::sync::Arc;
 use capsule_proto::{CapsuleId, GroupRanges, RootHash};
 
 use crate::control::{
-    CapsuleRef, Collected, Failure, FailureCode, Gc, Pin, Pinned, Removed, Rm, Unpin,
+    CapsuleRef, Collected, Failure, FailureCode, Gc, Pin, Pinned, Removed, Reporter, Rm, Unpin,
 };
-use crate::needs::Needs;
+use crate::needs::{Needs, note_ways};
 use crate::node::{Node, spelled};
 use crate::store::{DatabaseError, GcMode, GcReport, PinOrigin, Store};
 use crate::work::{blocking, panicked};
@@ -73,6 +74,7 @@ async fn change_pins(
 /// Removes what nobody pins.
 pub async fn gc(node: &Arc<Node>, request: Gc) -> Result<Collected, Failure> {
     let dry_run = request.dry_run;
+    note_ways(node, |node| Ok(split(node)?.0), &Reporter::silent()).await?;
     let collection = move |node: &Node| collect(node, dry_run);
     let (dead, report) = if dry_run {
         node.while_keeping(collection).await?
@@ -97,14 +99,13 @@ fn punched_bytes(report: &GcReport) -> u64 {
 /// Frees what capsules do not need: whole blobs, and the parts of packs that nothing of theirs is read from.
 fn free(
     node: &Node,
-    mut needs: Needs,
+    needs: Needs,
     candidates: Option<&BTreeSet<RootHash>>,
     mode: GcMode,
 ) -> Result<GcReport, Failure> {
     let collect = mode == GcMode::Collect;
     let may_go = |root: &RootHash| candidates.is_none_or(|candidates| candidates.contains(root));
     if collect {
-        needs.note(&node.store)?;
         node.components.close_all();
     }
     let live = |root: &RootHash| needs.contains(root) || !may_go(root);
@@ -122,16 +123,21 @@ fn free(
     Ok(report)
 }
 
-fn collect(node: &Node, dry_run: bool) -> Result<(Vec<CapsuleId>, GcReport), Failure> {
+/// The capsules that stay, pinned ones of which nothing is here too, and those that nobody wants.
+fn split(node: &Node) -> Result<(Vec<CapsuleId>, Vec<CapsuleId>), Failure> {
     let pinned: BTreeSet<CapsuleId> = node.store.pins()?.into_iter().map(|(id, _)| id).collect();
-    let held: Vec<CapsuleId> = node
+    let held: BTreeSet<CapsuleId> = node
         .store
         .capsules()?
         .into_iter()
         .map(|(id, _)| id)
         .collect();
     let stays = |id: &CapsuleId| pinned.contains(id) || node.transfers.is_running(id);
-    let (mut living, doomed): (Vec<CapsuleId>, Vec<CapsuleId>) = held.into_iter().partition(stays);
+    Ok(held.union(&pinned).copied().partition(stays))
+}
+
+fn collect(node: &Node, dry_run: bool) -> Result<(Vec<CapsuleId>, GcReport), Failure> {
+    let (mut living, doomed) = split(node)?;
     let mut dead = Vec::new();
     for id in doomed {
         // First they are not held any more, then their blobs go: the other way round, a crash would leave capsules without content.
@@ -141,7 +147,7 @@ fn collect(node: &Node, dry_run: bool) -> Result<(Vec<CapsuleId>, GcReport), Fai
             living.push(id);
         }
     }
-    let needs = Needs::of(node, living.iter().chain(&pinned), &())?;
+    let needs = Needs::of(node, &living)?;
     let mode = if dry_run {
         GcMode::DryRun
     } else {
@@ -158,6 +164,12 @@ fn forget_ways(node: &Node, report: &GcReport) -> Result<(), DatabaseError> {
 
 /// Removes one capsule; what others need stays.
 pub async fn rm(node: &Arc<Node>, request: Rm) -> Result<Removed, Failure> {
+    let reference = request.capsule.clone();
+    let staying = move |node: &Node| {
+        let capsule = node.resolve(&reference)?.capsule;
+        Ok(others(node, &capsule)?)
+    };
+    note_ways(node, staying, &Reporter::silent()).await?;
     let (capsule, report) = take_away(node, move |node| remove(node, &request)).await?;
     Ok(Removed {
         capsule,
@@ -191,18 +203,17 @@ fn remove(node: &Node, request: &Rm) -> Result<(CapsuleId, GcReport), Failure> {
         return Err(Failure::new(FailureCode::Refused, message).hint(hint));
     }
     let candidates = node.holdings.blobs_of(&capsule, &node.records)?;
-    let others: Vec<CapsuleId> = node
-        .store
-        .capsules()?
-        .into_iter()
-        .map(|(id, _)| id)
-        .filter(|id| *id != capsule)
-        .collect();
-    let needs = Needs::of(node, &others, &())?;
+    let needs = Needs::of(node, &others(node, &capsule)?)?;
     node.store.remove_capsule(&capsule)?;
     // Everything lives but what this capsule alone needed.
     let report = free(node, needs, Some(&candidates), GcMode::Collect)?;
     Ok((capsule, report))
+}
+
+/// All capsules that are held but for one.
+fn others(node: &Node, capsule: &CapsuleId) -> Result<Vec<CapsuleId>, DatabaseError> {
+    let held = node.store.capsules()?.into_iter().map(|(id, _)| id);
+    Ok(held.filter(|id| id != capsule).collect())
 }
 
 /// Removes, and withdraws what is gone, before anything else is kept: content that comes back is announced after that.

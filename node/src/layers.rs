@@ -190,7 +190,7 @@ impl Components {
         }
     }
 
-    /// Closes everything: what is open cannot be collected.
+    /// Closes everything: what is open cannot be collected, and does not see what came since.
     pub fn close_all(&self) {
         self.open().clear();
     }
@@ -219,7 +219,17 @@ impl ComponentProvider for Components {
         let own = Holdings::new(self.store.clone()).own_way(Space::Stream, root)?;
         let content = match own {
             Some(own) if self.store.is_readable(&own)? => open(&self.store, &own, &options)?,
-            _ => open(&self.store, &component.recipe.layers, &options)?,
+            _ if self.store.is_readable(&component.recipe.layers)? => {
+                open(&self.store, &component.recipe.layers, &options)?
+            }
+            // Kept open, it would go on lacking what a repair fetches.
+            _ => {
+                let message = format!("not all that component {root} is read through is here");
+                let hint = "`capsule verify --repair` fetches what is missing";
+                return Err(Failure::new(FailureCode::Damaged, message)
+                    .hint(hint)
+                    .into());
+            }
         };
         let mut kept = Components::open(self);
         if kept.len() == OPEN_COMPONENTS {

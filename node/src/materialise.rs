@@ -2,24 +2,26 @@
 //! that only this node has.
 //!
 //! Runs in the background, on one core, one component at a time, whenever what is held changed, and at the start. What is begun is lost when
-//! the node stops, and begun again. A version upon one that was made cheap takes that one's layers in place of the chain: of a line of versions
+//! the node stops, and begun again; what failed, or had no room, is tried again when something changes a while later. A version upon one that was made cheap takes that one's layers in place of the chain: of a line of versions
 //! one in [`DEAR_LAYERS`] is encoded. On a machine that publishes, the layers that all others have stay the component's way too; on others they are
 //! no longer needed, and go with the next collection.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::num::NonZeroUsize;
+use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use capsule_chunker::content::Source;
 use capsule_chunker::layer::LayerSource;
 use capsule_chunker::layer::encode::{Effort, EncodeOptions};
 use capsule_chunker::layer::reach::Reach;
 use capsule_chunker::layer::read::{LayerCache, LayerContent, ReadOptions};
-use capsule_proto::CapsuleId;
 use capsule_proto::index::Space;
 use capsule_proto::manifest::{Component, ComponentKind};
+use capsule_proto::{CapsuleId, RootHash};
 
-use crate::control::{Failure, Phase, Progress};
+use crate::control::{Failure, Phase};
 use crate::held::{HeldWay, TreeWay, blobs_of};
 use crate::layers::{no_pack, open, open_all};
 use crate::node::Node;
@@ -32,8 +34,10 @@ use crate::work::{Task, Work, blocking};
 pub const DEAR_LAYERS: usize = 16;
 /// A way is dear that decodes more than so many times the bytes that its content has.
 const DEAR_DECODING: u64 = 4;
-/// Ways remembered as cheap, or as failed; beyond, they are looked at again.
+/// Ways remembered; beyond, they are looked at again.
 const MAX_SEEN: usize = 4096;
+/// After what was tried and left dear, the next try: what stood in the way (a full disk, damage) may be gone.
+const RETRY: Duration = Duration::from_secs(900);
 
 /// A component that may be dear to read.
 #[derive(Debug, Clone)]
@@ -46,7 +50,8 @@ struct Candidate {
 
 /// Looks whenever something changed; for ever.
 pub async fn run(node: Arc<Node>) {
-    let mut seen: BTreeSet<Vec<LayerBlobs>> = BTreeSet::new();
+    // By way, when it is looked at again: a cheap one never.
+    let mut seen: BTreeMap<Vec<LayerBlobs>, Option<Instant>> = BTreeMap::new();
     loop {
         node.changed.notified().await;
         let shared = node.clone();
@@ -61,23 +66,38 @@ pub async fn run(node: Arc<Node>) {
             }
         };
         for candidate in found {
-            if seen.contains(&candidate.layers) {
+            let is_due = |at: &Option<Instant>| at.is_some_and(|at| at <= Instant::now());
+            let layers = candidate.layers.clone();
+            if seen.get(&layers).is_some_and(|at| !is_due(at)) {
                 continue;
             }
             if seen.len() >= MAX_SEEN {
                 seen.clear();
             }
-            // Whatever becomes of it, this way is not looked at again: another one will be.
-            seen.insert(candidate.layers.clone());
             let name = candidate.component.name.clone();
-            if let Err(failure) = make_cheap(&node, candidate).await {
-                let message = failure.message;
+            let outcome = make_cheap(&node, candidate).await;
+            if let Err(failure) = &outcome {
+                let message = &failure.message;
                 node.trouble(format!(
                     "component {name} is read through a long chain, and could not be encoded anew: {message}"
                 ));
             }
+            // What was made may be lost again, and then this way is what it is read through.
+            let again = !matches!(outcome, Ok(Outcome::Cheap));
+            seen.insert(layers, again.then(|| Instant::now() + RETRY));
         }
     }
+}
+
+/// What became of a candidate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Outcome {
+    /// It costs little as it is.
+    Cheap,
+    /// It is read otherwise from now on, by whomever.
+    Changed,
+    /// It stays dear until there is room.
+    NoRoom,
 }
 
 /// What is read through several layers, of what is held completely; the shortest chains first, as others may stand on them.
@@ -108,7 +128,7 @@ fn candidates(node: &Node) -> Result<Vec<Candidate>, Failure> {
     Ok(found)
 }
 
-async fn make_cheap(node: &Arc<Node>, candidate: Candidate) -> Result<(), Failure> {
+async fn make_cheap(node: &Arc<Node>, candidate: Candidate) -> Result<Outcome, Failure> {
     let task = Task {
         phase: Phase::Checking,
         total: None,
@@ -118,34 +138,46 @@ async fn make_cheap(node: &Arc<Node>, candidate: Candidate) -> Result<(), Failur
     let making = move |work: &Work| {
         // Not removed while it is read, nor what comes of it before that is noted.
         let _old = shared.store.guard(blobs_of(&candidate.layers));
-        let Some((layers, _new)) = cheaper(&shared, &candidate, work)? else {
-            return Ok(());
-        };
-        adopt(&shared, &candidate, layers)
+        match cheaper(&shared, &candidate, work)? {
+            Cheaper::None(outcome) => Ok(outcome),
+            Cheaper::Way(layers, _new) => {
+                adopt(&shared, &candidate, layers)?;
+                Ok(Outcome::Changed)
+            }
+        }
     };
-    node.works.run(task, &|_: Progress| {}, making).await
+    node.works.run_behind(task, making).await
+}
+
+/// A cheaper way, kept from removal, or why there is none.
+enum Cheaper {
+    Way(Vec<LayerBlobs>, ActiveGuard),
+    None(Outcome),
 }
 
 /// A cheaper way to what is dear: through what was made cheap before, or a new layer.
-fn cheaper(
-    node: &Node,
-    candidate: &Candidate,
-    work: &Work,
-) -> Result<Option<(Vec<LayerBlobs>, ActiveGuard)>, Failure> {
+fn cheaper(node: &Node, candidate: &Candidate, work: &Work) -> Result<Cheaper, Failure> {
     let Candidate {
         component,
         space,
         layers,
         ..
     } = candidate;
-    if !node.store.is_readable(layers)? || !is_dear(&node.store, layers, work)? {
-        return Ok(None);
+    if !node.store.is_readable(layers)? {
+        return Ok(Cheaper::None(Outcome::Changed));
+    }
+    if !is_dear(&node.store, layers, work)? {
+        return Ok(Cheaper::None(Outcome::Cheap));
     }
     if let Some(shorter) = shorter(node, *space, layers)?
         && !is_dear(&node.store, &shorter, work)?
     {
         let guard = node.store.guard(blobs_of(&shorter));
-        return Ok(Some((shorter, guard)));
+        return Ok(Cheaper::Way(shorter, guard));
+    }
+    if !has_room(&node.store, node.home.dir(), layers) {
+        tracing::info!(name = component.name, "no room to encode it anew");
+        return Ok(Cheaper::None(Outcome::NoRoom));
     }
     let options = EncodeOptions {
         // Whoever waits for something else needs the other cores.
@@ -163,7 +195,21 @@ fn cheaper(
             (made.way, guard)
         }
     };
-    Ok(Some((layer, guard)))
+    Ok(Cheaper::Way(layer, guard))
+}
+
+/// Whether there is room for a new layer, twice over: it takes about as much as those that it stands for, and nobody who wants to keep
+/// something is to find the store full of it.
+fn has_room(store: &Store, dir: &Path, layers: &[LayerBlobs]) -> bool {
+    let blobs: BTreeSet<RootHash> = blobs_of(layers).collect();
+    let here = blobs.iter().filter_map(|blob| store.durable(blob));
+    let needed: u64 = here.map(|here| here.ranges.bytes(here.size)).sum();
+    let (needed, usage) = (needed.saturating_mul(2), store.usage());
+    let within = |quota: u64| quota.saturating_sub(usage.used) >= needed;
+    // Where it cannot be told, writing tells.
+    let free = rustix::fs::statvfs(dir)
+        .map_or(u64::MAX, |stat| stat.f_bavail.saturating_mul(stat.f_frsize));
+    usage.quota.is_none_or(within) && free >= needed
 }
 
 /// Whether reading through layers costs much more than it would through one.
@@ -252,4 +298,26 @@ fn adopt(node: &Node, candidate: &Candidate, layers: Vec<LayerBlobs>) -> Result<
     let (name, (before, after)) = (&candidate.component.name, instead);
     tracing::info!(name, before, after, "read through fewer layers from now on");
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::{BlobKind, StoreOptions};
+
+    #[test]
+    fn nothing_is_begun_without_room_for_it_twice_over() {
+        let temp = tempfile::tempdir().unwrap();
+        let store = Store::open(temp.path(), StoreOptions::default()).unwrap();
+        let [index, pack] = [1, 2].map(|n| store.put_small(&[n; 5000], BlobKind::Other).unwrap());
+        let pack = Some(pack);
+        let layers = [LayerBlobs { index, pack }; 2];
+        let has_room = || has_room(&store, temp.path(), &layers);
+        assert!(has_room(), "no quota");
+        let used = store.usage().used;
+        store.set_quota(Some(used + 20_000));
+        assert!(has_room());
+        store.set_quota(Some(used + 19_999));
+        assert!(!has_room());
+    }
 }

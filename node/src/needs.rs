@@ -2,18 +2,20 @@
 //!
 //! A pack is needed as a whole by who has the layer's own target, and where this node keeps the layer for others. A newer version
 //! that is read through it takes only what its indexes reach; what nothing reaches is dead, and can be freed. What a way reaches is
-//! read from its indexes once, and kept in the store from before anything is freed, as a way without it counts as needing all.
+//! read from its indexes once, and noted in the store before anything is decided: whoever decides holds `Node::keeping`, and looks into the
+//! database only. A way of which nothing was noted needs all.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
-use capsule_chunker::content::Progress;
-use capsule_chunker::layer::reach::{MAX_REACHED_RUNS, with_few_runs};
 use capsule_proto::{CapsuleId, GROUP_LEN, GroupRanges, RootHash};
 
-use crate::control::{Failure, FailureCode};
+use crate::control::{Failure, FailureCode, Phase};
+use crate::held::Takes;
 use crate::layers::reached;
 use crate::node::Node;
-use crate::store::{DatabaseError, LayerBlobs, Reached, Store};
+use crate::store::{DatabaseError, LayerBlobs, MAX_LAYERS, Store};
+use crate::work::{Task, Tell, Work, blocking};
 
 /// What some capsules need.
 #[derive(Debug, Default)]
@@ -22,22 +24,46 @@ pub struct Needs {
     /// Blobs that are needed in part only: none of them is needed as a whole.
     parts: BTreeMap<RootHash, GroupRanges>,
     ways: BTreeSet<Vec<LayerBlobs>>,
-    /// What was found out of ways and is not in the store yet.
-    new: Vec<(Vec<LayerBlobs>, Reached)>,
+    /// Whether of some capsule nobody can tell which ways it has.
+    unknown: bool,
+    /// Ways of which it was not noted what they take of packs that nothing else needs as a whole: all of them, until it is.
+    untold: Vec<Vec<LayerBlobs>>,
 }
 
 impl Needs {
-    /// Of capsules, whether all of each is here or not. Goes through indexes where a pack may be needed in part.
+    /// Of capsules, whether all of each is here or not. Looks into the database only: see [`note_ways`].
     pub fn of<'a>(
         node: &Node,
         capsules: impl IntoIterator<Item = &'a CapsuleId>,
-        progress: &dyn Progress,
-    ) -> Result<Self, Failure> {
+    ) -> Result<Self, DatabaseError> {
+        let takes = |id| {
+            let mut takes = node.holdings.takes(id, &node.records)?;
+            takes.ways.append(&mut takes.own);
+            takes.whole.append(&mut takes.begun);
+            Ok(takes)
+        };
+        Self::of_taken(&node.store, capsules.into_iter().map(takes))
+    }
+
+    /// Of capsules that are complete, what is to be here for as long as they are: what is not can be had from others.
+    pub fn lasting<'a>(
+        node: &Node,
+        capsules: impl IntoIterator<Item = &'a CapsuleId>,
+    ) -> Result<Self, DatabaseError> {
+        let takes = |id| node.holdings.takes(id, &node.records);
+        Self::of_taken(&node.store, capsules.into_iter().map(takes))
+    }
+
+    fn of_taken(
+        store: &Store,
+        taken: impl Iterator<Item = Result<Takes, DatabaseError>>,
+    ) -> Result<Self, DatabaseError> {
         let mut needs = Self::default();
-        for id in capsules {
-            let takes = node.holdings.takes(id, &node.records)?;
+        for takes in taken {
+            let takes = takes?;
             needs.whole.extend(takes.whole);
             needs.ways.extend(takes.ways);
+            needs.unknown |= takes.unknown;
         }
         // An index is little, and the last pack of a way was made for it.
         for way in &needs.ways {
@@ -45,7 +71,7 @@ impl Needs {
             needs.whole.extend(way.last().and_then(|layer| layer.pack));
         }
         for way in std::mem::take(&mut needs.ways) {
-            needs.add_packs(&node.store, &way, progress)?;
+            needs.add_packs(store, &way)?;
             needs.ways.insert(way);
         }
         let whole = &needs.whole;
@@ -54,12 +80,7 @@ impl Needs {
     }
 
     /// Adds what a way takes of the packs below its last.
-    fn add_packs(
-        &mut self,
-        store: &Store,
-        way: &[LayerBlobs],
-        progress: &dyn Progress,
-    ) -> Result<(), Failure> {
+    fn add_packs(&mut self, store: &Store, way: &[LayerBlobs]) -> Result<(), DatabaseError> {
         let packs: BTreeSet<RootHash> = way.iter().filter_map(|layer| layer.pack).collect();
         // Small ones lie in the database: nothing is to be gained.
         let is_large = |pack: &RootHash| store.durable(pack).is_some_and(|p| p.size > GROUP_LEN);
@@ -70,21 +91,10 @@ impl Needs {
             self.whole.extend(packs);
             return Ok(());
         }
-        let reached = match store.reached(way)? {
-            Some(known) => known,
-            None => match reached(store, way, progress) {
-                Ok(found) => {
-                    self.new.push((way.to_vec(), found.clone()));
-                    found
-                }
-                Err(failure) if failure.code == FailureCode::Cancelled => return Err(failure),
-                Err(failure) => {
-                    // Damaged, perhaps: as long as nobody can tell what is needed, all of it is.
-                    tracing::warn!(%failure.message, "what is read of a layer's pack cannot be told");
-                    self.whole.extend(packs);
-                    return Ok(());
-                }
-            },
+        let Some(reached) = store.reached(way)? else {
+            self.untold.push(way.to_vec());
+            self.whole.extend(packs);
+            return Ok(());
         };
         for pack in packs {
             match reached.get(&pack).filter(|_| is_large(&pack)) {
@@ -109,23 +119,59 @@ impl Needs {
     pub fn dead(&self, store: &Store) -> BTreeMap<RootHash, GroupRanges> {
         let dead = |(pack, needed): (&RootHash, &GroupRanges)| {
             let size = store.durable(pack)?.size;
-            // As many runs as one way may have: the store notes presence by runs.
-            let kept = with_few_runs(needed, MAX_REACHED_RUNS);
-            Some((*pack, GroupRanges::all(size).difference(&kept)))
+            Some((*pack, GroupRanges::all(size).difference(needed)))
         };
         self.parts.iter().filter_map(dead).collect()
     }
 
-    /// Keeps what was found out of ways. Before anything is freed.
-    pub fn note(&mut self, store: &Store) -> Result<(), DatabaseError> {
-        for (way, reached) in self.new.drain(..) {
-            store.put_reached(&way, reached)?;
-        }
-        Ok(())
-    }
-
-    /// Forgets what was noted of ways that none of the capsules has.
+    /// Forgets what was noted of ways that none of the capsules has; nothing as long as it cannot be told which they have: of packs that
+    /// have parts only, these notes tell that nothing is missing.
     pub fn forget_others(&self, store: &Store) -> Result<(), DatabaseError> {
+        if self.unknown {
+            return Ok(());
+        }
         store.keep_reached(&self.ways)
+    }
+}
+
+/// Notes what ways of capsules take of their packs, where that is not noted and matters. Goes through indexes, which may take long; what is
+/// noted is true for ever, so nothing need be held meanwhile.
+pub async fn note_ways(
+    node: &Arc<Node>,
+    capsules: impl FnOnce(&Node) -> Result<Vec<CapsuleId>, Failure> + Send + 'static,
+    tell: &dyn Tell,
+) -> Result<(), Failure> {
+    let shared = node.clone();
+    let untold = blocking(move || {
+        let capsules = capsules(&shared)?;
+        Ok(Needs::of(&shared, &capsules)?.untold)
+    });
+    let untold = untold.await?;
+    if untold.is_empty() {
+        return Ok(());
+    }
+    let task = Task {
+        phase: Phase::Planning,
+        total: None,
+        what: None,
+    };
+    let store = node.store.clone();
+    let noting = move |work: &Work| untold.iter().try_for_each(|way| note(&store, way, work));
+    node.works.run(task, tell, noting).await
+}
+
+fn note(store: &Store, way: &[LayerBlobs], work: &Work) -> Result<(), Failure> {
+    work.check()?;
+    if way.len() > MAX_LAYERS {
+        return Ok(());
+    }
+    match reached(store, way, work) {
+        Ok(found) => Ok(store.put_reached(way, found)?),
+        Err(failure) if failure.code == FailureCode::Cancelled => Err(failure),
+        Err(failure) => {
+            // Damaged, perhaps: as long as nobody can tell what is needed, all of it is.
+            tracing::warn!(%failure.message, "what is read of a layer's pack cannot be told");
+            Ok(())
+        }
     }
 }

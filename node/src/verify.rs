@@ -14,10 +14,10 @@ use capsule_swarm::Priority;
 use crate::control::{
     CapsuleRef, DamageInfo, Failure, FailureCode, Phase, Reporter, Verified, Verify,
 };
-use crate::held::kind_word;
-use crate::needs::Needs;
+use crate::held::{blobs_of, kind_word};
+use crate::needs::{Needs, note_ways};
 use crate::node::{Node, spelled};
-use crate::store::{BlobInfo, BlobKind, DatabaseError, ReadError, Store};
+use crate::store::{BlobInfo, BlobKind, DatabaseError, LayerBlobs, ReadError, Store};
 use crate::transfer::fetch::{Fetched, Manner, Wanted, fetch};
 use crate::transfer::patience::Patience;
 use crate::transfer::{DEFAULT_PATIENCE, fetch_capsule, manner};
@@ -79,9 +79,11 @@ pub async fn verify(
         seconds: 0.0,
     };
     if request.repair {
-        let hurt = [hurt, begun_capsules(node, request.capsule.clone()).await?].concat();
-        let lacking = lacking(node, &damaged, hurt.clone()).await?;
-        repair(node, &damaged, hurt, reporter).await?;
+        let (asked, begun) = asked_capsules(node, request.capsule.clone()).await?;
+        let hurt: BTreeSet<CapsuleId> = hurt.into_iter().chain(begun).collect();
+        let asked: BTreeSet<CapsuleId> = hurt.iter().copied().chain(asked).collect();
+        let lacking = lacking(node, &damaged, asked.clone()).await?;
+        repair(node, hurt, asked, reporter).await?;
         for (info, (held, bytes)) in answer.damaged.iter_mut().zip(&damaged) {
             let here = node
                 .store
@@ -215,23 +217,22 @@ async fn hurt_capsules(
     Ok(hurt)
 }
 
-/// Capsules that lack something already: what was found damaged earlier, while serving it, say.
-async fn begun_capsules(
+/// The capsules that are meant, and those of them that lack something already: what was found damaged earlier, while serving it, say.
+async fn asked_capsules(
     node: &Arc<Node>,
     only: Option<CapsuleRef>,
-) -> Result<Vec<CapsuleId>, Failure> {
+) -> Result<(Vec<CapsuleId>, Vec<CapsuleId>), Failure> {
     let node = node.clone();
     blocking(move || {
         let only = only
             .map(|only| node.resolve(&only))
             .transpose()?
             .map(|found| found.capsule);
-        let held = node
-            .store
-            .capsules()?
-            .into_iter()
-            .filter(|(id, held)| !held.complete && only.is_none_or(|only| only == *id));
-        Ok(held.map(|(id, _)| id).collect())
+        let mut held = node.store.capsules()?;
+        held.retain(|(id, _)| only.is_none_or(|only| only == *id));
+        let begun = held.iter().filter(|(_, held)| !held.complete);
+        let begun = begun.map(|(id, _)| *id).collect();
+        Ok((held.into_iter().map(|(id, _)| id).collect(), begun))
     })
     .await
 }
@@ -240,14 +241,14 @@ async fn begun_capsules(
 async fn lacking(
     node: &Arc<Node>,
     damaged: &[(Held, u64)],
-    hurt: Vec<CapsuleId>,
+    capsules: BTreeSet<CapsuleId>,
 ) -> Result<Vec<Held>, Failure> {
     let known: BTreeSet<RootHash> = damaged.iter().map(|(held, _)| held.root).collect();
     let node = node.clone();
     blocking(move || {
         let mut takes = BTreeSet::new();
-        for capsule in &hurt {
-            takes.extend(node.holdings.blobs_of(capsule, &node.records)?);
+        for capsule in &capsules {
+            takes.extend(node.holdings.takes(capsule, &node.records)?.lasting());
         }
         let blobs = node.store.blobs().into_iter().filter(|blob| {
             !blob.presence.complete && takes.contains(&blob.root) && !known.contains(&blob.root)
@@ -279,11 +280,16 @@ fn add_fetched(node: &Node, lacking: &[Held], answer: &mut Verified) {
 
 /// Notes which capsules are no longer complete without some roots. The caller holds `Node::keeping`: what is removed
 /// meanwhile would come back.
+///
+/// A way of this node's own is forgotten instead, and made again: the capsule is as complete without it.
 pub fn mark_hurt(node: &Node, roots: &BTreeSet<RootHash>) -> Result<Vec<CapsuleId>, Failure> {
     let mut hurt = Vec::new();
     for (id, held) in node.store.capsules()? {
+        drop_own_ways(node, &id, |component, own| {
+            Ok(roots.contains(component) || blobs_of(own).any(|blob| roots.contains(&blob)))
+        })?;
         // A damaged manifest no longer tells what the capsule takes: it is damaged itself.
-        let takes = node.holdings.blobs_of(&id, &node.records)?;
+        let takes = node.holdings.takes(&id, &node.records)?.lasting();
         if takes.is_disjoint(roots) {
             continue;
         }
@@ -298,11 +304,36 @@ pub fn mark_hurt(node: &Node, roots: &BTreeSet<RootHash>) -> Result<Vec<CapsuleI
 pub fn mark_lacking(node: &Node) -> Result<Vec<CapsuleId>, Failure> {
     let mut lacking = Vec::new();
     for (id, held) in node.store.capsules()? {
+        drop_own_ways(node, &id, |_, own| Ok(!node.store.is_readable(own)?))?;
         if held.complete && !is_whole(node, &id)? && node.store.mark_capsule(&id, false)? {
             lacking.push(id);
         }
     }
     Ok(lacking)
+}
+
+/// Forgets ways of this node's own to a capsule's components, where they are bad.
+fn drop_own_ways(
+    node: &Node,
+    capsule: &CapsuleId,
+    is_bad: impl Fn(&RootHash, &[LayerBlobs]) -> Result<bool, DatabaseError>,
+) -> Result<(), DatabaseError> {
+    let manifest = node.holdings.manifest(capsule);
+    let components = manifest
+        .into_iter()
+        .flat_map(|manifest| manifest.components);
+    let mut dropped = false;
+    for root in components.map(|component| component.root) {
+        dropped |= node
+            .holdings
+            .drop_own_ways(&root, |own| is_bad(&root, own))?;
+    }
+    if dropped {
+        node.components.close_all();
+        // Whoever makes such ways looks again.
+        node.changed.notify_one();
+    }
+    Ok(())
 }
 
 fn is_whole(node: &Node, capsule: &CapsuleId) -> Result<bool, DatabaseError> {
@@ -317,14 +348,13 @@ fn is_whole(node: &Node, capsule: &CapsuleId) -> Result<bool, DatabaseError> {
     Ok(true)
 }
 
-/// Fetches what is missing: of capsules by pulling them, of other blobs directly.
+/// Fetches what is missing: of hurt capsules by pulling them; then, of all that are meant and complete, what nothing is read from just now.
 async fn repair(
     node: &Arc<Node>,
-    damaged: &[(Held, u64)],
-    hurt: Vec<CapsuleId>,
+    hurt: BTreeSet<CapsuleId>,
+    asked: BTreeSet<CapsuleId>,
     reporter: &Reporter,
 ) -> Result<(), Failure> {
-    let hurt: BTreeSet<CapsuleId> = hurt.into_iter().collect();
     let mut failed = Ok(());
     for id in hurt {
         let asked = node.clone();
@@ -344,30 +374,10 @@ async fn repair(
         // One that nobody has keeps no other from being repaired.
         failed = failed.and(fetched.await.map(drop));
     }
-    let left = damaged
-        .iter()
-        .filter_map(|(held, _)| held.kind.map(|kind| (held, kind)));
-    // What nothing needs any more, such as a layer that only this node had, is not looked for.
-    let asked = node.clone();
-    let needs = blocking(move || {
-        let capsules = asked.store.capsules()?;
-        Needs::of(&asked, capsules.iter().map(|(id, _)| id), &())
-    })
-    .await?;
-    let left = left.filter(|(held, _)| needs.contains(&held.root));
-    let wanted = left.filter_map(|(held, kind)| {
-        let groups = needs.part_of(&held.root).cloned();
-        let needed = groups.clone();
-        let needed = needed.unwrap_or_else(|| GroupRanges::all(held.size));
-        let here = node.store.present(&held.root)?.ranges;
-        (!needed.difference(&here).is_empty()).then_some(Wanted {
-            root: held.root,
-            size: Some(held.size),
-            kind,
-            groups,
-        })
-    });
-    let wanted: Vec<Wanted> = wanted.collect();
+    let meant: Vec<CapsuleId> = asked.iter().copied().collect();
+    note_ways(node, move |_| Ok(meant), reporter).await?;
+    let shared = node.clone();
+    let wanted = blocking(move || wanted(&shared, &asked)).await?;
     let name = "what was damaged".to_owned();
     let manner = Manner {
         phase: Phase::Repairing,
@@ -378,7 +388,34 @@ async fn repair(
     let patience = Arc::new(Patience::default());
     let _place = patience.wait(Instant::now(), DEFAULT_PATIENCE);
     let mut fetched = Fetched::default();
-    failed.and(fetch(node, wanted, &manner, &patience, reporter, &mut fetched).await)
+    let left = fetch(node, wanted, &manner, &patience, reporter, &mut fetched).await;
+    // What is open for peers may lack what came.
+    node.components.close_all();
+    failed.and(left)
+}
+
+/// What of capsules that count as complete is not here though it should be: a layer that is kept for others, say. What only this node's own
+/// ways took, nobody else has; of capsules that are not complete, a pull looked for all.
+fn wanted(node: &Node, capsules: &BTreeSet<CapsuleId>) -> Result<Vec<Wanted>, Failure> {
+    let held = node.store.capsules()?.into_iter();
+    let complete = held.filter(|(id, held)| held.complete && capsules.contains(id));
+    let complete: Vec<CapsuleId> = complete.map(|(id, _)| id).collect();
+    let needs = Needs::lasting(node, &complete)?;
+    let blobs = node.store.blobs().into_iter();
+    let wanted = blobs.filter(|blob| needs.contains(&blob.root));
+    let wanted = wanted.filter_map(|blob| {
+        let size = blob.presence.size;
+        let groups = needs.part_of(&blob.root).cloned();
+        let needed = groups.clone().unwrap_or_else(|| GroupRanges::all(size));
+        let here = node.store.durable(&blob.root)?.ranges;
+        (!needed.difference(&here).is_empty()).then_some(Wanted {
+            root: blob.root,
+            size: Some(size),
+            kind: blob.kind,
+            groups,
+        })
+    });
+    Ok(wanted.collect())
 }
 
 #[cfg(test)]

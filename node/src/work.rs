@@ -8,13 +8,15 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use capsule_chunker::content::Progress as Watcher;
-use tokio::sync::Semaphore;
+use tokio::sync::{AcquireError, OwnedSemaphorePermit, Semaphore};
 
 use crate::control::{Failure, FailureCode, Phase, Progress, Reporter};
 use crate::daemon::memory;
 
 /// Works at a time: each uses all cores and some hundred MiB, so that a second one only keeps a short one from waiting for a long one.
 const PLACES: usize = 2;
+/// Works at a time for which nobody waits: one, on one core.
+const PLACES_BEHIND: usize = 1;
 /// How often progress is told: as often as people see a difference.
 const TICK: Duration = Duration::from_millis(200);
 /// Figures over which the rate is taken: two seconds.
@@ -24,6 +26,7 @@ const RATE_WINDOW: usize = 10;
 #[derive(Debug, Clone)]
 pub struct Works {
     places: Arc<Semaphore>,
+    behind: Arc<Semaphore>,
 }
 
 /// One piece of work, shared between the threads that do it and the task that waits for it.
@@ -51,6 +54,7 @@ impl Works {
     pub fn new() -> Self {
         Self {
             places: Arc::new(Semaphore::new(PLACES)),
+            behind: Arc::new(Semaphore::new(PLACES_BEHIND)),
         }
     }
 
@@ -60,32 +64,51 @@ impl Works {
         T: Send + 'static,
         F: FnOnce(&Work) -> Result<T, Failure> + Send + 'static,
     {
-        let place = self
-            .places
-            .clone()
-            .acquire_owned()
-            .await
-            .map_err(|_| Failure::cancelled())?;
-        let state = Arc::new(Work::default());
-        state
-            .total
-            .store(task.total.unwrap_or(0), Ordering::Relaxed);
-        let _stop = StopOnDrop(state.clone());
-        let shared = state.clone();
-        let mut thread = tokio::task::spawn_blocking(move || {
-            let _place = place;
-            let result = work(&shared);
-            // Idle again, perhaps for days.
-            memory::trim();
-            result
-        });
-        let mut meter = Meter::new();
-        let mut ticks = tokio::time::interval(TICK);
-        loop {
-            tokio::select! {
-                done = &mut thread => return done.unwrap_or_else(|panic| Err(panicked(&panic))),
-                _ = ticks.tick() => reporter.tell(state.progress(&task, &mut meter)),
-            }
+        let place = self.places.clone().acquire_owned().await;
+        in_place(place, task, reporter, work).await
+    }
+
+    /// Does work for which nobody waits, in a place of its own: it may take hours, and keeps nobody from theirs.
+    pub async fn run_behind<T, F>(&self, task: Task, work: F) -> Result<T, Failure>
+    where
+        T: Send + 'static,
+        F: FnOnce(&Work) -> Result<T, Failure> + Send + 'static,
+    {
+        let place = self.behind.clone().acquire_owned().await;
+        in_place(place, task, &|_: Progress| {}, work).await
+    }
+}
+
+async fn in_place<T, F>(
+    place: Result<OwnedSemaphorePermit, AcquireError>,
+    task: Task,
+    reporter: &dyn Tell,
+    work: F,
+) -> Result<T, Failure>
+where
+    T: Send + 'static,
+    F: FnOnce(&Work) -> Result<T, Failure> + Send + 'static,
+{
+    let place = place.map_err(|_| Failure::cancelled())?;
+    let state = Arc::new(Work::default());
+    state
+        .total
+        .store(task.total.unwrap_or(0), Ordering::Relaxed);
+    let _stop = StopOnDrop(state.clone());
+    let shared = state.clone();
+    let mut thread = tokio::task::spawn_blocking(move || {
+        let _place = place;
+        let result = work(&shared);
+        // Idle again, perhaps for days.
+        memory::trim();
+        result
+    });
+    let mut meter = Meter::new();
+    let mut ticks = tokio::time::interval(TICK);
+    loop {
+        tokio::select! {
+            done = &mut thread => return done.unwrap_or_else(|panic| Err(panicked(&panic))),
+            _ = ticks.tick() => reporter.tell(state.progress(&task, &mut meter)),
         }
     }
 }
@@ -280,6 +303,36 @@ mod tests {
             ),
             (1, 2, 3)
         );
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn what_nobody_waits_for_keeps_nobody_from_a_place() {
+        let works = Works::new();
+        let (end, ended) = std::sync::mpsc::channel::<()>();
+        let behind = works.clone();
+        let long = tokio::spawn(async move {
+            let waiting = move |_: &Work| Ok(ended.recv().is_ok());
+            behind.run_behind(task(), waiting).await
+        });
+        // As many as there are places, each of which waits for all others to have one.
+        let together = Arc::new(std::sync::Barrier::new(PLACES));
+        let all = (0..PLACES).map(|_| {
+            let (works, together) = (works.clone(), together.clone());
+            tokio::spawn(async move {
+                let meeting = move |_: &Work| {
+                    together.wait();
+                    Ok(())
+                };
+                works.run(task(), &(|_| ()), meeting).await
+            })
+        });
+        for one in all.collect::<Vec<_>>() {
+            let done = tokio::time::timeout(Duration::from_secs(10), one).await;
+            done.unwrap().unwrap().unwrap();
+        }
+        assert!(!long.is_finished());
+        end.send(()).unwrap();
+        assert!(long.await.unwrap().unwrap());
     }
 
     #[tokio::test]

@@ -3,14 +3,15 @@
 //!
 //! Indexes tell it, nothing is decoded. Layers are looked at from the top down, each once: first its runs, which mark its frames and
 //! say what is wanted of the layers below; then its frames from the last to the first, as references go back. In memory are a page, a
-//! bit a frame of one layer, and what is wanted of the layers below as ranges, of which there is a bound.
+//! bit a frame of one layer, and what is wanted of the layers below as ranges, of which there is a bound. Large packs are reached in units of
+//! several chunk groups, by their size, which bounds the runs of each.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
 
 use capsule_proto::GroupRanges;
 use capsule_proto::index::{ReferenceTo, RunFrom};
-use capsule_proto::ranges::groups_touching;
+use capsule_proto::ranges::{group_count, groups_touching};
 
 use super::budget::{Budget, Spent};
 use super::error::LayerError;
@@ -22,8 +23,8 @@ use crate::content::{Content, Progress};
 const MAX_WANTED: usize = 1 << 22;
 /// The first blocks that ranges are rounded to; each next is four times as long.
 const FIRST_BLOCK: u64 = 4 << 10;
-/// Most runs of chunk groups of a pack: each is a row's entry, a have and a request. Beyond, the narrowest gaps count as reached.
-pub const MAX_REACHED_RUNS: usize = 1 << 14;
+/// Most runs of chunk groups of a pack: each is a row's entry, a have and a request.
+const MAX_REACHED_RUNS: u64 = 1 << 14;
 /// Whether to stop is asked after so many parts.
 const ASK_EVERY: u32 = 1 << 12;
 
@@ -158,7 +159,8 @@ fn look<'a>(
         }
     }
     runs.reverse();
-    found.groups = joined(runs, MAX_REACHED_RUNS);
+    let unit = unit_of(directory.pack_len());
+    found.groups = in_units(runs, unit, directory.pack_len());
     Ok(found)
 }
 
@@ -180,25 +182,33 @@ fn put_before(runs: &mut Vec<Range<u64>>, run: Range<u64>) {
     }
 }
 
-/// A set of at most so many runs: the narrowest gaps are filled, of equal ones the first.
-fn joined(runs: Vec<Range<u64>>, most: usize) -> GroupRanges {
-    let extra = runs.len().saturating_sub(most);
-    let mut gaps: Vec<usize> = (1..runs.len()).collect();
-    gaps.sort_by_key(|gap| runs[*gap].start - runs[*gap - 1].end);
-    let mut filled = vec![false; runs.len()];
-    gaps.iter().take(extra).for_each(|gap| filled[*gap] = true);
-    let (mut set, mut end) = (GroupRanges::new(), 0);
-    for (run, filled) in runs.into_iter().zip(filled) {
-        let start = if filled { end } else { run.start };
-        end = run.end;
-        set.insert(start..end);
+/// In how many chunk groups at a time a pack is reached: so many that no set of such units has more than [`MAX_REACHED_RUNS`] runs.
+///
+/// By the pack's size alone. So whoever reaches less comes out with less, whichever way they look: what one version's machines
+/// have freed, no later version through the same layers asks for; and sets of several ways join in as few runs.
+const fn unit_of(pack_len: u64) -> u64 {
+    let units = group_count(pack_len).div_ceil(2 * MAX_REACHED_RUNS);
+    // A pack has one group at least.
+    if units == 0 {
+        1
+    } else {
+        units.next_power_of_two()
     }
-    set
 }
 
-/// The set with its narrowest gaps filled until it has at most so many runs.
-pub fn with_few_runs(groups: &GroupRanges, most: usize) -> GroupRanges {
-    joined(groups.runs().to_vec(), most)
+/// Runs, in order, rounded outward to units of the pack.
+fn in_units(runs: Vec<Range<u64>>, unit: u64, pack_len: u64) -> GroupRanges {
+    let end = group_count(pack_len);
+    let rounded = runs.into_iter().map(|run| {
+        let last = run.end.next_multiple_of(unit);
+        run.start / unit * unit..last.min(end)
+    });
+    rounded.collect()
+}
+
+/// A set of a pack's chunk groups, rounded outward to the units in which it is reached: few runs.
+pub fn rounded(groups: &GroupRanges, pack_len: u64) -> GroupRanges {
+    in_units(groups.runs().to_vec(), unit_of(pack_len), pack_len)
 }
 
 /// Frames of a layer: a bit each.
@@ -273,17 +283,66 @@ impl Wanted {
 
 #[cfg(test)]
 mod tests {
+    use capsule_proto::GROUP_LEN;
+    use capsule_proto::ranges::MAX_CONTENT_LEN;
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
-    fn the_narrowest_gaps_are_filled() {
-        let runs = || vec![0..1, 3..4, 5..6, 9..10, 11..12];
-        assert_eq!(joined(runs(), 5).runs(), runs());
-        assert_eq!(joined(runs(), 4).runs(), [0..1, 3..6, 9..10, 11..12]);
-        assert_eq!(joined(runs(), 3).runs(), [0..1, 3..6, 9..12]);
-        assert_eq!(joined(runs(), 2).runs(), [0..6, 9..12]);
-        assert_eq!(joined(runs(), 1), GroupRanges::from(0..12));
-        assert!(joined(Vec::new(), 1).is_empty());
+    fn units_follow_from_a_packs_size_and_bound_the_runs() {
+        let most = MAX_REACHED_RUNS;
+        let size = |groups: u64| groups * GROUP_LEN;
+        for (groups, unit) in [
+            (0, 1),
+            (1, 1),
+            (2 * most, 1),
+            (2 * most + 1, 2),
+            (4 * most, 2),
+            (4 * most + 1, 4),
+            (200 * most, 128),
+            (group_count(MAX_CONTENT_LEN), 1 << 21),
+        ] {
+            assert_eq!(unit_of(size(groups)), unit, "{groups} groups");
+        }
+        // A byte more is a group more.
+        assert_eq!(unit_of(size(2 * most) + 1), 2);
+        let groups = 7 * most + 5;
+        let every_other: GroupRanges = (0..groups).step_by(2).map(|n| n..n + 1).collect();
+        let rounded_all = rounded(&every_other, size(groups));
+        assert_eq!(rounded_all, GroupRanges::all(size(groups)));
+        let worst = (0..groups).step_by(8).map(|n| n + 1..n + 2);
+        let found = rounded(&worst.collect(), size(groups));
+        assert_eq!(found.runs().len() as u64, groups.div_ceil(8));
+        assert!(found.runs().len() as u64 <= most);
+        let last = rounded(&(groups - 1..groups).into(), size(groups));
+        assert_eq!(last.runs(), [groups - 1..groups], "no more than there is");
+    }
+
+    proptest! {
+        #[test]
+        fn who_reaches_less_comes_out_with_less(
+            pack_groups in 1u64..2_000_000,
+            picks in prop::collection::vec((any::<u64>(), 1u64..200, any::<bool>()), 0..300),
+        ) {
+            let len = pack_groups * GROUP_LEN;
+            let run = |start: &u64, len: &u64| {
+                let start = start % pack_groups;
+                start..(start + len).min(pack_groups)
+            };
+            let all: GroupRanges = picks.iter().map(|(start, len, _)| run(start, len)).collect();
+            let some = picks.iter().filter(|(.., kept)| *kept);
+            let some: GroupRanges = some.map(|(start, len, _)| run(start, len)).collect();
+            let (more, less) = (rounded(&all, len), rounded(&some, len));
+            prop_assert!(all.difference(&more).is_empty());
+            prop_assert!(less.difference(&more).is_empty());
+            prop_assert!(more.difference(&GroupRanges::all(len)).is_empty());
+            // Rounded once, rounded for good; sets join as they would have been rounded together.
+            prop_assert_eq!(&rounded(&more, len), &more);
+            let mut joined = less;
+            joined.union_with(&more);
+            prop_assert_eq!(joined, more);
+        }
     }
 
     #[test]

@@ -41,7 +41,7 @@ use crate::verify;
 
 /// Threads that run tasks: the network's work is on its own threads, long work on blocking ones.
 const WORKER_THREADS: usize = 2;
-/// Threads for blocking work: two long works, and look-ups for as many clients as ask at a time.
+/// Threads for blocking work: two long works and one behind them, and look-ups for as many clients as ask at a time.
 const BLOCKING_THREADS: usize = 16;
 /// A blocking thread without work ends after this.
 const THREAD_IDLE: Duration = Duration::from_secs(5);

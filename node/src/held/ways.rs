@@ -8,7 +8,7 @@ use capsule_proto::codec::{DecodeError, Reader, Writer};
 use capsule_proto::index::Space;
 
 use super::{Holdings, TreeWay, space_word};
-use crate::control::Failure;
+use crate::control::{Failure, FailureCode};
 use crate::store::{DatabaseError, LayerBlobs, MAX_LAYERS};
 
 const WAY_VERSION: u8 = 1;
@@ -73,6 +73,18 @@ fn read_layers(input: &mut Reader<'_>) -> Result<Vec<LayerBlobs>, DecodeError> {
     })
 }
 
+/// Fails where nothing is to be read through so many layers: no row holds them.
+pub fn check_len(layers: usize) -> Result<(), Failure> {
+    if layers <= MAX_LAYERS {
+        return Ok(());
+    }
+    let message =
+        format!("it would be read through {layers} layers, and at most {MAX_LAYERS} are followed");
+    Err(Failure::new(FailureCode::Refused, message).hint(
+        "on a machine that has it, `capsule publish --rebase` adds a layer from nothing to a version; pull again after that",
+    ))
+}
+
 impl Holdings {
     /// Layers that were made here to read something that is told of with others.
     pub fn own_way(
@@ -94,6 +106,24 @@ impl Holdings {
         let mut out = Writer::default();
         write_layers(&mut out, layers);
         Ok(self.store.set_value(&own_key(space, root), &out.finish())?)
+    }
+
+    /// Forgets those layers of a component of which this holds: the component is read through others, and they are made again.
+    pub fn drop_own_ways(
+        &self,
+        component: &RootHash,
+        is_bad: impl Fn(&[LayerBlobs]) -> Result<bool, DatabaseError>,
+    ) -> Result<bool, DatabaseError> {
+        let mut bad = Vec::new();
+        for space in [Space::Stream, Space::Contents] {
+            if let Some(own) = self.own_way(space, component)?
+                && is_bad(&own)?
+            {
+                bad.push(own_key(space, component));
+            }
+        }
+        self.store.remove_values(&bad)?;
+        Ok(!bad.is_empty())
     }
 
     /// Whether layers to a component are kept for others.
@@ -181,6 +211,7 @@ impl Holdings {
     /// Notes what of its packs a way takes, where not all of them are here: whether it is whole can be told from then on. One whose
     /// indexes are not here is not.
     pub fn note_reached(&self, layers: &[LayerBlobs]) -> Result<(), Failure> {
+        check_len(layers.len())?;
         let has_indexes = layers.iter().all(|layer| self.is_complete(&layer.index));
         if !has_indexes || self.store.is_readable(layers)? {
             return Ok(());

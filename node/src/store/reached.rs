@@ -7,12 +7,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use capsule_proto::codec::{DecodeError, Reader, Writer};
-use capsule_proto::ranges::MAX_CONTENT_LEN;
+use capsule_proto::ranges::{MAX_CONTENT_LEN, MAX_RUNS};
 use capsule_proto::{GroupRanges, RootHash};
-use redb::{ReadTransaction, TableError};
+use redb::{ReadTransaction, ReadableTable, TableError};
 
 use super::error::DatabaseError;
-use super::meta::{REACHED, decode, rows};
+use super::meta::{Hash, REACHED};
 use super::rows::{LayerBlobs, MAX_LAYERS, Row, read_ranges, write_layers, write_ranges};
 use super::{Presence, Store};
 
@@ -50,20 +50,29 @@ pub(super) fn key_of(layers: &[LayerBlobs]) -> RootHash {
     RootHash::of(&out.finish())
 }
 
-/// All rows. A store that was made before there were any has no such table.
+/// All rows. A store that was made before there were any has no such table; a row that cannot be read is as none: of packs that no row
+/// names, all is taken.
 pub(super) fn all_reached(
     tx: &ReadTransaction,
 ) -> Result<BTreeMap<RootHash, Reached>, DatabaseError> {
     match tx.open_table(REACHED) {
         Err(TableError::TableDoesNotExist(_)) => Ok(BTreeMap::new()),
         Err(error) => Err(error.into()),
-        Ok(_) => {
-            let rows = rows::<ReachedRow>(tx, REACHED)?.into_iter();
-            Ok(rows
-                .map(|(key, ReachedRow(reached))| (RootHash::from_bytes(key), reached))
-                .collect())
+        Ok(table) => {
+            let mut found = BTreeMap::new();
+            for entry in table.iter()? {
+                let (key, row) = entry?;
+                let reached = readable(row.value());
+                found.extend(reached.map(|row| (RootHash::from_bytes(*key.value()), row)));
+            }
+            Ok(found)
         }
     }
+}
+
+fn readable(row: &[u8]) -> Option<Reached> {
+    let row = ReachedRow::decode(row);
+    row.ok().map(|ReachedRow(reached)| reached)
 }
 
 /// Whether all that a way takes is here.
@@ -88,12 +97,22 @@ pub(super) fn is_whole(
 }
 
 impl Store {
-    /// Notes, durably, what of its packs a way takes: all of those that are not named.
+    /// Notes, durably, what of its packs a way takes: all of those that are not named. A way of more than [`MAX_LAYERS`] layers has no
+    /// row; a pack with more runs than a row holds is not named in it.
     pub fn put_reached(
         &self,
         layers: &[LayerBlobs],
-        reached: Reached,
+        mut reached: Reached,
     ) -> Result<(), DatabaseError> {
+        let len = layers.len().max(reached.len());
+        if len > MAX_LAYERS {
+            return Err(DatabaseError::TooLong {
+                table: ReachedRow::TABLE,
+                len,
+                limit: MAX_LAYERS,
+            });
+        }
+        reached.retain(|_, groups| groups.runs().len() <= MAX_RUNS);
         let (key, row) = (key_of(layers), ReachedRow(reached).encode());
         self.inner.meta.write(|tx| {
             tx.open_table(REACHED)?.insert(key.as_bytes(), &row[..])?;
@@ -110,23 +129,36 @@ impl Store {
                 table => table?,
             };
             let row = table.get(key.as_bytes())?;
-            row.map(|row| decode::<ReachedRow>(row.value()).map(|ReachedRow(reached)| reached))
-                .transpose()
+            Ok(row.and_then(|row| readable(row.value())))
         })
     }
 
-    /// Forgets what was noted of all other ways.
+    /// Forgets what was noted of all other ways, and what cannot be read.
     pub fn keep_reached(&self, ways: &BTreeSet<Vec<LayerBlobs>>) -> Result<(), DatabaseError> {
         let kept: BTreeSet<RootHash> = ways.iter().map(|way| key_of(way)).collect();
-        let rows = self.inner.meta.read(all_reached)?;
-        let gone: Vec<_> = rows.keys().filter(|key| !kept.contains(key)).collect();
+        let is_gone = |key: &Hash, row: &[u8]| {
+            !kept.contains(&RootHash::from_bytes(*key)) || readable(row).is_none()
+        };
+        let gone = self.inner.meta.read(|tx| {
+            let mut gone: Vec<Hash> = Vec::new();
+            match tx.open_table(REACHED) {
+                Err(TableError::TableDoesNotExist(_)) => {}
+                table => {
+                    for entry in table?.iter()? {
+                        let (key, row) = entry?;
+                        gone.extend(is_gone(key.value(), row.value()).then(|| *key.value()));
+                    }
+                }
+            }
+            Ok(gone)
+        })?;
         if gone.is_empty() {
             return Ok(());
         }
         self.inner.meta.write(|tx| {
             let mut table = tx.open_table(REACHED)?;
             gone.iter()
-                .try_for_each(|key| table.remove(key.as_bytes()).map(drop))?;
+                .try_for_each(|key| table.remove(key).map(drop))?;
             Ok(())
         })
     }
@@ -166,6 +198,51 @@ mod tests {
         for len in 0..bytes.len() {
             assert!(ReachedRow::decode(&bytes[..len]).is_err());
         }
+    }
+
+    #[test]
+    fn what_no_row_holds_is_refused_and_a_bad_row_is_as_none() {
+        let temp = tempfile::tempdir().unwrap();
+        let options = super::super::StoreOptions::default;
+        let store = Store::open(temp.path(), options()).unwrap();
+        let layer = LayerBlobs {
+            index: hash(1),
+            pack: Some(hash(2)),
+        };
+        let reached = |runs: u64| {
+            let groups: GroupRanges = (0..runs).map(|n| 2 * n..2 * n + 1).collect();
+            Reached::from([(hash(2), groups)])
+        };
+        let long = vec![layer; MAX_LAYERS + 1];
+        let refused = store.put_reached(&long, reached(1)).unwrap_err();
+        assert!(matches!(refused, DatabaseError::TooLong { .. }));
+        assert_eq!(store.reached(&long).unwrap(), None);
+        store.put_reached(&long[1..], reached(1)).unwrap();
+        assert_eq!(store.reached(&long[1..]).unwrap(), Some(reached(1)));
+        // Of a pack with too many runs, all is taken.
+        store
+            .put_reached(&[layer], reached(MAX_RUNS as u64 + 1))
+            .unwrap();
+        assert_eq!(store.reached(&[layer]).unwrap(), Some(Reached::new()));
+
+        let key = key_of(&[layer]);
+        let spoil = |tx: &redb::WriteTransaction| {
+            let mut table = tx.open_table(REACHED)?;
+            table.insert(key.as_bytes(), &[1, 9][..])?;
+            Ok(())
+        };
+        store.inner.meta.write(spoil).unwrap();
+        assert_eq!(store.reached(&[layer]).unwrap(), None);
+        drop(store);
+        let store = Store::open(temp.path(), options()).unwrap();
+        assert_eq!(store.reached(&long[1..]).unwrap(), Some(reached(1)));
+        let kept = [vec![layer], long[1..].to_vec()].into();
+        store.keep_reached(&kept).unwrap();
+        let rows = store
+            .inner
+            .meta
+            .read(|tx| Ok(tx.open_table(REACHED)?.iter()?.count()));
+        assert_eq!(rows.unwrap(), 1, "the bad one went");
     }
 
     #[test]

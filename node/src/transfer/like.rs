@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use capsule_chunker::content::Source;
 use capsule_chunker::image::{self, ImageOptions, ReadAs};
-use capsule_chunker::layer::reach::{MAX_REACHED_RUNS, with_few_runs};
+use capsule_chunker::layer::reach::rounded;
 use capsule_chunker::layer::read::{LayerCache, LayerContent, ReadOptions};
 use capsule_chunker::layer::{Cuts, Storage};
 use capsule_chunker::like::Likeness;
@@ -161,7 +161,7 @@ fn look_for(
         else {
             continue;
         };
-        let mut wanted = with_few_runs(&likeness.local(layer, work)?.1, MAX_REACHED_RUNS);
+        let mut wanted = rounded(&likeness.local(layer, work)?.1, size);
         let mut lacking = GroupRanges::all(size);
         if let Some(reached) = plan.reached.get(&pack) {
             wanted = wanted.intersection(reached);

@@ -382,6 +382,8 @@ async fn complete(
     roots: Vec<RootHash>,
     capsule: CapsuleId,
 ) -> Result<(), Failure> {
+    // What was open for peers before may have lacked what came.
+    node.components.close_all();
     // Where nobody waits any more, a collection may have come between.
     let kept = node.while_keeping(move |node| Ok(node.store.mark_capsule(&capsule, true)?));
     if !kept.await? {

@@ -19,10 +19,10 @@ use tokio::runtime::Handle;
 use super::prepare::{ComponentPlan, Excluded, not_as_recorded};
 use crate::control::{Failure, FailureCode};
 use crate::graph::{Cost, Known, Way, cheapest};
-use crate::held::{HeldWay, Holdings, TreeWay, blobs_of, layer_blobs};
+use crate::held::{HeldWay, Holdings, TreeWay, blobs_of, check_len, layer_blobs};
 use crate::node::Node;
 use crate::records::Records;
-use crate::store::{BlobKind, DatabaseError, LayerBlobs, Reached, Store};
+use crate::store::{BlobKind, DatabaseError, LayerBlobs, MAX_LAYERS, Reached, Store};
 use crate::work::blocking;
 
 /// A component as a blob must be cheaper than its layers by this part of its bytes.
@@ -206,9 +206,13 @@ impl Search {
         choice: &mut Choice,
     ) -> Result<HeldWay, Failure> {
         let mut find = |space, size| {
-            let way = match cheapest(self, space, component.root, size)? {
-                Some(way) => way,
-                None => return Err(self.no_way(space, component)?),
+            let Some(way) = cheapest(self, space, component.root, size, MAX_LAYERS)? else {
+                // None at all, or none that is followed?
+                if let Some(way) = cheapest(self, space, component.root, size, usize::MAX)? {
+                    let layers = self.layers_of(space, component, &way, blobs, choice)?;
+                    check_len(layers.len())?;
+                }
+                return Err(self.no_way(space, component)?);
             };
             if let Way::Layers(layers) = &way {
                 taken.extend(layers.iter().cloned());
@@ -347,8 +351,9 @@ impl Search {
 impl Known for Search {
     type Error = DatabaseError;
 
-    fn is_held(&self, space: Space, root: &RootHash) -> Result<bool, DatabaseError> {
-        Ok(self.holdings.recipe(space, root)?.is_some())
+    fn held(&self, space: Space, root: &RootHash) -> Result<Option<usize>, DatabaseError> {
+        let layers = self.holdings.recipe(space, root)?;
+        Ok(layers.map(|layers| layers.len()))
     }
 
     fn layers_to(&self, space: Space, root: &RootHash) -> Result<Vec<Layer>, DatabaseError> {

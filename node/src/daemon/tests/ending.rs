@@ -3,12 +3,13 @@
 use std::os::unix::fs::FileExt;
 
 use capsule_proto::RootHash;
+use capsule_proto::index::Space;
 use capsule_proto::manifest::{Component, ComponentKind, Manifest};
 
 use super::*;
 use crate::control::{Unfollow, Verify};
 use crate::daemon::events::lift_ended_bans;
-use crate::store::{Ban, BlobKind, HeldCapsule};
+use crate::store::{Ban, BlobKind, HeldCapsule, LayerBlobs};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_channel_is_followed_again_though_who_unfollowed_it_went_away() {
@@ -167,4 +168,76 @@ fn largest_file(dir: &Path) -> PathBuf {
     below
         .max_by_key(|file| fs::metadata(file).unwrap().len())
         .unwrap()
+}
+
+/// A way of the node's own to the contents of a tree, of which nothing reads: its pack, and that which others have.
+fn put_own_way(node: &crate::node::Node, tree: &Component) -> (RootHash, RootHash) {
+    let mut noise = vec![0; 300_000];
+    crate::home::system_entropy(&mut noise);
+    let store = &node.store;
+    let pack = store.put_small(&noise, BlobKind::Pack).unwrap();
+    let index = store.put_small(b"an index", BlobKind::Index).unwrap();
+    let told = node
+        .holdings
+        .tree_way(&tree.root)
+        .unwrap()
+        .unwrap()
+        .contents;
+    let own = [LayerBlobs {
+        index,
+        pack: Some(pack),
+    }];
+    let put = node.holdings.put_own_way(Space::Contents, &tree.root, &own);
+    put.unwrap();
+    (pack, told[0].pack.unwrap())
+}
+
+fn spoil(node: &crate::node::Node, blob: &RootHash) {
+    let name = blob.to_string();
+    let dir = node.home.store_dir().join("blobs").join(&name[..2]);
+    let path = dir.join(name + ".data");
+    let file = fs::File::options().write(true).open(path).unwrap();
+    file.write_all_at(b"damage", 100_000).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_own_way_that_is_damaged_is_forgotten_and_not_sought() {
+    let lab = lab().await;
+    let published = lab.publish(&lab.tree("one"), "lab:1").await.unwrap();
+    lab.pull("lab:1").await.unwrap();
+    let node = lab.puller.node.clone();
+    let manifest = node.holdings.manifest(&published.capsule).unwrap();
+    let tree = &manifest.components[0];
+    let (own, told) = put_own_way(&node, tree);
+    let own_way = || node.holdings.own_way(Space::Contents, &tree.root).unwrap();
+    let holding = || node.holdings.holding(&published.capsule).unwrap();
+    let verify = || {
+        let request = Verify {
+            capsule: None,
+            repair: true,
+        };
+        let node = node.clone();
+        async move { crate::verify::verify(&node, request, &Reporter::silent()).await }
+    };
+    // What others have was found damaged earlier; the capsule is read without it meanwhile.
+    spoil(&node, &told);
+    assert!(!node.store.verify(&told).unwrap().is_empty());
+    assert!(own_way().is_some());
+    let verified = verify().await.unwrap();
+    assert!(node.holdings.is_complete(&told), "{verified:?}");
+    assert!(verified.repaired_bytes >= 16 << 10, "{verified:?}");
+    assert!(own_way().is_some());
+    assert_eq!(holding(), Holding::Complete);
+    // Nobody else has the own one.
+    spoil(&node, &own);
+    let verified = verify().await.unwrap();
+    assert_eq!(
+        (verified.damaged_bytes, verified.repaired_bytes),
+        (16 << 10, 0)
+    );
+    assert_eq!(verified.damaged[0].root, own);
+    assert_eq!(own_way(), None);
+    assert_eq!(holding(), Holding::Complete);
+    assert!(verify().await.unwrap().damaged.is_empty());
+    lab.stop().await;
 }

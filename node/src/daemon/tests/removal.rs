@@ -140,3 +140,42 @@ async fn wait_for_providers(node: &Node, root: RootHash, count: usize) {
     }
     panic!("never {count} providers");
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_ways_take_is_noted_before_a_collection_and_kept_while_a_manifest_cannot_be_read() {
+    let lab = lab().await;
+    let dir = lab.temp.path().join("disk");
+    let mut noise = vec![0; 2 << 20];
+    crate::home::system_entropy(&mut noise);
+    fs::write(&dir, &noise).unwrap();
+    lab.publish(&dir, "lab:1").await.unwrap();
+    noise[..1 << 20].fill(7);
+    fs::write(&dir, &noise).unwrap();
+    let second = lab.publish(&dir, "lab:2").await.unwrap();
+    lab.pull("lab:1").await.unwrap();
+    lab.pull("lab:2").await.unwrap();
+    let node = lab.puller.node.clone();
+    let root = second.components[0].root;
+    let layers = node.store.component(&root).unwrap().recipe.layers;
+    assert_eq!(layers.len(), 2);
+    let noted = || node.store.reached(&layers).unwrap();
+    assert_eq!(noted(), None, "all of it is here");
+    let gc = |dry_run| crate::keep::gc(&node, Gc { dry_run });
+    let request = crate::control::Pin {
+        capsule: CapsuleRef("lab:2".into()),
+    };
+    crate::keep::pin(&node, request).await.unwrap();
+    let told = gc(true).await.unwrap();
+    assert!(noted().is_some() && told.punched == 1, "{told:?}");
+    let collected = gc(false).await.unwrap();
+    assert_eq!(collected.punched_bytes, told.punched_bytes);
+    assert!(collected.punched_bytes >= 900 << 10, "{collected:?}");
+    assert!(node.store.is_readable(&layers).unwrap());
+    // Its manifest is damaged, and taken out: nobody can tell any more which ways there are.
+    node.store.punch(&second.capsule.0, &(0..1).into()).unwrap();
+    assert!(node.holdings.manifest(&second.capsule).is_none());
+    gc(false).await.unwrap();
+    assert!(noted().is_some());
+    assert!(node.store.is_readable(&layers).unwrap());
+    lab.stop().await;
+}
