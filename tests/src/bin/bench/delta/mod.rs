@@ -36,7 +36,7 @@ use peers::{Job, Peer};
 
 /// How long a leg may take in the small run; ours at the highest effort is what it is about, and may take longer.
 const SMALL_LEG: Duration = Duration::from_secs(600);
-const SMALL_MAX: Duration = Duration::from_secs(900);
+const SMALL_MAX: Duration = Duration::from_secs(1800);
 
 /// How we publish what is compared at both efforts, and what free blocks are taken out of.
 const BOTH: [Way; 2] = [Way::of(Effort::Default), Way::of(Effort::Max)];
