@@ -40,6 +40,11 @@ impl Fingerprint {
         }
     }
 
+    /// Its number in its file system.
+    pub fn inode(&self) -> u64 {
+        self.inode
+    }
+
     /// Length in bytes.
     pub fn size(&self) -> u64 {
         self.size

@@ -172,7 +172,7 @@ impl Holdings {
     }
 
     /// The way through which something is best read here: its own, or that of others; none if neither is all here.
-    fn shortest(
+    pub fn shortest(
         &self,
         space: Space,
         root: &RootHash,

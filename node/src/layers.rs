@@ -216,21 +216,18 @@ impl ComponentProvider for Components {
         let options = ReadOptions {
             cache_len: SERVING_CACHE,
         };
-        let own = Holdings::new(self.store.clone()).own_way(Space::Stream, root)?;
-        let content = match own {
-            Some(own) if self.store.is_readable(&own)? => open(&self.store, &own, &options)?,
-            _ if self.store.is_readable(&component.recipe.layers)? => {
-                open(&self.store, &component.recipe.layers, &options)?
-            }
-            // Kept open, it would go on lacking what a repair fetches.
-            _ => {
-                let message = format!("not all that component {root} is read through is here");
-                let hint = "`capsule verify --repair` fetches what is missing";
-                return Err(Failure::new(FailureCode::Damaged, message)
-                    .hint(hint)
-                    .into());
-            }
-        };
+        let (holdings, told) = (
+            Holdings::new(self.store.clone()),
+            component.recipe.layers.clone(),
+        );
+        // Kept open in part, it would go on lacking what a repair fetches.
+        let layers = holdings.shortest(Space::Stream, root, told)?;
+        let layers = layers.ok_or_else(|| {
+            let message = format!("not all that component {root} is read through is here");
+            let hint = "`capsule verify --repair` fetches what is missing";
+            Failure::new(FailureCode::Damaged, message).hint(hint)
+        })?;
+        let content = open(&self.store, &layers, &options)?;
         let mut kept = Components::open(self);
         if kept.len() == OPEN_COMPONENTS {
             kept.pop_front();

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use capsule_chunker::content::Progress as Watcher;
-use tokio::sync::{AcquireError, OwnedSemaphorePermit, Semaphore};
+use tokio::sync::Semaphore;
 
 use crate::control::{Failure, FailureCode, Phase, Progress, Reporter};
 use crate::daemon::memory;
@@ -64,8 +64,7 @@ impl Works {
         T: Send + 'static,
         F: FnOnce(&Work) -> Result<T, Failure> + Send + 'static,
     {
-        let place = self.places.clone().acquire_owned().await;
-        in_place(place, task, reporter, work).await
+        in_place(&self.places, task, reporter, work).await
     }
 
     /// Does work for which nobody waits, in a place of its own: it may take hours, and keeps nobody from theirs.
@@ -74,13 +73,12 @@ impl Works {
         T: Send + 'static,
         F: FnOnce(&Work) -> Result<T, Failure> + Send + 'static,
     {
-        let place = self.behind.clone().acquire_owned().await;
-        in_place(place, task, &|_: Progress| {}, work).await
+        in_place(&self.behind, task, &|_: Progress| {}, work).await
     }
 }
 
 async fn in_place<T, F>(
-    place: Result<OwnedSemaphorePermit, AcquireError>,
+    places: &Arc<Semaphore>,
     task: Task,
     reporter: &dyn Tell,
     work: F,
@@ -89,6 +87,7 @@ where
     T: Send + 'static,
     F: FnOnce(&Work) -> Result<T, Failure> + Send + 'static,
 {
+    let place = places.clone().acquire_owned().await;
     let place = place.map_err(|_| Failure::cancelled())?;
     let state = Arc::new(Work::default());
     state

@@ -13,6 +13,7 @@ pub mod network;
 pub mod node;
 pub mod rogue;
 pub mod shelf;
+pub mod short;
 pub mod small_disk;
 
 pub use fleet::Fleet;

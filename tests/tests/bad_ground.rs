@@ -5,12 +5,9 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use capsule_tests::short::text;
 use capsule_tests::{Fleet, Node, data};
 use serde_json::Value;
-
-fn text(path: &Path) -> &str {
-    path.to_str().unwrap()
-}
 
 fn publish(node: &Node, path: &Path, name: &str, options: &[&str]) -> Value {
     let args = ["publish", text(path), "--as", "disk", "--name", name];

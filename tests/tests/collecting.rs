@@ -6,14 +6,9 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use capsule_tests::short::number;
 use capsule_tests::{Fleet, Node, data};
 use serde_json::Value;
-
-fn number(value: &Value, key: &str) -> u64 {
-    value[key]
-        .as_u64()
-        .unwrap_or_else(|| panic!("{key} in {value:#}"))
-}
 
 fn publish(node: &Node, path: &Path, name: &str) -> Value {
     let path = path.to_str().unwrap();

@@ -6,16 +6,13 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use capsule_tests::short::text;
 use capsule_tests::{Fleet, Node, data};
 use serde_json::Value;
 
 /// Moments at which a command's node is killed.
 const MOMENTS: u32 = 6;
 const DISK: usize = 24 << 20;
-
-fn text(path: &Path) -> &str {
-    path.to_str().unwrap()
-}
 
 /// A version of a disk: prose, and some noise that differs from version to version.
 fn version(fleet: &Fleet, number: u64) -> PathBuf {

@@ -3,18 +3,9 @@
 use std::fs;
 use std::path::Path;
 
+use capsule_tests::short::{number, text};
 use capsule_tests::{Fleet, data};
 use serde_json::Value;
-
-fn number(value: &Value, key: &str) -> u64 {
-    value[key]
-        .as_u64()
-        .unwrap_or_else(|| panic!("{key} in {value:#}"))
-}
-
-fn text(path: &Path) -> &str {
-    path.to_str().unwrap()
-}
 
 /// A disk on which files lie in whole pages, in an order.
 fn disk(path: &Path, files: impl Iterator<Item = u64>) {

@@ -4,9 +4,9 @@
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use capsule_tests::short::{number, run, text};
 use capsule_tests::{Fleet, Node, data};
 use serde_json::Value;
 
@@ -15,32 +15,6 @@ const MIB: u64 = 1 << 20;
 const DISK: u64 = 64 * MIB;
 /// Changes within the clock's tick of the file's times are not told apart; so much later they are.
 const TICK: Duration = Duration::from_millis(40);
-
-fn run(program: &str, args: &[&str]) {
-    let path = format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap());
-    let output = Command::new(program)
-        .args(args)
-        .env("PATH", path)
-        .stdin(Stdio::null())
-        .output();
-    let output = output.unwrap_or_else(|e| panic!("{program} is needed: {e}; run tests/run"));
-    assert!(
-        output.status.success(),
-        "{program} {args:?}: {}{}",
-        String::from_utf8_lossy(&output.stdout),
-        String::from_utf8_lossy(&output.stderr)
-    );
-}
-
-fn text(path: &Path) -> &str {
-    path.to_str().unwrap()
-}
-
-fn number(value: &Value, key: &str) -> u64 {
-    value[key]
-        .as_u64()
-        .unwrap_or_else(|| panic!("{key} in {value:#}"))
-}
 
 /// A raw disk of noise.
 fn disk(path: &Path, seed: u64) {

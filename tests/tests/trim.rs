@@ -4,8 +4,9 @@
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 
+use capsule_tests::short::{number, run, text};
 use capsule_tests::{Fleet, Node, data};
 use serde_json::Value;
 
@@ -13,33 +14,6 @@ const MIB: u64 = 1 << 20;
 /// Where the partition with the file system begins, and how long it is.
 const PART: u64 = 4 * MIB;
 const PART_LEN: u64 = 60 * MIB;
-
-fn run(program: &str, args: &[&str]) -> String {
-    let path = format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap());
-    let output = Command::new(program)
-        .args(args)
-        .env("PATH", path)
-        .stdin(Stdio::null())
-        .output();
-    let output = output.unwrap_or_else(|e| panic!("{program} is needed: {e}; run tests/run"));
-    assert!(
-        output.status.success(),
-        "{program} {args:?}: {}{}",
-        String::from_utf8_lossy(&output.stdout),
-        String::from_utf8_lossy(&output.stderr)
-    );
-    String::from_utf8(output.stdout).unwrap()
-}
-
-fn text(path: &Path) -> &str {
-    path.to_str().unwrap()
-}
-
-fn number(value: &Value, key: &str) -> u64 {
-    value[key]
-        .as_u64()
-        .unwrap_or_else(|| panic!("{key} in {value:#}"))
-}
 
 /// The file system of a disk, mounted until dropped; its loop device goes with it.
 struct Mounted(PathBuf);

@@ -5,18 +5,9 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::Command;
 
+use capsule_tests::short::{number, text};
 use capsule_tests::{Fleet, Node, data};
 use serde_json::Value;
-
-fn number(value: &Value, key: &str) -> u64 {
-    value[key]
-        .as_u64()
-        .unwrap_or_else(|| panic!("{key} in {value:#}"))
-}
-
-fn text(path: &Path) -> &str {
-    path.to_str().unwrap()
-}
 
 /// Pulls as planned, to the byte, and exports; what was fetched.
 fn pull(node: &Node, name: &str, to: &Path) -> u64 {

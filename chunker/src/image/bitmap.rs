@@ -3,13 +3,13 @@
 //! Source: QEMU's `docs/interop/qcow2.txt`, "Bitmaps". Whether a bitmap began with the version that a caller compares with is
 //! for the caller to find out.
 
-use std::ops::Range;
+use std::ops::RangeInclusive;
 use std::os::unix::fs::FileExt;
 
 use capsule_proto::GroupRanges;
 
 use super::chain::Link;
-use super::record::{MAX_RUNS, add};
+use super::record::Places;
 use super::tables::{Extant, OFFSET};
 use crate::content::ReadError;
 
@@ -20,7 +20,7 @@ const MAX_TABLE: u64 = 0x800_0000;
 /// Fixed part of a directory's entry.
 const ENTRY: usize = 24;
 /// Granularities that the format allows, as powers of two.
-const GRANULARITY: std::ops::RangeInclusive<u8> = 9..=31;
+const GRANULARITY: RangeInclusive<u8> = 9..=31;
 /// Flag: QEMU did not close it, so that it may lack what was written.
 const IN_USE: u32 = 1;
 /// Flag: QEMU goes on writing to it whenever it writes to the image.
@@ -81,34 +81,34 @@ pub(super) fn read(link: &Link, name: &str) -> Result<Option<GroupRanges>, ReadE
             "its bitmap {name} is too short for its disk: leave out --bitmap"
         )));
     }
-    let mut runs: Vec<Range<u64>> = Vec::new();
+    let mut marked = Places::default();
     let mut bits = vec![0; cluster as usize];
     image.each_entry(bitmap.table_at, disk.div_ceil(span), |index, [entry]| {
         let first = index * span;
         match entry & OFFSET {
             0 if entry & ALL_ONES == 0 => {}
-            0 => add(&mut runs, first..disk.min(first + span)),
+            0 => marked.add(first..disk.min(first + span)),
             at => {
                 image.holds(at + cluster)?;
                 link.file
                     .read_exact_at(&mut bits, at)
                     .map_err(|e| ReadError::io(&link.path, at, e))?;
-                mark(&bits, first, bitmap.granularity_bits, disk, &mut runs);
+                mark(&bits, first, bitmap.granularity_bits, disk, &mut marked);
             }
         }
         Ok(())
     })?;
-    Ok((runs.len() <= MAX_RUNS).then(|| runs.into_iter().collect()))
+    Ok(marked.finish())
 }
 
 /// Adds what set bits mark; the first bit is for what is at `first` on the disk.
-fn mark(bits: &[u8], first: u64, granularity_bits: u8, disk: u64, runs: &mut Vec<Range<u64>>) {
+fn mark(bits: &[u8], first: u64, granularity_bits: u8, disk: u64, marked: &mut Places) {
     for (at, byte) in bits.iter().enumerate().filter(|(_, byte)| **byte != 0) {
         for bit in (0..8).filter(|bit| byte >> bit & 1 == 1) {
             let start = first + ((at as u64 * 8 + bit) << granularity_bits);
             let end = (start + (1 << granularity_bits)).min(disk);
             if start < end {
-                add(runs, start..end);
+                marked.add(start..end);
             }
         }
     }

@@ -23,7 +23,11 @@ use crate::content::{ReadError, Source};
 use crate::osfile::Fingerprint;
 
 /// Most runs of changed chunk groups: 64 MiB of them. What changed in more places is read as a whole.
-pub(super) const MAX_RUNS: usize = 1 << 22;
+const MAX_RUNS: usize = 1 << 22;
+/// A file's times are those of the kernel's clock before, which ticks every 10 ms at most.
+const TICK: Duration = Duration::from_millis(20);
+/// File systems that keep whole seconds, or two, as FAT does.
+const COARSE_TICK: Duration = Duration::from_secs(3);
 
 /// Recognises an image whose files were not changed: their devices, inodes, lengths and times, those of the images behind it too.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,11 +40,6 @@ pub struct Stamp {
     tick: Duration,
 }
 
-/// A file's times are those of the kernel's clock before, which ticks every 10 ms at most.
-const TICK: Duration = Duration::from_millis(20);
-/// File systems that keep whole seconds, or two, as FAT does.
-const COARSE_TICK: Duration = Duration::from_secs(3);
-
 impl Stamp {
     /// Of a raw image.
     pub fn of_raw(path: &Path, file: &File) -> Result<Self, ReadError> {
@@ -52,8 +51,8 @@ impl Stamp {
         self.modified + self.tick <= moment
     }
 
-    /// How long has to be waited until it is settled, where it is not now.
-    pub fn settles_in(&self) -> Duration {
+    /// How long after the last change it is settled.
+    pub fn tick(&self) -> Duration {
         self.tick
     }
 }
@@ -84,9 +83,9 @@ impl ImageRecord {
         Ok(stamps.collect())
     }
 
-    /// Recognises the image's own file whatever is written to it: by device and inode.
-    pub fn file(&self) -> [u8; 32] {
-        file_key(&self.links[0])
+    /// Device and inode of the image's own file: the same whatever is written to it.
+    pub fn file(&self) -> (u64, u64) {
+        (self.links[0].device, self.links[0].stamp.inode())
     }
 
     /// The groups of the disk that are not just what the image at a depth of the chain (1: the one behind it) has there.
@@ -169,26 +168,17 @@ fn stamp(links: &[Arc<Link>]) -> Stamp {
     }
 }
 
-/// A file whatever was written to it since: its device and inode.
-fn file_key(link: &Link) -> [u8; 32] {
-    let mut hasher = blake3::Hasher::new();
-    hasher.update(b"file");
-    hasher.update(&link.device.to_le_bytes());
-    hasher.update(&link.stamp.fields()[0].to_le_bytes());
-    *hasher.finalize().as_bytes()
-}
-
 /// The groups that an image has clusters of its own for, zeros among them; none if these are in too many places.
 fn allocated(link: &Link, tables: &Tables) -> Result<Option<GroupRanges>, ReadError> {
     let image = Extant::new(&link.path, &link.file)?;
-    let mut runs: Vec<Range<u64>> = Vec::new();
+    let mut own = Places::default();
     tables.each_cluster(&image, |cluster| {
         for bytes in own_parts(&cluster, tables) {
-            add(&mut runs, bytes.start..bytes.end.min(tables.disk));
+            own.add(bytes.start..bytes.end.min(tables.disk));
         }
         Ok(())
     })?;
-    Ok((runs.len() <= MAX_RUNS).then(|| runs.into_iter().collect()))
+    Ok(own.finish())
 }
 
 /// The parts of a cluster that do not come from the image behind.
@@ -206,16 +196,18 @@ fn own_parts(cluster: &Cluster, tables: &Tables) -> impl Iterator<Item = Range<u
     whole.then(|| start..start + len).into_iter().chain(some)
 }
 
-/// Adds the groups of bytes that come after all before; more than [`MAX_RUNS`] are not kept.
-pub(super) fn add(runs: &mut Vec<Range<u64>>, bytes: Range<u64>) {
-    if bytes.is_empty() {
-        return;
+/// Chunk groups in the making, of bytes in order; none in the end if they are in too many places.
+#[derive(Default)]
+pub(super) struct Places(GroupRanges);
+
+impl Places {
+    pub fn add(&mut self, bytes: Range<u64>) {
+        if self.0.runs().len() <= MAX_RUNS {
+            self.0.insert(groups_touching(&bytes));
+        }
     }
-    let groups = groups_touching(&bytes);
-    let count = runs.len();
-    match runs.last_mut() {
-        Some(last) if groups.start <= last.end => last.end = last.end.max(groups.end),
-        _ if count > MAX_RUNS => {}
-        _ => runs.push(groups),
+
+    pub fn finish(self) -> Option<GroupRanges> {
+        (self.0.runs().len() <= MAX_RUNS).then_some(self.0)
     }
 }

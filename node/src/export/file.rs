@@ -112,13 +112,11 @@ impl Target {
             .and_then(|()| self.file.sync_all())
             .map_err(|e| self.failed(&e))?;
         let stamp = |file: &File| Stamp::of_raw(&self.to, file).ok();
-        let now = SystemTime::now();
-        if let Some(wait) = stamp(&self.file)
-            .filter(|stamp| !stamp.settled(now))
-            .map(|stamp| stamp.settles_in())
-            .filter(|wait| *wait <= LONGEST_WAIT)
+        let unsettled = stamp(&self.file).filter(|stamp| !stamp.settled(SystemTime::now()));
+        if let Some(tick) = unsettled.map(|stamp| stamp.tick())
+            && tick <= LONGEST_WAIT
         {
-            std::thread::sleep(wait);
+            std::thread::sleep(tick);
         }
         let named = SystemTime::now();
         let flags = if self.force {

@@ -191,7 +191,7 @@ fn write_stream(
     let stamp = target.finish(component.size)?;
     if let Some(stamp) = stamp {
         // An image upon it is then published without being read where it changed nothing.
-        note(store, image_key(&stamp, false), component.root);
+        note(store, &[image_key(&stamp, false)], component.root);
     }
     Ok(())
 }

@@ -9,7 +9,7 @@ use capsule_proto::index::Space;
 
 use super::{Holdings, TreeWay, space_word};
 use crate::control::{Failure, FailureCode};
-use crate::store::{DatabaseError, LayerBlobs, MAX_LAYERS};
+use crate::store::{DatabaseError, LayerBlobs, MAX_LAYERS, read_layers, write_layers};
 
 const WAY_VERSION: u8 = 1;
 /// Most layers kept for others, of one component.
@@ -35,8 +35,8 @@ impl TreeWay {
     fn encode(&self) -> Vec<u8> {
         let mut out = Writer::default();
         out.u8(WAY_VERSION);
-        write_layers(&mut out, &self.listing);
-        write_layers(&mut out, &self.contents);
+        write_layers(&self.listing, &mut out);
+        write_layers(&self.contents, &mut out);
         out.finish()
     }
 
@@ -55,22 +55,6 @@ impl TreeWay {
         input.finish()?;
         Ok(way)
     }
-}
-
-fn write_layers(out: &mut Writer, layers: &[LayerBlobs]) {
-    out.list(layers, |out, layer| {
-        out.hash(&layer.index);
-        out.option(layer.pack.as_ref(), Writer::hash);
-    });
-}
-
-fn read_layers(input: &mut Reader<'_>) -> Result<Vec<LayerBlobs>, DecodeError> {
-    input.list("layers", MAX_LAYERS, 33, |input| {
-        Ok(LayerBlobs {
-            index: input.hash("index")?,
-            pack: input.option("pack", |input| input.hash("pack"))?,
-        })
-    })
 }
 
 /// Fails where nothing is to be read through so many layers: no row holds them.
@@ -104,7 +88,7 @@ impl Holdings {
     ) -> Result<(), Failure> {
         self.note_reached(layers)?;
         let mut out = Writer::default();
-        write_layers(&mut out, layers);
+        write_layers(layers, &mut out);
         Ok(self.store.set_value(&own_key(space, root), &out.finish())?)
     }
 
@@ -164,7 +148,7 @@ impl Holdings {
         layers: &[LayerBlobs],
     ) -> Result<(), DatabaseError> {
         let mut out = Writer::default();
-        write_layers(&mut out, layers);
+        write_layers(layers, &mut out);
         self.store.set_value(&blob_key(root), &out.finish())
     }
 
@@ -182,7 +166,7 @@ impl Holdings {
         }
         layers.push(layer);
         let mut out = Writer::default();
-        write_layers(&mut out, &layers);
+        write_layers(&layers, &mut out);
         self.store.set_value(&offer_key(root), &out.finish())
     }
 

@@ -2,6 +2,7 @@
 //! which leave nothing behind when they are dropped; keeping and naming is the room's other half. With a parent, `update`
 //! finds out what of the content the parent has.
 
+use std::collections::BTreeMap;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::time::SystemTime;
@@ -134,7 +135,9 @@ impl Making<'_> {
         let made = match old {
             Some(old) => {
                 let recorded = self.recorded(&image, trimmed.as_ref(), &old, &mut warnings)?;
-                by_bitmap = recorded.is_some() && self.request.bitmap.is_some();
+                by_bitmap = recorded
+                    .as_ref()
+                    .is_some_and(|recorded| recorded.bitmap.is_some());
                 self.update_stream(source, kind, old, recorded.as_ref())?
             }
             None => {
@@ -207,6 +210,7 @@ impl Making<'_> {
             .parent
             .and_then(|parent| parent.component("tree", ComponentKind::Tree));
         let contents = self.contents(&source, parent)?;
+        let (stats, unread) = (contents.stats, contents.unread);
         let listing = source.into_listing(&contents.roots)?.encode();
         let names = self.listing(&listing, parent)?;
         let component = Component {
@@ -217,27 +221,29 @@ impl Making<'_> {
             content_size: contents.size,
         };
         let root = names.tree.root;
-        let unchanged = parent.is_some_and(|parent| parent.root == root);
         let mut layers: Vec<DraftLayer> = names.layer.into_iter().collect();
-        let mut way = TreeWay {
-            listing: names.way,
-            contents: contents.parent_layers,
-        };
-        if !unchanged {
+        let unchanged = parent.is_some_and(|parent| parent.root == root);
+        let same = contents.known.get(&root).cloned();
+        let contents = same.or(unchanged.then(Vec::new)).unwrap_or_else(|| {
             let layer = contents.encoded.into_layer(root);
-            way.contents = contents.below;
-            way.contents.push(layer.blobs);
+            let below = contents.below.into_iter();
+            let way = below.chain([layer.blobs]).collect();
             layers.push(layer);
-        }
+            way
+        });
+        let way = TreeWay {
+            listing: names.way,
+            contents,
+        };
         Ok(Draft {
             manifest: new_manifest(component)?,
             layers,
             way: HeldWay::Tree(way),
             listing: Some(listing),
             outboard: None,
-            stats: contents.stats,
+            stats,
             trimming: Trimming::default(),
-            unread: contents.unread,
+            unread,
             notes: directory_key(path).into_iter().collect(),
             warnings,
         })
@@ -267,9 +273,10 @@ impl Making<'_> {
 pub(super) struct MadeContents {
     pub size: u64,
     pub roots: Vec<RootHash>,
-    /// The layers of what the new one is put upon; of the parent.
+    /// The layers of what the new one is put upon.
     pub below: Vec<LayerBlobs>,
-    pub parent_layers: Vec<LayerBlobs>,
+    /// Older versions, and the layers of each: the new one may be one of them.
+    pub known: BTreeMap<RootHash, Vec<LayerBlobs>>,
     pub encoded: EncodedContents,
     pub stats: EncodeStats,
     /// Bytes that were not read.

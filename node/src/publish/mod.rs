@@ -101,7 +101,7 @@ pub async fn publish(
     if let [component] = &draft.manifest.components[..] {
         let (store, content, keys) = (node.store.clone(), component.root, draft.notes.clone());
         blocking(move || {
-            keys.into_iter().for_each(|key| note(&store, key, content));
+            note(&store, &keys, content);
             Ok(())
         })
         .await?;

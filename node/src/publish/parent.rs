@@ -1,5 +1,6 @@
 //! What new content is published against: an older version that is here.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use capsule_chunker::content::Content;
@@ -42,9 +43,8 @@ pub(super) struct Parent {
 pub(super) struct Old {
     /// The parent's, or an earlier version of it, where that is read through too many layers.
     pub component: Component,
-    /// The parent's own root, and the layers through which it is read.
-    pub parent: RootHash,
-    pub parent_layers: Vec<LayerBlobs>,
+    /// Both, and the layers through which each is read.
+    pub known: BTreeMap<RootHash, Vec<LayerBlobs>>,
     /// The layers through which it is read, from nothing on.
     pub layers: Vec<LayerBlobs>,
     pub content: Arc<dyn Content>,
@@ -117,11 +117,11 @@ impl Old {
         let Some(parent_layers) = layers else {
             return Ok(None);
         };
-        let parent = component.root;
+        let mut known = BTreeMap::from([(component.root, parent_layers.clone())]);
         let is_long = parent_layers.len() >= MAX_CHAIN;
         let put_upon = match is_long {
             true => earlier(store, component, space, &parent_layers[HALF_CHAIN - 1])?,
-            false => Some((component.clone(), parent_layers.clone())),
+            false => Some((component.clone(), parent_layers)),
         };
         let Some((component, layers)) = put_upon else {
             return Ok(None);
@@ -136,13 +136,18 @@ impl Old {
             return Err(Failure::new(FailureCode::Damaged, message)
                 .hint("`capsule verify` looks for damage, and repairs it from other machines"));
         }
+        known.insert(component.root, layers.clone());
         Ok(Some(Self {
             component,
-            parent,
-            parent_layers,
+            known,
             layers,
             content,
         }))
+    }
+
+    /// Whether it is not the parent itself.
+    pub fn is_earlier(&self) -> bool {
+        self.known.len() > 1
     }
 }
 

@@ -33,6 +33,8 @@ const SAMPLE: usize = 256;
 pub(super) struct Recorded {
     base: Tree,
     changed: GroupRanges,
+    /// The dirty bitmap that says so, if it is one.
+    pub bitmap: Option<String>,
 }
 
 /// Under which an image is remembered: by its files, and by whether its free space was taken out.
@@ -40,16 +42,16 @@ pub fn image_key(stamp: &Stamp, trimmed: bool) -> RootHash {
     RootHash::of(&[&stamp.hash[..], &[trimmed.into()]].concat())
 }
 
-/// Under which a file is remembered as what was last published of it, or a directory: whatever is written to it since.
-fn place_key(place: &[u8]) -> RootHash {
-    RootHash::of(&[b"last published", place].concat())
+/// Under which a file or directory is remembered as what was last published of it, whatever is written to it since: by device and inode.
+fn place_key((device, inode): (u64, u64)) -> RootHash {
+    let place = [device.to_le_bytes(), inode.to_le_bytes()].concat();
+    RootHash::of(&[&b"last published"[..], &place].concat())
 }
 
-/// Under which a directory is remembered so.
+/// The same of a directory.
 pub(super) fn directory_key(path: &Path) -> Option<RootHash> {
     let metadata = std::fs::metadata(path).ok()?;
-    let place = [metadata.dev().to_le_bytes(), metadata.ino().to_le_bytes()].concat();
-    Some(place_key(&place))
+    Some(place_key((metadata.dev(), metadata.ino())))
 }
 
 /// What an image is to be remembered as, once it is published: as what its files hold now, if they cannot change without that being seen;
@@ -69,13 +71,13 @@ pub(super) fn keys_to_note(
     let content = content.map(|stamp| image_key(stamp, trimmed));
     content
         .into_iter()
-        .chain([place_key(&record.file())])
+        .chain([place_key(record.file())])
         .collect()
 }
 
 /// Remembers it. A hint that is missing only costs time.
-pub fn note(store: &Store, key: RootHash, content: RootHash) {
-    if let Err(error) = store.note_image(key, content) {
+pub fn note(store: &Store, keys: &[RootHash], content: RootHash) {
+    if let Err(error) = store.note_images(keys, content) {
         tracing::debug!(%error, "an image is not remembered");
     }
 }
@@ -118,7 +120,11 @@ impl Making<'_> {
                 } else {
                     changed.union_with(&groups_of(free));
                 }
-                return Ok(Some(Recorded { base, changed }));
+                return Ok(Some(Recorded {
+                    base,
+                    changed,
+                    bitmap: None,
+                }));
             }
         }
         Ok(None)
@@ -156,9 +162,9 @@ impl Making<'_> {
             return unused("it marks too many places");
         };
         // It can only have begun with what was last published of this file.
-        let last = self.store.image(&place_key(&record.file()))?;
+        let last = self.store.image(&place_key(record.file()))?;
         if last != Some(old.component.root) {
-            return unused(if old.parent != old.component.root {
+            return unused(if old.is_earlier() {
                 "the parent is read through too many layers"
             } else {
                 "the parent is not what was last published of this image here"
@@ -172,7 +178,11 @@ impl Making<'_> {
         if let Ok(then) = free::find(&*old.content, self.work) {
             changed.union_with(&groups_of(&then.ranges));
         }
-        Ok(Some(Recorded { base, changed }))
+        Ok(Some(Recorded {
+            base,
+            changed,
+            bitmap: Some(bitmap.to_owned()),
+        }))
     }
 }
 
@@ -188,10 +198,9 @@ impl Recorded {
         &self,
         source: &dyn Source,
         store: &Store,
-        sampled: Option<&str>,
         work: &Work,
     ) -> Result<Option<(Tree, Scratch)>, Failure> {
-        if let Some(bitmap) = sampled {
+        if let Some(bitmap) = &self.bitmap {
             self.compare_sample(source, store, bitmap, work)?;
         }
         let mut zero = GroupRanges::new();

@@ -58,7 +58,7 @@ pub(crate) fn published(store: &Store, path: &Path) -> Manifest {
 fn kept(store: &Store, mut draft: Draft) -> Manifest {
     keep(store, &mut draft, 1).unwrap();
     let root = draft.manifest.components[0].root;
-    draft.notes.iter().for_each(|key| note(store, *key, root));
+    note(store, &draft.notes, root);
     draft.manifest
 }
 
@@ -158,6 +158,36 @@ fn what_is_not_read_is_what_this_directory_had() {
     let draft = draft_against(&store, &other, Some((&last, u64::MAX))).unwrap();
     assert_eq!(draft.unread, 0);
     assert_eq!(x_of(&kept(&store, draft)), RootHash::of(b"other!"));
+}
+
+/// A version that is the same as an older one needs no layer, whether it is the parent or the one that the next is put upon.
+#[test]
+fn what_is_gone_back_to_needs_no_layer() {
+    let temp = tempfile::tempdir().unwrap();
+    let (store, path) = (store(temp.path(), "store"), temp.path().join("file"));
+    let mut noise = vec![0; 100_000];
+    crate::home::system_entropy(&mut noise);
+    let write = |version: u8| fs::write(&path, [&noise[..], &[version]].concat()).unwrap();
+    write(1);
+    let mut last = published(&store, &path);
+    for version in 2..=64 {
+        write(version);
+        last = kept(
+            &store,
+            draft_against(&store, &path, Some((&last, 0))).unwrap(),
+        );
+    }
+    for (version, layers) in [(64, 64), (32, 32)] {
+        write(version);
+        let same = draft_against(&store, &path, Some((&last, 0))).unwrap();
+        let HeldWay::Layers(way) = &same.way else {
+            panic!("a stream")
+        };
+        assert_eq!((way.len(), same.layers.len()), (layers, 0), "{version}");
+    }
+    write(31);
+    let other = draft_against(&store, &path, Some((&last, 0))).unwrap();
+    assert_eq!(other.layers.len(), 1);
 }
 
 #[test]

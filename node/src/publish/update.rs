@@ -4,6 +4,8 @@
 //! parent's, tells which chunk groups differ; what is read of these must agree with the tree. Where the image itself tells what changed (`record`),
 //! the rest is not read at all. Of a tree only files are read whose length or time differ.
 
+use std::collections::BTreeMap;
+
 use capsule_chunker::bao::{DiffError, Tree, changed_groups};
 use capsule_chunker::content::{Content, Source};
 use capsule_chunker::delta::{OldSource, Outline, Similar, SimilarOptions};
@@ -40,7 +42,8 @@ impl Making<'_> {
     ) -> Result<MadeLayer, Failure> {
         let (tree, outboard, unread) = self.hash(source, recorded)?;
         let parent = old.component.root;
-        if tree.root == old.parent {
+        // The parent, or what is gone back to.
+        if let Some(way) = old.known.get(&tree.root) {
             source.check_unchanged()?;
             let stats = EncodeStats {
                 content: tree.size,
@@ -50,7 +53,7 @@ impl Making<'_> {
             return Ok(MadeLayer {
                 tree,
                 layer: None,
-                way: old.parent_layers,
+                way: way.clone(),
                 outboard: Some(outboard),
                 stats,
                 unread,
@@ -100,8 +103,7 @@ impl Making<'_> {
         if let Some(recorded) = recorded {
             let unread = recorded.unread(source.len());
             self.work.set_total(source.len() - unread);
-            let sampled = self.request.bitmap.as_deref();
-            if let Some((tree, outboard)) = recorded.hash(source, self.store, sampled, self.work)? {
+            if let Some((tree, outboard)) = recorded.hash(source, self.store, self.work)? {
                 return Ok((tree, outboard, unread));
             }
         }
@@ -129,7 +131,7 @@ impl Making<'_> {
             TreeOutline::of(source, &listing, self.looked_at(&old)?)
         };
         let unknown = outline.outline.unknown_len();
-        let parent_layers = old.parent_layers.clone();
+        let known = old.known.clone();
         self.work.set_total(unknown);
         let AgainstOld {
             encoded,
@@ -145,7 +147,7 @@ impl Making<'_> {
             size: encoded.size,
             roots: outline.roots(source, read),
             below,
-            parent_layers,
+            known,
             stats: encoded.stats,
             unread: source.len() - unknown,
             encoded: EncodedContents {
@@ -176,7 +178,7 @@ impl Making<'_> {
             size: made.encoded.size,
             roots: made.roots,
             below: Vec::new(),
-            parent_layers: Vec::new(),
+            known: BTreeMap::new(),
             stats: made.encoded.stats,
             unread: 0,
             encoded: EncodedContents {

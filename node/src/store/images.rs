@@ -58,16 +58,16 @@ impl Images {
 }
 
 impl Store {
-    /// Notes that an image has the content of a component; not where the disk is full, as exports write nothing there then.
-    pub fn note_image(&self, image: RootHash, content: RootHash) -> Result<(), DatabaseError> {
-        if !self.has_room() {
+    /// Notes what has the content of a component; not where the disk is full, as exports write nothing there then.
+    pub fn note_images(&self, images: &[RootHash], content: RootHash) -> Result<(), DatabaseError> {
+        if images.is_empty() || !self.has_room() {
             return Ok(());
         }
         self.inner.meta.write(|tx| {
             let mut table = tx.open_table(VALUES)?;
-            let mut images = Images::of(table.get(KEY)?.as_ref().map(|value| value.value()));
-            images.note(image, content);
-            table.insert(KEY, &images.encode()[..])?;
+            let mut known = Images::of(table.get(KEY)?.as_ref().map(|value| value.value()));
+            images.iter().for_each(|image| known.note(*image, content));
+            table.insert(KEY, &known.encode()[..])?;
             Ok(())
         })
     }

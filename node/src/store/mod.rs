@@ -60,7 +60,7 @@ pub use reached::Reached;
 pub use recover::Recovery;
 pub use rows::{
     Ban, BlobKind, Component, ComponentRecipe, Follow, HeldCapsule, LayerBlobs, MAX_LAYERS,
-    MAX_REASON_LEN, PinOrigin,
+    MAX_REASON_LEN, PinOrigin, read_layers, write_layers,
 };
 pub use serve::{BlobReader, Presence};
 pub use space::Usage;

@@ -160,11 +160,22 @@ pub(super) fn read_ranges(input: &mut Reader<'_>, size: u64) -> Result<GroupRang
         .map_err(|_| input.invalid("runs of groups", start, "the runs are not a set"))
 }
 
-pub(super) fn write_layers(layers: &[LayerBlobs], out: &mut Writer) {
+/// Writes layers as rows hold them.
+pub fn write_layers(layers: &[LayerBlobs], out: &mut Writer) {
     out.list(layers, |out, layer| {
         out.hash(&layer.index);
         out.option(layer.pack.as_ref(), Writer::hash);
     });
+}
+
+/// Reads them.
+pub fn read_layers(input: &mut Reader<'_>) -> Result<Vec<LayerBlobs>, DecodeError> {
+    input.list("layers", MAX_LAYERS, 33, |input| {
+        Ok(LayerBlobs {
+            index: input.hash("index")?,
+            pack: input.option("pack", |input| input.hash("pack"))?,
+        })
+    })
 }
 
 /// The largest part of a set that a row holds: its longest runs. Less presence than there is, is always true.
@@ -223,12 +234,7 @@ impl Row for ComponentRow {
 
     fn read(input: &mut Reader<'_>) -> Result<Self, DecodeError> {
         let size = input.varint("size", MAX_CONTENT_LEN)?;
-        let layers = input.list("layers", MAX_LAYERS, 33, |input| {
-            Ok(LayerBlobs {
-                index: input.hash("index")?,
-                pack: input.option("pack", |input| input.hash("pack"))?,
-            })
-        })?;
+        let layers = read_layers(input)?;
         let component = Component {
             size,
             recipe: ComponentRecipe { layers },

@@ -17,7 +17,6 @@ use capsule_proto::RootHash;
 use capsule_proto::index::Space;
 use capsule_proto::listing::{Listing, MAX_LISTING_LEN};
 use capsule_proto::manifest::Component;
-
 use positioned_io::ReadAt;
 
 use crate::control::{Failure, FailureCode};

@@ -2,6 +2,8 @@
 //!
 //! The steps are written down before the bytes, and compressed with them; see "Patch" in `proto/docs/index.md`.
 
+use capsule_proto::codec::{DecodeError, Reader, Writer};
+
 use super::FrameFault;
 use super::lzma;
 
@@ -22,12 +24,13 @@ pub(super) fn encode(
     references: &[u8],
     steps: &[Step],
 ) -> Result<Option<Vec<u8>>, FrameFault> {
-    let mut bytes = Vec::with_capacity(content.len() + 4 * steps.len());
+    let mut control = Writer::default();
     for step in steps {
-        push_varint(&mut bytes, step.over);
-        push_varint(&mut bytes, step.new);
-        push_varint(&mut bytes, ((step.seek << 1) ^ (step.seek >> 31)) as u32);
+        control.varint(step.over.into());
+        control.varint(step.new.into());
+        control.signed(step.seek.into());
     }
+    let mut bytes = control.finish();
     let control_len = bytes.len();
     if control_len > content.len() {
         return Ok(None);
@@ -43,25 +46,24 @@ pub(super) fn encode(
         at += over + step.new as usize;
         old = (old + over).wrapping_add_signed(step.seek as isize);
     }
-    let mut packed = Vec::new();
-    push_varint(&mut packed, control_len as u32);
-    packed.extend(lzma::encode(&bytes, &[])?);
-    Ok(Some(packed))
+    let mut packed = Writer::default();
+    packed.varint(control_len as u64);
+    packed.raw(&lzma::encode(&bytes, &[])?);
+    Ok(Some(packed.finish()))
 }
 
 /// Makes exactly `len` bytes; the steps are at most as many.
 pub(super) fn decode(packed: &[u8], references: &[u8], len: usize) -> Result<Vec<u8>, FrameFault> {
-    let mut stream = packed;
-    let control_len = take_varint(&mut stream)
-        .map(|control_len| control_len as usize)
-        .filter(|control_len| *control_len <= len)
-        .ok_or(FrameFault::Steps("they are longer than it"))?;
-    let mut control = lzma::decode(stream, &[], control_len + len)?;
+    let mut head = Reader::new(packed);
+    let control_len = head.varint("length of the steps", len as u64);
+    let control_len =
+        control_len.map_err(|_| FrameFault::Steps("they are longer than it"))? as usize;
+    let mut control = lzma::decode(&packed[head.at()..], &[], control_len + len)?;
     let mut content = control.split_off(control_len);
-    let mut control = control.as_slice();
+    let mut control = Reader::new(&control);
     let (mut at, mut old) = (0usize, 0i64);
     while at < len {
-        let step = take_step(&mut control).ok_or(FrameFault::Steps("they end before it"))?;
+        let step = take_step(&mut control).map_err(|_| FrameFault::Steps("they end before it"))?;
         let over = step.over as usize;
         let under = usize::try_from(old)
             .ok()
@@ -76,43 +78,22 @@ pub(super) fn decode(packed: &[u8], references: &[u8], len: usize) -> Result<Vec
         at = at.saturating_add(over).saturating_add(step.new as usize);
         old += i64::from(step.over) + i64::from(step.seek);
     }
-    if at > len || !control.is_empty() {
+    if at > len || control.left() > 0 {
         return Err(FrameFault::Steps("they go on behind it"));
     }
     Ok(content)
 }
 
-fn take_step(control: &mut &[u8]) -> Option<Step> {
-    let (over, new, seek) = (
-        take_varint(control)?,
-        take_varint(control)?,
-        take_varint(control)?,
-    );
-    Some(Step {
-        over,
-        new,
-        seek: (seek >> 1) as i32 ^ -((seek & 1) as i32),
+fn take_step(control: &mut Reader<'_>) -> Result<Step, DecodeError> {
+    Ok(Step {
+        over: control.varint("over", u32::MAX.into())? as u32,
+        new: control.varint("new", u32::MAX.into())? as u32,
+        seek: take_seek(control)?,
     })
 }
 
-fn push_varint(bytes: &mut Vec<u8>, mut value: u32) {
-    while value >= 0x80 {
-        bytes.push(value as u8 | 0x80);
-        value >>= 7;
-    }
-    bytes.push(value as u8);
-}
-
-/// Seven bits a byte, the lowest first, at most 32 of them.
-fn take_varint(bytes: &mut &[u8]) -> Option<u32> {
-    let mut value = 0u64;
-    for shift in (0..35).step_by(7) {
-        let (&byte, rest) = bytes.split_first()?;
-        *bytes = rest;
-        value |= u64::from(byte & 0x7f) << shift;
-        if byte < 0x80 {
-            return u32::try_from(value).ok();
-        }
-    }
-    None
+fn take_seek(control: &mut Reader<'_>) -> Result<i32, DecodeError> {
+    let at = control.at();
+    let seek = control.signed("seek")?;
+    i32::try_from(seek).map_err(|_| control.invalid("seek", at, "it has more than 32 bits"))
 }
