@@ -103,6 +103,7 @@ fn edited(old: &[u8], edits: &[Edit], pages: bool) -> Vec<u8> {
 struct How {
     pages: bool,
     space: Space,
+    earlier: bool,
     frame_max: u32,
     cache_len: usize,
     threads: usize,
@@ -111,18 +112,22 @@ struct How {
 fn hows() -> impl Strategy<Value = How> {
     (
         any::<bool>(),
+        any::<bool>(),
         select(vec![Space::Stream, Space::Contents]),
         select(vec![4096u32, 32_768, 1 << 20]),
         select(vec![0usize, 100_000, 32 << 20]),
         select(vec![1usize, 3]),
     )
-        .prop_map(|(pages, space, frame_max, cache_len, threads)| How {
-            pages,
-            space,
-            frame_max,
-            cache_len,
-            threads,
-        })
+        .prop_map(
+            |(pages, earlier, space, frame_max, cache_len, threads)| How {
+                pages,
+                earlier,
+                space,
+                frame_max,
+                cache_len,
+                threads,
+            },
+        )
 }
 
 /// A layer: which version it leads from, and to.
@@ -136,7 +141,10 @@ struct Layer {
 impl How {
     fn options(&self) -> EncodeOptions {
         let cuts = if self.pages { Cuts::Pages } else { Cuts::Bytes };
-        options(cuts, self.frame_max, self.threads)
+        EncodeOptions {
+            earlier: self.earlier,
+            ..options(cuts, self.frame_max, self.threads)
+        }
     }
 
     fn source(&self, bytes: &[u8]) -> TestSource {
@@ -400,6 +408,7 @@ fn a_chain_is_read_from_many_threads() {
     let how = How {
         pages: false,
         space: Space::Stream,
+        earlier: false,
         frame_max: 8192,
         cache_len: 100_000,
         threads: 2,
@@ -431,6 +440,7 @@ fn what_was_overwritten_is_not_reached_and_looking_can_be_stopped() {
     let how = How {
         pages: true,
         space: Space::Stream,
+        earlier: false,
         frame_max: 32_768,
         cache_len: 0,
         threads: 1,

@@ -10,6 +10,7 @@ use capsule_chunker::layer::encode::{Effort, EncodeOptions, Outputs, encode};
 use capsule_chunker::layer::read::{LayerCache, LayerContent, ReadOptions};
 use capsule_chunker::layer::{Cuts, LayerSource};
 use capsule_chunker::like::Likeness;
+use capsule_proto::index::Index;
 use capsule_proto::{GROUP_LEN, GroupRanges, RootHash};
 use layer_support::*;
 use positioned_io::ReadAt;
@@ -44,6 +45,7 @@ fn layer(bytes: &[u8], cuts: Cuts, frame_max: u32) -> Layer {
     };
     let options = EncodeOptions {
         effort: Effort::Default,
+        earlier: true,
         ..options(cuts, frame_max, 2)
     };
     let encoded = encode(&TestSource::new(bytes.to_vec()), &options, outputs, &()).unwrap();
@@ -89,6 +91,28 @@ fn files() -> Vec<Vec<u8>> {
     (0..40)
         .map(|i| random(i, 1000 + 40_000 * i as usize))
         .collect()
+}
+
+/// Of frames that refer to others some are found, or those that they refer to, or neither.
+#[test]
+fn frames_that_refer_to_others_are_made_of_what_is_here() {
+    let (first, other) = (random(1, 900_000), random(2, 200_000));
+    let mut second = first.clone();
+    second.iter_mut().step_by(1900).for_each(|byte| *byte ^= 1);
+    let there = [&first[..], &other, &second].concat();
+    let target = layer(&there, Cuts::Bytes, 128 << 10);
+    let frames = Index::decode(&target.0).unwrap().frames;
+    assert!(frames.iter().filter(|frame| frame.depth > 0).count() >= 4);
+    let whole = target.1.len() as u64;
+    for (here, most) in [(&first, 400_000), (&second, whole), (&other, 1_000_000)] {
+        let mut likeness = wanting(&target);
+        let source = Arc::new(TestSource::new(here.clone()));
+        likeness.look_in(source, Cuts::Bytes, &()).unwrap();
+        let (content, fetched) = with_local(&target, &likeness);
+        assert!(fetched <= most, "{fetched} of {whole}");
+        assert!(restore_all(&content, 2).unwrap().0 == there);
+        check_ranges(&content, &there, 3, 9);
+    }
 }
 
 #[test]

@@ -123,7 +123,7 @@ fn windows(stretches: &[Stretch], sources: &[OldSource], len: usize) -> Option<V
         }
         if start < end {
             windows.push(Window {
-                source: stretch.source,
+                of: stretch.source.into(),
                 range: start..end,
             });
         }

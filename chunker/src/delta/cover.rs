@@ -7,9 +7,7 @@ use std::ops::Range;
 
 use capsule_proto::index::MAX_REFERENCES;
 
-use super::old::OldSource;
-use super::seeds::{Seed, WINDOW_LEN};
-use super::similar::Similar;
+use super::seeds::WINDOW_LEN;
 
 /// Windows begin at multiples of this.
 const STEP: u64 = 16 << 10;
@@ -30,53 +28,54 @@ pub(crate) struct Limits {
     pub bytes: u64,
 }
 
+/// A place of old content where a seed of the frame lies.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Vote {
+    /// Position among the frame's seeds.
+    pub seed: usize,
+    /// Which content: a source, or an earlier frame.
+    pub of: u32,
+    /// First byte in it.
+    pub at: u64,
+}
+
 /// A window of old content.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Window {
-    /// Position among the sources.
-    pub source: u16,
+    /// Which content, as votes have it.
+    pub of: u32,
     /// The bytes.
     pub range: Range<u64>,
 }
 
-/// Chooses windows for a frame's content: in the order of the old content, without overlaps.
+/// Chooses windows for a frame of so many seeds: in the order of the old content, without overlaps. `len_of` tells how long a
+/// content is.
 pub(crate) fn cover(
-    similar: &Similar,
-    sources: &[OldSource],
-    content: &[u8],
+    mut votes: Vec<Vote>,
+    seeds: usize,
+    len_of: impl Fn(u32) -> u64,
     limits: &Limits,
 ) -> Vec<Window> {
-    // One vote a seed and place: seed, source, byte.
-    let mut votes: Vec<(usize, u16, u64)> = Vec::new();
-    let mut count = 0;
-    similar.seeds(content, 0, |Seed { hash, .. }| {
-        votes.extend(
-            similar
-                .places(hash)
-                .map(|place| (count, place.source, place.at)),
-        );
-        count += 1;
-    });
-    votes.sort_unstable_by_key(|(seed, source, at)| (*source, *at, *seed));
-    let mut covered = vec![false; count];
+    votes.sort_unstable_by_key(|vote| (vote.of, vote.at, vote.seed));
+    let mut covered = vec![false; seeds];
     let mut windows: Vec<Window> = Vec::new();
     let mut left = limits.bytes;
     while left > 0
         && windows.len() < MAX_REFERENCES
         && let Some(window) = best(&votes, &covered, limits.window_len)
     {
-        for (seed, ..) in &votes[window.clone()] {
-            covered[*seed] = true;
+        for vote in &votes[window.clone()] {
+            covered[vote.seed] = true;
         }
-        let source = votes[window.start].1;
-        let len = sources[usize::from(source)].content.len();
-        for stretch in votes[window].chunk_by(|before, after| after.2 - before.2 <= GAP) {
-            let (first, last) = (stretch[0].2, stretch[stretch.len() - 1].2);
+        let of = votes[window.start].of;
+        let len = len_of(of);
+        for stretch in votes[window].chunk_by(|before, after| after.at - before.at <= GAP) {
+            let (first, last) = (stretch[0].at, stretch[stretch.len() - 1].at);
             let start = first.saturating_sub(MARGIN);
             let end = (last + WINDOW_LEN as u64 + MARGIN).min(len);
             left = left.saturating_sub(end - start);
             windows.push(Window {
-                source,
+                of,
                 range: start..end,
             });
         }
@@ -87,44 +86,44 @@ pub(crate) fn cover(
 }
 
 /// The votes of the window that covers the most seeds not covered yet.
-fn best(votes: &[(usize, u16, u64)], covered: &[bool], window_len: u64) -> Option<Range<usize>> {
+fn best(votes: &[Vote], covered: &[bool], window_len: u64) -> Option<Range<usize>> {
     let mut best = None;
     let mut most = LEAST_VOTES - 1;
     let mut start = 0;
     while start < votes.len() {
-        let (_, source, at) = votes[start];
+        let Vote { of, at, .. } = votes[start];
         let from = at - at % STEP;
         let end = start
-            + votes[start..].partition_point(|vote| vote.1 == source && vote.2 < from + window_len);
+            + votes[start..].partition_point(|vote| vote.of == of && vote.at < from + window_len);
         // A seed that lies in a window twice is counted twice; that is rare, and brings something too.
         let fresh = votes[start..end]
             .iter()
-            .filter(|(seed, ..)| !covered[*seed])
+            .filter(|vote| !covered[vote.seed])
             .count();
         if fresh > most {
             most = fresh;
             let first = votes[start..end]
                 .iter()
-                .position(|(seed, ..)| !covered[*seed]);
+                .position(|vote| !covered[vote.seed]);
             let last = votes[start..end]
                 .iter()
-                .rposition(|(seed, ..)| !covered[*seed]);
+                .rposition(|vote| !covered[vote.seed]);
             best = first
                 .zip(last)
                 .map(|(first, last)| start + first..start + last + 1);
         }
-        start += votes[start..].partition_point(|vote| vote.1 == source && vote.2 < from + STEP);
+        start += votes[start..].partition_point(|vote| vote.of == of && vote.at < from + STEP);
     }
     best
 }
 
 /// In order, overlapping ones joined.
 fn join(mut windows: Vec<Window>) -> Vec<Window> {
-    windows.sort_unstable_by_key(|window| (window.source, window.range.start));
+    windows.sort_unstable_by_key(|window| (window.of, window.range.start));
     let mut joined: Vec<Window> = Vec::with_capacity(windows.len());
     for window in windows {
         match joined.last_mut() {
-            Some(last) if last.source == window.source && window.range.start <= last.range.end => {
+            Some(last) if last.of == window.of && window.range.start <= last.range.end => {
                 last.range.end = last.range.end.max(window.range.end);
             }
             _ => joined.push(window),

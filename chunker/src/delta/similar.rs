@@ -206,6 +206,11 @@ impl Similar {
         }
     }
 
+    /// The same where nothing was indexed too: for an index of one's own.
+    pub(crate) fn sample(&self, data: &[u8], found: impl FnMut(Seed)) {
+        seeds(data, 0, self.bits, found);
+    }
+
     /// Where windows with a seed's hash lie, as far as is known.
     pub(crate) fn places(&self, hash: u64) -> impl Iterator<Item = Place> + '_ {
         let bucket_bits = (self.buckets.len() - 1).ilog2();

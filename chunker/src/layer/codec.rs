@@ -15,8 +15,8 @@ use zstd::zstd_safe::{self, CCtx, CParameter, DCtx};
 
 /// A frame is stored as it is unless compression saves at least 1/128: less is not worth decompressing.
 const LEAST_SAVING: usize = 128;
-/// LZMA is taken where it saves at least 1/32 of what zstd makes: less is not worth slower decoding.
-const LEAST_LZMA_SAVING: usize = 32;
+/// What is dearer to decode, as LZMA is, is taken where it saves at least 1/32.
+const LEAST_DEAR_SAVING: usize = 32;
 
 /// A frame's bytes in a pack.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -114,7 +114,7 @@ impl Compressor {
         if self.lzma {
             let packed = lzma::encode(content, &[])?;
             let least = self.buffer.len().min(content.len());
-            if is_worth_lzma(packed.len(), least) {
+            if is_worth_decoding(packed.len(), least) {
                 return Ok(Packed::Lzma(packed));
             }
         }
@@ -150,8 +150,8 @@ impl Compressor {
 }
 
 /// Whether to take what LZMA makes rather than what zstd does, or the content itself.
-pub(super) const fn is_worth_lzma(lzma: usize, other: usize) -> bool {
-    lzma < other - other / LEAST_LZMA_SAVING
+pub(super) const fn is_worth_decoding(dearer: usize, cheaper: usize) -> bool {
+    dearer < cheaper - cheaper / LEAST_DEAR_SAVING
 }
 
 /// Compresses content with LZMA, with references as its dictionary.

@@ -14,10 +14,12 @@ use capsule_proto::{FrameHash, RootHash};
 use positioned_io::{ReadAt, WriteAt};
 
 use super::assemble::Assembler;
+use super::compress::Encoding;
+use super::earlier::Earlier;
 use super::encode::EncodeError;
 use super::slab::Slab;
 use super::stats::EncodeStats;
-use super::work::{Encoding, Event, FrameBytes, HashedPiece, Job};
+use super::work::{Event, FrameBytes, HashedPiece, Job};
 use crate::bao::TreeHasher;
 use crate::content::Progress;
 
@@ -34,6 +36,8 @@ pub(super) struct Coordinator<'a, P> {
     /// Frames that are compressed, and wait for those before them.
     packed: BTreeMap<u32, PackedFrame>,
     assembler: Assembler<'a>,
+    /// Frames that others may refer to, where they may.
+    earlier: Option<Earlier<'a>>,
     /// Roots of the parts that lay in one slab each, in no order.
     parts: Vec<(usize, RootHash)>,
     pack: PackWriter<'a, P>,
@@ -60,6 +64,7 @@ impl<'a, P: ReadAt + WriteAt> Coordinator<'a, P> {
         jobs: SyncSender<Job>,
         in_flight: usize,
         assembler: Assembler<'a>,
+        earlier: Option<Earlier<'a>>,
         pack: PackWriter<'a, P>,
     ) -> Self {
         Self {
@@ -68,6 +73,7 @@ impl<'a, P: ReadAt + WriteAt> Coordinator<'a, P> {
             waiting: 0,
             packed: BTreeMap::new(),
             assembler,
+            earlier,
             parts: Vec::new(),
             pack,
             stats: EncodeStats::default(),
@@ -163,12 +169,17 @@ impl<'a, P: ReadAt + WriteAt> Coordinator<'a, P> {
             && let Some(frame) = self.assembler.closed.pop_front()
         {
             self.waiting += 1;
+            let earlier = match &mut self.earlier {
+                Some(earlier) => earlier.next(frame.id, frame.bytes.as_slice(), frame.alike),
+                None => Vec::new(),
+            };
             // It fails only when the workers are gone, and then their panic has been told.
             let _ = self.jobs.send(Job::Compress {
                 id: frame.id,
                 bytes: frame.bytes,
                 spans: frame.spans,
                 alike: frame.alike,
+                earlier,
             });
         }
     }
@@ -216,6 +227,7 @@ impl<'a, P: ReadAt + WriteAt> PackWriter<'a, P> {
             codec,
             bytes,
             references,
+            depth,
         } = &frame.packed;
         let packed = if *codec == Codec::Stored {
             content
@@ -234,7 +246,7 @@ impl<'a, P: ReadAt + WriteAt> PackWriter<'a, P> {
             len: content.len() as u32,
             codec: *codec,
             hash: frame.hash,
-            depth: 0,
+            depth: *depth,
             references: references.clone(),
             spans: frame.spans,
         })?;

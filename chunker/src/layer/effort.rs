@@ -43,6 +43,11 @@ impl Effort {
         matches!(self, Self::Max)
     }
 
+    /// Whether frames may refer to earlier ones of their layer, which makes reading any one of them dearer.
+    pub(super) const fn earlier(self) -> bool {
+        matches!(self, Self::Max)
+    }
+
     /// How much old content a frame may be compressed against.
     pub(super) const fn references(self) -> Limits {
         let bytes = match self {

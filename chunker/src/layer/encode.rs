@@ -29,6 +29,7 @@ use super::assemble::Assembler;
 use super::codec::FrameFault;
 use super::coordinate::{Coordinator, PackWriter};
 use super::cut::{Cuts, Cutter};
+use super::earlier::Earlier;
 pub use super::effort::Effort;
 use super::reread::Reread;
 use super::slab::{SLAB_LEN, Slab, SlabReader};
@@ -72,6 +73,8 @@ pub struct EncodeOptions {
     pub frame_max: u32,
     /// Where cuts may fall.
     pub cuts: Cuts,
+    /// Whether frames may refer to earlier ones of the same layer: what is read of a frame then takes those too.
+    pub earlier: bool,
     /// How many frames are compressed at a time. Does not change the result.
     pub threads: NonZeroUsize,
 }
@@ -101,7 +104,21 @@ impl EncodeOptions {
             effort,
             frame_max,
             cuts,
+            earlier: effort.earlier(),
             threads: thread::available_parallelism().unwrap_or(NonZeroUsize::MIN),
+        }
+    }
+
+    /// With a bound, where there is one, to what a reader of any one byte decodes of the layer: frames then refer to no others
+    /// of it.
+    pub fn bounded(self, frame_max: Option<u32>) -> Self {
+        match frame_max {
+            None => self,
+            Some(frame_max) => Self {
+                frame_max,
+                earlier: false,
+                ..self
+            },
         }
     }
 }
@@ -328,6 +345,7 @@ where
     let (events, event_queue) = sync_channel(slabs + in_flight + 4);
     let (to_hasher, hasher_queue) = sync_channel(slabs);
 
+    let nothing = Similar::nothing();
     thread::scope(|scope| {
         for _ in 0..threads {
             let (events, job_queue) = (events.clone(), &job_queue);
@@ -349,8 +367,10 @@ where
         });
         let tree = TreeHasher::with_storage(outputs.pack_outboard);
         let pack = PackWriter::new(outputs.pack, tree, progress);
-        let mut coordinator =
-            Coordinator::new(jobs, in_flight, Assembler::new(frame_max, outline), pack);
+        let similar = against.map_or(&nothing, |against| against.similar);
+        let earlier = options.earlier.then(|| Earlier::new(similar));
+        let assembler = Assembler::new(frame_max, outline);
+        let mut coordinator = Coordinator::new(jobs, in_flight, assembler, earlier, pack);
         let done = coordinator.run(&event_queue);
         // Whatever the other stages wait for, they now get an error for it, and end.
         stop.store(true, Ordering::Relaxed);

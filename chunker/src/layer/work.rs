@@ -9,11 +9,12 @@ use std::sync::mpsc::{Receiver, SyncSender};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use capsule_proto::index::{Codec, Reference, Span};
+use capsule_proto::index::Span;
 use capsule_proto::{FrameHash, RootHash};
 use positioned_io::{ReadAt, WriteAt};
 
-use super::codec::{Compressor, Packed};
+use super::compress::{Encoding, FrameCompressor};
+use super::earlier::Stretch;
 use super::encode::{Against, EncodeError, EncodeOptions};
 use super::slab::{Part, Piece, Slab};
 use super::update::Updater;
@@ -35,6 +36,8 @@ pub(super) enum Job {
         spans: Vec<(u32, Option<FrameHash>)>,
         /// Whether old content resembles it.
         alike: bool,
+        /// What earlier frames have of it.
+        earlier: Vec<Stretch>,
     },
 }
 
@@ -67,29 +70,6 @@ pub(super) enum Event {
     Failed(EncodeError),
     /// A stage ended early: joining its thread tells why, or passes its panic on.
     Stopped,
-}
-
-/// A frame as it comes into the pack.
-pub(super) struct Encoding {
-    pub codec: Codec,
-    /// The bytes; of a stored frame none, as they are its content.
-    pub bytes: Vec<u8>,
-    pub references: Vec<Reference>,
-}
-
-impl From<Packed> for Encoding {
-    fn from(packed: Packed) -> Self {
-        let (codec, bytes) = match packed {
-            Packed::Stored => (Codec::Stored, Vec::new()),
-            Packed::Zstd(bytes) => (Codec::Zstd, bytes),
-            Packed::Lzma(bytes) => (Codec::Lzma, bytes),
-        };
-        Self {
-            codec,
-            bytes,
-            references: Vec::new(),
-        }
-    }
 }
 
 /// A piece, and a span's hash.
@@ -132,7 +112,7 @@ pub(super) fn run_worker(
     against: Option<&Against<'_>>,
 ) {
     let guard = PanicGuard(events);
-    let mut compressor = Compressor::new(options.effort.level()).with_lzma(options.effort.lzma());
+    let mut compressor = FrameCompressor::new(against, options);
     let mut updater = against.map(|against| Updater::new(against, options));
     loop {
         // Held while waiting for a job: the others have nothing to do then either.
@@ -155,19 +135,10 @@ pub(super) fn run_worker(
                 bytes,
                 spans,
                 alike,
+                earlier,
             } => {
                 let content = bytes.as_slice();
-                let mut plain = || {
-                    let packed = compressor.compress(content);
-                    packed
-                        .map(Encoding::from)
-                        .map_err(|why| EncodeError::Compress { frame: id, why })
-                };
-                let packed = match &mut updater {
-                    Some(updater) if alike => updater.compress(id, content, plain),
-                    _ => plain(),
-                };
-                match packed {
+                match compressor.compress(id, content, alike, &earlier) {
                     Ok(packed) => {
                         let (hash, spans) = hash_frame(content, &spans);
                         Event::Compressed {

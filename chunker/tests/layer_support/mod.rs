@@ -204,6 +204,7 @@ pub fn options(cuts: Cuts, frame_max: u32, threads: usize) -> EncodeOptions {
         effort: Effort::Fast,
         frame_max,
         cuts,
+        earlier: false,
         threads: NonZeroUsize::new(threads).unwrap(),
     }
 }

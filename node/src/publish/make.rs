@@ -101,11 +101,7 @@ fn unreadable(path: &Path, error: &std::io::Error) -> Failure {
 
 impl Making<'_> {
     pub fn options(&self, kind: ComponentKind) -> EncodeOptions {
-        let mut options = EncodeOptions::new(kind, self.request.effort);
-        if let Some(frame_max) = self.request.frame_max {
-            options.frame_max = frame_max;
-        }
-        options
+        EncodeOptions::new(kind, self.request.effort).bounded(self.request.frame_max)
     }
 
     fn stream(&self, read_as: ReadAs) -> Result<Draft, Failure> {

@@ -134,11 +134,7 @@ impl Making<'_> {
     }
 
     fn options(&self, kind: ComponentKind) -> EncodeOptions {
-        let mut options = EncodeOptions::new(kind, self.request.effort);
-        if let Some(frame_max) = self.request.frame_max {
-            options.frame_max = frame_max;
-        }
-        options
+        EncodeOptions::new(kind, self.request.effort).bounded(self.request.frame_max)
     }
 
     /// The layer to a stream, or to a tree's listing.

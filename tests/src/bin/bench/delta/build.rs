@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -126,6 +127,11 @@ impl Version {
             Self::Large => "large",
         }
     }
+
+    /// Whether it is measured as apt left it, too.
+    fn is_measured_as_is(self) -> bool {
+        matches!(self, Self::Old | Self::New)
+    }
 }
 
 /// What apt fetched for the steps.
@@ -173,6 +179,15 @@ impl Set {
         })
     }
 
+    /// What the largest image takes on the disk.
+    pub fn allocated(&self) -> Result<u64> {
+        let largest = self.image(Version::Large, true);
+        Ok(fs::metadata(&largest)
+            .with_context(|| format!("looking at {}", largest.display()))?
+            .blocks()
+            * 512)
+    }
+
     /// An image; trimmed means that what the file system does not use is holes.
     pub fn image(&self, version: Version, trimmed: bool) -> PathBuf {
         path(&self.dir, version, trimmed)
@@ -192,6 +207,17 @@ impl Set {
 fn path(dir: &Path, version: Version, trimmed: bool) -> PathBuf {
     let kind = if trimmed { "trimmed" } else { "as-is" };
     dir.join(format!("{}-{kind}.img", version.name()))
+}
+
+/// Makes the trimmed image of a version that is done; the other stays only where it is measured.
+fn trim(dir: &Path, version: Version) -> Result<()> {
+    let (as_is, trimmed) = (path(dir, version, false), path(dir, version, true));
+    if version.is_measured_as_is() {
+        image::copy(&as_is, &trimmed)?;
+    } else {
+        fs::rename(&as_is, &trimmed)?;
+    }
+    image::trim(&trimmed)
 }
 
 /// What is to be built.
@@ -250,19 +276,20 @@ impl Plan<'_> {
     fn versions(&self, apt: &Apt, dir: &Path) -> Result<()> {
         let started = Instant::now();
         let mut facts = Facts::default();
-        let mut before: Option<PathBuf> = None;
+        let mut before: Option<Version> = None;
         for version in Version::ALL {
             let image = path(dir, version, false);
-            match &before {
-                Some(before) => image::copy(before, &image)?,
+            match before {
+                Some(before) => {
+                    image::copy(&path(dir, before, false), &image)?;
+                    trim(dir, before)?;
+                }
                 None => image::make(&image, self.recipe.bytes)?,
             }
             self.step(version.name(), apt, &image, dir, version, &mut facts)?;
-            let trimmed = path(dir, version, true);
-            image::copy(&image, &trimmed)?;
-            image::trim(&trimmed)?;
-            before = Some(image);
+            before = Some(version);
         }
+        before.map_or(Ok(()), |last| trim(dir, last))?;
         facts.seconds = started.elapsed().as_secs_f64();
         fs::write(dir.join(FACTS), serde_json::to_vec_pretty(&facts)?)?;
         Ok(())

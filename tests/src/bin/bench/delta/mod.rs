@@ -105,10 +105,9 @@ pub fn install_tools() {
 
 /// Measures.
 pub fn run(setting: &Setting, options: &Options) -> Result<Report> {
-    let recipe = options.recipe();
-    // Two stores and an export, or what the hungriest of the other tools lays down.
-    setting.need_room(recipe.bytes * 4)?;
     let set = options.set()?;
+    // Two stores and an export, or what the hungriest of the other tools lays down.
+    setting.need_room(set.allocated()? * 4)?;
     let bench = Bench {
         setting,
         options,

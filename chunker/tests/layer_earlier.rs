@@ -1,0 +1,168 @@
+//! Frames that refer to earlier ones of their layer: what is alike in part is stored once, comes back as it was, and leads no deeper
+//! than one step.
+
+mod layer_support;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use capsule_chunker::bao::tree_of;
+use capsule_chunker::content::{BytesSource, Content};
+use capsule_chunker::delta::{OldSource, Outline, Similar, SimilarOptions};
+use capsule_chunker::layer::Cuts;
+use capsule_chunker::layer::encode::{Against, Effort, EncodeOptions, Outputs, encode_update};
+use capsule_chunker::layer::read::{LayerCache, LayerContent, ReadOptions};
+use capsule_proto::RootHash;
+use capsule_proto::index::{Index, ReferenceTo, Source as SourceName, SourceKind, Space};
+use capsule_proto::manifest::ComponentKind;
+use layer_support::*;
+
+const LEN: usize = 700_000;
+
+fn with_earlier(effort: Effort, threads: usize) -> EncodeOptions {
+    EncodeOptions {
+        effort,
+        earlier: true,
+        ..options(Cuts::Bytes, 256 << 10, threads)
+    }
+}
+
+/// A program, as another version of its sources would have made it.
+fn variant(program: &[u8], every: usize) -> Vec<u8> {
+    let mut variant = program.to_vec();
+    variant
+        .iter_mut()
+        .skip(every / 2)
+        .step_by(every)
+        .for_each(|byte| *byte ^= 1);
+    variant
+}
+
+/// Three programs that are nearly alike, and data beside them that is not.
+fn programs() -> Vec<u8> {
+    let first = random(1, LEN);
+    let others = [variant(&first, 1900), variant(&first, 2300)];
+    [
+        &first,
+        &random(2, LEN),
+        &others[0],
+        &random(3, LEN / 2),
+        &others[1],
+    ]
+    .map(Vec::as_slice)
+    .concat()
+}
+
+/// How many frames refer to others, after a check of what they refer to.
+fn referring(index: &Index) -> usize {
+    let mut count = 0;
+    for frame in &index.frames {
+        let frames = frame
+            .references
+            .iter()
+            .filter_map(|reference| match reference.to {
+                ReferenceTo::Frame(to) => Some(&index.frames[to as usize]),
+                ReferenceTo::Source(_) => None,
+            });
+        let depths: Vec<u8> = frames.map(|to| to.depth).collect();
+        assert!(depths.iter().all(|depth| *depth == 0), "{depths:?}");
+        assert_eq!(frame.depth, u8::from(!depths.is_empty()));
+        count += usize::from(frame.depth);
+    }
+    count
+}
+
+#[test]
+fn what_is_alike_is_stored_once() {
+    let new = programs();
+    let source = TestSource::new(new.clone());
+    for effort in [Effort::Fast, Effort::Max] {
+        let (encoded, pack) = encode_to_memory(&source, &with_earlier(effort, 2)).unwrap();
+        let index = encoded.into_index(RootHash::of(&new));
+        let frames = Index::decode(&index).unwrap();
+        assert!(referring(&frames) >= 4, "{}", referring(&frames));
+        let least = LEN * 5 / 2;
+        assert!(pack.len() < least + least / 20, "{} of {least}", pack.len());
+        // Each frame is decoded once, those that are referred to as well.
+        let reads = Arc::new(AtomicU64::new(0));
+        let cache = LayerCache::new(&ReadOptions::default());
+        let counted = Arc::new(Counted(pack, reads.clone()));
+        let content = LayerContent::open(Arc::new(index), counted, Vec::new(), &cache).unwrap();
+        assert!(restore_all(&content, 3).unwrap().0 == new);
+        assert_eq!(reads.load(Ordering::Relaxed), frames.frames.len() as u64);
+        let mut some = vec![0; 5000];
+        content.read_at((LEN * 2 + 77) as u64, &mut some).unwrap();
+        assert!(some == new[LEN * 2 + 77..][..5000]);
+    }
+}
+
+#[test]
+fn the_number_of_threads_changes_nothing() {
+    let source = TestSource::new(programs());
+    let made = |threads| {
+        let (encoded, pack) =
+            encode_to_memory(&source, &with_earlier(Effort::Fast, threads)).unwrap();
+        (encoded.into_index(RootHash::of(&source.bytes)), pack)
+    };
+    assert!(made(1) == made(4));
+}
+
+#[test]
+fn only_the_highest_effort_without_a_bound_refers_to_frames() {
+    let options = |effort| EncodeOptions::new(ComponentKind::Tree, effort);
+    assert!(options(Effort::Max).earlier && options(Effort::Max).bounded(None).earlier);
+    assert!(!options(Effort::Default).earlier);
+    let bounded = options(Effort::Max).bounded(Some(65_536));
+    assert!(!bounded.earlier && bounded.frame_max == 65_536);
+    let (encoded, _) = encode_to_memory(&TestSource::new(programs()), &bounded).unwrap();
+    let index = encoded.into_index(RootHash::of(b"any"));
+    assert_eq!(referring(&Index::decode(&index).unwrap()), 0);
+}
+
+#[test]
+fn what_old_content_has_is_not_looked_for_elsewhere() {
+    let (old, fresh) = (random(1, LEN), random(4, LEN));
+    // Both variants are in part as the old program, and in part as each other.
+    let one = [variant(&old, 1900), fresh.clone()].concat();
+    let other = [variant(&old, 2300), variant(&fresh, 2100)].concat();
+    let new = [one, random(5, LEN), other].concat();
+    let name = SourceName {
+        kind: SourceKind::Parent,
+        root: RootHash::of(&old),
+        space: Space::Stream,
+        size: old.len() as u64,
+    };
+    let content = Arc::new(BytesSource(old));
+    let sources = [OldSource {
+        name: name.clone(),
+        content: content.clone(),
+    }];
+    let similar = Similar::build(&sources, &SimilarOptions::default(), &());
+    let against = Against {
+        hashed: None,
+        outline: &Outline::unknown(new.len() as u64),
+        sources: &sources,
+        similar: &similar.unwrap().unwrap(),
+        in_place: true,
+    };
+    let mut pack = Vec::new();
+    let outputs = Outputs {
+        pack: &mut pack,
+        pack_outboard: Vec::new(),
+        content_outboard: Vec::<u8>::new(),
+    };
+    let source = TestSource::new(new.clone());
+    let options = with_earlier(Effort::Default, 2);
+    let encoded = encode_update(&source, &against, &options, outputs, &()).unwrap();
+    let root = name.root;
+    let index = encoded.into_update_index(tree_of(&new).0.root, Some(root), vec![name]);
+    let frames = Index::decode(&index).unwrap();
+    let of_sources = frames.frames.iter().flat_map(|frame| &frame.references);
+    let of_sources = of_sources.filter(|reference| matches!(reference.to, ReferenceTo::Source(_)));
+    let of_sources: u64 = of_sources.map(|reference| u64::from(reference.len)).sum();
+    assert!(of_sources as usize >= LEN * 3 / 2, "{of_sources}");
+    assert!(referring(&frames) >= 2);
+    assert!(pack.len() < LEN * 2 + LEN / 5, "{}", pack.len());
+    let layer = open(index, pack, vec![content]).unwrap();
+    assert!(restore_all(&layer, 2).unwrap().0 == new);
+}
