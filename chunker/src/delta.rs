@@ -30,7 +30,7 @@ pub use outline::{Known, Outline};
 pub use similar::{Similar, SimilarOptions};
 
 pub(crate) use align::align;
-pub(crate) use cover::{Limits, Vote, Window, cover};
+pub(crate) use cover::{Limits, Vote, Window, cover, cover_old};
 pub(crate) use outline::UnknownSource;
 pub(crate) use pieces::{Found, Matcher};
 pub(crate) use seeds::Seed;

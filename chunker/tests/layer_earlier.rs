@@ -112,6 +112,7 @@ fn only_the_highest_effort_without_a_bound_refers_to_frames() {
     let options = |effort| EncodeOptions::new(ComponentKind::Tree, effort);
     assert!(options(Effort::Max).earlier && options(Effort::Max).bounded(None).earlier);
     assert!(!options(Effort::Default).earlier);
+    assert!(!EncodeOptions::new(ComponentKind::Ram, Effort::Max).earlier);
     let bounded = options(Effort::Max).bounded(Some(65_536));
     assert!(!bounded.earlier && bounded.frame_max == 65_536);
     let (encoded, _) = encode_to_memory(&TestSource::new(programs()), &bounded).unwrap();
@@ -119,23 +120,18 @@ fn only_the_highest_effort_without_a_bound_refers_to_frames() {
     assert_eq!(referring(&Index::decode(&index).unwrap()), 0);
 }
 
-#[test]
-fn what_old_content_has_is_not_looked_for_elsewhere() {
-    let (old, fresh) = (random(1, LEN), random(4, LEN));
-    // Both variants are in part as the old program, and in part as each other.
-    let one = [variant(&old, 1900), fresh.clone()].concat();
-    let other = [variant(&old, 2300), variant(&fresh, 2100)].concat();
-    let new = [one, random(5, LEN), other].concat();
+/// Index and pack of an update that may refer to frames of its own.
+fn update(old: &[u8], new: &[u8], effort: Effort) -> (Vec<u8>, Vec<u8>) {
     let name = SourceName {
         kind: SourceKind::Parent,
-        root: RootHash::of(&old),
+        root: RootHash::of(old),
         space: Space::Stream,
         size: old.len() as u64,
     };
-    let content = Arc::new(BytesSource(old));
+    let content = Arc::new(BytesSource(old.to_vec()));
     let sources = [OldSource {
         name: name.clone(),
-        content: content.clone(),
+        content,
     }];
     let similar = Similar::build(&sources, &SimilarOptions::default(), &());
     let against = Against {
@@ -151,18 +147,52 @@ fn what_old_content_has_is_not_looked_for_elsewhere() {
         pack_outboard: Vec::new(),
         content_outboard: Vec::<u8>::new(),
     };
-    let source = TestSource::new(new.clone());
-    let options = with_earlier(Effort::Default, 2);
+    let source = TestSource::new(new.to_vec());
+    let options = with_earlier(effort, 2);
     let encoded = encode_update(&source, &against, &options, outputs, &()).unwrap();
     let root = name.root;
-    let index = encoded.into_update_index(tree_of(&new).0.root, Some(root), vec![name]);
+    let index = encoded.into_update_index(tree_of(new).0.root, Some(root), vec![name]);
+    (index, pack)
+}
+
+#[test]
+fn what_old_content_has_is_not_looked_for_elsewhere() {
+    let (old, fresh) = (random(1, LEN), random(4, LEN));
+    // Both variants are in part as the old program, and in part as each other.
+    let one = [variant(&old, 1900), fresh.clone()].concat();
+    let other = [variant(&old, 2300), variant(&fresh, 2100)].concat();
+    let new = [one, random(5, LEN), other].concat();
+    let (index, pack) = update(&old, &new, Effort::Default);
     let frames = Index::decode(&index).unwrap();
     let of_sources = frames.frames.iter().flat_map(|frame| &frame.references);
     let of_sources = of_sources.filter(|reference| matches!(reference.to, ReferenceTo::Source(_)));
     let of_sources: u64 = of_sources.map(|reference| u64::from(reference.len)).sum();
     assert!(of_sources as usize >= LEN * 3 / 2, "{of_sources}");
     assert!(referring(&frames) >= 2);
+    // What both variants have of the old program is not taken from the first of them: three frames of `fresh`, and borders.
+    let of_frames = frames.frames.iter().flat_map(|frame| &frame.references);
+    let of_frames = of_frames.filter(|reference| matches!(reference.to, ReferenceTo::Frame(_)));
+    let of_frames: u64 = of_frames.map(|reference| u64::from(reference.len)).sum();
+    assert!(of_frames as usize <= LEN * 3 / 2, "{of_frames}");
     assert!(pack.len() < LEN * 2 + LEN / 5, "{}", pack.len());
-    let layer = open(index, pack, vec![content]).unwrap();
+    let layer = open(index, pack, vec![Arc::new(BytesSource(old))]).unwrap();
+    assert!(restore_all(&layer, 2).unwrap().0 == new);
+}
+
+#[test]
+fn references_of_both_kinds_fit_together() {
+    // Pieces of many places of the old content, too short for copies, and between them what is new, but the same in all frames.
+    let (old, fresh) = (random(1, 8 << 20), random(2, 24 * 3900));
+    let piece = |i: usize| {
+        let fresh = &fresh[i % 24 * 3900..][..3900];
+        [&old[i * 150_000..][..7000], fresh].concat()
+    };
+    let new: Vec<u8> = (0..50).flat_map(piece).collect();
+    let (index, pack) = update(&old, &new, Effort::Max);
+    let frames = Index::decode(&index).unwrap();
+    assert!(referring(&frames) >= 1);
+    let most = frames.frames.iter().map(|frame| frame.references.len());
+    assert!(most.max().is_some_and(|most| (20..=64).contains(&most)));
+    let layer = open(index, pack, vec![Arc::new(BytesSource(old.clone()))]).unwrap();
     assert!(restore_all(&layer, 2).unwrap().0 == new);
 }

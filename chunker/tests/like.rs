@@ -104,7 +104,7 @@ fn frames_that_refer_to_others_are_made_of_what_is_here() {
     let frames = Index::decode(&target.0).unwrap().frames;
     assert!(frames.iter().filter(|frame| frame.depth > 0).count() >= 4);
     let whole = target.1.len() as u64;
-    for (here, most) in [(&first, 400_000), (&second, whole), (&other, 1_000_000)] {
+    for (here, most) in [(&first, 400_000), (&second, whole), (&other, 1_050_000)] {
         let mut likeness = wanting(&target);
         let source = Arc::new(TestSource::new(here.clone()));
         likeness.look_in(source, Cuts::Bytes, &()).unwrap();

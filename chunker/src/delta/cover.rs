@@ -5,9 +5,9 @@
 
 use std::ops::Range;
 
-use capsule_proto::index::MAX_REFERENCES;
-
-use super::seeds::WINDOW_LEN;
+use super::old::OldSource;
+use super::seeds::{Seed, WINDOW_LEN};
+use super::similar::Similar;
 
 /// Windows begin at multiples of this.
 const STEP: u64 = 16 << 10;
@@ -26,6 +26,8 @@ pub(crate) struct Limits {
     pub window_len: u64,
     /// Most bytes together: the time to compress follows them.
     pub bytes: u64,
+    /// Most windows: what a reader decodes follows them.
+    pub count: usize,
 }
 
 /// A place of old content where a seed of the frame lies.
@@ -48,6 +50,26 @@ pub(crate) struct Window {
     pub range: Range<u64>,
 }
 
+/// Chooses windows of old content for a frame's content.
+pub(crate) fn cover_old(
+    similar: &Similar,
+    sources: &[OldSource],
+    content: &[u8],
+    limits: &Limits,
+) -> Vec<Window> {
+    let (mut votes, mut seeds) = (Vec::new(), 0);
+    similar.seeds(content, 0, |Seed { hash, .. }| {
+        votes.extend(similar.places(hash).map(|place| Vote {
+            seed: seeds,
+            of: place.source.into(),
+            at: place.at,
+        }));
+        seeds += 1;
+    });
+    let len_of = |source: u32| sources[source as usize].content.len();
+    cover(votes, seeds, len_of, limits)
+}
+
 /// Chooses windows for a frame of so many seeds: in the order of the old content, without overlaps. `len_of` tells how long a
 /// content is.
 pub(crate) fn cover(
@@ -61,7 +83,7 @@ pub(crate) fn cover(
     let mut windows: Vec<Window> = Vec::new();
     let mut left = limits.bytes;
     while left > 0
-        && windows.len() < MAX_REFERENCES
+        && windows.len() < limits.count
         && let Some(window) = best(&votes, &covered, limits.window_len)
     {
         for vote in &votes[window.clone()] {
@@ -81,7 +103,7 @@ pub(crate) fn cover(
         }
     }
     // What was found last brings least.
-    windows.truncate(MAX_REFERENCES);
+    windows.truncate(limits.count);
     join(windows)
 }
 

@@ -149,7 +149,7 @@ impl Compressor {
     }
 }
 
-/// Whether to take what LZMA makes rather than what zstd does, or the content itself.
+/// Whether to take what is dearer to decode, as LZMA is, or takes other frames.
 pub(super) const fn is_worth_decoding(dearer: usize, cheaper: usize) -> bool {
     dearer < cheaper - cheaper / LEAST_DEAR_SAVING
 }

@@ -3,9 +3,9 @@
 use capsule_proto::index::{Codec, Reference, ReferenceTo};
 
 use super::codec::{self, Compressor, FrameFault, Packed, is_worth_decoding};
-use super::earlier::Stretch;
+use super::earlier::Referred;
 use super::encode::{Against, EncodeError, EncodeOptions};
-use crate::delta::{Limits, Seed, Vote, Window, align, cover, steps};
+use crate::delta::{Limits, Window, align, cover_old, steps};
 
 /// What a reference costs in the index, about: source, offset and length, compressed.
 const REFERENCE_COST: usize = 5;
@@ -36,12 +36,6 @@ pub(super) struct FrameCompressor<'a> {
     references: Vec<u8>,
 }
 
-/// What a frame is compressed against.
-struct Referred<'a> {
-    windows: &'a [Window],
-    earlier: &'a [Stretch],
-}
-
 impl<'a> FrameCompressor<'a> {
     pub fn new(against: Option<&'a Against<'a>>, options: &EncodeOptions) -> Self {
         let effort = options.effort;
@@ -56,26 +50,28 @@ impl<'a> FrameCompressor<'a> {
         }
     }
 
-    /// Compresses a frame: where old content resembles it, against that; and against what earlier frames have of it.
+    /// Compresses a frame against what was found for it; where nothing was looked for, against old content, if that resembles it.
     pub fn compress(
         &mut self,
         frame: u32,
         content: &[u8],
         alike: bool,
-        earlier: &[Stretch],
+        referred: Option<Referred>,
     ) -> Result<Encoding, EncodeError> {
-        let windows = match self.against {
-            Some(against) if alike => self.cover(against, content),
-            _ => Vec::new(),
-        };
+        let against = self.against.filter(|_| alike);
+        let referred = referred.unwrap_or_else(|| Referred {
+            windows: against.map_or_else(
+                Vec::new,
+                |Against {
+                     similar, sources, ..
+                 }| { cover_old(similar, sources, content, &self.limits) },
+            ),
+            earlier: Vec::new(),
+        });
         let failed = |why| EncodeError::Compress { frame, why };
-        if windows.is_empty() && earlier.is_empty() {
+        if referred.windows.is_empty() && referred.earlier.is_empty() {
             return self.plain(content).map_err(failed);
         }
-        let referred = Referred {
-            windows: &windows,
-            earlier,
-        };
         self.read(&referred)?;
         let mut best = self.refer(content, &referred).map_err(failed)?;
         if let Some(difference) = self.difference(frame, content, best.bytes.len())?
@@ -83,8 +79,8 @@ impl<'a> FrameCompressor<'a> {
         {
             best = difference;
         }
-        // Where references bring much, content alone would not be smaller.
-        if best.bytes.len() < content.len() / 8 {
+        // Where old content brings much, content alone would not be smaller.
+        if !referred.windows.is_empty() && best.bytes.len() < content.len() / 8 {
             return Ok(best);
         }
         let plain = self.plain(content).map_err(failed)?;
@@ -93,7 +89,7 @@ impl<'a> FrameCompressor<'a> {
             _ => plain.bytes.len(),
         };
         // What refers to earlier frames alone could do without references: they must be worth reading those.
-        let is_worth = if windows.is_empty() {
+        let is_worth = if referred.windows.is_empty() {
             is_worth_decoding(cost(&best), plain_len)
         } else {
             cost(&best) < plain_len
@@ -115,23 +111,8 @@ impl<'a> FrameCompressor<'a> {
         })
     }
 
-    /// The windows of old content that resemble a frame's.
-    fn cover(&self, against: &Against<'_>, content: &[u8]) -> Vec<Window> {
-        let (mut votes, mut seeds) = (Vec::new(), 0);
-        against.similar.seeds(content, 0, |Seed { hash, .. }| {
-            votes.extend(against.similar.places(hash).map(|place| Vote {
-                seed: seeds,
-                of: place.source.into(),
-                at: place.at,
-            }));
-            seeds += 1;
-        });
-        let len_of = |source: u32| against.sources[source as usize].content.len();
-        cover(votes, seeds, len_of, &self.limits)
-    }
-
     /// The frame with the references that were read: by zstd, by LZMA, or as a patch.
-    fn refer(&mut self, content: &[u8], referred: &Referred<'_>) -> Result<Encoding, FrameFault> {
+    fn refer(&mut self, content: &[u8], referred: &Referred) -> Result<Encoding, FrameFault> {
         let references = &self.references;
         let zstd = self.referring.compress_against(content, references)?;
         let zstd = referred.encoding(Codec::ZstdReferences, zstd);
@@ -168,8 +149,8 @@ impl<'a> FrameCompressor<'a> {
             return Ok(None);
         };
         let referred = Referred {
-            windows: &windows,
-            earlier: &[],
+            windows,
+            earlier: Vec::new(),
         };
         self.read(&referred)?;
         self.references
@@ -186,24 +167,26 @@ impl<'a> FrameCompressor<'a> {
     }
 
     /// Reads what is referred to.
-    fn read(&mut self, referred: &Referred<'_>) -> Result<(), EncodeError> {
+    fn read(&mut self, referred: &Referred) -> Result<(), EncodeError> {
         let len = |window: &Window| (window.range.end - window.range.start) as usize;
         self.references
             .resize(referred.windows.iter().map(len).sum(), 0);
         let mut rest = self.references.as_mut_slice();
-        for (window, against) in referred.windows.iter().zip(self.against.iter().cycle()) {
-            let (now, later) = rest.split_at_mut(len(window));
-            against.sources[window.of as usize].read(window.range.start, now)?;
-            rest = later;
+        if let Some(against) = self.against {
+            for window in &referred.windows {
+                let (now, later) = rest.split_at_mut(len(window));
+                against.sources[window.of as usize].read(window.range.start, now)?;
+                rest = later;
+            }
         }
-        for stretch in referred.earlier {
+        for stretch in &referred.earlier {
             self.references.extend_from_slice(stretch.bytes());
         }
         Ok(())
     }
 }
 
-impl Referred<'_> {
+impl Referred {
     fn encoding(&self, codec: Codec, bytes: Vec<u8>) -> Encoding {
         let windows = self.windows.iter().map(|window| Reference {
             to: ReferenceTo::Source(window.of as u16),

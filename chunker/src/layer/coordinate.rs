@@ -1,7 +1,7 @@
 //! The stage that brings order into what the workers made: frames out of slabs, the pack and the index out of frames.
 //!
 //! It runs on the calling thread, and decides by the order of the content alone. It does no heavy work itself but
-//! writing the pack and hashing it.
+//! writing the pack and hashing it, and, at the highest effort, where it is nothing beside compressing, finding what frames refer to.
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -169,17 +169,16 @@ impl<'a, P: ReadAt + WriteAt> Coordinator<'a, P> {
             && let Some(frame) = self.assembler.closed.pop_front()
         {
             self.waiting += 1;
-            let earlier = match &mut self.earlier {
-                Some(earlier) => earlier.next(frame.id, frame.bytes.as_slice(), frame.alike),
-                None => Vec::new(),
-            };
+            let content = frame.bytes.as_slice();
+            let referred = self.earlier.as_mut();
+            let referred = referred.map(|earlier| earlier.next(frame.id, content, frame.alike));
             // It fails only when the workers are gone, and then their panic has been told.
             let _ = self.jobs.send(Job::Compress {
                 id: frame.id,
                 bytes: frame.bytes,
                 spans: frame.spans,
                 alike: frame.alike,
-                earlier,
+                referred,
             });
         }
     }

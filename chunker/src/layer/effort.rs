@@ -1,5 +1,7 @@
 //! How hard to compress, and what follows from it.
 
+use capsule_proto::index::MAX_REFERENCES;
+
 use crate::delta::Limits;
 
 /// How hard to compress.
@@ -28,7 +30,7 @@ impl Effort {
     pub(super) const fn level_with_references(self) -> i32 {
         match self {
             Self::Fast => 3,
-            Self::Default => 7,
+            Self::Default => 6,
             Self::Max => 19,
         }
     }
@@ -50,14 +52,16 @@ impl Effort {
 
     /// How much old content a frame may be compressed against.
     pub(super) const fn references(self) -> Limits {
-        let bytes = match self {
-            Self::Fast => 384 << 10,
-            Self::Default => 768 << 10,
-            Self::Max => 2 << 20,
+        let (bytes, count) = match self {
+            Self::Fast => (384 << 10, MAX_REFERENCES),
+            Self::Default => (512 << 10, MAX_REFERENCES),
+            // What is read through them may be long frames that refer to others, slow to decode.
+            Self::Max => (2 << 20, MAX_REFERENCES * 3 / 4),
         };
         Limits {
             window_len: 128 << 10,
             bytes,
+            count,
         }
     }
 }

@@ -7,7 +7,7 @@
 //!
 //! Memory is bounded by the number of slabs (4, and one for two workers; 8 MiB each), of frames in flight (2 a worker and 4),
 //! of spans remembered (100 MiB at most), zstd's tables, and the index (20 bytes a frame, 18 a span, of which there are at
-//! most some millions). At 2 cores: about 70 MiB for a few GiB, under 400 MiB for 1 TiB. Of an update, `update` tells what
+//! most some millions), and at the highest effort of earlier frames (150 MiB with their seeds). At 2 cores and less effort: about 70 MiB for a few GiB, under 400 MiB for 1 TiB. Of an update, `update` tells what
 //! the parent has, and `reread` whether what is read is what was hashed. Figures behind the defaults: `chunker/docs/layer.md`.
 
 use std::io::{self, Write};
@@ -69,7 +69,7 @@ pub struct Against<'a> {
 pub struct EncodeOptions {
     /// How hard to compress.
     pub effort: Effort,
-    /// Longest frame, in bytes: what a reader of any one byte decodes. Brought within 4 KiB and 16 MiB.
+    /// Longest frame, in bytes: what a reader of any one byte decodes, beside what the frame refers to. Brought within 4 KiB and 16 MiB.
     pub frame_max: u32,
     /// Where cuts may fall.
     pub cuts: Cuts,
@@ -104,7 +104,8 @@ impl EncodeOptions {
             effort,
             frame_max,
             cuts,
-            earlier: effort.earlier(),
+            // Memory is read a page at a time.
+            earlier: effort.earlier() && kind != ComponentKind::Ram,
             threads: thread::available_parallelism().unwrap_or(NonZeroUsize::MIN),
         }
     }
@@ -368,7 +369,10 @@ where
         let tree = TreeHasher::with_storage(outputs.pack_outboard);
         let pack = PackWriter::new(outputs.pack, tree, progress);
         let similar = against.map_or(&nothing, |against| against.similar);
-        let earlier = options.earlier.then(|| Earlier::new(similar));
+        let limits = options.effort.references();
+        let earlier = options
+            .earlier
+            .then(|| Earlier::new(against, similar, limits));
         let assembler = Assembler::new(frame_max, outline);
         let mut coordinator = Coordinator::new(jobs, in_flight, assembler, earlier, pack);
         let done = coordinator.run(&event_queue);

@@ -2,8 +2,8 @@
 //!
 //! First what they need is looked up, and what that needs, down to what is kept or refers to nothing.
 //! Then frames are decoded from below upwards, each once, and held until the last that refers to it is made. So the cost is
-//! that of the different frames, however often they are referred to and however little the cache keeps; nothing recurses; and
-//! what is too dear is known before anything is decoded.
+//! that of the different frames, however often they are referred to and however little the cache keeps; nothing recurses but from
+//! frames to earlier ones of their layer, eight deep at most; and what is too dear is known before anything is decoded.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
@@ -88,8 +88,8 @@ impl<'a> Plan<'a> {
             budget.check()?;
             let node = self.nodes.get_mut(&key).expect("it was noted");
             // Many layers may refer to different frames of the lowest, which are not to be held all at once: those that refer
-            // to nothing are made when the first needs them.
-            if node.wanted.is_empty() && node.frame.references.is_empty() {
+            // to nothing, or to frames of their own layer only, are made when the first needs them.
+            if node.wanted.is_empty() && refers_within(&node.frame) {
                 continue;
             }
             let wanted = std::mem::take(&mut node.wanted);
@@ -222,6 +222,12 @@ impl<'a> Plan<'a> {
         self.drop_unused(key, budget);
         Ok(content)
     }
+}
+
+/// Whether all that a frame refers to, if anything, is frames of its own layer.
+fn refers_within(frame: &Frame) -> bool {
+    let mut references = frame.references.iter();
+    references.all(|reference| matches!(reference.to, ReferenceTo::Frame(_)))
 }
 
 /// Walks what a reference of a frame names, piece by piece.

@@ -14,7 +14,7 @@ use capsule_proto::{FrameHash, RootHash};
 use positioned_io::{ReadAt, WriteAt};
 
 use super::compress::{Encoding, FrameCompressor};
-use super::earlier::Stretch;
+use super::earlier::Referred;
 use super::encode::{Against, EncodeError, EncodeOptions};
 use super::slab::{Part, Piece, Slab};
 use super::update::Updater;
@@ -36,8 +36,8 @@ pub(super) enum Job {
         spans: Vec<(u32, Option<FrameHash>)>,
         /// Whether old content resembles it.
         alike: bool,
-        /// What earlier frames have of it.
-        earlier: Vec<Stretch>,
+        /// What to compress it against, where that was decided.
+        referred: Option<Referred>,
     },
 }
 
@@ -135,10 +135,10 @@ pub(super) fn run_worker(
                 bytes,
                 spans,
                 alike,
-                earlier,
+                referred,
             } => {
                 let content = bytes.as_slice();
-                match compressor.compress(id, content, alike, &earlier) {
+                match compressor.compress(id, content, alike, referred) {
                     Ok(packed) => {
                         let (hash, spans) = hash_frame(content, &spans);
                         Event::Compressed {

@@ -45,8 +45,8 @@ pub struct PublishArgs {
     /// How hard to compress: zstd level 1, 3 or 19; max with LZMA too, which is slower to read
     #[arg(long, value_enum, default_value_t = Strength::Default)]
     effort: Strength,
-    /// Longest frame, 4K to 16M: smaller ones read faster at random places, larger ones compress better [default: what
-    /// suits the content]
+    /// Longest frame, 4K to 16M: smaller ones read faster at random places, larger ones compress better. Given, frames
+    /// also refer to no others of their layer, as they may at max [default: what suits the content]
     #[arg(long, value_name = "SIZE", value_parser = frame_max)]
     frame_max: Option<u32>,
     /// For a directory: leave out what other file systems are mounted below it
