@@ -1,13 +1,15 @@
-//! What the integration tests and benchmarks share: real `capsule` processes on loopback, and generated data.
+//! What the integration tests and benchmarks share: real `capsule` processes on loopback or in a lab's network, and generated data.
 //!
 //! A [`Node`] is one home with its daemon; a [`Fleet`] is several that joined one another. Everything lies in a temporary
 //! directory; processes end, by their ids, when their `Node` goes away. No fault switches live in the shipped program: whoever
 //! misbehaves in tests is a program of this crate.
 
+pub mod accounts;
 pub mod binary;
 pub mod data;
 pub mod fleet;
 pub mod hostile;
+pub mod lab;
 pub mod member;
 pub mod network;
 pub mod node;

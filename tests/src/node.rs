@@ -3,13 +3,16 @@
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::Arc;
 use std::sync::mpsc::RecvTimeoutError;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
+use crate::accounts::{cpu_of, peak_of, resident_of};
 use crate::binary;
+use crate::lab::namespace::Namespace;
 
 /// How long anything in a test may take before it counts as hung.
 pub const PATIENCE: Duration = Duration::from_secs(90);
@@ -17,6 +20,8 @@ pub const PATIENCE: Duration = Duration::from_secs(90);
 /// A home, and the daemon that runs in it, if one does.
 pub struct Node {
     home: PathBuf,
+    /// Where the daemon has its network, if not where we have ours.
+    namespace: Option<Arc<Namespace>>,
     daemon: Option<Child>,
     address: Option<String>,
 }
@@ -37,6 +42,17 @@ impl Node {
     pub fn new(home: impl Into<PathBuf>) -> Self {
         Self {
             home: home.into(),
+            namespace: None,
+            daemon: None,
+            address: None,
+        }
+    }
+
+    /// The same with its daemon in a network namespace.
+    pub fn in_namespace(self, namespace: Arc<Namespace>) -> Self {
+        Self {
+            namespace: Some(namespace),
+            home: self.home.clone(),
             daemon: None,
             address: None,
         }
@@ -65,14 +81,21 @@ impl Node {
 
     /// Bytes of memory that the daemon has resident.
     pub fn resident_bytes(&self) -> u64 {
-        let path = format!("/proc/{}/statm", self.pid().as_raw_nonzero());
-        let pages = std::fs::read_to_string(path).expect("the daemon runs");
-        let pages: u64 = pages
-            .split(' ')
-            .nth(1)
-            .and_then(|pages| pages.parse().ok())
-            .expect("resident pages come second");
-        pages * rustix::param::page_size() as u64
+        resident_of(self.number())
+    }
+
+    /// The most that it had.
+    pub fn peak_bytes(&self) -> u64 {
+        peak_of(self.number())
+    }
+
+    /// CPU seconds that it has used.
+    pub fn cpu_seconds(&self) -> f64 {
+        cpu_of(self.number())
+    }
+
+    fn number(&self) -> u32 {
+        self.pid().as_raw_nonzero().get().unsigned_abs()
     }
 
     /// A command on this home, not yet run.
@@ -158,11 +181,12 @@ impl Node {
         let log =
             std::fs::File::create(self.home.with_extension("log")).expect("the log can be written");
         let mut command = self.command(&[&["node"], options].concat());
-        let mut child = command
-            .stdout(Stdio::piped())
-            .stderr(log)
-            .spawn()
-            .expect("the program runs");
+        command.stdout(Stdio::piped()).stderr(log);
+        let child = match &self.namespace {
+            Some(namespace) => namespace.run(|| Ok(command.spawn()?)),
+            None => command.spawn().map_err(Into::into),
+        };
+        let mut child = child.expect("the program runs");
         let mut lines = BufReader::new(child.stdout.take().expect("stdout is piped")).lines();
         self.daemon = Some(child);
         let ready = lines

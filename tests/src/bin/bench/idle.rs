@@ -8,9 +8,9 @@ use serde::Serialize;
 
 use crate::Setting;
 use crate::capsule::{self, pid};
-use crate::measure::{cpu_of, resident_of};
 use crate::report::{Column, MIB, Report, Table};
 use crate::series::Series;
+use capsule_tests::accounts::{cpu_of, resident_of};
 
 /// How much each of them holds.
 const BYTES: u64 = 256 << 20;

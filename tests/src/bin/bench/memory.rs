@@ -24,7 +24,7 @@ pub struct Memory {
 impl Memory {
     /// Touches as much as so many bytes will take, but no more than half of what the machine has available.
     pub fn touch(bytes: u64) -> Result<Self> {
-        let bytes = (bytes + AHEAD).min(crate::measure::available_memory() / 2);
+        let bytes = (bytes + AHEAD).min(capsule_tests::accounts::available_memory() / 2);
         let touched = |_| -> Result<MmapMut> {
             let mut chunk = MmapMut::map_anon(CHUNK)?;
             // In large pages, whose memory the kernel gives out again first; where it has none, that is a pity and no more.

@@ -11,9 +11,10 @@ use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 
 use crate::flow::Flow;
-use crate::measure::{Family, Used, cpu_of_machine, sync_result};
+use crate::measure::{Family, Used, sync_result};
 use crate::memory::Memory;
 use crate::process::{Deadline, Process};
+use capsule_tests::accounts::cpu_of_machine;
 
 /// How often the processes' accounts are looked at.
 const LOOK: Duration = Duration::from_millis(20);

@@ -1,0 +1,25 @@
+//! The lab: real daemons in network namespaces, on links that are shaped, driven by scenarios that are data.
+//!
+//! | module | what |
+//! |---|---|
+//! | `scenario` | what is to be done: sites, nodes, links, events |
+//! | `namespace`, `network` | namespaces, bridges, the router, shaped links |
+//! | `goodput`, `bound` | what TCP carries over these links; the least time that follows from it |
+//! | `rollout`, `pulling` | a fleet that pulls what one of it published, whatever happens |
+//! | `outcome` | what came of it |
+//!
+//! It takes root and iproute2, and a program that has a network, mounts and processes of its own (`unshare --net --mount --pid`): all
+//! ends with these.
+
+pub mod bound;
+pub mod goodput;
+pub mod namespace;
+pub mod network;
+pub mod outcome;
+pub mod pulling;
+pub mod rollout;
+pub mod scenario;
+
+pub use outcome::{Outcome, Summary};
+pub use rollout::{Lab, homes_in_memory};
+pub use scenario::Scenario;

@@ -1,0 +1,89 @@
+//! Network namespaces: how threads and processes of the lab come into them.
+
+use std::fs::File;
+use std::io::Write;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::thread;
+
+use anyhow::{Context, Result, ensure};
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+
+/// Where iproute2 keeps those that have names.
+const NAMED: &str = "/run/netns";
+
+/// A network namespace that has a name.
+#[derive(Debug)]
+pub struct Namespace {
+    name: String,
+    handle: File,
+}
+
+impl Namespace {
+    /// One that was made.
+    pub fn open(name: &str) -> Result<Self> {
+        let path = Path::new(NAMED).join(name);
+        let handle = File::open(&path)
+            .with_context(|| format!("opening the namespace {}", path.display()))?;
+        Ok(Self {
+            name: name.to_owned(),
+            handle,
+        })
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Does something inside, on a thread of its own: sockets that it opens and processes that it starts stay there.
+    ///
+    /// # Panics
+    /// Where the thread does.
+    pub fn run<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+        let inside = || {
+            self.enter()?;
+            work()
+        };
+        thread::scope(|scope| scope.spawn(inside).join())
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    }
+
+    /// Takes the calling thread inside, for good.
+    pub fn enter(&self) -> Result<()> {
+        use std::os::fd::AsFd;
+        move_into_link_name_space(self.handle.as_fd(), Some(LinkNameSpaceType::Network))
+            .with_context(|| format!("entering the namespace {}", self.name))
+    }
+}
+
+/// Gives the lab a place for names of its own, which ends with the mount namespace that it runs in.
+pub fn make_room_for_names() -> Result<()> {
+    std::fs::create_dir_all(NAMED).with_context(|| format!("making {NAMED}"))?;
+    batch(
+        Command::new("mount").args(["-t", "tmpfs", "tmpfs", NAMED]),
+        "",
+    )
+}
+
+/// Runs a program that reads its orders from standard input.
+pub fn batch(command: &mut Command, orders: &str) -> Result<()> {
+    let program = command.get_program().to_string_lossy().into_owned();
+    let mut child = command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("starting {program}: the lab takes root and iproute2"))?;
+    let mut stdin = child.stdin.take().context("it was piped")?;
+    stdin.write_all(orders.as_bytes())?;
+    drop(stdin);
+    let output = child.wait_with_output()?;
+    ensure!(
+        output.status.success(),
+        "{program} ended with {}: {}",
+        output.status,
+        String::from_utf8_lossy(&output.stderr).trim()
+    );
+    Ok(())
+}

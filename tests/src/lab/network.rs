@@ -1,0 +1,260 @@
+//! The lab's network: a bridge for each site, a router between the sites, a namespace for each node; each link shaped in both
+//! directions by `tbf` where it begins.
+//!
+//! ```text
+//! node (n3)                 the lab's own namespace             router
+//!   eth0 [up] ======== [down] v3 -- b0 (bridge) -- w0 [up] ======== [down] s0
+//! ```
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::net::Ipv4Addr;
+use std::process::Command;
+use std::sync::Arc;
+
+use anyhow::{Context, Result, bail};
+
+use super::namespace::{Namespace, batch, make_room_for_names};
+use super::scenario::{Rate, Scenario};
+
+/// What a bucket may send at once, in time of its link; and at least, in bytes.
+const BURST_SECONDS: f64 = 0.004;
+const LEAST_BURST: u64 = 16 << 10;
+/// What may wait before a link, in time of that link; and at least, in bytes.
+const QUEUE_SECONDS: f64 = 0.05;
+const LEAST_QUEUE: u64 = 32 << 10;
+/// Sites have networks of 10.80.0.0, 10.81.0.0 and so on.
+const FIRST_NETWORK: u8 = 80;
+
+/// All that was set up. It ends with the namespaces that the program runs in.
+#[derive(Debug)]
+pub struct Network {
+    /// By the node's number.
+    pub hosts: Vec<Host>,
+    sites: usize,
+}
+
+/// A node's place.
+#[derive(Debug)]
+pub struct Host {
+    /// Its namespace.
+    pub namespace: Arc<Namespace>,
+    /// Its address.
+    pub address: Ipv4Addr,
+    /// Position of its site.
+    pub site: usize,
+    /// Its own link.
+    pub rate: Rate,
+}
+
+/// Bytes that an interface has carried, seen from whoever is behind it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Carried {
+    /// Sent.
+    pub up: u64,
+    /// Received.
+    pub down: u64,
+}
+
+/// What all interfaces have carried.
+#[derive(Debug, Clone, Default)]
+pub struct Counters {
+    /// By node.
+    pub hosts: Vec<Carried>,
+    /// By site: its link to the router.
+    pub sites: Vec<Carried>,
+}
+
+impl Network {
+    /// Sets up what a scenario asks for.
+    pub fn set_up(scenario: &Scenario) -> Result<Self> {
+        make_room_for_names()?;
+        let mut ip = String::from("link set lo up\n");
+        let mut tc = String::new();
+        let routed = scenario.sites.len() > 1;
+        if routed {
+            writeln!(ip, "netns add router")?;
+        }
+        let mut planned = Vec::new();
+        for (site, room) in scenario.sites.iter().enumerate() {
+            writeln!(ip, "link add b{site} type bridge")?;
+            writeln!(ip, "link set b{site} up")?;
+            let mut place = 1u16;
+            for group in &room.nodes {
+                for _ in 0..group.count {
+                    place += 1;
+                    let number = planned.len();
+                    writeln!(ip, "netns add n{number}")?;
+                    veth(
+                        &mut ip,
+                        &format!("v{number}"),
+                        "eth0",
+                        &format!("n{number}"),
+                    )?;
+                    writeln!(ip, "link set v{number} master b{site}")?;
+                    shape(&mut tc, &format!("v{number}"), group.rate().down)?;
+                    planned.push((site, address(site, place), group.rate()));
+                }
+            }
+            if let Some(rate) = room.rate() {
+                veth(&mut ip, &format!("w{site}"), &format!("s{site}"), "router")?;
+                writeln!(ip, "link set w{site} master b{site}")?;
+                shape(&mut tc, &format!("w{site}"), rate.up)?;
+            }
+        }
+        batch(Command::new("ip").args(["-batch", "-"]), &ip)?;
+        batch(Command::new("tc").args(["-batch", "-"]), &tc)?;
+        if routed {
+            set_up_router(scenario)?;
+        }
+        let mut hosts = Vec::with_capacity(planned.len());
+        for (number, (site, address, rate)) in planned.into_iter().enumerate() {
+            let namespace = Arc::new(Namespace::open(&format!("n{number}"))?);
+            set_up_host(&namespace, address, rate, routed)?;
+            hosts.push(Host {
+                namespace,
+                address,
+                site,
+                rate,
+            });
+        }
+        Ok(Self {
+            hosts,
+            sites: scenario.sites.len(),
+        })
+    }
+
+    /// What the interfaces have carried so far.
+    pub fn counters(&self) -> Result<Counters> {
+        let text = std::fs::read_to_string("/proc/thread-self/net/dev")?;
+        // NAME: received bytes and seven other figures, sent bytes and others.
+        let carried = |line: &str| {
+            let (name, figures) = line.split_once(':')?;
+            let figures: Vec<u64> = figures
+                .split_whitespace()
+                .map_while(|figure| figure.parse().ok())
+                .collect();
+            Some((
+                name.trim().to_owned(),
+                (*figures.first()?, *figures.get(8)?),
+            ))
+        };
+        let all: BTreeMap<String, (u64, u64)> = text.lines().filter_map(carried).collect();
+        let of = |name: String| {
+            all.get(&name)
+                .copied()
+                .with_context(|| format!("the interface {name} is gone"))
+        };
+        // Our end of a node's link receives what the node sends; the router's end of a site's is the other way round.
+        let host = |number| of(format!("v{number}")).map(|(up, down)| Carried { up, down });
+        let site = |number| {
+            if self.sites == 1 {
+                return Ok(Carried::default());
+            }
+            of(format!("w{number}")).map(|(down, up)| Carried { up, down })
+        };
+        Ok(Counters {
+            hosts: (0..self.hosts.len()).map(host).collect::<Result<_>>()?,
+            sites: (0..self.sites).map(site).collect::<Result<_>>()?,
+        })
+    }
+
+    /// Takes a node's cable out, or puts it back.
+    pub fn plug(&self, node: usize, there: bool) -> Result<()> {
+        let state = if there { "up" } else { "down" };
+        let orders = format!("link set v{node} {state}\n");
+        batch(Command::new("ip").args(["-batch", "-"]), &orders)
+    }
+
+    /// Cuts a site off from the others, or joins it to them again.
+    pub fn join_site(&self, site: usize, there: bool) -> Result<()> {
+        if self.sites == 1 {
+            bail!("there is only one site");
+        }
+        let state = if there { "up" } else { "down" };
+        let orders = format!("link set w{site} {state}\n");
+        batch(Command::new("ip").args(["-batch", "-"]), &orders)
+    }
+}
+
+impl Carried {
+    /// What came since then.
+    pub const fn since(self, before: Self) -> Self {
+        Self {
+            up: self.up - before.up,
+            down: self.down - before.down,
+        }
+    }
+}
+
+const fn network(site: usize) -> u8 {
+    // Scenarios have few sites.
+    FIRST_NETWORK + site as u8
+}
+
+fn address(site: usize, place: u16) -> Ipv4Addr {
+    let [high, low] = place.to_be_bytes();
+    Ipv4Addr::new(10, network(site), high, low)
+}
+
+/// A cable: one end here, the other in a namespace.
+fn veth(ip: &mut String, here: &str, there: &str, namespace: &str) -> Result<()> {
+    writeln!(
+        ip,
+        "link add {here} type veth peer name {there} netns {namespace}"
+    )?;
+    // Neighbours would look for IPv6 routers.
+    writeln!(ip, "link set {here} addrgenmode none")?;
+    writeln!(ip, "link set {here} up")?;
+    Ok(())
+}
+
+fn shape(tc: &mut String, interface: &str, mbit: f64) -> Result<()> {
+    let bytes = mbit * 1e6 / 8.0;
+    let burst = ((bytes * BURST_SECONDS) as u64).max(LEAST_BURST);
+    let queue = ((bytes * QUEUE_SECONDS) as u64).max(LEAST_QUEUE) + burst;
+    let bits = (mbit * 1e6) as u64;
+    writeln!(
+        tc,
+        "qdisc add dev {interface} root tbf rate {bits}bit burst {burst} limit {queue}"
+    )?;
+    Ok(())
+}
+
+fn set_up_host(namespace: &Namespace, address: Ipv4Addr, rate: Rate, routed: bool) -> Result<()> {
+    let [_, network, ..] = address.octets();
+    let mut ip = String::from("link set lo up\nlink set eth0 addrgenmode none\nlink set eth0 up\n");
+    writeln!(ip, "address add {address}/16 broadcast + dev eth0")?;
+    writeln!(ip, "route add 224.0.0.0/4 dev eth0")?;
+    if routed {
+        writeln!(ip, "route add default via 10.{network}.0.1")?;
+    }
+    let mut tc = String::new();
+    shape(&mut tc, "eth0", rate.up)?;
+    let name = namespace.name();
+    batch(Command::new("ip").args(["-n", name, "-batch", "-"]), &ip)?;
+    batch(Command::new("tc").args(["-n", name, "-batch", "-"]), &tc)
+}
+
+fn set_up_router(scenario: &Scenario) -> Result<()> {
+    let (mut ip, mut tc) = (String::from("link set lo up\n"), String::new());
+    for (site, room) in scenario.sites.iter().enumerate() {
+        let Some(rate) = room.rate() else { continue };
+        writeln!(ip, "link set s{site} addrgenmode none")?;
+        writeln!(ip, "link set s{site} up")?;
+        writeln!(ip, "address add {}/16 dev s{site}", address(site, 1))?;
+        shape(&mut tc, &format!("s{site}"), rate.down)?;
+    }
+    batch(
+        Command::new("ip").args(["-n", "router", "-batch", "-"]),
+        &ip,
+    )?;
+    batch(
+        Command::new("tc").args(["-n", "router", "-batch", "-"]),
+        &tc,
+    )?;
+    Namespace::open("router")?.run(|| {
+        std::fs::write("/proc/sys/net/ipv4/ip_forward", "1")
+            .context("letting the router forward packets")
+    })
+}

@@ -1,0 +1,370 @@
+//! What a lab is to do, as data: TOML files in `tests/scenarios`.
+//!
+//! ```toml
+//! title = "32 equal nodes"
+//! mib = 96
+//!
+//! [[sites]]
+//! label = "room"
+//! nodes = [{ count = 33, mbit = 20 }]
+//!
+//! [[events]]
+//! at = 10.0
+//! do = "kill"
+//! share = 0.2
+//! ```
+//!
+//! Nodes are numbered through all sites in order; number 0 publishes, and all others pull.
+
+use std::ops::Range;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use serde::Deserialize;
+
+/// Most nodes: each is a process, and a namespace.
+const MAX_NODES: usize = 300;
+/// Most sites: each has a network.
+const MAX_SITES: usize = 100;
+/// Largest content.
+const MAX_MIB: u64 = 4096;
+/// Rates that shaping keeps to, in Mbit/s.
+const RATES: Range<f64> = 0.05..10_000.0;
+/// Longest run, in seconds.
+const MAX_SECONDS: u64 = 3600;
+
+/// A lab's work.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Scenario {
+    /// What people call it.
+    pub title: String,
+    /// Size of what is published, in MiB: it does not compress.
+    pub mib: f64,
+    /// Where the nodes are.
+    pub sites: Vec<Site>,
+    /// What happens meanwhile.
+    #[serde(default)]
+    pub events: Vec<Event>,
+    /// When the run counts as failed, in seconds.
+    #[serde(default = "default_give_up")]
+    pub give_up: u64,
+    /// Decides which nodes an event falls on.
+    #[serde(default)]
+    pub seed: u64,
+}
+
+/// Nodes in one network.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Site {
+    /// Its name, which its nodes are told.
+    pub label: String,
+    /// The link to the router, in Mbit/s, both ways; needed where there are several sites.
+    pub mbit: Option<f64>,
+    /// The same where the ways differ.
+    pub up: Option<f64>,
+    /// From the router.
+    pub down: Option<f64>,
+    /// Its nodes.
+    pub nodes: Vec<Group>,
+}
+
+/// Nodes on equal links.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Group {
+    /// How many.
+    pub count: usize,
+    /// Their links in Mbit/s, both ways.
+    pub mbit: Option<f64>,
+    /// From the node, where the ways differ.
+    pub up: Option<f64>,
+    /// To the node.
+    pub down: Option<f64>,
+}
+
+/// A link's rates, in Mbit/s.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Rate {
+    /// Away from whoever is behind it.
+    pub up: f64,
+    /// Towards them.
+    pub down: f64,
+}
+
+/// Something that happens.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Event {
+    /// When, in seconds from the start of the pulls.
+    pub at: f64,
+    /// What.
+    #[serde(rename = "do")]
+    pub deed: Deed,
+    /// To which nodes, by number.
+    #[serde(default)]
+    pub nodes: Vec<usize>,
+    /// Or to so many of those that pull, chosen by the seed: the same for all events of one share.
+    pub share: Option<f64>,
+    /// Or to a site, by label.
+    pub site: Option<String>,
+}
+
+/// What happens to nodes or to a site.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Deed {
+    /// Nodes end without notice, as at a power cut.
+    Kill,
+    /// Killed nodes start again, and go on with the pull.
+    Restart,
+    /// A node's cable, or a site's link, is out.
+    Cut,
+    /// It is back.
+    Join,
+}
+
+fn default_give_up() -> u64 {
+    600
+}
+
+impl Scenario {
+    /// Reads a file, and checks it.
+    pub fn read(path: &Path) -> Result<Self> {
+        let text =
+            std::fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
+        Self::parse(&text).with_context(|| format!("in {}", path.display()))
+    }
+
+    /// Parses a file's text, and checks it.
+    pub fn parse(text: &str) -> Result<Self> {
+        let scenario: Self = toml::from_str(text)?;
+        scenario.check()?;
+        Ok(scenario)
+    }
+
+    /// Bytes of what is published.
+    pub fn bytes(&self) -> u64 {
+        (self.mib * f64::from(1 << 20)) as u64
+    }
+
+    /// How many nodes there are.
+    pub fn nodes(&self) -> usize {
+        let groups = self.sites.iter().flat_map(|site| &site.nodes);
+        groups.map(|group| group.count).sum()
+    }
+
+    /// How long it may take.
+    pub const fn patience(&self) -> Duration {
+        Duration::from_secs(self.give_up)
+    }
+
+    /// The same with another number of nodes in its only site.
+    pub fn with_nodes(&self, pullers: usize) -> Result<Self> {
+        let mut other = self.clone();
+        let [Site { nodes, .. }] = &mut other.sites[..] else {
+            anyhow::bail!("only a scenario of one site can have another number of nodes");
+        };
+        let [group] = &mut nodes[..] else {
+            anyhow::bail!("only a scenario of equal nodes can have another number of them");
+        };
+        group.count = pullers + 1;
+        other.title = format!("{} ({pullers} pull)", self.title);
+        other.check()?;
+        Ok(other)
+    }
+
+    /// The nodes of a site.
+    pub fn nodes_of(&self, site: usize) -> Range<usize> {
+        let count = |site: &Site| site.nodes.iter().map(|group| group.count).sum::<usize>();
+        let first = self.sites[..site].iter().map(count).sum();
+        first..first + count(&self.sites[site])
+    }
+
+    fn check(&self) -> Result<()> {
+        ensure!(
+            self.mib > 0.0 && self.mib <= MAX_MIB as f64,
+            "`mib` is {}: give more than 0 and at most {MAX_MIB}",
+            self.mib
+        );
+        ensure!(
+            (1..=MAX_SECONDS).contains(&self.give_up),
+            "`give_up` is {}: give 1 to {MAX_SECONDS} seconds",
+            self.give_up
+        );
+        ensure!(
+            (1..=MAX_SITES).contains(&self.sites.len()),
+            "there are {} sites: give 1 to {MAX_SITES}",
+            self.sites.len()
+        );
+        ensure!(
+            (2..=MAX_NODES).contains(&self.nodes()),
+            "there are {} nodes: give 2 to {MAX_NODES}, of which the first publishes",
+            self.nodes()
+        );
+        for site in &self.sites {
+            let label = &site.label;
+            let needed = self.sites.len() > 1;
+            check_rate(site.mbit, site.up, site.down, needed)
+                .with_context(|| format!("the link of the site {label:?}"))?;
+            for group in &site.nodes {
+                check_rate(group.mbit, group.up, group.down, true)
+                    .with_context(|| format!("nodes of the site {label:?}"))?;
+            }
+        }
+        self.events
+            .iter()
+            .try_for_each(|event| self.check_event(event))
+    }
+
+    fn check_event(&self, event: &Event) -> Result<()> {
+        let what = format!("the event at {} s", event.at);
+        ensure!(
+            (0.0..self.give_up as f64).contains(&event.at),
+            "{what}: give a time from 0 to `give_up`"
+        );
+        let targets = [
+            !event.nodes.is_empty(),
+            event.share.is_some(),
+            event.site.is_some(),
+        ];
+        ensure!(
+            targets.into_iter().filter(|target| *target).count() == 1,
+            "{what}: give one of `nodes`, `share` and `site`"
+        );
+        ensure!(
+            event.nodes.iter().all(|node| *node < self.nodes()),
+            "{what}: there are only {} nodes, from 0 on",
+            self.nodes()
+        );
+        ensure!(
+            event.share.is_none_or(|share| share > 0.0 && share <= 1.0),
+            "{what}: a share is more than 0 and at most 1"
+        );
+        if let Some(label) = &event.site {
+            ensure!(
+                matches!(event.deed, Deed::Cut | Deed::Join) && self.sites.len() > 1,
+                "{what}: only the link of one of several sites can be cut and joined"
+            );
+            self.site(label)?;
+        }
+        Ok(())
+    }
+
+    /// The position of a site.
+    pub fn site(&self, label: &str) -> Result<usize> {
+        let found = self.sites.iter().position(|site| site.label == label);
+        found.with_context(|| format!("there is no site {label:?}"))
+    }
+}
+
+fn check_rate(mbit: Option<f64>, up: Option<f64>, down: Option<f64>, needed: bool) -> Result<()> {
+    let given = match (mbit, up, down) {
+        (Some(both), None, None) => vec![both],
+        (None, Some(up), Some(down)) => vec![up, down],
+        (None, None, None) if !needed => vec![],
+        _ => anyhow::bail!("give either `mbit`, or `up` and `down`"),
+    };
+    ensure!(
+        given.iter().all(|rate| RATES.contains(rate)),
+        "rates are {} to {} Mbit/s",
+        RATES.start,
+        RATES.end
+    );
+    Ok(())
+}
+
+fn rate(mbit: Option<f64>, up: Option<f64>, down: Option<f64>) -> Option<Rate> {
+    let both = |rate| Rate {
+        up: rate,
+        down: rate,
+    };
+    mbit.map(both)
+        .or_else(|| up.zip(down).map(|(up, down)| Rate { up, down }))
+}
+
+impl Group {
+    /// The links' rates.
+    ///
+    /// # Panics
+    /// Where the scenario was not checked.
+    pub fn rate(&self) -> Rate {
+        rate(self.mbit, self.up, self.down).expect("it was checked")
+    }
+}
+
+impl Site {
+    /// The rates of its link to the router; none where it has none.
+    pub fn rate(&self) -> Option<Rate> {
+        rate(self.mbit, self.up, self.down)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TWO: &str = r#"
+        title = "two sites"
+        mib = 4
+        [[sites]]
+        label = "a"
+        mbit = 8
+        nodes = [{ count = 1, mbit = 100 }, { count = 3, up = 10, down = 50.5 }]
+        [[sites]]
+        label = "b"
+        up = 2
+        down = 4
+        nodes = [{ count = 2, mbit = 100 }]
+        [[events]]
+        at = 3
+        do = "cut"
+        site = "b"
+    "#;
+
+    #[test]
+    fn nodes_are_numbered_through_the_sites() {
+        let scenario = Scenario::parse(TWO).unwrap();
+        assert_eq!((scenario.nodes(), scenario.bytes()), (6, 4 << 20));
+        assert_eq!(scenario.nodes_of(1), 4..6);
+        assert_eq!(scenario.sites[1].rate().map(|rate| rate.down), Some(4.0));
+        assert_eq!(scenario.sites[0].nodes[1].rate().up, 10.0);
+    }
+
+    #[test]
+    fn what_is_wrong_is_told() {
+        for (right, wrong, told) in [
+            ("mib = 4", "mib = 0", "more than 0"),
+            ("mib = 4", "mib = 4\nmibs = 5", "unknown field"),
+            (
+                "label = \"a\"\n        mbit = 8",
+                "label = \"a\"",
+                "either `mbit`",
+            ),
+            ("count = 3", "count = 400", "give 2 to 300"),
+            ("up = 2", "up = 0.001", "Mbit/s"),
+            ("site = \"b\"", "site = \"c\"", "no site \"c\""),
+            ("site = \"b\"", "nodes = [6]", "only 6 nodes"),
+            ("site = \"b\"", "nodes = [1]\nshare = 0.5", "one of"),
+            ("at = 3", "at = 3000", "`give_up`"),
+            ("\"cut\"", "\"burn\"", "unknown variant"),
+            ("\"cut\"", "\"kill\"", "cut and joined"),
+        ] {
+            assert!(TWO.contains(right), "{right}");
+            let error = Scenario::parse(&TWO.replacen(right, wrong, 1)).unwrap_err();
+            let text = format!("{error:#}");
+            assert!(text.contains(told), "{wrong}: {text}");
+        }
+    }
+
+    #[test]
+    fn the_number_of_equal_nodes_can_be_another() {
+        let one = "title = \"one\"\nmib = 4\nsites = [{ label = \"a\", nodes = [{ count = 9, mbit = 20 }] }]";
+        let scenario = Scenario::parse(one).unwrap();
+        assert_eq!(scenario.with_nodes(1).unwrap().nodes(), 2);
+        assert!(scenario.with_nodes(0).is_err());
+        assert!(Scenario::parse(TWO).unwrap().with_nodes(3).is_err());
+    }
+}
