@@ -2,17 +2,18 @@
 //!
 //! Every report names its seed; `--nocapture` prints all of them.
 
-mod support;
-
 use std::time::Duration;
 
-use support::{Link, Manner, Member, Plan, Report};
+use capsule_simulations::plan::{Link, Manner, Member, Plan};
+use capsule_simulations::report::Report;
 
 const MIB: u64 = 1 << 20;
 
 /// Runs a plan that must end with everyone complete.
 fn run(what: &str, plan: Plan) -> Report {
-    let report = plan.run();
+    let report = plan
+        .run()
+        .unwrap_or_else(|violation| panic!("{what}: {violation}"));
     println!("{what}: {report}");
     assert_eq!(report.unfinished, 0, "{what}: {report}");
     report
@@ -65,7 +66,8 @@ fn thirty_two_nodes_with_twenty_connections_each_too() {
     let report = run(
         "1 + 31, degree 20",
         Plan {
-            degree: 10,
+            degree: 16,
+            degree_max: 24,
             ..Plan::equal(1, 32 * MIB, 31, lan())
         },
     );
