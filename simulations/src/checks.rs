@@ -1,9 +1,10 @@
 //! What must hold at every step of a run. A check that fails ends the run, and says how to see it again.
 //!
-//! Always on: windows are within their bounds at each request; what is served and what counts as complete has come unspoilt.
+//! Always on: windows are within their bounds at each request; what is served and what counts as complete has come unspoilt;
+//! with each response as many groups count as held as came unspoilt, which never shrink, not even by a restart.
 //! Every [`AUDIT_EVERY`] events, of the node that the event was for: each piece is in exactly one state, all tables of
 //! the scheduler agree ([`Downloads::audit`](capsule_swarm_core::Downloads::audit)), queues are within their bounds, and
-//! the scheduler counts as held exactly what came unspoilt, which never shrinks, not even by a restart. With each sample of
+//! the scheduler counts as held the very groups that came unspoilt. With each sample of
 //! the curves, and at the end: nobody waits beside a connected honest provider of what it lacks.
 
 use std::time::Duration;
@@ -85,6 +86,23 @@ impl Node {
             self.fault = Some(Fault::Unbounded(format!(
                 "{outstanding:?} bytes asked of one peer"
             )));
+        }
+    }
+
+    /// A response was taken in.
+    pub(crate) fn check_held(&mut self) {
+        let held = self.downloads.held(self.root()).map(|held| held.count());
+        let stored = self.stored.count();
+        match held {
+            Some(held) if held > stored => {
+                let what = format!("{} groups of {held}", held - stored);
+                self.fault = Some(Fault::Unverified(what));
+            }
+            Some(held) if held < stored => {
+                let what = format!("{} groups of {stored}", stored - held);
+                self.fault = Some(Fault::Lost(what));
+            }
+            _ => {}
         }
     }
 

@@ -76,6 +76,8 @@ pub struct Neighbour {
     pub node: usize,
     /// Number of the connection; also the scheduler's key of the peer.
     pub connection: u64,
+    /// Groups that it announced.
+    pub told: u64,
 }
 
 /// One node: the three parts of the scheduler, a store of which only the ranges matter, and accounts.
@@ -206,7 +208,11 @@ impl Node {
 
     pub(crate) fn connect(&mut self, now: Time, node: usize, connection: u64) {
         let peer = PeerKey(connection);
-        self.neighbours.push(Neighbour { node, connection });
+        self.neighbours.push(Neighbour {
+            node,
+            connection,
+            told: 0,
+        });
         if !self.downloads.peer_connected(now, peer) {
             self.fault = Some(Fault::Scheduler("a new peer was refused".into()));
         }
@@ -249,6 +255,10 @@ impl Node {
             }
             Message::Failed { id, failure } => self.downloads.handle_failed(now, peer, id, failure),
             Message::Have(ranges) => {
+                let groups = self.geometry.groups();
+                if let Some(other) = self.neighbour(connection) {
+                    other.told = (other.told + ranges.count()).min(groups);
+                }
                 if ranges.contains_run(&(0..self.geometry.groups())) {
                     self.announcements
                         .set_interested(now, peer, self.root, false);
@@ -258,6 +268,12 @@ impl Node {
             }
             Message::Gone => self.disconnect(now, connection),
         }
+    }
+
+    fn neighbour(&mut self, connection: u64) -> Option<&mut Neighbour> {
+        self.neighbours
+            .iter_mut()
+            .find(|other| other.connection == connection)
     }
 
     fn handle_request(
@@ -284,6 +300,7 @@ impl Node {
             groups,
             demand,
             whole: self.is_complete(),
+            holds: self.neighbour(connection).map_or(0, |other| other.told),
         };
         match self
             .uploads
@@ -333,6 +350,7 @@ impl Node {
                 .sum::<u64>();
         self.stored.insert(groups.clone());
         let rare = self.downloads.handle_received(now, peer, id, groups);
+        self.check_held();
         self.announcements
             .handle_held(now, self.root, self.geometry.size(), &ranges);
         if rare {
