@@ -12,9 +12,8 @@ pub struct Queue<T> {
     sequence: u64,
 }
 
-impl<T> Queue<T> {
-    /// Nothing to come.
-    pub fn new() -> Self {
+impl<T> Default for Queue<T> {
+    fn default() -> Self {
         Self {
             heap: BinaryHeap::new(),
             slots: Vec::new(),
@@ -22,7 +21,9 @@ impl<T> Queue<T> {
             sequence: 0,
         }
     }
+}
 
+impl<T> Queue<T> {
     /// Puts in an event for a time in nanoseconds.
     pub fn push(&mut self, at: u64, event: T) {
         let slot = match self.free.pop() {
@@ -56,7 +57,7 @@ mod tests {
 
     #[test]
     fn events_come_in_order_of_time_and_then_of_arrival() {
-        let mut queue = Queue::new();
+        let mut queue = Queue::default();
         for (at, event) in [(5, 'd'), (1, 'a'), (3, 'b'), (3, 'c')] {
             queue.push(at, event);
         }

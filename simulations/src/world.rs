@@ -112,7 +112,7 @@ impl World {
             nodes,
             now: Time::ZERO,
             clock: 0,
-            events: Queue::new(),
+            events: Queue::default(),
             carried_out: 0,
             uplinks: (0..n).map(|_| Uplink::default()).collect(),
             ways: Vec::new(),

@@ -79,9 +79,8 @@ fn nobody_waits_beside_a_provider() {
 }
 
 #[test]
-fn a_node_that_forgot_its_peers_is_found_out_of_order() {
+fn a_scheduler_that_takes_a_blob_for_whole_is_found_out() {
     let violation = spoil(plan(1), |node, now| {
-        // Its announcements of requests go to peers that its scheduler does not know.
         node.downloads = Downloads::new(DownloadConfig::default(), 7);
         let (root, size) = (*node.root(), node.geometry.size());
         let spec = BlobSpec {
