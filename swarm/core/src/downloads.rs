@@ -4,6 +4,7 @@
 //! in `late`, figures in `stats`. The tables are in `blob` (with `pieces` and `view`) and `peer`.
 
 mod api;
+mod audit;
 mod blob;
 mod late;
 mod peer;
@@ -22,6 +23,7 @@ use rand::SeedableRng;
 use rand::rngs::SmallRng;
 
 pub use api::*;
+pub use audit::Inconsistency;
 use blob::Blob;
 use peer::Peer;
 use requests::Flight;

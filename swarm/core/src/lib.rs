@@ -23,7 +23,7 @@ mod uploads;
 pub use announcements::{Announce, AnnounceConfig, Announcements, Change};
 pub use downloads::{
     AddBlobError, BanReason, BlobSpec, BlobStats, BlobStatus, DownloadConfig, Downloads, Failure,
-    Output, PauseReason, PeerStats, ProviderStats, UnknownBlob,
+    Inconsistency, Output, PauseReason, PeerStats, ProviderStats, UnknownBlob,
 };
 pub use geometry::{MAX_REQUEST_GROUPS, PieceGeometry};
 pub use time::Time;

@@ -11,7 +11,7 @@ use std::ops::Range;
 use std::time::Duration;
 
 use capsule_proto::hash::RootHash;
-use capsule_proto::ranges::GroupRanges;
+use capsule_proto::ranges::{GroupRanges, group_count};
 
 use crate::meter::RateMeter;
 use crate::time::earliest;
@@ -40,6 +40,13 @@ const HEARD_RUNS: usize = 4;
 /// How far a peer may be ahead of the one that was served least, before what others wait for comes first, sent
 /// often or not: 8 longest requests.
 const SLACK: u64 = 8 << 20;
+/// What a peer is served counts by the fourth power of its progress with the blob, as a part of that of the peer that has come
+/// furthest: with fewer connections than others, it would otherwise be the last by far.
+const PROGRESS_POWER: i32 = 4;
+/// But not less than this part, whatever it claims to lack.
+const LEAST_COUNTED: f64 = 0.25;
+/// Progress that everybody is given, so that the first pieces decide nothing.
+const HEAD_START: f64 = 1.0 / 64.0;
 
 /// The provider's side: decides which request is served next.
 ///
@@ -47,7 +54,7 @@ const SLACK: u64 = 8 << 20;
 /// shares, those for the least-sent piece, so that a publisher sends distinct pieces to different peers, who pass
 /// them on; then those of the peer that was served least (start-time fair queueing, of the same family as deficit
 /// round robin, but with the choice of the piece as the first key). Fair shares: a peer that is 8 MiB ahead of
-/// another that waits comes after it in any case.
+/// another that waits comes after it in any case. What is served to peers that hold less of their blob than others counts less.
 ///
 /// # Order of calls
 /// 1. Any number of inputs, each with the current time.
@@ -78,7 +85,7 @@ pub struct Uploads {
 struct Queue {
     waiting: Vec<Waiting>,
     sending: Vec<Sending>,
-    /// Bytes served to it, never less than the virtual time when it began to wait.
+    /// Bytes served to it, as they count, never less than the virtual time when it began to wait.
     served: u64,
     /// Whether it held up its last response: it takes less than we could send.
     slow: bool,
@@ -295,13 +302,18 @@ impl Uploads {
             return None;
         }
         let (peer, at) = self.choose(now, bound)?;
+        let waiting = self.peers.values().flat_map(|queue| queue.waiting.first());
+        let furthest = waiting
+            .map(|waiting| progress(&waiting.request))
+            .fold(HEAD_START, f64::max);
         let queue = self.peers.get_mut(&peer)?;
         let Waiting {
             request,
             bytes,
             log,
         } = queue.waiting.remove(at);
-        queue.served += bytes;
+        let part = (progress(&request) / furthest).powi(PROGRESS_POWER);
+        queue.served += (bytes as f64 * part.clamp(LEAST_COUNTED, 1.0)) as u64;
         let (id, groups) = (request.id, request.groups);
         self.sent.count(log, &groups, peer, now);
         queue.sending.push(Sending {
@@ -425,4 +437,10 @@ impl Uploads {
             self.meter.stop(now);
         }
     }
+}
+
+/// How far a peer has come with the blob that it asks for.
+fn progress(request: &IncomingRequest) -> f64 {
+    let groups = group_count(request.size);
+    HEAD_START + request.holds.min(groups) as f64 / groups as f64
 }

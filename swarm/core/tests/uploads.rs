@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use capsule_proto::hash::RootHash;
 use capsule_swarm_core::{
-    IncomingRequest, PeerKey, Refusal, RequestId, Time, UploadConfig, Uploads,
+    IncomingRequest, PeerKey, PieceGeometry, Refusal, RequestId, Time, UploadConfig, Uploads,
 };
 
 const SIZE: u64 = 4 << 20;
@@ -23,6 +23,7 @@ fn request(id: u64, group: u64) -> IncomingRequest {
         groups,
         demand: false,
         whole: true,
+        holds: 0,
     }
 }
 
@@ -84,6 +85,27 @@ fn demand_comes_first_and_is_never_kept_back() {
         .handle_request(at(1), PeerKey(1), demand)
         .expect("room");
     assert_eq!(drain(&mut uploads, 2), [(1, 0), (1, 7)]);
+}
+
+#[test]
+fn who_holds_less_is_served_more_but_not_without_end() {
+    let mut uploads = uploads(2);
+    let groups = PieceGeometry::of(SIZE).groups();
+    for id in 0..100 {
+        for (peer, holds) in [(0, 0), (1, groups)] {
+            let request = IncomingRequest {
+                holds,
+                ..request(id, id + 100 * peer)
+            };
+            uploads
+                .handle_request(at(0), PeerKey(peer), request)
+                .expect("room");
+        }
+    }
+    let served = drain(&mut uploads, 1);
+    let to_the_first = |part: &[(u64, u64)]| part.iter().filter(|(peer, _)| *peer == 0).count();
+    assert_eq!(to_the_first(&served[..100]), 80);
+    assert_eq!(to_the_first(&served), 100);
 }
 
 #[test]

@@ -81,8 +81,10 @@ impl Engine {
         if held.size != request.size || !held.groups.contains_run(&request.groups) {
             return self.refuse(key, request.id, RejectReason::NotHeld);
         }
-        let open = self.peers.get(&key).map_or(0, |peer| peer.open.len());
-        if open >= MAX_OPEN {
+        let peer = self.peers.get(&key);
+        let claim = peer.and_then(|peer| peer.claims.get(&request.root));
+        let holds = claim.map_or(0, |claim| claim.groups.count());
+        if peer.map_or(0, |peer| peer.open.len()) >= MAX_OPEN {
             return self.refuse(key, request.id, RejectReason::Busy);
         }
         let incoming = IncomingRequest {
@@ -92,6 +94,7 @@ impl Engine {
             groups: request.groups,
             demand: request.demand,
             whole: held.groups == GroupRanges::all(held.size),
+            holds,
         };
         let now = self.now();
         match self.uploads.handle_request(now, key, incoming) {

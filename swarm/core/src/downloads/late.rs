@@ -209,8 +209,23 @@ impl Downloads {
             let Some(owner) = self.peers[flight.slot].as_ref() else {
                 continue;
             };
-            let alone = blob.flights.touching(&flight.groups).count() == 1;
-            if flight.slot == slot || !alone || flight.heir.is_some() && flight.arrived == 0 {
+            let waits = flight.arrived == 0;
+            if flight.slot == slot || flight.heir.is_some() && waits {
+                continue;
+            }
+            let left = flight.bytes - flight.arrived;
+            let here = thief.eta(now, thief.outstanding(), left);
+            let (there, margin) = if waits {
+                let answer = 2 * owner.delay().unwrap_or_default();
+                let there = owner.eta(now, 0, owner.outstanding());
+                (there, STEAL_MARGIN + answer)
+            } else {
+                (flight.rest(now), COPY_MARGIN)
+            };
+            let gains = there > 2 * here + margin
+                && best.as_ref().is_none_or(|(gain, _)| there - here > *gain);
+            // What costs a search comes last.
+            if !gains || blob.flights.touching(&flight.groups).count() != 1 {
                 continue;
             }
             let Some(run) =
@@ -218,23 +233,12 @@ impl Downloads {
             else {
                 continue;
             };
-            let (left, waits) = (flight.bytes - flight.arrived, flight.arrived == 0);
-            let here = thief.eta(now, thief.outstanding(), left);
-            let (there, margin, theft) = if waits {
-                let answer = 2 * owner.delay().unwrap_or_default();
-                (
-                    owner.eta(now, 0, owner.outstanding()),
-                    STEAL_MARGIN + answer,
-                    Theft::Move(id),
-                )
+            let theft = if waits {
+                Theft::Move(id)
             } else {
-                (flight.rest(now), COPY_MARGIN, Theft::Copy(run))
+                Theft::Copy(run)
             };
-            if there > 2 * here + margin
-                && best.as_ref().is_none_or(|(gain, _)| there - here > *gain)
-            {
-                best = Some((there - here, theft));
-            }
+            best = Some((there - here, theft));
         }
         best.map(|(_, theft)| theft)
     }

@@ -25,6 +25,8 @@ const MAX_WINDOW: f64 = (32 << 20) as f64;
 const MIN_REQUESTS: usize = 2;
 /// Most requests open at one peer; half of what a provider queues for one peer.
 const MAX_REQUESTS: usize = 64;
+/// Most requests open at one peer with those that somebody waits for.
+pub(crate) const MAX_OPEN: usize = 2 * MAX_REQUESTS;
 /// A request is about this many seconds of the peer's rate: a response is verified and passed on as a whole.
 const REQUEST_SECONDS: f64 = 0.5;
 /// Up to this length a request may take longer (but not above [`SLOW_REQUEST_SECONDS`]): its path of hashes
@@ -203,7 +205,7 @@ impl Peer {
 
     /// Whether it may be asked at all, for something that somebody waits for: its window does not count.
     pub(crate) fn is_usable(&self) -> bool {
-        !self.banned && self.backoff_until.is_none() && self.live.len() < 2 * MAX_REQUESTS
+        !self.banned && self.backoff_until.is_none() && self.live.len() < MAX_OPEN
     }
 
     /// Groups to ask for in one request.

@@ -191,8 +191,18 @@ impl PieceMap {
 
     /// Brings a piece's state in line with the sets.
     fn refresh(&mut self, piece: u32) {
+        let state = self.state_by_sets(piece);
+        let old = std::mem::replace(&mut self.pieces[piece as usize].state, state);
+        match (old == PieceState::Open, state == PieceState::Open) {
+            (false, true) => self.enter_bucket(piece),
+            (true, false) => self.leave_bucket(piece),
+            _ => {}
+        }
+    }
+
+    fn state_by_sets(&self, piece: u32) -> PieceState {
         let groups = self.geometry.groups_of(piece);
-        let state = if self.open.intersects(&groups) {
+        if self.open.intersects(&groups) {
             PieceState::Open
         } else if self.lacking.intersects(&groups) {
             PieceState::Active
@@ -200,13 +210,35 @@ impl PieceMap {
             PieceState::Held
         } else {
             PieceState::Unwanted
-        };
-        let old = std::mem::replace(&mut self.pieces[piece as usize].state, state);
-        match (old == PieceState::Open, state == PieceState::Open) {
-            (false, true) => self.enter_bucket(piece),
-            (true, false) => self.leave_bucket(piece),
-            _ => {}
         }
+    }
+
+    /// Whether states follow from the sets, and exactly the open pieces are in the buckets, each in that of its rarity.
+    pub(crate) fn audit(&self) -> Result<(), String> {
+        if self.lacking != self.want.difference(&self.held)
+            || self.lacking_groups != self.lacking.count()
+        {
+            return Err("lacking is not what is wanted and not held".into());
+        }
+        let mut open = 0;
+        for piece in 0..self.geometry.pieces() {
+            let entry = &self.pieces[piece as usize];
+            if entry.state != self.state_by_sets(piece) {
+                return Err(format!("piece {piece} is not {:?}", entry.state));
+            }
+            if entry.state == PieceState::Open {
+                open += 1;
+                let bucket = self.buckets.get(usize::from(entry.partial));
+                if bucket.and_then(|bucket| bucket.get(entry.at as usize)) != Some(&piece) {
+                    return Err(format!("piece {piece} is not in its bucket"));
+                }
+            }
+        }
+        let listed: usize = self.buckets.iter().map(Vec::len).sum();
+        if listed != open {
+            return Err(format!("{listed} pieces are in buckets, {open} are open"));
+        }
+        Ok(())
     }
 
     fn enter_bucket(&mut self, piece: u32) {

@@ -46,6 +46,8 @@ pub(crate) struct View {
     seeder: bool,
     /// Pieces of which a peer that is no seeder holds something.
     pieces: Bits,
+    /// Of these, pieces of which it holds all.
+    whole: Bits,
     /// Pieces in `candidates`.
     listed: Bits,
     /// All open pieces of which it holds open groups, and some others.
@@ -62,6 +64,7 @@ impl View {
             have: GroupRanges::new(),
             seeder: false,
             pieces: Bits::new(pieces),
+            whole: Bits::new(pieces),
             listed: Bits::new(pieces),
             candidates: Vec::new(),
             cursor: u64::MAX,
@@ -91,6 +94,10 @@ impl View {
                     self.pieces.set(piece, true);
                     map.add_partial(piece);
                 }
+                if !self.whole.get(piece) {
+                    let whole = self.have.contains_run(&map.geometry().groups_of(piece));
+                    self.whole.set(piece, whole);
+                }
                 self.list(map, piece);
             }
         }
@@ -115,7 +122,8 @@ impl View {
                 .filter(|&piece| self.pieces.get(piece))
                 .for_each(|p| map.remove_partial(p));
         }
-        (self.pieces, self.listed) = (Bits::default(), Bits::default());
+        (self.pieces, self.whole) = (Bits::default(), Bits::default());
+        self.listed = Bits::default();
         self.candidates = Vec::new();
     }
 
@@ -133,6 +141,12 @@ impl View {
         spans::first_in_both(map.open(), &self.have, map.geometry().groups_of(piece))
     }
 
+    /// Whether it holds open groups of a piece. Of most it holds all, where no search is needed.
+    fn is_candidate(&self, map: &PieceMap, piece: u32) -> bool {
+        map.state(piece) == PieceState::Open
+            && (self.whole.get(piece) || self.first_open(map, piece).is_some())
+    }
+
     /// About the rarest candidate of a peer that is no seeder, ties broken at random.
     pub(crate) fn rarest_candidate(&mut self, map: &PieceMap, rng: &mut SmallRng) -> Option<u32> {
         let mut best: Option<(u16, u32)> = None;
@@ -140,7 +154,7 @@ impl View {
         while looked < SAMPLE && !self.candidates.is_empty() {
             let at = rng.random_range(0..self.candidates.len());
             let piece = self.candidates[at];
-            if map.state(piece) != PieceState::Open || self.first_open(map, piece).is_none() {
+            if !self.is_candidate(map, piece) {
                 // Paid for by the listing of it.
                 self.candidates.swap_remove(at);
                 self.listed.set(piece, false);

@@ -49,6 +49,8 @@ pub struct IncomingRequest {
     pub demand: bool,
     /// Whether this node holds all of the blob.
     pub whole: bool,
+    /// Groups of the blob that the peer has announced.
+    pub holds: u64,
 }
 
 /// Why a request was not queued. The caller answers the peer with it.
