@@ -6,14 +6,13 @@ mod layer_support;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use capsule_chunker::bao::tree_of;
 use capsule_chunker::content::{BytesSource, Content};
-use capsule_chunker::delta::{OldSource, Outline, Similar, SimilarOptions};
+use capsule_chunker::delta::Outline;
 use capsule_chunker::layer::Cuts;
-use capsule_chunker::layer::encode::{Against, Effort, EncodeOptions, Outputs, encode_update};
+use capsule_chunker::layer::encode::{Effort, EncodeOptions};
 use capsule_chunker::layer::read::{LayerCache, LayerContent, ReadOptions};
 use capsule_proto::RootHash;
-use capsule_proto::index::{Index, ReferenceTo, Source as SourceName, SourceKind, Space};
+use capsule_proto::index::{Index, ReferenceTo, SourceKind, Space};
 use capsule_proto::manifest::ComponentKind;
 use layer_support::*;
 
@@ -120,39 +119,12 @@ fn only_the_highest_effort_without_a_bound_refers_to_frames() {
     assert_eq!(referring(&Index::decode(&index).unwrap()), 0);
 }
 
-/// Index and pack of an update that may refer to frames of its own.
-fn update(old: &[u8], new: &[u8], effort: Effort) -> (Vec<u8>, Vec<u8>) {
-    let name = SourceName {
-        kind: SourceKind::Parent,
-        root: RootHash::of(old),
-        space: Space::Stream,
-        size: old.len() as u64,
-    };
-    let content = Arc::new(BytesSource(old.to_vec()));
-    let sources = [OldSource {
-        name: name.clone(),
-        content,
-    }];
-    let similar = Similar::build(&sources, &SimilarOptions::default(), &());
-    let against = Against {
-        hashed: None,
-        outline: &Outline::unknown(new.len() as u64),
-        sources: &sources,
-        similar: &similar.unwrap().unwrap(),
-        in_place: true,
-    };
-    let mut pack = Vec::new();
-    let outputs = Outputs {
-        pack: &mut pack,
-        pack_outboard: Vec::new(),
-        content_outboard: Vec::<u8>::new(),
-    };
+/// An update that may refer to frames of its own.
+fn update(old: &[u8], new: &[u8], effort: Effort) -> Update {
     let source = TestSource::new(new.to_vec());
-    let options = with_earlier(effort, 2);
-    let encoded = encode_update(&source, &against, &options, outputs, &()).unwrap();
-    let root = name.root;
-    let index = encoded.into_update_index(tree_of(new).0.root, Some(root), vec![name]);
-    (index, pack)
+    let outline = Outline::unknown(new.len() as u64);
+    let sources = [old_source(old, SourceKind::Parent, Space::Stream)];
+    make_update(&source, &outline, &sources, true, &with_earlier(effort, 2))
 }
 
 #[test]
@@ -162,7 +134,7 @@ fn what_old_content_has_is_not_looked_for_elsewhere() {
     let one = [variant(&old, 1900), fresh.clone()].concat();
     let other = [variant(&old, 2300), variant(&fresh, 2100)].concat();
     let new = [one, random(5, LEN), other].concat();
-    let (index, pack) = update(&old, &new, Effort::Default);
+    let Update { index, pack } = update(&old, &new, Effort::Default);
     let frames = Index::decode(&index).unwrap();
     let of_sources = frames.frames.iter().flat_map(|frame| &frame.references);
     let of_sources = of_sources.filter(|reference| matches!(reference.to, ReferenceTo::Source(_)));
@@ -188,7 +160,7 @@ fn references_of_both_kinds_fit_together() {
         [&old[i * 150_000..][..7000], fresh].concat()
     };
     let new: Vec<u8> = (0..50).flat_map(piece).collect();
-    let (index, pack) = update(&old, &new, Effort::Max);
+    let Update { index, pack } = update(&old, &new, Effort::Max);
     let frames = Index::decode(&index).unwrap();
     assert!(referring(&frames) >= 1);
     let most = frames.frames.iter().map(|frame| frame.references.len());

@@ -7,13 +7,13 @@ use std::sync::Arc;
 
 use capsule_chunker::bao::{changed_groups, tree_of};
 use capsule_chunker::content::{BytesSource, Content, Extent};
-use capsule_chunker::delta::{Known, OldSource, Outline, Similar, SimilarOptions};
+use capsule_chunker::delta::{Known, Outline, Similar};
 use capsule_chunker::layer::encode::{
-    Against, ContentHashes, Effort, EncodeError, EncodeOptions, Hashed, Outputs, encode_update,
+    Against, Effort, EncodeError, EncodeOptions, Hashed, Outputs, encode_update,
 };
 use capsule_chunker::layer::{Cuts, Tally};
 use capsule_proto::RootHash;
-use capsule_proto::index::{Codec, Index, RunFrom, Source as SourceName, SourceKind, Space};
+use capsule_proto::index::{Codec, Index, RunFrom, SourceKind, Space};
 use layer_support::*;
 use proptest::prelude::*;
 use rand::{RngExt, SeedableRng, rngs::SmallRng};
@@ -100,18 +100,6 @@ fn edited(old: &[u8], edits: &[Edit], pages: bool) -> Vec<u8> {
     new
 }
 
-fn old_source(bytes: &[u8], kind: SourceKind, space: Space) -> OldSource {
-    OldSource {
-        name: SourceName {
-            kind,
-            root: RootHash::of(bytes),
-            space,
-            size: bytes.len() as u64,
-        },
-        content: Arc::new(BytesSource(bytes.to_vec())),
-    }
-}
-
 fn update_options(cuts: Cuts, frame_max: u32) -> EncodeOptions {
     EncodeOptions {
         effort: Effort::Default,
@@ -119,66 +107,10 @@ fn update_options(cuts: Cuts, frame_max: u32) -> EncodeOptions {
     }
 }
 
-/// An update: its index and pack.
-struct Update {
-    index: Vec<u8>,
-    pack: Vec<u8>,
-}
-
-impl Update {
-    fn len(&self) -> usize {
-        self.index.len() + self.pack.len()
-    }
-}
-
-fn make(
-    source: &TestSource,
-    outline: &Outline,
-    sources: &[OldSource],
-    in_place: bool,
-    options: &EncodeOptions,
-) -> Update {
-    let similar = Similar::build(sources, &SimilarOptions::default(), &())
-        .unwrap()
-        .unwrap();
-    let against = Against {
-        hashed: None,
-        outline,
-        sources,
-        similar: &similar,
-        in_place,
-    };
-    let mut pack = Vec::new();
-    let outputs = Outputs {
-        pack: &mut pack,
-        pack_outboard: Vec::new(),
-        content_outboard: Vec::<u8>::new(),
-    };
-    let encoded = encode_update(source, &against, options, outputs, &()).unwrap();
-    assert_eq!(encoded.pack_outboard, tree_of(&pack).1);
-    let stats = encoded.stats;
-    assert_eq!(
-        stats.content,
-        stats.zero + stats.repeated + stats.framed + stats.inherited + stats.copied
-    );
-    let target = match &encoded.content {
-        ContentHashes::Known => RootHash::of(&source.bytes),
-        ContentHashes::Parts(_) => RootHash::of(b"listing"),
-        ContentHashes::Stream(..) => panic!("an update does not hash streams"),
-    };
-    let names: Vec<_> = sources.iter().map(|source| source.name.clone()).collect();
-    let parent = names
-        .first()
-        .filter(|name| name.kind == SourceKind::Parent)
-        .map(|name| name.root);
-    let index = encoded.into_update_index(target, parent, names);
-    Update { index, pack }
-}
-
 /// An update of a stream from its old content: only changed groups are looked at.
 fn update_stream(old: &[u8], new: &TestSource, options: &EncodeOptions) -> Update {
     let outline = outline_of(old, &new.bytes);
-    make(
+    make_update(
         new,
         &outline,
         &[old_source(old, SourceKind::Parent, Space::Stream)],
@@ -394,7 +326,7 @@ proptest! {
         let mut source = TestSource::new(new.clone());
         source.parts = Some(parts);
         let sources = [old_source(&old, SourceKind::Parent, Space::Contents)];
-        let update = make(&source, &outline, &sources, false, &update_options(Cuts::Bytes, 1 << 20));
+        let update = make_update(&source, &outline, &sources, false, &update_options(Cuts::Bytes, 1 << 20));
         prop_assert_eq!(source.bytes_read.load(std::sync::atomic::Ordering::Relaxed), outline.unknown_len());
         let index = check(update, vec![old], &new, seed);
         let framed: u64 = index.runs.iter().filter(|run| matches!(run.from, RunFrom::Frame { .. })).map(|run| run.len).sum();
@@ -514,7 +446,7 @@ fn several_sources_are_read() {
     ];
     let source = TestSource::new(new.clone());
     let outline = Outline::unknown(new.len() as u64);
-    let update = make(
+    let update = make_update(
         &source,
         &outline,
         &sources,

@@ -58,16 +58,7 @@ impl<'a> FrameCompressor<'a> {
         alike: bool,
         referred: Option<Referred>,
     ) -> Result<Encoding, EncodeError> {
-        let against = self.against.filter(|_| alike);
-        let referred = referred.unwrap_or_else(|| Referred {
-            windows: against.map_or_else(
-                Vec::new,
-                |Against {
-                     similar, sources, ..
-                 }| { cover_old(similar, sources, content, &self.limits) },
-            ),
-            earlier: Vec::new(),
-        });
+        let referred = referred.unwrap_or_else(|| self.old_content(content, alike));
         let failed = |why| EncodeError::Compress { frame, why };
         if referred.windows.is_empty() && referred.earlier.is_empty() {
             return self.plain(content).map_err(failed);
@@ -95,6 +86,20 @@ impl<'a> FrameCompressor<'a> {
             cost(&best) < plain_len
         };
         Ok(if is_worth { best } else { plain })
+    }
+
+    /// What of old content to refer to.
+    fn old_content(&self, content: &[u8], alike: bool) -> Referred {
+        let windows = match self.against {
+            Some(against) if alike => {
+                cover_old(against.similar, against.sources, content, &self.limits)
+            }
+            _ => Vec::new(),
+        };
+        Referred {
+            windows,
+            earlier: Vec::new(),
+        }
     }
 
     fn plain(&mut self, content: &[u8]) -> Result<Encoding, FrameFault> {

@@ -6,9 +6,10 @@
 //! ```
 //!
 //! Memory is bounded by the number of slabs (4, and one for two workers; 8 MiB each), of frames in flight (2 a worker and 4),
-//! of spans remembered (100 MiB at most), zstd's tables, and the index (20 bytes a frame, 18 a span, of which there are at
-//! most some millions), and at the highest effort of earlier frames (150 MiB with their seeds). At 2 cores and less effort: about 70 MiB for a few GiB, under 400 MiB for 1 TiB. Of an update, `update` tells what
-//! the parent has, and `reread` whether what is read is what was hashed. Figures behind the defaults: `chunker/docs/layer.md`.
+//! of spans remembered (100 MiB at most), zstd's tables, the index (20 bytes a frame, 18 a span, of which there are at
+//! most some millions), and at the highest effort earlier frames (150 MiB with their seeds). At 2 cores and less effort:
+//! about 70 MiB for a few GiB, under 400 MiB for 1 TiB. Of an update, `update` tells what the parent has, and `reread`
+//! whether what is read is what was hashed. Figures behind the defaults: `chunker/docs/layer.md`.
 
 use std::io::{self, Write};
 use std::num::NonZeroUsize;

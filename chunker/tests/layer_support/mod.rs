@@ -6,15 +6,20 @@ use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use capsule_chunker::bao::TreeHasher;
-use capsule_chunker::content::{Content, Extent, Extents, Parts, ReadError, Source, check_range};
+use capsule_chunker::bao::{TreeHasher, tree_of};
+use capsule_chunker::content::{
+    BytesSource, Content, Extent, Extents, Parts, ReadError, Source, check_range,
+};
+use capsule_chunker::delta::{OldSource, Outline, Similar, SimilarOptions};
 use capsule_chunker::layer::Cuts;
 use capsule_chunker::layer::encode::{
-    ContentHashes, Effort, EncodeError, EncodeOptions, Encoded, Outputs, encode,
+    Against, ContentHashes, Effort, EncodeError, EncodeOptions, Encoded, Outputs, encode,
+    encode_update,
 };
 use capsule_chunker::layer::read::{LayerCache, LayerContent, LayerError, ReadOptions};
 use capsule_chunker::layer::restore::{RestoreError, Sink, restore};
 use capsule_proto::RootHash;
+use capsule_proto::index::{Source as SourceName, SourceKind, Space};
 use positioned_io::ReadAt;
 use proptest::prelude::*;
 use rand::{Rng, RngExt, SeedableRng, rngs::SmallRng};
@@ -222,6 +227,76 @@ pub fn encode_to_memory(
         content_outboard: Vec::new(),
     };
     encode(source, options, outputs, &()).map(|encoded| (encoded, pack))
+}
+
+/// Old content to compare with.
+pub fn old_source(bytes: &[u8], kind: SourceKind, space: Space) -> OldSource {
+    OldSource {
+        name: SourceName {
+            kind,
+            root: RootHash::of(bytes),
+            space,
+            size: bytes.len() as u64,
+        },
+        content: Arc::new(BytesSource(bytes.to_vec())),
+    }
+}
+
+/// An update: its index and pack.
+pub struct Update {
+    pub index: Vec<u8>,
+    pub pack: Vec<u8>,
+}
+
+impl Update {
+    pub fn len(&self) -> usize {
+        self.index.len() + self.pack.len()
+    }
+}
+
+/// An update, in memory.
+pub fn make_update(
+    source: &TestSource,
+    outline: &Outline,
+    sources: &[OldSource],
+    in_place: bool,
+    options: &EncodeOptions,
+) -> Update {
+    let similar = Similar::build(sources, &SimilarOptions::default(), &())
+        .unwrap()
+        .unwrap();
+    let against = Against {
+        hashed: None,
+        outline,
+        sources,
+        similar: &similar,
+        in_place,
+    };
+    let mut pack = Vec::new();
+    let outputs = Outputs {
+        pack: &mut pack,
+        pack_outboard: Vec::new(),
+        content_outboard: Vec::<u8>::new(),
+    };
+    let encoded = encode_update(source, &against, options, outputs, &()).unwrap();
+    assert_eq!(encoded.pack_outboard, tree_of(&pack).1);
+    let stats = encoded.stats;
+    assert_eq!(
+        stats.content,
+        stats.zero + stats.repeated + stats.framed + stats.inherited + stats.copied
+    );
+    let target = match &encoded.content {
+        ContentHashes::Known => RootHash::of(&source.bytes),
+        ContentHashes::Parts(_) => RootHash::of(b"listing"),
+        ContentHashes::Stream(..) => panic!("an update does not hash streams"),
+    };
+    let names: Vec<_> = sources.iter().map(|source| source.name.clone()).collect();
+    let parent = names
+        .first()
+        .filter(|name| name.kind == SourceKind::Parent)
+        .map(|name| name.root);
+    let index = encoded.into_update_index(target, parent, names);
+    Update { index, pack }
 }
 
 /// The root that the index is made for: the content's own, or one that stands for a listing's.

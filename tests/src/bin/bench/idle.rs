@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
+use capsule_tests::accounts::{cpu_of, resident_of};
 use capsule_tests::{Fleet, data};
 use serde::Serialize;
 
@@ -10,7 +11,6 @@ use crate::Setting;
 use crate::capsule::{self, pid};
 use crate::report::{Column, MIB, Report, Table};
 use crate::series::Series;
-use capsule_tests::accounts::{cpu_of, resident_of};
 
 /// How much each of them holds.
 const BYTES: u64 = 256 << 20;

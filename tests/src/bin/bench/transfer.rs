@@ -8,13 +8,13 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use capsule_tests::accounts::cpu_of_machine;
 use serde::Serialize;
 
 use crate::flow::Flow;
 use crate::measure::{Family, Used, sync_result};
 use crate::memory::Memory;
 use crate::process::{Deadline, Process};
-use capsule_tests::accounts::cpu_of_machine;
 
 /// How often the processes' accounts are looked at.
 const LOOK: Duration = Duration::from_millis(20);

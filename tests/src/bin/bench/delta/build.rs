@@ -181,11 +181,14 @@ impl Set {
 
     /// What the largest image takes on the disk.
     pub fn allocated(&self) -> Result<u64> {
-        let largest = self.image(Version::Large, true);
-        Ok(fs::metadata(&largest)
-            .with_context(|| format!("looking at {}", largest.display()))?
-            .blocks()
-            * 512)
+        let images = [(Version::Large, true), (Version::New, false)];
+        let mut sizes = images.into_iter().map(|(version, trimmed)| -> Result<u64> {
+            let image = self.image(version, trimmed);
+            let meta = fs::metadata(&image);
+            let meta = meta.with_context(|| format!("looking at {}", image.display()))?;
+            Ok(meta.blocks() * 512)
+        });
+        sizes.try_fold(0, |most, size| Ok(size?.max(most)))
     }
 
     /// An image; trimmed means that what the file system does not use is holes.
