@@ -30,7 +30,7 @@ impl Effort {
     pub(super) const fn level_with_references(self) -> i32 {
         match self {
             Self::Fast => 3,
-            Self::Default => 6,
+            Self::Default => 4,
             Self::Max => 19,
         }
     }
