@@ -7,8 +7,8 @@ use capsule_proto::hash::RootHash;
 use capsule_proto::ranges::GroupRanges;
 use capsule_swarm_core::{
     Announce, AnnounceConfig, Announcements, BlobSpec, Change, DownloadConfig, Downloads, Failure,
-    IncomingRequest, Output, PeerKey, PieceGeometry, Refusal, RequestId, Serve, Time, UploadConfig,
-    Uploads,
+    GatewayNotice, IncomingRequest, NodeId, Output, PeerKey, PieceGeometry, Refusal, RequestId,
+    Serve, Time, UploadConfig, Uploads,
 };
 
 use crate::checks::Fault;
@@ -40,6 +40,8 @@ pub enum Message {
     },
     /// The sender holds these groups now.
     Have(Rc<GroupRanges>),
+    /// What a gateway of the site fetches.
+    Gateway(Rc<GatewayNotice>),
     /// The connection ended.
     Gone,
 }
@@ -51,6 +53,7 @@ impl Message {
             Self::Request { .. } => 80,
             Self::Cancel { .. } | Self::Failed { .. } => 40,
             Self::Have(ranges) => 80 + 5 * ranges.runs().len() as u64,
+            Self::Gateway(notice) => 120 + 5 * notice.groups.runs().len() as u64,
             Self::Gone => 0,
         }
     }
@@ -139,7 +142,7 @@ impl Node {
             root,
             geometry: PieceGeometry::of(size),
             seed,
-            downloads: Downloads::new(DownloadConfig::default(), seed),
+            downloads: Downloads::new(config(me), seed),
             uploads: Uploads::new(UploadConfig::default()),
             announcements: Announcements::new(AnnounceConfig::default()),
             stored: if member.seeds {
@@ -169,10 +172,7 @@ impl Node {
     pub(crate) fn start(&mut self, now: Time) {
         self.alive = true;
         (self.heard, self.offered) = (now, None);
-        self.downloads = Downloads::new(
-            DownloadConfig::default(),
-            self.seed.wrapping_add(self.starts),
-        );
+        self.downloads = Downloads::new(config(self.me), self.seed.wrapping_add(self.starts));
         self.uploads = Uploads::new(UploadConfig::default());
         self.announcements = Announcements::new(AnnounceConfig::default());
         self.starts += 1;
@@ -206,18 +206,24 @@ impl Node {
         self.responses.clear();
     }
 
-    pub(crate) fn connect(&mut self, now: Time, node: usize, connection: u64) {
+    pub(crate) fn connect(&mut self, now: Time, node: usize, connection: u64, beyond: bool) {
         let peer = PeerKey(connection);
         self.neighbours.push(Neighbour {
             node,
             connection,
             told: 0,
         });
-        if !self.downloads.peer_connected(now, peer) {
+        let taken = if beyond {
+            self.announcements.peer_beyond_connected(now, peer);
+            self.downloads.peer_beyond_connected(now, peer)
+        } else {
+            self.announcements.peer_connected(now, peer);
+            self.downloads.peer_connected(now, peer)
+        };
+        if !taken {
             self.fault = Some(Fault::Scheduler("a new peer was refused".into()));
         }
         self.uploads.peer_connected(now, peer);
-        self.announcements.peer_connected(now, peer);
     }
 
     pub(crate) fn disconnect(&mut self, now: Time, connection: u64) {
@@ -266,6 +272,7 @@ impl Node {
                 self.uploads.handle_have(now, peer, &self.root, &ranges);
                 self.downloads.handle_have(now, peer, &self.root, &ranges);
             }
+            Message::Gateway(notice) => self.downloads.handle_gateway(now, peer, &notice),
             Message::Gone => self.disconnect(now, connection),
         }
     }
@@ -399,6 +406,12 @@ impl Node {
                         self.fault = Some(Fault::Unverified("all of the blob".into()));
                     }
                 }
+                Output::TellGateway { peers, notice } => {
+                    let notice = Rc::new(notice);
+                    for peer in peers {
+                        self.outbox.push((peer.0, Message::Gateway(notice.clone())));
+                    }
+                }
                 Output::Ban { peer, .. } => {
                     let other = self.neighbours.iter().find(|n| n.connection == peer.0);
                     self.bans.extend(other.map(|n| n.node));
@@ -406,6 +419,8 @@ impl Node {
                 }
             }
         }
+        let is_gateway = self.downloads.is_gateway(&self.root);
+        self.announcements.set_gateway(now, &self.root, is_gateway);
         self.poll_announcements(now);
         while let Some(serve) = self.uploads.poll_serve(now) {
             self.respond(serve);
@@ -468,5 +483,15 @@ impl Node {
         .into_iter()
         .flatten()
         .min()
+    }
+}
+
+/// What a node's scheduler is told of itself.
+fn config(me: usize) -> DownloadConfig {
+    let mut name = [0; 32];
+    name[..8].copy_from_slice(&(me as u64).to_le_bytes());
+    DownloadConfig {
+        me: NodeId(name),
+        ..DownloadConfig::default()
     }
 }

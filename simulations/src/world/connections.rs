@@ -10,11 +10,17 @@ use crate::node::Message;
 
 /// How long a node that lost connections waits before it opens others.
 const RECONNECT: Duration = Duration::from_secs(1);
+/// Connections beyond its site that a node wants.
+const DEGREE_BEYOND: usize = 3;
 
 impl World {
-    /// Opens connections to others at random, until the node has as many as it wants.
+    /// Opens connections to others at random, until the node has as many as it wants; beyond its site only some, the publisher first,
+    /// as daemons have its address from their token.
     pub(super) fn connect_some(&mut self, node: usize) {
         let n = self.lots.len();
+        if !self.is_near(node, 0) {
+            self.connect_beyond(node, 0);
+        }
         for drawn in 0..n {
             if self.nodes[node].neighbours.len() >= self.plan.degree {
                 return;
@@ -22,21 +28,42 @@ impl World {
             let lot = self.rng.random_range(drawn..n);
             self.lots.swap(drawn, lot);
             let other = self.lots[drawn];
-            let (a, b) = (&self.nodes[node], &self.nodes[other]);
-            let known = other == node || a.neighbours.iter().any(|n| n.node == other);
-            let banned = a.bans.contains(&other) || b.bans.contains(&node);
-            if !known && !banned && b.alive && b.neighbours.len() < self.plan.degree_max {
+            if !self.is_near(node, other) {
+                self.connect_beyond(node, other);
+                continue;
+            }
+            if self.may_connect(node, other) {
                 self.connect(node, other);
             }
         }
+    }
+
+    fn connect_beyond(&mut self, node: usize, other: usize) {
+        let beyond = self.nodes[node].neighbours.iter();
+        let has = beyond.filter(|n| !self.is_near(node, n.node)).count();
+        if has < DEGREE_BEYOND && self.may_connect(node, other) {
+            self.connect(node, other);
+        }
+    }
+
+    fn is_near(&self, a: usize, b: usize) -> bool {
+        self.plan.members[a].site == self.plan.members[b].site
+    }
+
+    fn may_connect(&self, node: usize, other: usize) -> bool {
+        let (a, b) = (&self.nodes[node], &self.nodes[other]);
+        let known = other == node || a.neighbours.iter().any(|n| n.node == other);
+        let banned = a.bans.contains(&other) || b.bans.contains(&node);
+        !known && !banned && b.alive && b.neighbours.len() < self.plan.degree_max
     }
 
     fn connect(&mut self, a: usize, b: usize) {
         let connection = self.ways.len() as u64 >> 1;
         self.ways.push(Way::new(&self.plan, a, b));
         self.ways.push(Way::new(&self.plan, b, a));
-        self.nodes[a].connect(self.now, b, connection);
-        self.nodes[b].connect(self.now, a, connection);
+        let beyond = !self.is_near(a, b);
+        self.nodes[a].connect(self.now, b, connection, beyond);
+        self.nodes[b].connect(self.now, a, connection, beyond);
         self.wake(b);
     }
 

@@ -73,7 +73,7 @@ pub struct Announce {
 /// cost stays within 0.5 % of the bytes received, else 500 ms apart; except of blobs in which it has no interest
 /// ([`set_interested`](Self::set_interested), for peers that hold all of it), of which it is told on completion only. What came from a publisher
 /// ([`hurry`](Self::hurry)) does not wait for its batch. What goes is told
-/// at once, so that nobody asks in vain.
+/// at once, so that nobody asks in vain. Other sites are told less, see [`peer_beyond_connected`](Self::peer_beyond_connected).
 ///
 /// # Order of calls
 /// 1. Any number of inputs, each with the current time.
@@ -86,8 +86,7 @@ pub struct Announce {
 pub struct Announcements {
     config: AnnounceConfig,
     holdings: BTreeMap<RootHash, Holding>,
-    /// The peers, each with the roots in which it has no interest.
-    peers: BTreeMap<PeerKey, BTreeSet<RootHash>>,
+    peers: BTreeMap<PeerKey, Listener>,
     /// New peers, and how far they have been told.
     greetings: VecDeque<(PeerKey, Option<RootHash>)>,
     /// To be sent at once.
@@ -98,6 +97,15 @@ pub struct Announcements {
     credit: f64,
 }
 
+/// Who is told.
+#[derive(Debug)]
+struct Listener {
+    /// Whether it is in another site.
+    beyond: bool,
+    /// The roots in which it has no interest.
+    uninteresting: BTreeSet<RootHash>,
+}
+
 /// What is held of a blob.
 #[derive(Debug, Default)]
 struct Holding {
@@ -105,6 +113,8 @@ struct Holding {
     held: GroupRanges,
     /// Held and not told yet.
     fresh: GroupRanges,
+    /// Whether other sites are told before all of it is held.
+    gateway: bool,
     due: Option<Time>,
     told: Option<Time>,
 }
@@ -199,9 +209,45 @@ impl Announcements {
     }
 
     /// Takes in a new peer: it will be told all that is held.
-    pub fn peer_connected(&mut self, _now: Time, peer: PeerKey) {
-        if self.peers.insert(peer, BTreeSet::new()).is_none() && !self.holdings.is_empty() {
+    pub fn peer_connected(&mut self, now: Time, peer: PeerKey) {
+        self.connected(now, peer, false);
+    }
+
+    /// Takes in a new peer of another site: it is told all that is held too, but then, as links between sites are dear, only of what is
+    /// complete, and of blobs for which this node is a gateway.
+    pub fn peer_beyond_connected(&mut self, now: Time, peer: PeerKey) {
+        self.connected(now, peer, true);
+    }
+
+    fn connected(&mut self, _now: Time, peer: PeerKey, beyond: bool) {
+        let listener = Listener {
+            beyond,
+            uninteresting: BTreeSet::new(),
+        };
+        if self.peers.insert(peer, listener).is_none() && !self.holdings.is_empty() {
             self.greetings.push_back((peer, None));
+        }
+    }
+
+    /// Says whether this node is a gateway of its site for a blob: then other sites are told all that it holds of it.
+    pub fn set_gateway(&mut self, _now: Time, root: &RootHash, gateway: bool) {
+        let Some(holding) = self.holdings.get_mut(root) else {
+            return;
+        };
+        let becomes = gateway && !holding.gateway;
+        holding.gateway = gateway;
+        let listens =
+            |listener: &Listener| listener.beyond && !listener.uninteresting.contains(root);
+        let beyond = self.peers.iter().filter(|(_, listener)| listens(listener));
+        let peers: Vec<_> = beyond.map(|(&peer, _)| peer).collect();
+        if becomes && !peers.is_empty() && !holding.held.is_empty() {
+            self.urgent.push_back(Announce {
+                peers,
+                root: *root,
+                size: holding.size,
+                change: Change::Have,
+                ranges: holding.held.clone(),
+            });
         }
     }
 
@@ -218,7 +264,7 @@ impl Announcements {
     /// Says whether a peer has interest in deltas of a blob. By default it has; one that holds all of it has none.
     /// When interest returns, the peer is told all that is held.
     pub fn set_interested(&mut self, _now: Time, peer: PeerKey, root: RootHash, interested: bool) {
-        let Some(uninteresting) = self.peers.get_mut(&peer) else {
+        let Some(Listener { uninteresting, .. }) = self.peers.get_mut(&peer) else {
             return;
         };
         if !interested {
@@ -290,11 +336,15 @@ impl Announcements {
         holding.told = Some(now);
         let fresh = std::mem::take(&mut holding.fresh);
         let complete = holding.held.contains_run(&(0..group_count(holding.size)));
-        let told = |uninteresting: &BTreeSet<RootHash>| complete || !uninteresting.contains(&root);
+        let gateway = holding.gateway;
+        let told = |listener: &Listener| {
+            let listens = !listener.uninteresting.contains(&root);
+            complete || listens && (gateway || !listener.beyond)
+        };
         let peers: Vec<_> = self
             .peers
             .iter()
-            .filter(|(_, un)| told(un))
+            .filter(|(_, listener)| told(listener))
             .map(|(&peer, _)| peer)
             .collect();
         // All that is held is one run then.

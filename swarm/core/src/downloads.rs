@@ -6,11 +6,13 @@
 mod api;
 mod audit;
 mod blob;
+mod gateways;
 mod late;
 mod peer;
 mod picker;
 mod pieces;
 mod requests;
+mod site;
 mod stats;
 mod view;
 
@@ -65,6 +67,10 @@ pub struct Downloads {
     outputs: VecDeque<Output>,
     /// When lateness is looked at again.
     review_at: Option<Time>,
+    /// Peers of other sites.
+    beyond: usize,
+    /// Whether notices of gateways are passed on.
+    passes_on: bool,
 }
 
 impl Downloads {
@@ -85,6 +91,8 @@ impl Downloads {
             ready: VecDeque::new(),
             outputs: VecDeque::new(),
             review_at: None,
+            beyond: 0,
+            passes_on: false,
         }
     }
 
@@ -102,7 +110,7 @@ impl Downloads {
                 size: spec.size,
             });
         }
-        let mut blob = Blob::new(now, &spec);
+        let mut blob = Blob::new(now, &spec, &self.config.me);
         for (slot, peer) in self.peers.iter_mut().enumerate() {
             let Some(peer) = peer else { continue };
             if let Some(ranges) = peer.haves.remove(&spec.root) {
@@ -209,13 +217,23 @@ impl Downloads {
         Ok(())
     }
 
-    /// Takes in a new peer. False if it is known already or there are too many: the caller should not use it.
-    pub fn peer_connected(&mut self, _now: Time, peer: PeerKey) -> bool {
+    /// Takes in a new peer of this site. False if it is known already or there are too many: the caller should not use it.
+    pub fn peer_connected(&mut self, now: Time, peer: PeerKey) -> bool {
+        self.connected(now, peer, false)
+    }
+
+    /// Takes in a new peer of another site.
+    pub fn peer_beyond_connected(&mut self, now: Time, peer: PeerKey) -> bool {
+        self.connected(now, peer, true)
+    }
+
+    fn connected(&mut self, _now: Time, peer: PeerKey, beyond: bool) -> bool {
         if self.slots.contains_key(&peer) || self.slots.len() >= self.config.max_peers {
             return false;
         }
-        let slot = free_slot(&mut self.peers, Peer::new(peer));
+        let slot = free_slot(&mut self.peers, Peer::new(peer, beyond));
         self.slots.insert(peer, slot);
+        self.beyond += usize::from(beyond);
         true
     }
 
@@ -230,7 +248,8 @@ impl Downloads {
         }
         self.drop_flights_of(now, slot);
         (0..self.blobs.len()).for_each(|at| self.wake_providers(at));
-        self.peers[slot] = None;
+        let gone = self.peers[slot].take();
+        self.beyond -= usize::from(gone.is_some_and(|peer| peer.beyond));
         self.ready.retain(|&other| other != slot);
     }
 
@@ -246,6 +265,7 @@ impl Downloads {
                 }
                 self.rehome(now, at, slot, ranges);
                 self.wake(slot);
+                self.review_crossing(now, at);
                 self.serve_demands(now, at);
                 self.arm_review(now, at);
             }
@@ -437,6 +457,7 @@ impl Downloads {
         self.report_completion(now, at);
         self.serve_demands(now, at);
         self.wake_providers(at);
+        self.review_crossing(now, at);
         self.arm_review(now, at);
     }
 

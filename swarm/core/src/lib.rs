@@ -23,7 +23,7 @@ mod uploads;
 pub use announcements::{Announce, AnnounceConfig, Announcements, Change};
 pub use downloads::{
     AddBlobError, BanReason, BlobSpec, BlobStats, BlobStatus, DownloadConfig, Downloads, Failure,
-    Inconsistency, Output, PauseReason, PeerStats, ProviderStats, UnknownBlob,
+    GatewayNotice, Inconsistency, Output, PauseReason, PeerStats, ProviderStats, UnknownBlob,
 };
 pub use geometry::{MAX_REQUEST_GROUPS, PieceGeometry};
 pub use time::Time;
@@ -32,6 +32,10 @@ pub use uploads::{IncomingRequest, Refusal, Serve, UploadConfig, UploadStats, Up
 /// A connected peer, numbered by the caller; never reused for another connection while the old one is known here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PeerKey(pub u64);
+
+/// A node as others know it: the same in the eyes of all.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct NodeId(pub [u8; 32]);
 
 /// A request, numbered by the requester; unique among all its requests to all peers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

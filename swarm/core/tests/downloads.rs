@@ -8,7 +8,7 @@ use capsule_proto::hash::RootHash;
 use capsule_proto::ranges::{GROUP_LEN, GroupRanges};
 use capsule_swarm_core::{
     AddBlobError, BanReason, BlobSpec, BlobStatus, DownloadConfig, Downloads, Failure,
-    MAX_REQUEST_GROUPS, Output, PauseReason, PeerKey, RequestId, Time,
+    GatewayNotice, MAX_REQUEST_GROUPS, NodeId, Output, PauseReason, PeerKey, RequestId, Time,
 };
 use proptest::prelude::*;
 
@@ -239,6 +239,7 @@ fn a_silent_peer_is_left_alone_and_its_requests_go_to_others() {
     for ms in (100..8000).step_by(10) {
         for output in outputs(&mut downloads, at(ms)) {
             match output {
+                Output::TellGateway { .. } => panic!("no peer is beyond the site"),
                 Output::Request {
                     peer: PeerKey(9),
                     id,
@@ -313,6 +314,7 @@ enum Step {
     Unhave(u64, u64, u64),
     Connect(u64),
     Disconnect(u64),
+    Gateway(u64, u64, u64),
     Demand(u64),
     Wait(u64),
 }
@@ -335,6 +337,7 @@ fn step() -> impl Strategy<Value = Step> {
         1 => (0u64..6, 0..GROUPS, 1u64..100).prop_map(|(p, s, l)| Step::Unhave(p, s, l)),
         2 => (0u64..6).prop_map(Step::Connect),
         1 => (0u64..6).prop_map(Step::Disconnect),
+        2 => (0u64..6, 0..GROUPS, 1u64..900).prop_map(|(p, s, l)| Step::Gateway(p, s, l)),
         1 => (0..GROUPS).prop_map(Step::Demand),
         2 => (1u64..3000).prop_map(Step::Wait),
     ]
@@ -350,12 +353,30 @@ struct Oracle {
     crossed: Option<(PeerKey, RequestId)>,
     banned: BTreeSet<PeerKey>,
     complete: bool,
+    divided: bool,
+    notices: u64,
 }
 
 impl Oracle {
+    /// In half of all cases the peers of odd numbers are beyond the site.
+    fn is_beyond(&self, peer: PeerKey) -> bool {
+        self.divided && peer.0 % 2 == 1
+    }
+
+    fn connect(&self, downloads: &mut Downloads, now: Time, peer: PeerKey) -> bool {
+        if self.is_beyond(peer) {
+            downloads.peer_beyond_connected(now, peer)
+        } else {
+            downloads.peer_connected(now, peer)
+        }
+    }
+
     fn take_in(&mut self, outputs: Vec<Output>) -> Result<(), TestCaseError> {
         for output in outputs {
             match output {
+                Output::TellGateway { peers, .. } => {
+                    prop_assert!(peers.iter().all(|peer| !self.is_beyond(*peer)));
+                }
                 Output::Request {
                     peer, id, groups, ..
                 } => {
@@ -440,8 +461,18 @@ impl Oracle {
                 }
                 downloads.handle_unhave(now, peer, &root(), &run.into());
             }
+            Step::Gateway(peer, start, len) => {
+                self.notices += 1;
+                let notice = GatewayNotice {
+                    root: root(),
+                    node: NodeId([start as u8 % 4; 32]),
+                    sequence: self.notices,
+                    groups: (start..(start + len).min(GROUPS)).into(),
+                };
+                downloads.handle_gateway(now, PeerKey(peer), &notice);
+            }
             Step::Connect(peer) => {
-                if downloads.peer_connected(now, PeerKey(peer)) {
+                if self.connect(downloads, now, PeerKey(peer)) {
                     self.haves.insert(PeerKey(peer), GroupRanges::new());
                 }
             }
@@ -465,11 +496,15 @@ proptest! {
     #[test]
     fn whatever_happens_held_is_what_came_and_a_provider_suffices(
         seed: u64,
+        divided: bool,
         steps in prop::collection::vec(step(), 0..150),
     ) {
         let mut downloads = Downloads::new(DownloadConfig::default(), seed);
         downloads.add_blob(at(0), spec(GROUPS)).expect("a first blob");
-        let mut oracle = Oracle::default();
+        let mut oracle = Oracle {
+            divided,
+            ..Oracle::default()
+        };
         let mut ms = 0;
         for step in &steps {
             ms += if let Step::Wait(wait) = step { *wait } else { 1 };
@@ -478,10 +513,11 @@ proptest! {
             prop_assert_eq!(downloads.held(&root()), Some(&oracle.held));
             let stats = downloads.blob_stats(&root()).expect("known");
             prop_assert!(stats.held + stats.in_flight <= stats.wanted);
+            prop_assert_eq!(downloads.audit(), Ok(()));
         }
         // The others fall silent; one honest provider stays, and only answers when asked.
         let last = PeerKey(99);
-        prop_assert!(downloads.peer_connected(at(ms), last));
+        prop_assert!(oracle.connect(&mut downloads, at(ms), last));
         downloads.handle_have(at(ms), last, &root(), &(0..GROUPS).into());
         oracle.haves.insert(last, (0..GROUPS).into());
         for _ in 0..20_000 {

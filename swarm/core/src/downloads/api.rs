@@ -7,7 +7,7 @@ use capsule_proto::hash::RootHash;
 use capsule_proto::ranges::GroupRanges;
 use thiserror::Error;
 
-use crate::{PeerKey, RequestId};
+use crate::{NodeId, PeerKey, RequestId};
 
 /// Tunables of [`Downloads`](super::Downloads).
 #[derive(Clone, Debug)]
@@ -16,6 +16,8 @@ pub struct DownloadConfig {
     pub max_blobs: usize,
     /// Most peers known at once.
     pub max_peers: usize,
+    /// What this node is called in its site.
+    pub me: NodeId,
 }
 
 impl Default for DownloadConfig {
@@ -23,6 +25,7 @@ impl Default for DownloadConfig {
         Self {
             max_blobs: 1024,
             max_peers: 256,
+            me: NodeId::default(),
         }
     }
 }
@@ -105,6 +108,19 @@ pub enum BanReason {
     Malformed,
 }
 
+/// What a gateway of a site says: that it is one, and what it fetches from beyond.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GatewayNotice {
+    /// The blob.
+    pub root: RootHash,
+    /// The gateway.
+    pub node: NodeId,
+    /// Grows with each notice of this gateway.
+    pub sequence: u64,
+    /// What it is fetching, all of it.
+    pub groups: GroupRanges,
+}
+
 /// An instruction to the caller.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Output {
@@ -134,6 +150,13 @@ pub enum Output {
     Complete {
         /// The blob.
         root: RootHash,
+    },
+    /// Tell peers of the site what one of its gateways fetches.
+    TellGateway {
+        /// Whom.
+        peers: Vec<PeerKey>,
+        /// What.
+        notice: GatewayNotice,
     },
     /// Cut a peer off, and do not let it back.
     Ban {

@@ -10,9 +10,10 @@ use capsule_proto::ranges::GroupRanges;
 
 use super::api::{BlobSpec, PauseReason};
 use super::pieces::PieceMap;
+use super::site::Crossing;
 use super::view::View;
 use crate::meter::RateMeter;
-use crate::{MAX_REQUEST_GROUPS, PeerKey, PieceGeometry, RequestId, Time, spans};
+use crate::{MAX_REQUEST_GROUPS, NodeId, PeerKey, PieceGeometry, RequestId, Time, spans};
 
 /// A blob being fetched.
 #[derive(Clone, Debug)]
@@ -32,10 +33,12 @@ pub(crate) struct Blob {
     pub(crate) received_of_gone: u64,
     pub(crate) duplicate: u64,
     pub(crate) meter: RateMeter,
+    /// Fetching it from beyond the site.
+    pub(super) crossing: Crossing,
 }
 
 impl Blob {
-    pub(crate) fn new(now: Time, spec: &BlobSpec) -> Self {
+    pub(crate) fn new(now: Time, spec: &BlobSpec, me: &NodeId) -> Self {
         let mut meter = RateMeter::default();
         meter.start(now);
         Self {
@@ -51,6 +54,7 @@ impl Blob {
             received_of_gone: 0,
             duplicate: 0,
             meter,
+            crossing: Crossing::new(now, spec.root, me),
         }
     }
 
@@ -148,6 +152,7 @@ impl Blob {
         self.duplicate += all - fresh;
         self.demanded.remove(run.clone());
         self.meter.add(now, fresh);
+        self.crossing.moved = now;
         fresh
     }
 }

@@ -23,6 +23,8 @@ const STEAL_LOOK: usize = 32;
 const STEAL_MARGIN: Duration = Duration::from_millis(20);
 /// The same for one that is on its way already, whose rest will be received twice in part.
 const COPY_MARGIN: Duration = Duration::from_millis(200);
+/// What a peer beyond the site takes over from one within it must be so much later there: a copy crosses a dear link.
+const DEAR_MARGIN: Duration = Duration::from_secs(5);
 /// How long a response is watched before its own pace is taken for what the rest of it will take.
 const COPY_WATCH: Duration = Duration::from_millis(250);
 /// Least time that a provider has to answer a cancel.
@@ -33,6 +35,8 @@ const MAX_CANCEL_PATIENCE: Duration = Duration::from_millis(1500);
 const SILENCE: Duration = Duration::from_secs(2);
 /// Least time that a demanded group is waited for before it is asked of another provider too.
 const HEDGE_AFTER: Duration = Duration::from_millis(50);
+/// What somebody waits for is asked of a peer beyond the site if that brings it so much sooner.
+const DEAR_DEMAND: Duration = Duration::from_millis(500);
 /// Most requests open at once for one demanded group.
 const MAX_COPIES: usize = 3;
 /// Groups in one demanded request at most: 128 KiB, so that what is waited for is not behind what is not.
@@ -61,6 +65,7 @@ impl Downloads {
         for i in 0..self.order.len() {
             let at = self.order[i];
             self.serve_demands(now, at);
+            self.review_crossing(now, at);
             self.arm_review(now, at);
         }
         for slot in 0..self.peers.len() {
@@ -137,13 +142,14 @@ impl Downloads {
         let (Some(blob), Some(peer)) = (&self.blobs[at], &self.peers[slot]) else {
             return;
         };
+        let divided = self.is_divided();
         let Some(view) = blob
             .view(slot)
-            .filter(|view| !view.is_seeder() && !blob.flights.is_empty())
+            .filter(|view| (!view.is_seeder() || divided) && !blob.flights.is_empty())
         else {
             return;
         };
-        if !peer.has_room() && !blob.map.has_unspread() {
+        if !peer.has_room() && !blob.map.has_unspread() && !divided || self.is_across(slot) {
             return;
         }
         let mut moves = Vec::new();
@@ -155,7 +161,9 @@ impl Downloads {
                 let waits =
                     flight.arrived == 0 && !flight.demand && !self.cancelling.contains_key(&id);
                 let seeder = blob.view(flight.slot).is_some_and(|view| view.is_seeder());
-                if waits && seeder && view.have().contains(groups.start) {
+                let dearer = self.is_across(flight.slot) && !self.is_across(slot);
+                let spared = seeder && !view.is_seeder();
+                if waits && (spared || dearer) && view.have().contains(groups.start) {
                     moves.push(id);
                 }
             }
@@ -200,6 +208,10 @@ impl Downloads {
     /// The request of a blob that this peer would improve most.
     fn theft(&self, now: Time, slot: usize, at: usize) -> Option<Theft> {
         let blob = self.blobs[at].as_ref().filter(|blob| blob.is_active())?;
+        let across = self.is_across(slot);
+        if across && !self.may_cross(now, at) {
+            return None;
+        }
         let (view, thief) = (blob.view(slot)?, self.peers[slot].as_ref()?);
         let mut best: Option<(Duration, Theft)> = None;
         for id in blob.flights.by_age().take(STEAL_LOOK) {
@@ -222,6 +234,8 @@ impl Downloads {
             } else {
                 (flight.rest(now), COPY_MARGIN)
             };
+            let dear = across && !self.is_across(flight.slot);
+            let margin = margin + if dear { DEAR_MARGIN } else { Duration::ZERO };
             let gains = there > 2 * here + margin
                 && best.as_ref().is_none_or(|(gain, _)| there - here > *gain);
             // What costs a search comes last.
@@ -312,7 +326,14 @@ impl Downloads {
                     view,
                 ))
             })
-            .min_by_key(|(peer, ..)| peer.eta(now, 0, blob.map.geometry().bytes(&run)));
+            .min_by_key(|(peer, slot, _)| {
+                let dear = if self.is_across(*slot) {
+                    DEAR_DEMAND
+                } else {
+                    Duration::ZERO
+                };
+                dear + peer.eta(now, 0, blob.map.geometry().bytes(&run))
+            });
         let (_, slot, view) = best?;
         let groups = spans::first_in_both(blob.map.lacking(), view.have(), run)?;
         self.issue(now, slot, at, groups.clone(), true);

@@ -61,6 +61,8 @@ pub(crate) struct Peer {
     /// Whether it is in the queue of peers to be given requests.
     pub(crate) ready: bool,
     pub(crate) banned: bool,
+    /// Whether it is in another site.
+    pub(crate) beyond: bool,
     outstanding: u64,
     meter: RateMeter,
     /// The window while it is found out how much the peer and the path can carry.
@@ -77,13 +79,14 @@ pub(crate) struct Peer {
 }
 
 impl Peer {
-    pub(crate) fn new(key: PeerKey) -> Self {
+    pub(crate) fn new(key: PeerKey, beyond: bool) -> Self {
         Self {
             key,
             haves: BTreeMap::new(),
             live: BTreeSet::new(),
             ready: false,
             banned: false,
+            beyond,
             outstanding: 0,
             meter: RateMeter::default(),
             ramp: Some(FIRST_WINDOW),
@@ -203,6 +206,11 @@ impl Peer {
                 || self.live.len() < MAX_REQUESTS && self.outstanding < self.window())
     }
 
+    /// Whether it is a peer of the site that gives what it says it has, as far as is known.
+    pub(crate) fn gives_in_site(&self) -> bool {
+        !self.beyond && !self.banned && self.strikes == 0 && self.backoff_until.is_none()
+    }
+
     /// Whether it may be asked at all, for something that somebody waits for: its window does not count.
     pub(crate) fn is_usable(&self) -> bool {
         !self.banned && self.backoff_until.is_none() && self.live.len() < MAX_OPEN
@@ -292,7 +300,7 @@ mod tests {
 
     #[test]
     fn windows_follow_rate_and_delay() {
-        let mut peer = Peer::new(PeerKey(1));
+        let mut peer = Peer::new(PeerKey(1), false);
         assert_eq!(peer.window(), FIRST_WINDOW);
         peer.asked(at(0), RequestId(1), 1 << 20);
         peer.started(Duration::from_millis(50));
@@ -309,7 +317,7 @@ mod tests {
 
     #[test]
     fn a_dripping_peer_is_asked_for_single_groups() {
-        let mut peer = Peer::new(PeerKey(1));
+        let mut peer = Peer::new(PeerKey(1), false);
         peer.asked(at(0), RequestId(1), 65536);
         (1..10).for_each(|second| peer.arrived(at(second * 1000), 1, true));
         assert_eq!(peer.request_groups(), 1);
@@ -319,7 +327,7 @@ mod tests {
 
     #[test]
     fn backoff_doubles_and_is_bounded() {
-        let mut peer = Peer::new(PeerKey(1));
+        let mut peer = Peer::new(PeerKey(1), false);
         let mut waits = Vec::new();
         for _ in 0..40 {
             peer.strike(at(0));
@@ -333,7 +341,7 @@ mod tests {
 
     #[test]
     fn silence_counts_only_while_something_is_expected() {
-        let mut peer = Peer::new(PeerKey(1));
+        let mut peer = Peer::new(PeerKey(1), false);
         assert!(!peer.is_stalled(at(60_000)));
         peer.asked(at(60_000), RequestId(1), 100);
         assert!(!peer.is_stalled(at(64_000)));

@@ -9,8 +9,9 @@ use rand::rngs::SmallRng;
 
 use super::blob::Blob;
 use super::peer::Peer;
+use super::view::View;
 use super::{Downloads, Flight, Output};
-use crate::{RequestId, Time, spans};
+use crate::{PieceGeometry, RequestId, Time, spans};
 
 /// How many pieces of one rarity are looked at for one that a seeder should be asked for.
 const SEEDER_TRIES: usize = 3;
@@ -30,12 +31,18 @@ impl Downloads {
             return false;
         };
         let most = peer.request_groups();
+        let across = self.is_across(slot);
         for i in 0..self.order.len() {
             let at = self.order[i];
             let Some(blob) = self.blobs[at].as_mut().filter(|blob| blob.is_active()) else {
                 continue;
             };
-            if let Some(run) = pick(now, blob, &self.peers, slot, most, &mut self.rng) {
+            let run = if across {
+                self.pick_beyond(now, slot, at, most)
+            } else {
+                pick(now, blob, &self.peers, slot, most, &mut self.rng)
+            };
+            if let Some(run) = run {
                 self.issue(now, slot, at, run, false);
                 return true;
             }
@@ -87,6 +94,9 @@ impl Downloads {
             heir: None,
         };
         self.flights.insert(id, flight);
+        if self.is_across(slot) {
+            self.review_crossing(now, at);
+        }
         if full {
             self.wake_seeders(at);
         }
@@ -175,6 +185,7 @@ struct Partial<'a> {
     blob: &'a Blob,
     peers: &'a [Option<Peer>],
     now: Time,
+    seeder: usize,
     /// Whether the seeder is spared.
     are_enough: bool,
     /// Rate of one that counts as delivering: claims alone must not keep the seeder from being asked.
@@ -183,10 +194,7 @@ struct Partial<'a> {
 
 impl<'a> Partial<'a> {
     fn of(now: Time, blob: &'a Blob, peers: &'a [Option<Peer>], seeder: usize) -> Self {
-        let rates = || {
-            let partial = blob.providers().filter(|(_, view)| !view.is_seeder());
-            partial.map(|(slot, _)| rate(now, peers, slot))
-        };
+        let rates = || partial(blob, peers, seeder).map(|(slot, _)| rate(now, peers, slot));
         let total: f64 = rates().sum();
         // Of a seeder that was hardly asked nothing is known: spared, it would stay unknown, whatever drips from the others.
         let known = peers[seeder].as_ref().and_then(|peer| peer.rate_at(now));
@@ -195,6 +203,7 @@ impl<'a> Partial<'a> {
             blob,
             peers,
             now,
+            seeder,
             are_enough: known.is_some_and(|rate| total > rate),
             fair: total / working as f64 * FAIR_PART,
         }
@@ -202,10 +211,8 @@ impl<'a> Partial<'a> {
 
     /// Whether this group is better asked of one of them.
     fn deliver(&self, start: u64) -> bool {
-        let mut holders = self
-            .blob
-            .providers()
-            .filter(|(_, view)| !view.is_seeder() && view.have().contains(start));
+        let mut holders = partial(self.blob, self.peers, self.seeder)
+            .filter(|(_, view)| view.have().contains(start));
         holders.any(|(slot, _)| {
             if self.are_enough {
                 rate(self.now, self.peers, slot) >= self.fair
@@ -216,10 +223,27 @@ impl<'a> Partial<'a> {
     }
 }
 
+/// The partial providers on the seeder's side of the site's border.
+fn partial<'a>(
+    blob: &'a Blob,
+    peers: &'a [Option<Peer>],
+    seeder: usize,
+) -> impl Iterator<Item = (usize, &'a View)> {
+    let beyond = |slot: usize| peers[slot].as_ref().map(|peer| peer.beyond);
+    let here = beyond(seeder);
+    blob.providers()
+        .filter(move |(slot, view)| !view.is_seeder() && beyond(*slot) == here)
+}
+
 /// What a peer delivers, in bytes a second; nothing if it may not be asked.
 fn rate(now: Time, peers: &[Option<Peer>], slot: usize) -> f64 {
     let peer = peers[slot].as_ref().filter(|peer| peer.is_usable());
     peer.and_then(|peer| peer.rate_at(now)).unwrap_or_default()
+}
+
+/// How many groups a request may cover, where the peer may be asked for `most`.
+pub(super) fn most_at_once(geometry: &PieceGeometry, most: u64) -> u64 {
+    most.min((geometry.groups() / STRETCH).max(geometry.piece_groups()))
 }
 
 /// The run from an open group that the peer holds: to the end of the piece, and on through whole pieces that are no
@@ -227,7 +251,7 @@ fn rate(now: Time, peers: &[Option<Peer>], slot: usize) -> f64 {
 fn stretch(blob: &Blob, slot: usize, start: u64, most: u64) -> Option<Range<u64>> {
     let (view, geometry) = (blob.view(slot)?, blob.map.geometry());
     let piece = geometry.piece_of(start);
-    let most = most.min((geometry.groups() / STRETCH).max(geometry.piece_groups()));
+    let most = most_at_once(geometry, most);
     let mut run = spans::first_in_both(blob.map.open(), view.have(), start..start + most)?;
     let first = geometry.groups_of(piece);
     if run.end <= first.end {

@@ -136,7 +136,7 @@ impl Downloads {
         let key = self.peers[slot].as_ref().map(|peer| peer.key);
         self.outputs.retain(|output| match output {
             Output::Request { peer, .. } | Output::Cancel { peer, .. } => Some(*peer) != key,
-            Output::Complete { .. } | Output::Ban { .. } => true,
+            Output::Complete { .. } | Output::TellGateway { .. } | Output::Ban { .. } => true,
         });
         let ids: Vec<_> = self
             .flights

@@ -1,0 +1,305 @@
+//! Fetching from beyond the site: who does, and what not.
+//!
+//! While peers of both kinds are connected, only a blob's gateways (see `gateways`) ask those beyond, and only for what nobody of the site
+//! holds or is fetching. The others wait for them; whoever gets nothing at all for a while helps himself. Where the only peers are
+//! beyond, or none are, nothing of this applies.
+
+use std::ops::Range;
+use std::time::Duration;
+
+use capsule_proto::hash::RootHash;
+use capsule_proto::ranges::GroupRanges;
+use rand::RngExt;
+
+use super::Downloads;
+use super::api::{GatewayNotice, Output};
+use super::blob::Blob;
+use super::gateways::Gateways;
+use super::peer::Peer;
+use super::picker::most_at_once;
+use super::view::View;
+use crate::time::earliest;
+use crate::{NodeId, PeerKey, RequestId, Time, spans};
+
+/// How long a node that would be a gateway waits for better ones to speak up.
+const GRACE: Duration = Duration::from_millis(250);
+/// How often a gateway says that it is there, if nothing changes.
+const TELL_EVERY: Duration = Duration::from_secs(1);
+/// Least time between two notices.
+const TELL_AFTER: Duration = Duration::from_millis(20);
+/// A node to which nothing of a blob came for so long asks beyond whoever the gateways are: they may lie, or not be heard of.
+const FORSAKEN_AFTER: Duration = Duration::from_secs(10);
+/// Peers to which a notice of another gateway is passed on, where not all of the site are connected to each other.
+const PASS_ON: usize = 6;
+
+/// What a node does about a blob's lying beyond.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Role {
+    /// It leaves that to others.
+    Waits,
+    /// It said that it would do it, then.
+    Offers(Time),
+    /// It is one of the gateways.
+    Gateway,
+}
+
+/// One blob's part in this.
+#[derive(Clone, Debug)]
+pub(super) struct Crossing {
+    gateways: Gateways,
+    role: Role,
+    sequence: u64,
+    /// What was last told, and when.
+    told: GroupRanges,
+    told_at: Option<Time>,
+    /// When something last came.
+    pub(super) moved: Time,
+}
+
+impl Crossing {
+    pub fn new(now: Time, root: RootHash, me: &NodeId) -> Self {
+        Self {
+            gateways: Gateways::new(root, me),
+            role: Role::Waits,
+            sequence: 0,
+            told: GroupRanges::new(),
+            told_at: None,
+            moved: now,
+        }
+    }
+
+    /// Whether this node is one of the gateways.
+    pub fn is_gateway(&self) -> bool {
+        self.role == Role::Gateway
+    }
+
+    fn may_ask(&self, now: Time) -> bool {
+        self.is_gateway() || now - self.moved > FORSAKEN_AFTER
+    }
+}
+
+impl Downloads {
+    /// Takes in what a gateway of this site says of a blob; it may have been passed on by another peer of the site.
+    pub fn handle_gateway(&mut self, now: Time, from: PeerKey, notice: &GatewayNotice) {
+        let near = self
+            .usable_slot(from)
+            .filter(|slot| self.peers[*slot].as_ref().is_some_and(|peer| !peer.beyond));
+        if near.is_none() || notice.node == self.config.me {
+            return;
+        }
+        let Some(&at) = self.roots.get(&notice.root) else {
+            return;
+        };
+        let Some(blob) = &mut self.blobs[at] else {
+            return;
+        };
+        if !blob.crossing.gateways.hear(now, notice) {
+            return;
+        }
+        let better = blob.crossing.gateways.claimed_by_better(now);
+        self.yield_to(now, at, &better);
+        if self.passes_on {
+            let peers = self.some_of_site(from);
+            let notice = notice.clone();
+            self.outputs
+                .push_back(Output::TellGateway { peers, notice });
+        }
+        self.review_crossing(now, at);
+    }
+
+    /// Says whether there are nodes of the site that are not connected to all others: notices of gateways are passed on then.
+    pub fn pass_on_gateways(&mut self, pass_on: bool) {
+        self.passes_on = pass_on;
+    }
+
+    /// Whether this node is a gateway for a blob just now.
+    pub fn is_gateway(&self, root: &RootHash) -> bool {
+        let blob = self.roots.get(root).and_then(|at| self.blobs[*at].as_ref());
+        blob.is_some_and(|blob| blob.crossing.is_gateway())
+    }
+
+    /// Whether there are peers within the site and beyond it.
+    pub(super) fn is_divided(&self) -> bool {
+        self.beyond > 0 && self.beyond < self.slots.len()
+    }
+
+    /// Whether this peer is beyond the site, and others are not.
+    pub(super) fn is_across(&self, slot: usize) -> bool {
+        self.is_divided() && self.peers[slot].as_ref().is_some_and(|peer| peer.beyond)
+    }
+
+    /// Whether peers beyond may be asked for a blob.
+    pub(super) fn may_cross(&self, now: Time, at: usize) -> bool {
+        let blob = self.blobs[at].as_ref();
+        blob.is_some_and(|blob| blob.crossing.may_ask(now))
+    }
+
+    /// What to ask a peer beyond for: what nobody of the site has or fetches. Long pieces are asked for in order; gateways begin
+    /// each in their own part of the blob.
+    pub(super) fn pick_beyond(
+        &mut self,
+        now: Time,
+        slot: usize,
+        at: usize,
+        most: u64,
+    ) -> Option<Range<u64>> {
+        if !self.may_cross(now, at) {
+            return None;
+        }
+        let blob = self.blobs[at].as_ref()?;
+        let view = blob.view(slot)?;
+        let mut others = blob.crossing.gateways.claimed(now);
+        others.union_with(&self.held_near(blob));
+        let geometry = blob.map.geometry();
+        let piece_groups = geometry.piece_groups();
+        let goes_on = view.cursor < geometry.groups() && view.cursor % piece_groups != 0;
+        let first = if goes_on {
+            view.cursor
+        } else {
+            let (part, parts) = blob.crossing.gateways.part(now);
+            let (pieces, any) = (
+                u64::from(geometry.pieces()),
+                self.rng.random_range(0..u64::MAX),
+            );
+            (pieces * part / parts + any % pieces.div_ceil(parts)) * piece_groups
+        };
+        let whole = 0..geometry.groups();
+        let open = |run| first_crossable(blob, view, &others, run);
+        let run = open(first..whole.end).or_else(|| open(0..first.min(whole.end)))?;
+        Some(run.start..run.end.min(run.start + most_at_once(geometry, most)))
+    }
+
+    /// Sees to it that a blob has the gateways it needs, this node among them or not, and that the others know what it fetches.
+    pub(super) fn review_crossing(&mut self, now: Time, at: usize) {
+        if !self.is_divided() {
+            return;
+        }
+        let Some(blob) = self.blobs[at].as_ref() else {
+            return;
+        };
+        let needed = blob.is_active() && self.must_cross(blob);
+        let (suffice, before) = (blob.crossing.gateways.suffice(now), blob.crossing.role);
+        let role = match before {
+            _ if !needed || suffice => Role::Waits,
+            Role::Waits => Role::Offers(now),
+            Role::Offers(since) if now - since >= GRACE => Role::Gateway,
+            same => same,
+        };
+        let asked = self.asked_beyond(at);
+        let Some(blob) = &mut self.blobs[at] else {
+            return;
+        };
+        let crossing = &mut blob.crossing;
+        crossing.role = role;
+        let due = crossing.told_at.is_none_or(|told| {
+            let changed = asked != crossing.told && now - told >= TELL_AFTER;
+            changed || now - told >= TELL_EVERY
+        });
+        if due && (role != Role::Waits || !crossing.told.is_empty()) {
+            crossing.sequence += 1;
+            crossing.told.clone_from(&asked);
+            crossing.told_at = Some(now);
+            let notice = GatewayNotice {
+                root: blob.root,
+                node: self.config.me,
+                sequence: crossing.sequence,
+                groups: asked,
+            };
+            let near = self
+                .peers
+                .iter()
+                .flatten()
+                .filter(|peer| !peer.beyond && !peer.banned);
+            let peers = near.map(|peer| peer.key).collect();
+            self.outputs
+                .push_back(Output::TellGateway { peers, notice });
+        }
+        if needed {
+            self.review_at = earliest(self.review_at, Some(now + GRACE));
+        }
+        if role != before || self.may_cross(now, at) {
+            self.wake_providers(at);
+        }
+    }
+
+    /// Whether something is lacking that nobody of the site has, and somebody beyond does.
+    fn must_cross(&self, blob: &Blob) -> bool {
+        let lacking = blob.map.lacking().difference(&self.held_near(blob));
+        !lacking.is_empty()
+            && blob.providers().any(|(slot, view)| {
+                let usable = self.peers[slot]
+                    .as_ref()
+                    .is_some_and(|peer| peer.beyond && peer.is_usable());
+                usable
+                    && (view.is_seeder()
+                        || lacking.runs().iter().any(|run| view.have().intersects(run)))
+            })
+    }
+
+    /// What peers of the site hold of a blob, but for those that do not answer.
+    fn held_near(&self, blob: &Blob) -> GroupRanges {
+        let mut held = GroupRanges::new();
+        for (slot, view) in blob.providers() {
+            if self.peers[slot].as_ref().is_some_and(Peer::gives_in_site) {
+                held.union_with(view.have());
+            }
+        }
+        held
+    }
+
+    /// What is asked of peers beyond.
+    fn asked_beyond(&self, at: usize) -> GroupRanges {
+        let asked = self.flights.values().filter(|flight| {
+            let beyond = self.peers[flight.slot]
+                .as_ref()
+                .is_some_and(|peer| peer.beyond);
+            flight.blob == at && flight.live && beyond
+        });
+        asked.map(|flight| flight.groups.clone()).collect()
+    }
+
+    /// A better gateway fetches these: what this one asked for too, and has not begun to come, is taken back.
+    fn yield_to(&mut self, now: Time, at: usize, claimed: &GroupRanges) {
+        let both: Vec<RequestId> = self
+            .flights
+            .iter()
+            .filter(|(_, flight)| {
+                let beyond = self.peers[flight.slot]
+                    .as_ref()
+                    .is_some_and(|peer| peer.beyond);
+                flight.blob == at && flight.live && flight.arrived == 0 && !flight.demand && beyond
+            })
+            .filter(|(_, flight)| claimed.intersects(&flight.groups))
+            .map(|(id, _)| *id)
+            .collect();
+        both.into_iter().for_each(|id| self.cancel(now, id));
+    }
+
+    /// Some peers of the site at random.
+    fn some_of_site(&mut self, but: PeerKey) -> Vec<PeerKey> {
+        let near = self.peers.iter().flatten();
+        let mut near: Vec<_> = near
+            .filter(|peer| !peer.beyond && !peer.banned && peer.key != but)
+            .map(|peer| peer.key)
+            .collect();
+        for drawn in 0..near.len().min(PASS_ON) {
+            let lot = self.rng.random_range(drawn..near.len());
+            near.swap(drawn, lot);
+        }
+        near.truncate(PASS_ON);
+        near
+    }
+}
+
+/// The first stretch of a run that is open, that a peer holds, and that is not in `others`.
+fn first_crossable(
+    blob: &Blob,
+    view: &View,
+    others: &GroupRanges,
+    run: Range<u64>,
+) -> Option<Range<u64>> {
+    spans::overlaps(blob.map.open(), run).find_map(|open| {
+        spans::overlaps(view.have(), open)
+            .find_map(|part| spans::gaps(others, part).into_iter().next())
+    })
+}
