@@ -14,7 +14,7 @@ use capsule_proto::record::{
     BlobRef, Body, Layer, Name, Prefetch, Record, RecordId, Release, SignedRecord,
 };
 use capsule_proto::wire::{
-    Control, HeldCapsule, PeerAddress, Reject, RejectReason, Request, Status,
+    Control, Gateway, HeldCapsule, PeerAddress, Reject, RejectReason, Request, Status,
 };
 use capsule_proto::{CapsuleId, GroupRanges, RootHash};
 use proptest::collection::{btree_map, btree_set, vec};
@@ -295,8 +295,27 @@ fn control() -> impl Strategy<Value = Control> {
     let peer = (
         any::<[u8; 32]>().prop_map(MachineId),
         vec("[a-z0-9/.]{0,100}", 1..16),
+        "[a-z0-9 ]{0,64}",
     )
-        .prop_map(|(machine, addresses)| PeerAddress { machine, addresses });
+        .prop_map(|(machine, addresses, site)| PeerAddress {
+            machine,
+            addresses,
+            site,
+        });
+    let gateway = (
+        root(),
+        any::<[u8; 32]>().prop_map(MachineId),
+        any::<u64>(),
+        groups(),
+    )
+        .prop_map(|(root, machine, sequence, groups)| {
+            Control::Gateway(Gateway {
+                root,
+                machine,
+                sequence,
+                groups,
+            })
+        });
     prop_oneof![
         (root(), MAX_CONTENT_LEN / 2..MAX_CONTENT_LEN, groups())
             .prop_map(|(root, size, groups)| Control::Have { root, size, groups }),
@@ -328,6 +347,7 @@ fn control() -> impl Strategy<Value = Control> {
         any::<u64>().prop_map(|nonce| Control::Ping { nonce }),
         any::<u64>().prop_map(|nonce| Control::Pong { nonce }),
         root().prop_map(|root| Control::SizeQuery { root }),
+        gateway,
     ]
 }
 
@@ -402,7 +422,7 @@ proptest! {
             site: name,
         };
         prop_assert!(Status::decode(&status.encode()).is_ok());
-        let peer = PeerAddress { machine: MachineId([1; 32]), addresses };
+        let peer = PeerAddress { machine: MachineId([1; 32]), addresses, site: "s".repeat(long) };
         prop_assert!(Control::decode(&Control::Peers(vec![peer; 100]).encode()).is_ok());
     }
 }

@@ -335,6 +335,7 @@ fn texts_of_peers_cannot_reach_into_a_terminal() {
         revocation: None,
         newest_time: 0,
         agent: "a\r\nb".into(),
+        site: String::new(),
     };
     assert_eq!(Greeting::decode(&greeting.encode()).unwrap().agent, "ab");
 }

@@ -117,6 +117,7 @@ impl Hostile {
             listen,
             bootstrap: member.addresses,
             lan_discovery: false,
+            site: None,
             banned: vec![],
             limits,
             unix_time: Arc::new(move || now),

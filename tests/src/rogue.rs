@@ -146,6 +146,7 @@ pub fn greeting(credential: &[u8]) -> Vec<u8> {
         revocation: None,
         newest_time: 0,
         agent: "rogue".to_owned(),
+        site: String::new(),
     };
     greeting.encode()
 }

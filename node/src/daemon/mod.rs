@@ -228,6 +228,7 @@ impl Daemon {
             listen,
             bootstrap,
             lan_discovery: options.lan_discovery.unwrap_or(settings.lan_discovery),
+            site: settings.site.clone(),
             banned: banned(&store, clock.now())?,
             // Only manifests are fetched without knowing their size.
             limits: Limits {

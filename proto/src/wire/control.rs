@@ -6,15 +6,17 @@ use prost::Message;
 
 use super::frame::{MAX_CONTROL_LEN, MAX_DATA_GROUPS};
 use super::generated as pb;
-use super::gossip::PeerAddress;
+use super::gossip::{PeerAddress, machine};
 use super::{MAX_GREETING_LEN, WireError, bounded, cut, decode_message, hash, text};
 use crate::RootHash;
-use crate::credential::MAX_CREDENTIAL_LEN;
+use crate::credential::{MAX_CREDENTIAL_LEN, MAX_MACHINE_NAME_LEN, MachineId};
 use crate::ranges::{GROUP_LEN, GroupRanges, MAX_CONTENT_LEN, group_count};
 use crate::record::{MAX_RECORD_LEN, RecordId};
 
 /// Most runs in one `Have` or `Drop`; more are told in several.
 pub const MAX_RUNS_PER_HAVE: usize = 16_384;
+/// Most runs in one `Gateway`.
+pub const MAX_RUNS_PER_GATEWAY: usize = 1024;
 /// Most record ids in one message.
 pub const MAX_RECORD_IDS: usize = 16_384;
 /// Most records in one message.
@@ -36,6 +38,8 @@ pub struct Greeting {
     pub newest_time: u64,
     /// Program and version, for people.
     pub agent: String,
+    /// Label of the sender's site, where configured.
+    pub site: String,
 }
 
 /// Second message of each side: whether it takes the other in; else why not, for people.
@@ -111,6 +115,21 @@ pub enum Control {
         /// The blob.
         root: RootHash,
     },
+    /// A machine of the sender's site fetches a blob from beyond the site.
+    Gateway(Gateway),
+}
+
+/// Word of a machine that fetches a blob from beyond its site, so that others of the site need not.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Gateway {
+    /// The blob.
+    pub root: RootHash,
+    /// The machine: the sender, or one whose word it passes on.
+    pub machine: MachineId,
+    /// Grows with each word of that machine.
+    pub sequence: u64,
+    /// What it is fetching, all of it: at most [`MAX_RUNS_PER_GATEWAY`] runs.
+    pub groups: GroupRanges,
 }
 
 /// A request for a run of chunk groups.
@@ -161,6 +180,7 @@ impl Greeting {
             revocation: self.revocation.clone().unwrap_or_default(),
             newest_time: self.newest_time,
             agent: cut(&self.agent, MAX_TEXT),
+            site: cut(&self.site, MAX_MACHINE_NAME_LEN),
         }
         .encode_to_vec()
     }
@@ -176,6 +196,7 @@ impl Greeting {
             revocation: Some(message.revocation).filter(|record| !record.is_empty()),
             newest_time: message.newest_time,
             agent: text("agent", message.agent, MAX_TEXT)?,
+            site: text("site", message.site, MAX_MACHINE_NAME_LEN)?,
         })
     }
 }
@@ -283,6 +304,12 @@ impl Control {
             Self::SizeQuery { root } => Kind::SizeQuery(pb::SizeQuery {
                 root: root.as_bytes().to_vec(),
             }),
+            Self::Gateway(gateway) => Kind::Gateway(pb::Gateway {
+                root: gateway.root.as_bytes().to_vec(),
+                machine: gateway.machine.0.to_vec(),
+                sequence: gateway.sequence,
+                runs: runs_to_wire(&gateway.groups),
+            }),
         }
     }
 }
@@ -380,6 +407,15 @@ impl TryFrom<pb::control::Kind> for Control {
             Kind::SizeQuery(query) => Self::SizeQuery {
                 root: hash("size query", &query.root)?,
             },
+            Kind::Gateway(gateway) => {
+                bounded("runs", gateway.runs.len(), 2 * MAX_RUNS_PER_GATEWAY)?;
+                Self::Gateway(Gateway {
+                    root: hash("gateway", &gateway.root)?,
+                    machine: machine(&gateway.machine)?,
+                    sequence: gateway.sequence,
+                    groups: runs_from_wire(&gateway.runs)?,
+                })
+            }
         })
     }
 }

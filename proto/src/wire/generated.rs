@@ -16,6 +16,9 @@ pub struct Greeting {
     /// program and version, for people
     #[prost(string, tag = "5")]
     pub agent: ::prost::alloc::string::String,
+    /// label of the sender's site, or empty
+    #[prost(string, tag = "6")]
+    pub site: ::prost::alloc::string::String,
 }
 /// Second message of each side: whether it takes the other in.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -29,7 +32,7 @@ pub struct Verdict {
 /// One control frame.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Control {
-    #[prost(oneof = "control::Kind", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13")]
+    #[prost(oneof = "control::Kind", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14")]
     pub kind: ::core::option::Option<control::Kind>,
 }
 /// Nested message and enum types in `Control`.
@@ -62,6 +65,8 @@ pub mod control {
         Pong(super::Ping),
         #[prost(message, tag = "13")]
         SizeQuery(super::SizeQuery),
+        #[prost(message, tag = "14")]
+        Gateway(super::Gateway),
     }
 }
 /// The sender holds these chunk groups of a blob, beside those it said before.
@@ -159,6 +164,9 @@ pub struct PeerAddress {
     pub machine: ::prost::alloc::vec::Vec<u8>,
     #[prost(string, repeated, tag = "2")]
     pub addresses: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// label of its site, or empty
+    #[prost(string, tag = "3")]
+    pub site: ::prost::alloc::string::String,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Ping {
@@ -170,6 +178,21 @@ pub struct Ping {
 pub struct SizeQuery {
     #[prost(bytes = "vec", tag = "1")]
     pub root: ::prost::alloc::vec::Vec<u8>,
+}
+/// A machine of the sender's site fetches a blob from beyond the site; the others wait for it.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Gateway {
+    #[prost(bytes = "vec", tag = "1")]
+    pub root: ::prost::alloc::vec::Vec<u8>,
+    /// the sender, or one whose word it passes on
+    #[prost(bytes = "vec", tag = "2")]
+    pub machine: ::prost::alloc::vec::Vec<u8>,
+    /// grows with each word of that machine
+    #[prost(uint64, tag = "3")]
+    pub sequence: u64,
+    /// what it is fetching, as in Have; none: nothing just now
+    #[prost(uint64, repeated, tag = "4")]
+    pub runs: ::prost::alloc::vec::Vec<u64>,
 }
 /// Gossiped now and then: what a member holds, in short, and where it is.
 #[derive(Clone, PartialEq, ::prost::Message)]

@@ -45,6 +45,8 @@ pub struct PeerAddress {
     pub machine: MachineId,
     /// Multiaddr texts, at least one.
     pub addresses: Vec<String>,
+    /// Label of its site, where known.
+    pub site: String,
 }
 
 impl Status {
@@ -105,6 +107,7 @@ impl From<&PeerAddress> for pb::PeerAddress {
         Self {
             machine: peer.machine.0.to_vec(),
             addresses: addresses(&peer.addresses),
+            site: cut(&peer.site, MAX_MACHINE_NAME_LEN),
         }
     }
 }
@@ -123,11 +126,12 @@ impl TryFrom<pb::PeerAddress> for PeerAddress {
         Ok(Self {
             machine: machine(&peer.machine)?,
             addresses,
+            site: text("site", peer.site, MAX_MACHINE_NAME_LEN)?,
         })
     }
 }
 
-fn machine(bytes: &[u8]) -> Result<MachineId, WireError> {
+pub(super) fn machine(bytes: &[u8]) -> Result<MachineId, WireError> {
     let bytes = bytes.try_into().map_err(|_| WireError::Invalid {
         what: "machine",
         why: "a machine's id is 32 bytes long",

@@ -11,8 +11,8 @@ pub mod generated;
 mod gossip;
 
 pub use control::{
-    Control, Greeting, MAX_PEERS, MAX_RECORD_IDS, MAX_RECORDS, MAX_RUNS_PER_HAVE, Reject,
-    RejectReason, Request, Verdict,
+    Control, Gateway, Greeting, MAX_PEERS, MAX_RECORD_IDS, MAX_RECORDS, MAX_RUNS_PER_GATEWAY,
+    MAX_RUNS_PER_HAVE, Reject, RejectReason, Request, Verdict,
 };
 pub use frame::{
     DATA_HEADER_LEN, DataHeader, FRAME_HEADER_LEN, FrameHeader, FrameKind, MAX_CONTROL_LEN,

@@ -3,8 +3,8 @@
 use capsule_proto::credential::MachineId;
 use capsule_proto::record::RecordId;
 use capsule_proto::wire::{
-    Control, DataHeader, FrameHeader, FrameKind, Greeting, HeldCapsule, PeerAddress, Reject,
-    RejectReason, Request, Status, Verdict,
+    Control, DataHeader, FrameHeader, FrameKind, Gateway, Greeting, HeldCapsule, PeerAddress,
+    Reject, RejectReason, Request, Status, Verdict,
 };
 use capsule_proto::{CapsuleId, GroupRanges, RootHash};
 
@@ -77,6 +77,13 @@ pub fn cases() -> Vec<Box<dyn Case>> {
             },
         ),
         case("status.hex", status()),
+        case(
+            "greeting-site.hex",
+            Greeting {
+                site: "lab".into(),
+                ..greeting()
+            },
+        ),
     ];
     cases.extend(
         controls()
@@ -97,6 +104,7 @@ fn greeting() -> Greeting {
         revocation: Some(b"a record".into()),
         newest_time: 1_780_000_000,
         agent: "capsule/0.1.0".into(),
+        site: String::new(),
     }
 }
 
@@ -126,6 +134,7 @@ fn controls() -> Vec<(&'static str, Control)> {
     let peer = PeerAddress {
         machine: MachineId([4; 32]),
         addresses: vec!["/ip4/192.0.2.4/tcp/4001".into()],
+        site: String::new(),
     };
     let request = Request {
         id: 99,
@@ -148,7 +157,7 @@ fn controls() -> Vec<(&'static str, Control)> {
             "control-drop.hex",
             Control::Drop {
                 root: root("pack"),
-                groups: Some(groups),
+                groups: Some(groups.clone()),
             },
         ),
         (
@@ -198,12 +207,28 @@ fn controls() -> Vec<(&'static str, Control)> {
                 records: vec![b"a record".into(), b"another".into()],
             },
         ),
+        (
+            "control-peers-site.hex",
+            Control::Peers(vec![PeerAddress {
+                site: "lab".into(),
+                ..peer.clone()
+            }]),
+        ),
         ("control-peers.hex", Control::Peers(vec![peer])),
         ("control-ping.hex", Control::Ping { nonce: 300 }),
         ("control-pong.hex", Control::Pong { nonce: 300 }),
         (
             "control-size-query.hex",
             Control::SizeQuery { root: root("pack") },
+        ),
+        (
+            "control-gateway.hex",
+            Control::Gateway(Gateway {
+                root: root("pack"),
+                machine: MachineId([4; 32]),
+                sequence: 7,
+                groups: groups.clone(),
+            }),
         ),
     ]
 }

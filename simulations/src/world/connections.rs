@@ -46,6 +46,15 @@ impl World {
         }
     }
 
+    /// Daemons know it by the addresses that they heard of.
+    fn tell_whether_all_are_near(&mut self, node: usize) {
+        let of_site = (0..self.nodes.len()).filter(|&other| self.is_near(node, other));
+        let neighbours = &self.nodes[node].neighbours;
+        let near = neighbours.iter().filter(|n| self.is_near(node, n.node));
+        let all = of_site.count() <= near.count() + 1;
+        self.nodes[node].downloads.pass_on_gateways(!all);
+    }
+
     fn is_near(&self, a: usize, b: usize) -> bool {
         self.plan.members[a].site == self.plan.members[b].site
     }
@@ -64,6 +73,9 @@ impl World {
         let beyond = !self.is_near(a, b);
         self.nodes[a].connect(self.now, b, connection, beyond);
         self.nodes[b].connect(self.now, a, connection, beyond);
+        for node in [a, b] {
+            self.tell_whether_all_are_near(node);
+        }
         self.wake(b);
     }
 

@@ -323,7 +323,7 @@ impl Downloads {
 
     /// Takes in that groups of a response are verified and stored. They need not be the whole request.
     ///
-    /// True if no connected peer but seeders is known to hold them: others wait for them to be passed on, so
+    /// True if no connected peer but seeders is known to hold them, or they came from beyond the site: others wait for them to be passed on, so
     /// they are to be announced at once ([`Announcements::hurry`](crate::Announcements::hurry)).
     pub fn handle_received(
         &mut self,
@@ -335,6 +335,7 @@ impl Downloads {
         let Some(slot) = self.slot_of_flight(peer, id) else {
             return false;
         };
+        let across = self.is_across(slot);
         let Some(flight) = self.flights.get_mut(&id) else {
             return false;
         };
@@ -355,6 +356,7 @@ impl Downloads {
             .bytes(&(flight.groups.start..flight.groups.start + flight.got));
         let missed = known.saturating_sub(flight.arrived);
         blob.receive(now, peer, &groups);
+        blob.crossing.received(now, &groups, across);
         self.count_arrival(now, id, missed);
         if let Some(peer) = &mut self.peers[slot] {
             peer.served();
@@ -365,7 +367,7 @@ impl Downloads {
         self.cancel_superseded(now, at, &groups);
         self.report_completion(now, at);
         self.wake(slot);
-        rare
+        rare || across
     }
 
     /// Takes in that a request ended without (the rest of) its response.

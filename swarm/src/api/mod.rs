@@ -36,6 +36,9 @@ pub struct NetworkConfig {
     pub bootstrap: Vec<String>,
     /// Whether to look for the fleet by multicast on the LAN. A node that listens only on loopback never does.
     pub lan_discovery: bool,
+    /// Label of the site (cheap network) that this node is in. Where either of two nodes has none, they are of one site if they share a
+    /// network's prefix.
+    pub site: Option<String>,
     /// Peers that once sent wrong bytes; refused from the start.
     pub banned: Vec<PeerId>,
     /// Bounds on connections, memory and threads.
@@ -51,6 +54,8 @@ pub struct NetworkConfig {
 pub struct Limits {
     /// Connections that the node dials up to by itself.
     pub connections_wanted: usize,
+    /// Connections to nodes of other sites that it dials up to, while those of its own offer what it fetches.
+    pub connections_beyond: usize,
     /// Connections beyond which one gives way to each new one: the least useful, or the new one.
     pub connections_max: usize,
     /// Bytes of received or served content that may wait in memory, over all peers. Beside them each connection may pin one
@@ -67,6 +72,7 @@ impl Default for Limits {
         Self {
             connections_wanted: 16,
             connections_max: 24,
+            connections_beyond: 3,
             buffered_bytes: 48 << 20,
             store_threads: 2,
             unsized_blob_max: 1 << 30,
@@ -166,6 +172,10 @@ pub struct PeerInfo {
     pub bytes_in: u64,
     /// Content bytes sent to it over this connection.
     pub bytes_out: u64,
+    /// Label of its site, where it has one.
+    pub site: String,
+    /// Whether it is in another site than this node.
+    pub beyond: bool,
     /// What its credential says: machine, its name, roles and channels.
     pub member: Member,
     /// How many blobs it announces to us.

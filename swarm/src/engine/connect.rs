@@ -121,7 +121,8 @@ impl Engine {
     pub(super) fn connect_more(&mut self) {
         let now = Instant::now();
         let since_start = now - self.start;
-        let keys = &self.keys;
+        let lacking_beyond = self.lacking_beyond();
+        let (keys, site) = (&self.keys, &self.site);
         let connector = &mut self.connector;
         let busy = self.peers.len() + connector.dials.len() + connector.resolving.len();
         let lacking = self
@@ -129,18 +130,34 @@ impl Engine {
             .connections_wanted
             .saturating_sub(busy)
             .min(DIALS_AT_ONCE);
+        let lacking_beyond = lacking_beyond.min(DIALS_AT_ONCE);
         let mut targets = Vec::new();
-        if lacking > 0 {
+        if lacking + lacking_beyond > 0 {
             let connected = |peer: &PeerId| keys.contains_key(peer);
-            targets = connector
-                .directory
-                .due_bootstrap(since_start, lacking, connected);
-            let left = lacking - targets.len();
-            targets.extend(connector.directory.due_peers(since_start, left, connected));
-            if connector.searched.is_none_or(|at| now - at >= SEARCH_EVERY) {
-                connector.searched = Some(now);
-                connector.search.send_modify(|round| *round += 1);
-            }
+            let is_far = |host: &str| host.parse().is_ok_and(|ip| site.is_beyond("", [ip]));
+            targets = connector.directory.due_bootstrap(
+                since_start,
+                lacking.max(lacking_beyond),
+                connected,
+                |host| lacking > 0 || is_far(host),
+            );
+            let found = targets.len();
+            let is_beyond = |label: &str, addresses: &[SocketAddr]| {
+                site.is_beyond(label, addresses.iter().map(SocketAddr::ip))
+            };
+            let is_near = |label: &str, addresses: &[SocketAddr]| !is_beyond(label, addresses);
+            let mut due = |count: usize, such: &dyn Fn(&str, &[SocketAddr]) -> bool| {
+                let due = connector
+                    .directory
+                    .due_peers(since_start, count, connected, such);
+                targets.extend(due);
+            };
+            due(lacking.saturating_sub(found), &is_near);
+            due(lacking_beyond.saturating_sub(found), &is_beyond);
+        }
+        if lacking > 0 && connector.searched.is_none_or(|at| now - at >= SEARCH_EVERY) {
+            connector.searched = Some(now);
+            connector.search.send_modify(|round| *round += 1);
         }
         targets.into_iter().for_each(|target| self.resolve(target));
         if now - self.connector.exchanged >= EXCHANGE_EVERY {
@@ -149,6 +166,24 @@ impl Engine {
                 self.send_peers(key);
             }
         }
+    }
+
+    /// How many connections to other sites are lacking: few will do, and keep dear links quiet, unless somebody has to be found who has
+    /// what is fetched, or no others are to be had.
+    fn lacking_beyond(&self) -> usize {
+        let beyond = self.peers.values().filter(|peer| peer.beyond).count();
+        let offered = |root| {
+            self.peers
+                .values()
+                .any(|peer| peer.claims.contains_key(root))
+        };
+        let alone = beyond == self.peers.len();
+        let wanted = if alone || !self.transfers.keys().all(offered) {
+            self.limits.connections_wanted
+        } else {
+            self.limits.connections_beyond
+        };
+        wanted.saturating_sub(beyond)
     }
 
     fn resolve(&mut self, target: Target) {
@@ -261,24 +296,38 @@ impl Engine {
     pub(super) fn on_found(&mut self, found: Found) {
         self.connector
             .directory
-            .add_peer(found.peer, &found.addresses);
+            .add_peer(found.peer, &found.addresses, "");
         self.connect_more();
     }
 
     pub(super) fn on_connected(&mut self, connected: Connected) {
         let (key, id) = (connected.key, connected.peer);
         let now = self.now();
-        if self.gatekeeper.is_banned(&id) || !self.downloads.peer_connected(now, key) {
+        let beyond = self.came_from_beyond(&connected.site, &connected.address);
+        let taken = !self.gatekeeper.is_banned(&id)
+            && if beyond {
+                self.downloads.peer_beyond_connected(now, key)
+            } else {
+                self.downloads.peer_connected(now, key)
+            };
+        if !taken {
             return self.swarm.behaviour_mut().peers.close(key);
         }
-        tracing::debug!(peer = %id, address = %connected.address, "connected");
+        tracing::debug!(peer = %id, address = %connected.address, beyond, "connected");
         self.uploads.peer_connected(now, key);
-        self.announcements.peer_connected(now, key);
+        if beyond {
+            self.announcements.peer_beyond_connected(now, key);
+        } else {
+            self.announcements.peer_connected(now, key);
+        }
         if let Some(address) = address::to_socket(&connected.address).filter(|_| connected.dialled)
         {
-            self.connector.directory.add_peer(id, &[address]);
+            self.connector
+                .directory
+                .add_peer(id, &[address], &connected.site);
         }
-        self.peers.insert(key, Peer::new(connected, Instant::now()));
+        self.peers
+            .insert(key, Peer::new(connected, beyond, Instant::now()));
         self.keys.insert(id, key);
         self.send_peers(key);
         self.send_summary(key);

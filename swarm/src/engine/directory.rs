@@ -36,6 +36,8 @@ struct Attempts {
 #[derive(Debug, Default)]
 struct Known {
     addresses: Vec<SocketAddr>,
+    /// Label of its site, or empty.
+    site: String,
     attempts: Attempts,
     dialling: bool,
 }
@@ -117,8 +119,8 @@ impl Directory {
         true
     }
 
-    /// Remembers where a peer listens; the newest hints come first.
-    pub fn add_peer(&mut self, peer: PeerId, addresses: &[SocketAddr]) {
+    /// Remembers where a peer listens, and its site's label if that is known; the newest hints come first.
+    pub fn add_peer(&mut self, peer: PeerId, addresses: &[SocketAddr], site: &str) {
         let usable = |address: &&SocketAddr| !address.ip().is_unspecified() && address.port() != 0;
         let fresh: Vec<_> = addresses
             .iter()
@@ -139,6 +141,9 @@ impl Directory {
         known.addresses.retain(|address| !fresh.contains(address));
         known.addresses.splice(0..0, fresh);
         known.addresses.truncate(MAX_ADDRESSES);
+        if !site.is_empty() {
+            site.clone_into(&mut known.site);
+        }
     }
 
     /// Forgets a peer that was banned.
@@ -146,16 +151,17 @@ impl Directory {
         self.peers.remove(peer);
     }
 
-    /// Up to `count` bootstrap addresses to dial now: those that do not lead to a peer that is connected.
+    /// Up to `count` bootstrap addresses to dial now: those that do not lead to a peer that is connected, and whose host is such.
     pub fn due_bootstrap(
         &mut self,
         now: Duration,
         count: usize,
         connected: impl Fn(&PeerId) -> bool,
+        such: impl Fn(&str) -> bool,
     ) -> Vec<Target> {
         let due = |(number, entry): (usize, &mut Bootstrap)| {
             let there = entry.peer.as_ref().is_some_and(&connected);
-            if there || entry.dialling || entry.attempts.next > now {
+            if there || entry.dialling || entry.attempts.next > now || !such(&entry.place.host) {
                 return None;
             }
             entry.dialling = true;
@@ -169,14 +175,26 @@ impl Directory {
             .collect()
     }
 
-    /// Up to `count` peers to dial now, at random among those that are due and not connected.
+    /// How many peers are known whose site's label and addresses are such.
+    pub fn count(&self, such: impl Fn(&str, &[SocketAddr]) -> bool) -> usize {
+        let such = |known: &&Known| such(&known.site, &known.addresses);
+        self.peers.values().filter(such).count()
+    }
+
+    /// Up to `count` peers to dial now, at random among those that are due, not connected, and whose site's label and addresses are such.
     pub fn due_peers(
         &mut self,
         now: Duration,
         count: usize,
         connected: impl Fn(&PeerId) -> bool,
+        such: impl Fn(&str, &[SocketAddr]) -> bool,
     ) -> Vec<Target> {
-        let due = |known: &Known| !known.dialling && known.attempts.next <= now;
+        if count == 0 {
+            return Vec::new();
+        }
+        let due = |known: &Known| {
+            !known.dialling && known.attempts.next <= now && such(&known.site, &known.addresses)
+        };
         let mut candidates: Vec<_> = self
             .peers
             .iter()
@@ -268,7 +286,7 @@ mod tests {
         assert!(directory.add_bootstrap("10.0.0.1:1") && !directory.add_bootstrap("nonsense"));
         let mut tries = Vec::new();
         for now in (0..3600 * 10).map(|tenths| Duration::from_millis(tenths * 100)) {
-            for target in directory.due_bootstrap(now, 9, |_| false) {
+            for target in directory.due_bootstrap(now, 9, |_| false, |_| true) {
                 tries.push(now);
                 directory.dialled(now, &target, None);
             }
@@ -285,33 +303,40 @@ mod tests {
     fn bootstrap_rests_while_its_peer_is_connected() {
         let mut directory = directory();
         directory.add_bootstrap("10.0.0.1:1");
-        let target = directory.due_bootstrap(seconds(0), 9, |_| false).remove(0);
+        let target = directory
+            .due_bootstrap(seconds(0), 9, |_| false, |_| true)
+            .remove(0);
         assert!(
-            directory.due_bootstrap(seconds(0), 9, |_| false).is_empty(),
+            directory
+                .due_bootstrap(seconds(0), 9, |_| false, |_| true)
+                .is_empty(),
             "being dialled"
         );
         let peer = PeerId::random();
         directory.dialled(seconds(0), &target, Some(peer));
         assert!(
             directory
-                .due_bootstrap(seconds(9), 9, |id| *id == peer)
+                .due_bootstrap(seconds(9), 9, |id| *id == peer, |_| true)
                 .is_empty()
         );
-        assert_eq!(directory.due_bootstrap(seconds(9), 9, |_| false), [target]);
+        assert_eq!(
+            directory.due_bootstrap(seconds(9), 9, |_| false, |_| true),
+            [target]
+        );
     }
 
     #[test]
     fn peers_are_bounded_and_forgotten_when_they_fail() {
         let mut directory = directory();
         let address = "10.0.0.1:1".parse().unwrap();
-        (0..MAX_PEERS + 100).for_each(|_| directory.add_peer(PeerId::random(), &[address; 20]));
+        (0..MAX_PEERS + 100).for_each(|_| directory.add_peer(PeerId::random(), &[address; 20], ""));
         assert_eq!(directory.peers.len(), MAX_PEERS);
-        directory.add_peer(directory.local, &[address]);
-        directory.add_peer(PeerId::random(), &["0.0.0.0:1".parse().unwrap()]);
+        directory.add_peer(directory.local, &[address], "");
+        directory.add_peer(PeerId::random(), &["0.0.0.0:1".parse().unwrap()], "");
         assert_eq!(directory.peers.len(), MAX_PEERS);
         let mut now = Duration::ZERO;
         for _ in 0..=MAX_FAILURES {
-            let targets = directory.due_peers(now, usize::MAX, |_| false);
+            let targets = directory.due_peers(now, usize::MAX, |_| false, |_, _| true);
             targets
                 .iter()
                 .for_each(|target| directory.dialled(now, target, None));

@@ -32,7 +32,11 @@ impl Engine {
             .iter()
             .filter(|(other, _)| **other != key)
             .collect();
-        let mut told: Vec<_> = self.status.own_address().into_iter().collect();
+        let mut told: Vec<_> = self
+            .status
+            .own_address(self.site.label())
+            .into_iter()
+            .collect();
         while told.len() <= EXCHANGED && !others.is_empty() {
             let (_, other) = others.swap_remove(self.connector.rng().random_range(0..others.len()));
             let reachable = other
@@ -46,6 +50,7 @@ impl Engine {
                 told.push(PeerAddress {
                     machine: other.member.machine,
                     addresses,
+                    site: other.site.clone(),
                 });
             }
         }
@@ -81,12 +86,12 @@ impl Engine {
                     .collect();
                 self.connector
                     .directory
-                    .add_peer(teller.id, &teller.listening);
+                    .add_peer(teller.id, &teller.listening, &teller.site);
             } else if let Some(peer) = peer_id_of(&told.machine) {
                 let usable: Vec<_> = sockets
                     .filter(|address| is_local || !address.ip().is_loopback())
                     .collect();
-                self.connector.directory.add_peer(peer, &usable);
+                self.connector.directory.add_peer(peer, &usable, &told.site);
             }
         }
         if !was_known {
@@ -115,6 +120,7 @@ impl Engine {
         let introduction = Control::Peers(vec![PeerAddress {
             machine: newcomer.member.machine,
             addresses,
+            site: newcomer.site.clone(),
         }]);
         let frame = protocol::control_frame(&introduction);
         for (&other, peer) in &self.peers {

@@ -11,6 +11,7 @@
 //! | `claims`, `inquiries` | what peers announce; asking those that hold too much to announce it all |
 //! | `records`, `status` | records, by gossip and anti-entropy; what members say of themselves |
 //! | `connect`, `exchange` | who is connected: dials, bans, the dead, too many |
+//! | `sites` | which peers are of this site; its gateways |
 //! | `peer`, `directory`, `gossip`, `pool`, `tally`, `turnover`, `wants` | their parts that stand alone |
 
 mod claims;
@@ -24,6 +25,7 @@ mod pool;
 mod records;
 mod responses;
 mod serve;
+mod sites;
 mod sizing;
 mod start;
 mod status;
@@ -58,6 +60,7 @@ use inquiries::Inquiries;
 use peer::Peer;
 use pool::{Done, Pool};
 use records::Records;
+use sites::Site;
 #[cfg(test)]
 pub(crate) use start::NEVER_IDLE;
 pub use start::Network;
@@ -169,6 +172,7 @@ struct Engine {
     next_transfer: u64,
     /// Our name in our credential, for people.
     machine_name: String,
+    site: Site,
     topics: Topics,
     records: Records,
     status: Statuses,
@@ -251,6 +255,7 @@ impl Engine {
         self.tick_peers(now, elapsed);
         self.let_go_ended();
         self.tick_transfers();
+        self.tick_sites();
         self.tick_inquiries(now);
         self.tick_records(now);
         self.tick_status(now);
@@ -372,6 +377,7 @@ impl Engine {
                 }
             }
             Control::SizeQuery { root } => self.on_size_query(key, root),
+            Control::Gateway(gateway) => self.on_gateway(key, gateway),
         }
     }
 

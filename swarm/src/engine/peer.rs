@@ -91,6 +91,10 @@ pub struct Peer {
     pub address: Multiaddr,
     pub dialled: bool,
     pub member: Member,
+    /// Label of its site, or empty.
+    pub site: String,
+    /// Whether it is in another site.
+    pub beyond: bool,
     pub since: Instant,
     pub arriving: Arriving,
     /// The last progress of a response that the scheduler was told of.
@@ -144,12 +148,14 @@ impl Meter {
 }
 
 impl Peer {
-    pub fn new(connected: Connected, now: Instant) -> Self {
+    pub fn new(connected: Connected, beyond: bool, now: Instant) -> Self {
         Self {
             id: connected.peer,
             address: connected.address,
             dialled: connected.dialled,
             member: connected.member,
+            site: connected.site,
+            beyond,
             since: now,
             arriving: connected.arriving,
             reported: (0, 0),
@@ -321,6 +327,8 @@ impl Peer {
             rate_out: self.outgoing.rate as u64,
             bytes_in: self.incoming.bytes,
             bytes_out: self.outgoing.bytes,
+            site: self.site.clone(),
+            beyond: self.beyond,
             member: self.member.clone(),
             blobs: self.claims.len(),
             connected: now - self.since,
@@ -357,9 +365,10 @@ mod tests {
             address: Multiaddr::empty(),
             dialled: false,
             member,
+            site: String::new(),
             arriving: Arriving::default(),
         };
-        Peer::new(connected, now)
+        Peer::new(connected, false, now)
     }
 
     #[test]

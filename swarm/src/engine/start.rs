@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use capsule_proto::credential::{CredentialError, Revoked};
 use capsule_swarm_core::{
-    AnnounceConfig, Announcements, DownloadConfig, Downloads, UploadConfig, Uploads,
+    AnnounceConfig, Announcements, DownloadConfig, Downloads, NodeId, UploadConfig, Uploads,
 };
 use futures::StreamExt;
 use libp2p::PeerId;
@@ -21,6 +21,7 @@ use super::connect::Connector;
 use super::inquiries::Inquiries;
 use super::pool::Pool;
 use super::records::Records;
+use super::sites::Site;
 use super::status::Statuses;
 use super::tally::Tally;
 use super::{Engine, Node, PATIENCE, gossip, sizing};
@@ -62,6 +63,7 @@ impl Network {
             &config.credential,
             records.clone(),
             config.unix_time.clone(),
+            config.site.clone().unwrap_or_default(),
             config.banned.iter().copied(),
         ));
         let half = config.limits.buffered_bytes / 2;
@@ -99,7 +101,7 @@ impl Network {
             dropped: dropped.clone(),
             events,
             unsent: VecDeque::new(),
-            downloads: Downloads::new(DownloadConfig::default(), config.seed),
+            downloads: Downloads::new(download_config(&config), config.seed),
             uploads: Uploads::new(UploadConfig::default()),
             announcements: Announcements::new(AnnounceConfig::default()),
             peers: BTreeMap::new(),
@@ -110,6 +112,7 @@ impl Network {
             tally: Tally::default(),
             next_probe: sizing::FIRST_PROBE,
             next_transfer: 0,
+            site: Site::new(config.site.clone()),
             topics,
             records: Records::new(),
             status: Statuses::new(config.credential.machine(), listening.clone()),
@@ -125,6 +128,13 @@ impl Network {
             NetworkHandle::new(local, listening.into(), commands, dropped),
             event_receiver,
         ))
+    }
+}
+
+fn download_config(config: &NetworkConfig) -> DownloadConfig {
+    DownloadConfig {
+        me: NodeId(config.credential.machine().0),
+        ..DownloadConfig::default()
     }
 }
 

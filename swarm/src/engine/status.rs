@@ -47,12 +47,13 @@ impl Statuses {
     }
 
     /// Where this node listens, for others to dial; an unspecified address means "as you see me".
-    pub(super) fn own_address(&self) -> Option<PeerAddress> {
+    pub(super) fn own_address(&self, site: &str) -> Option<PeerAddress> {
         let text = |address: &SocketAddr| address::to_multiaddr(*address).to_string();
         let addresses: Vec<_> = self.listening.iter().map(text).collect();
         (!addresses.is_empty()).then_some(PeerAddress {
             machine: self.machine,
             addresses,
+            site: site.to_owned(),
         })
     }
 }
@@ -86,7 +87,7 @@ impl Engine {
                 .map(text)
                 .collect(),
             name: self.machine_name.clone(),
-            site: String::new(),
+            site: self.site.label().to_owned(),
         };
         let topic = self.topics.status.clone();
         let published = self
@@ -145,7 +146,9 @@ impl Engine {
         let usable: Vec<_> = sockets
             .filter(|address| !address.ip().is_loopback())
             .collect();
-        self.connector.directory.add_peer(peer, &usable);
+        self.connector
+            .directory
+            .add_peer(peer, &usable, &status.site);
         let capsules = status
             .capsules
             .iter()

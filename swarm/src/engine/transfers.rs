@@ -349,6 +349,7 @@ impl Engine {
                     };
                     self.ask(peer, request, false);
                 }
+                Output::TellGateway { peers, notice } => self.tell_gateway(peers, notice),
                 Output::Cancel { peer, id } => self.send(peer, &Control::Cancel { id: id.0 }),
                 Output::Complete { root } => self.end_complete(root),
                 Output::Ban { peer, reason } => self.ban(

@@ -40,6 +40,7 @@ impl Raw {
             &machine.credential,
             records,
             Arc::new(|| NOW),
+            String::new(),
             [],
         ));
         let transport = transport::build(&identity, gatekeeper.clone()).unwrap();

@@ -42,6 +42,8 @@ pub struct Connected {
     pub address: Multiaddr,
     pub dialled: bool,
     pub member: Member,
+    /// Label of its site, or empty.
+    pub site: String,
     /// What of a content frame has come so far.
     pub arriving: Arriving,
 }
@@ -174,7 +176,7 @@ impl Behaviour {
     }
 
     fn new_handler(&mut self, id: ConnectionId, peer: PeerId) -> Result<Handler, ConnectionDenied> {
-        if self.gatekeeper.member(&peer).is_none() {
+        if self.gatekeeper.admitted(&peer).is_none() {
             return Err(ConnectionDenied::new(NotAdmitted));
         }
         let arriving = Arriving::default();
@@ -230,9 +232,10 @@ impl Behaviour {
 
     fn activate(&mut self, id: ConnectionId) {
         let link = &self.links[&id];
-        let (Some(established), Some(member)) =
-            (link.established.clone(), self.gatekeeper.member(&link.peer))
-        else {
+        let (Some(established), Some(admitted)) = (
+            link.established.clone(),
+            self.gatekeeper.admitted(&link.peer),
+        ) else {
             return self.close_connection(id);
         };
         self.active.insert(link.peer, id);
@@ -243,7 +246,8 @@ impl Behaviour {
                 peer: link.peer,
                 address: established.address,
                 dialled: established.dialled,
-                member,
+                member: admitted.member,
+                site: admitted.site,
                 arriving: link.arriving.clone(),
             })));
     }

@@ -94,11 +94,21 @@ impl AdmissionError {
     }
 }
 
+/// What a peer that was let in said of itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Admitted {
+    /// By its credential.
+    pub member: Member,
+    /// Label of its site, or empty.
+    pub site: String,
+}
+
 /// Checks who may come in, and remembers who did until the behaviour asks.
 pub struct Gatekeeper {
     fleet: FleetId,
     local: PeerId,
     credential: Vec<u8>,
+    site: String,
     records: Arc<dyn RecordStore>,
     unix_time: Arc<dyn Fn() -> u64 + Send + Sync>,
     state: Mutex<State>,
@@ -108,7 +118,7 @@ pub struct Gatekeeper {
 struct State {
     banned: HashSet<PeerId>,
     /// In order of admission.
-    admitted: Vec<(PeerId, Member)>,
+    admitted: Vec<(PeerId, Admitted)>,
     /// The revocation record seen last: mostly every peer brings the same.
     last_revocation: Option<RecordId>,
 }
@@ -119,6 +129,7 @@ impl Gatekeeper {
         credential: &Credential,
         records: Arc<dyn RecordStore>,
         unix_time: Arc<dyn Fn() -> u64 + Send + Sync>,
+        site: String,
         banned: impl IntoIterator<Item = PeerId>,
     ) -> Self {
         let state = State {
@@ -129,6 +140,7 @@ impl Gatekeeper {
             fleet: credential.fleet(),
             local,
             credential: credential.encode(),
+            site,
             records,
             unix_time,
             state: Mutex::new(state),
@@ -158,14 +170,14 @@ impl Gatekeeper {
         self.lock().banned.contains(peer)
     }
 
-    /// What the credential of an admitted peer said. Leaves it in place: two connections may race.
-    pub fn member(&self, peer: &PeerId) -> Option<Member> {
+    /// What an admitted peer said of itself. Leaves it in place: two connections may race.
+    pub fn admitted(&self, peer: &PeerId) -> Option<Admitted> {
         self.lock()
             .admitted
             .iter()
             .rev()
             .find(|(id, _)| id == peer)
-            .map(|(_, member)| member.clone())
+            .map(|(_, admitted)| admitted.clone())
     }
 
     /// Which of these members no longer count, though they did when they were let in, and why.
@@ -198,17 +210,17 @@ impl Gatekeeper {
     where
         S: AsyncRead + AsyncWrite + Unpin,
     {
-        let member = if is_listener {
-            let member = self.judge(peer, stream).await?;
+        let admitted = if is_listener {
+            let admitted = self.judge(peer, stream).await?;
             self.introduce_ourselves(stream).await?;
             read_verdict(stream).await?;
-            member
+            admitted
         } else {
             self.introduce_ourselves(stream).await?;
             read_verdict(stream).await?;
             self.judge(peer, stream).await?
         };
-        self.remember(peer, member);
+        self.remember(peer, admitted);
         Ok(())
     }
 
@@ -226,7 +238,7 @@ impl Gatekeeper {
         self: &Arc<Self>,
         peer: PeerId,
         stream: &mut (impl AsyncRead + AsyncWrite + Unpin),
-    ) -> Result<Member, AdmissionError> {
+    ) -> Result<Admitted, AdmissionError> {
         let greeting = Greeting::decode(&read_message(stream).await?)?;
         let keeper = self.clone();
         let checked = blocking(move || keeper.check(peer, &greeting)).await;
@@ -246,10 +258,11 @@ impl Gatekeeper {
             revocation: self.records.revocation_head(),
             newest_time: (self.unix_time)(),
             agent: AGENT.to_owned(),
+            site: self.site.clone(),
         }
     }
 
-    fn check(&self, peer: PeerId, greeting: &Greeting) -> Result<Member, Refusal> {
+    fn check(&self, peer: PeerId, greeting: &Greeting) -> Result<Admitted, Refusal> {
         if greeting.protocol != PROTOCOL {
             return Err(Refusal::Version(greeting.protocol));
         }
@@ -267,7 +280,9 @@ impl Gatekeeper {
             return Err(CredentialError::OtherFleet(credential.fleet()).into());
         }
         self.learn_revocation(greeting.revocation.as_deref());
-        Ok(credential.verify(&self.fleet, (self.unix_time)(), &self.records.revoked())?)
+        let member = credential.verify(&self.fleet, (self.unix_time)(), &self.records.revoked())?;
+        let site = greeting.site.clone();
+        Ok(Admitted { member, site })
     }
 
     /// Offers the peer's revocation record to our store; a bad one is the store's to reject, and changes nothing.
@@ -284,13 +299,13 @@ impl Gatekeeper {
         }
     }
 
-    fn remember(&self, peer: PeerId, member: Member) {
-        let admitted = &mut self.lock().admitted;
-        admitted.retain(|(id, _)| *id != peer);
-        if admitted.len() >= MAX_ADMITTED {
-            admitted.remove(0);
+    fn remember(&self, peer: PeerId, admitted: Admitted) {
+        let all = &mut self.lock().admitted;
+        all.retain(|(id, _)| *id != peer);
+        if all.len() >= MAX_ADMITTED {
+            all.remove(0);
         }
-        admitted.push((peer, member));
+        all.push((peer, admitted));
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, State> {
@@ -390,7 +405,14 @@ mod tests {
 
     fn keeper() -> Gatekeeper {
         let (local, credential) = credential(1);
-        Gatekeeper::new(local, &credential, Arc::new(NoRecords), Arc::new(|| 50), [])
+        Gatekeeper::new(
+            local,
+            &credential,
+            Arc::new(NoRecords),
+            Arc::new(|| 50),
+            String::new(),
+            [],
+        )
     }
 
     fn greeting(credential: &Credential) -> Greeting {
@@ -400,6 +422,7 @@ mod tests {
             revocation: None,
             newest_time: 0,
             agent: String::new(),
+            site: String::new(),
         }
     }
 
@@ -408,7 +431,7 @@ mod tests {
         let keeper = keeper();
         let (peer, credential_of_peer) = credential(2);
         let good = greeting(&credential_of_peer);
-        assert_eq!(keeper.check(peer, &good).unwrap().name, "pc");
+        assert_eq!(keeper.check(peer, &good).unwrap().member.name, "pc");
         // A revocation that the store rejects changes nothing.
         let revocation = Some(b"no record".to_vec());
         assert!(
@@ -494,7 +517,7 @@ mod tests {
         peers
             .iter()
             .for_each(|peer| keeper.remember(*peer, member.clone()));
-        assert_eq!(keeper.member(&peers[0]), None);
-        assert_eq!(keeper.member(&peers[MAX_ADMITTED]), Some(member));
+        assert_eq!(keeper.admitted(&peers[0]), None);
+        assert_eq!(keeper.admitted(&peers[MAX_ADMITTED]), Some(member));
     }
 }

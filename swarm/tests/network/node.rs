@@ -348,6 +348,7 @@ pub struct Start {
     pub bootstrap: Vec<SocketAddr>,
     pub store: Arc<Memory>,
     pub limits: Limits,
+    pub site: Option<String>,
 }
 
 impl Start {
@@ -359,7 +360,13 @@ impl Start {
             bootstrap: Vec::new(),
             store: Arc::default(),
             limits: Limits::default(),
+            site: None,
         }
+    }
+
+    pub fn in_site(mut self, label: &str) -> Self {
+        self.site = Some(label.to_owned());
+        self
     }
 
     pub fn to(mut self, other: &Node) -> Self {
@@ -379,6 +386,7 @@ impl Start {
             listen: self.listen.into_iter().collect(),
             bootstrap: self.bootstrap.iter().map(ToString::to_string).collect(),
             lan_discovery: true,
+            site: self.site,
             banned: Vec::new(),
             limits: self.limits,
             unix_time: Arc::new(|| NOW),

@@ -152,7 +152,6 @@ impl Blob {
         self.duplicate += all - fresh;
         self.demanded.remove(run.clone());
         self.meter.add(now, fresh);
-        self.crossing.moved = now;
         fresh
     }
 }

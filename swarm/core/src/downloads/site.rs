@@ -29,6 +29,8 @@ const TELL_EVERY: Duration = Duration::from_secs(1);
 const TELL_AFTER: Duration = Duration::from_millis(20);
 /// A node to which nothing of a blob came for so long asks beyond whoever the gateways are: they may lie, or not be heard of.
 const FORSAKEN_AFTER: Duration = Duration::from_secs(10);
+/// What came from beyond is claimed for so long, at least, until others of the site must have been told that it is held.
+const CAME_LATELY: Duration = Duration::from_secs(1);
 /// Peers to which a notice of another gateway is passed on, where not all of the site are connected to each other.
 const PASS_ON: usize = 6;
 
@@ -53,7 +55,10 @@ pub(super) struct Crossing {
     told: GroupRanges,
     told_at: Option<Time>,
     /// When something last came.
-    pub(super) moved: Time,
+    moved: Time,
+    /// What came from beyond in this second, and in the one before: others may not have been told of it as held yet.
+    came: [GroupRanges; 2],
+    second: Time,
 }
 
 impl Crossing {
@@ -65,12 +70,31 @@ impl Crossing {
             told: GroupRanges::new(),
             told_at: None,
             moved: now,
+            came: Default::default(),
+            second: now,
         }
     }
 
     /// Whether this node is one of the gateways.
     pub fn is_gateway(&self) -> bool {
         self.role == Role::Gateway
+    }
+
+    /// Something came.
+    pub fn received(&mut self, now: Time, groups: &Range<u64>, from_beyond: bool) {
+        self.moved = now;
+        self.turn(now);
+        if from_beyond {
+            self.came[0].insert(groups.clone());
+        }
+    }
+
+    fn turn(&mut self, now: Time) {
+        if now - self.second >= CAME_LATELY {
+            self.came.rotate_right(1);
+            self.came[0] = GroupRanges::new();
+            self.second = now;
+        }
     }
 
     fn may_ask(&self, now: Time) -> bool {
@@ -185,16 +209,18 @@ impl Downloads {
             Role::Offers(since) if now - since >= GRACE => Role::Gateway,
             same => same,
         };
-        let asked = self.asked_beyond(at);
+        let mut asked = self.asked_beyond(at);
         let Some(blob) = &mut self.blobs[at] else {
             return;
         };
         let crossing = &mut blob.crossing;
         crossing.role = role;
-        let due = crossing.told_at.is_none_or(|told| {
-            let changed = asked != crossing.told && now - told >= TELL_AFTER;
-            changed || now - told >= TELL_EVERY
-        });
+        crossing.turn(now);
+        crossing.came.iter().for_each(|came| asked.union_with(came));
+        let changed = asked != crossing.told;
+        let due = crossing
+            .told_at
+            .is_none_or(|told| changed && now - told >= TELL_AFTER || now - told >= TELL_EVERY);
         if due && (role != Role::Waits || !crossing.told.is_empty()) {
             crossing.sequence += 1;
             crossing.told.clone_from(&asked);
@@ -215,7 +241,8 @@ impl Downloads {
                 .push_back(Output::TellGateway { peers, notice });
         }
         if needed {
-            self.review_at = earliest(self.review_at, Some(now + GRACE));
+            let wait = if changed && !due { TELL_AFTER } else { GRACE };
+            self.review_at = earliest(self.review_at, Some(now + wait));
         }
         if role != before || self.may_cross(now, at) {
             self.wake_providers(at);

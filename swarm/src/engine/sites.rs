@@ -1,0 +1,210 @@
+//! Which peers are of this node's site, and what a site's gateways say to each other.
+//!
+//! A site is configured as a label, or else what shares a LAN's prefix. Who asks beyond it, and for what, is the scheduler's
+//! business.
+
+use std::net::IpAddr;
+
+use capsule_proto::credential::MachineId;
+use capsule_proto::wire::{Control, Gateway};
+use capsule_swarm_core::{GatewayNotice, NodeId, PeerKey};
+
+use super::Engine;
+use crate::address;
+use crate::protocol;
+
+/// Most networks of this machine that are looked at.
+const MAX_NETWORKS: usize = 64;
+
+/// Where this node is.
+#[derive(Debug, Default)]
+pub(super) struct Site {
+    label: String,
+    networks: Vec<Prefix>,
+}
+
+/// A network: an address in it, and how many of its bits are the network's.
+#[derive(Clone, Copy, Debug)]
+struct Prefix {
+    address: IpAddr,
+    bits: u32,
+}
+
+impl Site {
+    /// The site of this label, or none; and of the networks that this machine is in now.
+    pub(super) fn new(label: Option<String>) -> Self {
+        let mut site = Self {
+            label: label.unwrap_or_default(),
+            networks: Vec::new(),
+        };
+        site.look();
+        site
+    }
+
+    pub(super) fn label(&self) -> &str {
+        &self.label
+    }
+
+    /// Looks at the networks that the machine is in: cables are plugged in, laptops move.
+    pub(super) fn look(&mut self) {
+        let all = if_addrs::get_if_addrs().unwrap_or_default();
+        let prefix = |interface: &if_addrs::Interface| match &interface.addr {
+            if_addrs::IfAddr::V4(v4) => Prefix {
+                address: v4.ip.into(),
+                bits: v4.netmask.to_bits().leading_ones(),
+            },
+            if_addrs::IfAddr::V6(v6) => Prefix {
+                address: v6.ip.into(),
+                bits: v6.netmask.to_bits().leading_ones(),
+            },
+        };
+        self.networks = all.iter().map(prefix).take(MAX_NETWORKS).collect();
+    }
+
+    /// Whether a node with this label, if it has one, at one of these addresses is in another site. Nothing known of either: it is not.
+    pub(super) fn is_beyond(
+        &self,
+        label: &str,
+        addresses: impl IntoIterator<Item = IpAddr>,
+    ) -> bool {
+        if !self.label.is_empty() && !label.is_empty() {
+            return self.label != label;
+        }
+        let mut addresses = addresses.into_iter().peekable();
+        let known = addresses.peek().is_some() && !self.networks.is_empty();
+        known && !addresses.any(|address| self.shares_network(address))
+    }
+
+    fn shares_network(&self, address: IpAddr) -> bool {
+        let address = address.to_canonical();
+        let link_local = match address {
+            IpAddr::V4(v4) => v4.is_link_local(),
+            IpAddr::V6(v6) => v6.is_unicast_link_local(),
+        };
+        address.is_loopback()
+            || link_local
+            || self
+                .networks
+                .iter()
+                .any(|network| network.contains(address))
+    }
+}
+
+impl Prefix {
+    fn contains(&self, address: IpAddr) -> bool {
+        match (self.address, address) {
+            (IpAddr::V4(own), IpAddr::V4(other)) => {
+                let differs = own.to_bits() ^ other.to_bits();
+                differs.leading_zeros() >= self.bits
+            }
+            (IpAddr::V6(own), IpAddr::V6(other)) => {
+                let differs = own.to_bits() ^ other.to_bits();
+                differs.leading_zeros() >= self.bits
+            }
+            _ => false,
+        }
+    }
+}
+
+impl Engine {
+    /// A gateway of this site said what it fetches, or a peer passed its word on.
+    pub(super) fn on_gateway(&mut self, key: PeerKey, gateway: Gateway) {
+        let now = self.now();
+        let notice = GatewayNotice {
+            root: gateway.root,
+            node: NodeId(gateway.machine.0),
+            sequence: gateway.sequence,
+            groups: gateway.groups,
+        };
+        self.downloads.handle_gateway(now, key, &notice);
+    }
+
+    /// Tells peers of the site what one of its gateways fetches.
+    pub(super) fn tell_gateway(&mut self, peers: Vec<PeerKey>, notice: GatewayNotice) {
+        let message = Control::Gateway(Gateway {
+            root: notice.root,
+            machine: MachineId(notice.node.0),
+            sequence: notice.sequence,
+            groups: notice.groups,
+        });
+        let frame = protocol::control_frame(&message);
+        for key in peers {
+            self.swarm.behaviour_mut().peers.send(key, frame.clone());
+        }
+    }
+
+    /// Says to the parts of the scheduler for which blobs this node is a gateway, and whether all of the site are connected.
+    pub(super) fn tick_sites(&mut self) {
+        let now = self.now();
+        for root in self.transfers.keys() {
+            let gateway = self.downloads.is_gateway(root);
+            self.announcements.set_gateway(now, root, gateway);
+        }
+        let near = self.peers.values().filter(|peer| !peer.beyond).count();
+        let site = &self.site;
+        let known = self.connector.directory.count(|label, addresses| {
+            !site.is_beyond(label, addresses.iter().map(std::net::SocketAddr::ip))
+        });
+        self.downloads.pass_on_gateways(known > near);
+    }
+
+    /// Whether the node at the other end of a connection is in another site.
+    pub(super) fn came_from_beyond(&self, label: &str, address: &libp2p::Multiaddr) -> bool {
+        let ip = address::to_socket(address).map(|address| address.ip());
+        self.site.is_beyond(label, ip)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn site(label: &str, networks: &[(&str, u32)]) -> Site {
+        let networks = networks.iter().map(|(address, bits)| Prefix {
+            address: address.parse().unwrap(),
+            bits: *bits,
+        });
+        Site {
+            label: label.into(),
+            networks: networks.collect(),
+        }
+    }
+
+    fn ip(text: &str) -> IpAddr {
+        text.parse().unwrap()
+    }
+
+    #[test]
+    fn labels_decide_where_both_have_one() {
+        let site = site("lab", &[("10.1.2.3", 24)]);
+        assert!(!site.is_beyond("lab", [ip("192.0.2.1")]));
+        assert!(site.is_beyond("office", [ip("10.1.2.4")]));
+    }
+
+    #[test]
+    fn else_the_network_does() {
+        let site = site(
+            "lab",
+            &[("127.0.0.1", 8), ("10.1.2.3", 24), ("2001:db8::1", 64)],
+        );
+        for near in [
+            "10.1.2.200",
+            "127.9.9.9",
+            "::1",
+            "169.254.3.4",
+            "fe80::1",
+            "2001:db8::ffff",
+            "::ffff:10.1.2.9",
+        ] {
+            assert!(!site.is_beyond("", [ip(near)]), "{near}");
+        }
+        for far in ["10.1.3.3", "192.0.2.1", "2001:db8:0:1::1"] {
+            assert!(site.is_beyond("", [ip(far)]), "{far}");
+        }
+        assert!(
+            !site.is_beyond("", [ip("192.0.2.1"), ip("10.1.2.7")]),
+            "one of its addresses"
+        );
+        assert!(!site.is_beyond("", []), "nothing known");
+    }
+}
