@@ -1,12 +1,13 @@
 //! What this node fetches: the public face of the requester's side, and its inputs.
 //!
 //! Choosing what to ask of whom is in `picker`, how requests end in `requests`, what to do about lateness
-//! in `late`, figures in `stats`. The tables are in `blob` (with `pieces` and `view`) and `peer`.
+//! in `late`, what caps allow in `pace`, figures in `stats`. The tables are in `blob` (with `pieces` and `view`) and `peer`.
 
 mod api;
 mod audit;
 mod blob;
 mod late;
+mod pace;
 mod peer;
 mod picker;
 mod pieces;
@@ -25,9 +26,11 @@ use rand::rngs::SmallRng;
 pub use api::*;
 pub use audit::Inconsistency;
 use blob::Blob;
+use pace::Pace;
 use peer::Peer;
 use requests::Flight;
 
+use crate::time::earliest;
 use crate::{PeerKey, RequestId, Time, spans};
 
 /// The requester's side: decides what is asked of whom, for many blobs at once.
@@ -65,6 +68,7 @@ pub struct Downloads {
     outputs: VecDeque<Output>,
     /// When lateness is looked at again.
     review_at: Option<Time>,
+    pace: Pace,
 }
 
 impl Downloads {
@@ -85,6 +89,7 @@ impl Downloads {
             ready: VecDeque::new(),
             outputs: VecDeque::new(),
             review_at: None,
+            pace: Pace::default(),
         }
     }
 
@@ -232,6 +237,7 @@ impl Downloads {
         (0..self.blobs.len()).for_each(|at| self.wake_providers(at));
         self.peers[slot] = None;
         self.ready.retain(|&other| other != slot);
+        self.pace.waiting.retain(|&other| other != slot);
     }
 
     /// Takes in that a peer holds more of a blob, whether or not it is being fetched here.
@@ -390,6 +396,9 @@ impl Downloads {
         if self.review_at.is_some_and(|at| at <= now) {
             self.review(now);
         }
+        if self.pace.at.is_some_and(|at| at <= now) {
+            self.go_on(now);
+        }
         loop {
             if let Some(output) = self.outputs.pop_front() {
                 return Some(output);
@@ -406,7 +415,7 @@ impl Downloads {
 
     /// When to poll again if nothing else happens.
     pub fn poll_timeout(&self) -> Option<Time> {
-        self.review_at
+        earliest(self.review_at, self.pace.at)
     }
 
     fn at(&self, root: &RootHash) -> Result<usize, UnknownBlob> {

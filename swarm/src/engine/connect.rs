@@ -20,6 +20,7 @@ use tokio::task::JoinSet;
 
 use super::directory::{Directory, Target};
 use super::peer::{Peer, Vital};
+use super::site;
 use super::turnover::{self, Standing};
 use super::{Engine, rng};
 use crate::address;
@@ -278,7 +279,12 @@ impl Engine {
         {
             self.connector.directory.add_peer(id, &[address]);
         }
-        self.peers.insert(key, Peer::new(connected, Instant::now()));
+        let lanes = connected.lanes.clone();
+        let peer = Peer::new(connected, Instant::now());
+        let class = site::class_of(&peer);
+        lanes.set_class(class);
+        self.downloads.set_class(key, class);
+        self.peers.insert(key, peer);
         self.keys.insert(id, key);
         self.send_peers(key);
         self.send_summary(key);

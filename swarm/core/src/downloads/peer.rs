@@ -10,6 +10,7 @@ use capsule_proto::hash::RootHash;
 use capsule_proto::ranges::{GROUP_LEN, GroupRanges};
 
 use crate::meter::RateMeter;
+use crate::rates::Class;
 use crate::{MAX_REQUEST_GROUPS, PeerKey, RequestId, Time};
 
 /// Window of a peer whose rate is not known: fills 20 Mbit/s at 50 ms, and is forgiven if it never comes.
@@ -61,6 +62,8 @@ pub(crate) struct Peer {
     /// Whether it is in the queue of peers to be given requests.
     pub(crate) ready: bool,
     pub(crate) banned: bool,
+    /// Where it is.
+    pub(crate) class: Class,
     outstanding: u64,
     meter: RateMeter,
     /// The window while it is found out how much the peer and the path can carry.
@@ -84,6 +87,7 @@ impl Peer {
             live: BTreeSet::new(),
             ready: false,
             banned: false,
+            class: Class::Beyond,
             outstanding: 0,
             meter: RateMeter::default(),
             ramp: Some(FIRST_WINDOW),

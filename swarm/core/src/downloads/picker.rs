@@ -9,7 +9,7 @@ use rand::rngs::SmallRng;
 
 use super::blob::Blob;
 use super::peer::Peer;
-use super::{Downloads, Flight, Output};
+use super::{Downloads, Flight, Output, pace};
 use crate::{RequestId, Time, spans};
 
 /// How many pieces of one rarity are looked at for one that a seeder should be asked for.
@@ -29,7 +29,11 @@ impl Downloads {
         let Some(peer) = self.peers[slot].as_ref().filter(|peer| peer.has_room()) else {
             return false;
         };
-        let most = peer.request_groups();
+        let (class, most) = (peer.class, peer.request_groups());
+        if !self.is_next(now, slot, class) {
+            return false;
+        }
+        let most = most.min(self.capped_groups(class));
         for i in 0..self.order.len() {
             let at = self.order[i];
             let Some(blob) = self.blobs[at].as_mut().filter(|blob| blob.is_active()) else {
@@ -58,6 +62,8 @@ impl Downloads {
         let id = RequestId(self.next_id);
         self.next_id += 1;
         let bytes = blob.map.geometry().bytes(&groups);
+        let cost = pace::cost(blob.map.geometry(), &groups);
+        self.pace.limiter.reserve(now, peer.class, cost);
         blob.take(id, &groups);
         if let Some((view, _)) = blob.view_and_map(slot) {
             view.cursor = groups.end;
@@ -78,6 +84,7 @@ impl Downloads {
             blob: at,
             groups,
             bytes,
+            cost,
             issued: now,
             began: None,
             arrived: 0,
