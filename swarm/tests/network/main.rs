@@ -4,4 +4,5 @@ mod faults;
 mod many;
 mod membership;
 mod node;
+mod rates;
 mod spreading;

@@ -11,6 +11,8 @@ use crate::Time;
 
 /// What may be saved up while nothing is to go: bridges late wake-ups, and is 1 % of the 10 s in which a cap is to hold.
 const SAVED: Duration = Duration::from_millis(100);
+/// Who is in line when the cap is lowered goes within this time: what was little by the old cap may be much by the new one.
+const CARRIED: Duration = Duration::from_secs(1);
 /// Bits in a byte, times nanoseconds in a second: how grants are counted.
 const UNITS: u128 = 8_000_000_000;
 /// Longest wait that is told; it is asked again then.
@@ -103,10 +105,9 @@ struct Line {
 impl Line {
     fn set(&mut self, now: Time, cap: Option<Rate>) {
         self.advance(now);
-        if self.cap.is_none() {
-            // Nobody waits. What went without a cap is not to be made up for.
-            (self.granted, self.part) = (self.reserved, 0);
-        }
+        // Without a cap nobody waited, and what went then is not to be made up for.
+        let carried = self.cap.and(cap).map_or(0, |cap| in_time(cap, CARRIED));
+        self.granted = self.granted.max(self.reserved.saturating_sub(carried));
         self.cap = cap;
     }
 
@@ -239,10 +240,11 @@ mod tests {
         assert_eq!(limiter.ready_at(at(0), ticket), Some(at(10_000)));
         limiter.set(at(5_000), beyond(10 * CAP));
         assert_eq!(limiter.ready_at(at(5_000), ticket), Some(at(5_500)));
+        // Lowered, it would keep who is in line for 25 s.
         limiter.set(at(5_250), beyond(CAP / 10));
-        assert_eq!(limiter.ready_at(at(5_250), ticket), Some(at(30_250)));
-        limiter.set(at(6_000), Caps::default());
-        assert_eq!(limiter.ready_at(at(6_000), ticket), None);
+        assert_eq!(limiter.ready_at(at(5_250), ticket), Some(at(6_250)));
+        limiter.set(at(5_500), Caps::default());
+        assert_eq!(limiter.ready_at(at(5_500), ticket), None);
         // And what went in the meantime is not made up for.
         limiter.reserve(at(7_000), Class::Beyond, 1 << 40);
         limiter.set(at(8_000), beyond(CAP));
