@@ -334,6 +334,7 @@ mod tests {
     use capsule_swarm_core::PeerKey;
 
     use super::*;
+    use crate::protocol::Pace;
 
     const SECOND: Duration = Duration::from_secs(1);
 
@@ -358,6 +359,7 @@ mod tests {
             dialled: false,
             member,
             arriving: Arriving::default(),
+            lanes: Pace::new().lanes(),
         };
         Peer::new(connected, now)
     }

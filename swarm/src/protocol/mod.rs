@@ -12,4 +12,4 @@ pub use frame::{
     Arriving, CONTENT_HEADER, LaneError, MAX_CONTENT_FRAME, Response, control_frame,
     fill_content_header, reserve_content_header,
 };
-pub use pace::{Lanes, Pace};
+pub use pace::Pace;

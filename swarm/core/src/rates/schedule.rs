@@ -138,7 +138,7 @@ impl FromStr for Schedule {
                 }
                 continue;
             }
-            let cap = Rate::parse_cap(&part[first.len()..]);
+            let cap = Rate::parse_cap(part[first.len()..].trim_start());
             let (from, to) = hours(first).ok_or_else(|| ScheduleError::Hours(first.into()))?;
             if from == to || to - from.min(to) == DAY {
                 return Err(ScheduleError::Empty(first.into()));
