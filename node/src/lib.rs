@@ -8,7 +8,7 @@
 //! | `records`, `held`, `graph`, `layers`, `encoding`, `rehash` | what the fleet says; what is here; ways to components; reading, making and hashing them |
 //! | `needs`, `materialise` | what of packs is read; what is dear to read is encoded anew |
 //! | `store`, `blobs` | bytes on the disk, and as the network sees them |
-//! | `clock`, `work` | time with a floor; long work on few threads |
+//! | `clock`, `rates`, `work` | time with a floor; caps by the time of day; long work on few threads |
 
 pub mod blobs;
 pub mod clock;
@@ -27,6 +27,7 @@ mod materialise;
 mod needs;
 pub mod node;
 pub mod publish;
+pub mod rates;
 pub mod records;
 mod rehash;
 pub mod report;

@@ -22,11 +22,12 @@ use crate::follow::Follower;
 use crate::held::Holdings;
 use crate::home::{Home, Identity, Settings};
 use crate::layers::Components;
+use crate::rates::RateKeeper;
 use crate::records::{KnownName, Records, Resolution, ResolveError};
 use crate::store::{DatabaseError, Store};
 use crate::transfer::Transfers;
 use crate::work::Works;
-use crate::{export, keep, publish, report, transfer, verify};
+use crate::{export, keep, publish, rates, report, transfer, verify};
 
 /// Troubles remembered for `status`.
 const MAX_TROUBLES: usize = 32;
@@ -55,6 +56,8 @@ pub struct Parts {
     pub blobs: Arc<Blobs>,
     /// Components open for peers.
     pub components: Arc<Components>,
+    /// Caps of rates.
+    pub rates: RateKeeper,
 }
 
 /// A running node: its parts, and what goes on.
@@ -333,6 +336,7 @@ impl Handler for Answers {
                 Request::Status(_) => json(report::status(&node).await),
                 Request::Peers(request) => json(report::peers(&node, request).await),
                 Request::Hashes(_) => json(report::hashes(&node).await),
+                Request::Rates(request) => json(rates::rates(&node, request).await),
             }
         }
     }

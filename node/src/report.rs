@@ -305,6 +305,7 @@ pub async fn status(node: &Arc<Node>) -> Result<NodeStatus, Failure> {
             received_bytes: totals.all.received,
             transfers,
             follows: follow::list(&node)?,
+            caps: node.rates.in_force(),
             troubles: node.troubles(),
         })
     })

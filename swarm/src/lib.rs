@@ -22,4 +22,5 @@ pub use api::{
     NetworkClosed, NetworkConfig, NetworkHandle, Offer, PeerId, PeerInfo, Priority, Provider,
     RecordId, RecordStore, ServeError, StartError, StoreError, Totals,
 };
+pub use capsule_swarm_core::{Caps, DAY, Rate, RateError, Schedule, ScheduleError};
 pub use engine::Network;

@@ -6,7 +6,7 @@
 //!
 //! | file | what lives there |
 //! |---|---|
-//! | `fleet`, `node`, `publish`, `list`, `pull`, `export`, `verify`, `status`, `keep`, `completions` | commands |
+//! | `fleet`, `node`, `publish`, `list`, `pull`, `export`, `verify`, `status`, `rates`, `keep`, `completions` | commands |
 //! | `context` | what every command has: the home, `--json`, asking the daemon |
 //! | `exit`, `interrupt` | how commands end: exit codes, hints; Ctrl-C |
 //! | `output`, `progress` | standard output; bars and lines on standard error |
@@ -29,6 +29,7 @@ pub mod output;
 pub mod progress;
 mod publish;
 mod pull;
+mod rates;
 mod status;
 pub mod style;
 pub mod table;
@@ -83,6 +84,7 @@ enum Command {
     Status(status::StatusArgs),
     Peers(status::PeersArgs),
     Hashes(status::HashesArgs),
+    Rates(rates::RatesArgs),
     Pin(keep::PinArgs),
     Unpin(keep::UnpinArgs),
     Gc(keep::GcArgs),
@@ -126,6 +128,7 @@ pub fn run(cli: Cli) -> Result<(), Exit> {
         Command::Status(args) => status::status(args, &context),
         Command::Peers(args) => status::peers(args, &context),
         Command::Hashes(args) => status::hashes(args, &context),
+        Command::Rates(args) => rates::run(args, &context),
         Command::Pin(args) => keep::pin(args, &context),
         Command::Unpin(args) => keep::unpin(args, &context),
         Command::Gc(args) => keep::gc(args, &context),

@@ -21,7 +21,7 @@ const DEFAULT_LOG: &str = "warn,capsule=info,capsule_node=info,capsule_swarm=inf
 ///
 /// Runs until Ctrl-C or SIGTERM. Prints a line `listening ADDR` for each address once it is ready. It logs to standard
 /// error; RUST_LOG says how much. Lasting settings are in the home's home.json (node/docs/home.md): listen, quota (bytes),
-/// site, lan_discovery, bootstrap.
+/// site, lan_discovery, bootstrap. Caps of rates are set with `capsule rates`.
 #[derive(Debug, Args)]
 pub struct NodeArgs {
     /// Where to listen: IP:PORT, port 0 for any free one; may be given more than once [default: 0.0.0.0:4277, or as

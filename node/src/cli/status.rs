@@ -11,6 +11,7 @@ use super::exit::{Exit, shell_word};
 use super::format::{ago, date, duration, percent, plural, short, size};
 use super::list::holding;
 use super::progress;
+use super::rates;
 use super::style::Style;
 use super::table::{Table, fields};
 
@@ -154,7 +155,7 @@ fn identity(status: &NodeStatus) -> [(&'static str, String); 9] {
     ]
 }
 
-fn activity(status: &NodeStatus) -> [(&'static str, String); 7] {
+fn activity(status: &NodeStatus) -> [(&'static str, String); 8] {
     let banned = if status.banned > 0 {
         format!(", {} banned", status.banned)
     } else {
@@ -190,6 +191,15 @@ fn activity(status: &NodeStatus) -> [(&'static str, String); 7] {
                 size(status.sent_bytes),
                 size(status.received_bytes)
             ),
+        ),
+        (
+            "caps",
+            status
+                .caps
+                .iter()
+                .map(rates::in_words)
+                .collect::<Vec<_>>()
+                .join("; "),
         ),
     ]
 }

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use capsule_chunker::layer::encode::Effort;
 use capsule_proto::RootHash;
 use capsule_proto::name::{CapsuleName, Channel};
+use capsule_swarm::Schedule;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
@@ -260,6 +261,30 @@ pub struct Layers {
     pub capsule: CapsuleRef,
 }
 
+/// Where peers are, as far as rates go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PeersWhere {
+    /// Within this machine's site.
+    Within,
+    /// Beyond it.
+    Beyond,
+}
+
+/// Tells which caps of rates hold and when they change; sets those that are given, which hold from then on and over restarts.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct Rates {
+    /// What is sent.
+    #[serde(default, with = "text::option")]
+    pub upload: Option<Schedule>,
+    /// What is received.
+    #[serde(default, with = "text::option")]
+    pub download: Option<Schedule>,
+    /// To and from which peers; both where absent.
+    #[serde(default)]
+    pub peers: Option<PeersWhere>,
+}
+
 macro_rules! commands {
     ($($name:ident => $answer:ident),* $(,)?) => {
         /// Any request, as it travels: an object with the command's name as its only key.
@@ -297,6 +322,7 @@ commands! {
     Gc => Collected,
     Rm => Removed,
     Layers => LayerList,
+    Rates => RateList,
 }
 
 /// A value with one text form, as that text.
@@ -319,6 +345,29 @@ mod text {
         String::deserialize(deserializer)?
             .parse()
             .map_err(serde::de::Error::custom)
+    }
+
+    /// Where there may be none.
+    pub mod option {
+        use super::{Deserialize, Deserializer, Display, FromStr, Serializer};
+
+        pub fn serialize<T: Display, S: Serializer>(
+            value: &Option<T>,
+            serializer: S,
+        ) -> Result<S::Ok, S::Error> {
+            match value {
+                Some(value) => serializer.collect_str(value),
+                None => serializer.serialize_none(),
+            }
+        }
+
+        pub fn deserialize<'de, T: FromStr<Err: Display>, D: Deserializer<'de>>(
+            deserializer: D,
+        ) -> Result<Option<T>, D::Error> {
+            let text = Option::<String>::deserialize(deserializer)?;
+            text.map(|text| text.parse().map_err(serde::de::Error::custom))
+                .transpose()
+        }
     }
 }
 

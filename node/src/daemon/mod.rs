@@ -33,6 +33,7 @@ use crate::home::{Home, HomeError, socket};
 use crate::layers::Components;
 use crate::materialise;
 use crate::node::{Answers, Node, Parts};
+use crate::rates::{self, RateKeeper};
 use crate::records::Records;
 use crate::store::{
     ComponentProvider, Damage, DatabaseError, OpenError, Store, StoreOptions, WriteError,
@@ -180,6 +181,7 @@ struct Running {
 impl Daemon {
     async fn start(home: Home, options: NodeOptions) -> Result<Self, NodeError> {
         let (settings, identity) = (home.settings()?, home.identity()?);
+        let rates = RateKeeper::new(home.rates()?);
         let store_options = StoreOptions {
             quota: settings.quota,
             ..StoreOptions::default()
@@ -256,7 +258,9 @@ impl Daemon {
             clock,
             blobs,
             components,
+            rates,
         });
+        rates::apply(&node).await?;
         mark_lacking(&node).await?;
         announce_all(&node).await?;
         follow::resume(&node).await?;
@@ -311,6 +315,7 @@ impl Daemon {
         parts.start("end of bans", events::lift_bans(node.clone()));
         parts.start("trimming of memory", events::trim_when_quiet(node.clone()));
         parts.start("shortening of chains", materialise::run(node.clone()));
+        parts.start("hours of rates", rates::follow_hours(node.clone()));
         parts.start("closing of components", async move {
             components.close_idle().await
         });

@@ -7,6 +7,7 @@
 //! | `fleet.key` | the fleet's root secret, where this home did `fleet init`; an older fleet's: `fleet-ID.key` | 0600 |
 //! | `membership.json` | credential, and addresses of the fleet from the token | 0600 |
 //! | `listening.json` | addresses that the node listened on last, for `fleet invite` | 0600 |
+//! | `rates.json` | caps of rates, once `capsule rates` has set any | 0600 |
 //! | `store/` | blobs and database (`crate::store`) | 0700 |
 //! | `control.sock` | the control socket (`socket`) | 0600 |
 //!
@@ -18,6 +19,7 @@ mod address;
 mod expiry;
 mod files;
 mod fleet;
+mod rates;
 mod settings;
 pub mod socket;
 
@@ -32,6 +34,7 @@ pub use address::check_address;
 pub use expiry::{DEFAULT_EXPIRY, ExpiryError, parse_expiry};
 pub use files::Fault;
 pub use fleet::{Entropy, Founded, Invitation, InviteOptions, JoinOptions, Joined, system_entropy};
+pub use rates::Rates;
 pub use settings::{DEFAULT_LISTEN, Membership, Settings};
 
 use files::{Mode, read_json, read_secret, write_json};
@@ -42,11 +45,13 @@ const MACHINE_KEY: &str = "machine.key";
 const FLEET_KEY: &str = "fleet.key";
 const MEMBERSHIP: &str = "membership.json";
 const LISTENING: &str = "listening.json";
+const RATES: &str = "rates.json";
 const STORE: &str = "store";
 
 // What to do where one of them is damaged.
 const CORRECT_SETTINGS: &str = "correct that, or move the file away to have the defaults";
 const FORGET_LISTENING: &str = "remove it; the node writes it again when it starts";
+const CORRECT_RATES: &str = "correct that, or remove it and set them anew with `capsule rates`";
 const RENEW_MEMBERSHIP: &str =
     "restore it from a backup, or join again with `capsule join --force TOKEN`";
 const RENEW_MACHINE: &str = "restore it from a backup, or remove it and join again, as a new machine, with \
@@ -228,6 +233,16 @@ impl Home {
         let listening: Listening =
             read_json(&self.path(LISTENING), FORGET_LISTENING)?.unwrap_or_default();
         Ok(listening.addresses)
+    }
+
+    /// Caps of rates; none where none were set.
+    pub fn rates(&self) -> Result<Rates, HomeError> {
+        Ok(read_json(&self.path(RATES), CORRECT_RATES)?.unwrap_or_default())
+    }
+
+    /// Keeps caps of rates.
+    pub fn save_rates(&self, rates: &Rates) -> Result<(), HomeError> {
+        Ok(write_json(&self.path(RATES), rates, Mode::Private)?)
     }
 
     fn membership(&self) -> Result<Option<Membership>, HomeError> {

@@ -115,6 +115,15 @@ fn requests_and_answers_have_the_keys_that_the_document_names() {
         samples::removed,
     );
     commands.add(|_| Layers { capsule: which() }, samples::layer_list);
+    let schedule = || "5 Mbit/s, 22:00-06:00 unlimited".parse().unwrap();
+    commands.add(
+        |full| Rates {
+            upload: full.then(schedule),
+            download: full.then(schedule),
+            peers: full.then_some(PeersWhere::Beyond),
+        },
+        samples::rate_list,
+    );
 
     let Commands {
         mut comparison,
@@ -127,6 +136,7 @@ fn requests_and_answers_have_the_keys_that_the_document_names() {
     comparison.enumeration("FailureCode", &words_of::<FailureCode>());
     comparison.enumeration("Holding", &words_of::<Holding>());
     comparison.enumeration("PublishAs", &words_of::<PublishAs>());
+    comparison.enumeration("PeersWhere", &words_of::<PeersWhere>());
     comparison.enumeration("Effort", &efforts());
     comparison.enumeration("ComponentKind", &component_kinds());
     comparison.enumeration("BlobKind", &blob_kinds());

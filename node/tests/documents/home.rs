@@ -5,7 +5,9 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
-use capsule_node::home::{Home, InviteOptions, JoinOptions, Settings, socket, system_entropy};
+use capsule_node::home::{
+    Home, InviteOptions, JoinOptions, Rates, Settings, socket, system_entropy,
+};
 use capsule_node::store::{Store, StoreOptions};
 use capsule_proto::credential::Roles;
 use serde_json::Value;
@@ -37,6 +39,7 @@ fn home(temp: &Path) -> (Home, tokio::net::UnixListener) {
         .token;
     home.join(&token, &force, now, &mut system_entropy).unwrap();
     home.save_listening(&["10.0.0.1:4277".into()]).unwrap();
+    home.save_rates(&Rates::default()).unwrap();
     drop(Store::open(&home.store_dir(), StoreOptions::default()).unwrap());
     let socket = socket::prepare(home.dir()).unwrap();
     let listener = capsule_node::control::listen(&socket).unwrap();
@@ -82,7 +85,7 @@ async fn json_files_have_the_keys_that_the_document_names() {
     let (home, _listener) = home(temp.path());
     let document = Document::read("home.md");
     let mut comparison = Comparison::with(&document);
-    for name in ["membership.json", "listening.json"] {
+    for name in ["membership.json", "listening.json", "rates.json"] {
         let bytes = fs::read(home.dir().join(name)).unwrap();
         comparison.samples(name, &[&serde_json::from_slice(&bytes).unwrap()]);
     }

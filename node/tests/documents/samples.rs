@@ -302,6 +302,7 @@ pub fn status(full: bool) -> NodeStatus {
         received_bytes: 1,
         transfers: vec![transfer],
         follows: vec![follow],
+        caps: vec![rate(full)],
         troubles: vec![text()],
     }
 }
@@ -325,6 +326,23 @@ pub fn peer_list(full: bool) -> PeerList {
         have_of: full.then_some(1),
     };
     PeerList { peers: vec![peer] }
+}
+
+fn rate(full: bool) -> RateInfo {
+    RateInfo {
+        direction: "upload".to_owned(),
+        peers: PeersWhere::Beyond,
+        schedule: text(),
+        cap: full.then_some(1),
+        next_change: full.then_some(1),
+        next_cap: full.then_some(1),
+    }
+}
+
+pub fn rate_list(full: bool) -> RateList {
+    RateList {
+        rates: vec![rate(full)],
+    }
 }
 
 pub fn hash_list(_full: bool) -> HashList {

@@ -1,13 +1,14 @@
 //! What this node fetches: the public face of the requester's side, and its inputs.
 //!
 //! Choosing what to ask of whom is in `picker`, how requests end in `requests`, what to do about lateness
-//! in `late`, figures in `stats`. The tables are in `blob` (with `pieces` and `view`) and `peer`.
+//! in `late`, what caps allow in `pace`, figures in `stats`. The tables are in `blob` (with `pieces` and `view`) and `peer`.
 
 mod api;
 mod audit;
 mod blob;
 mod gateways;
 mod late;
+mod pace;
 mod peer;
 mod picker;
 mod pieces;
@@ -27,9 +28,12 @@ use rand::rngs::SmallRng;
 pub use api::*;
 pub use audit::Inconsistency;
 use blob::Blob;
+use pace::Pace;
 use peer::Peer;
 use requests::Flight;
 
+use crate::rates::Class;
+use crate::time::earliest;
 use crate::{PeerKey, RequestId, Time, spans};
 
 /// The requester's side: decides what is asked of whom, for many blobs at once.
@@ -71,6 +75,7 @@ pub struct Downloads {
     beyond: usize,
     /// Whether notices of gateways are passed on.
     passes_on: bool,
+    pace: Pace,
 }
 
 impl Downloads {
@@ -93,6 +98,7 @@ impl Downloads {
             review_at: None,
             beyond: 0,
             passes_on: false,
+            pace: Pace::default(),
         }
     }
 
@@ -219,21 +225,21 @@ impl Downloads {
 
     /// Takes in a new peer of this site. False if it is known already or there are too many: the caller should not use it.
     pub fn peer_connected(&mut self, now: Time, peer: PeerKey) -> bool {
-        self.connected(now, peer, false)
+        self.connected(now, peer, Class::Within)
     }
 
     /// Takes in a new peer of another site.
     pub fn peer_beyond_connected(&mut self, now: Time, peer: PeerKey) -> bool {
-        self.connected(now, peer, true)
+        self.connected(now, peer, Class::Beyond)
     }
 
-    fn connected(&mut self, _now: Time, peer: PeerKey, beyond: bool) -> bool {
+    fn connected(&mut self, _now: Time, peer: PeerKey, class: Class) -> bool {
         if self.slots.contains_key(&peer) || self.slots.len() >= self.config.max_peers {
             return false;
         }
-        let slot = free_slot(&mut self.peers, Peer::new(peer, beyond));
+        let slot = free_slot(&mut self.peers, Peer::new(peer, class));
         self.slots.insert(peer, slot);
-        self.beyond += usize::from(beyond);
+        self.beyond += usize::from(class == Class::Beyond);
         true
     }
 
@@ -249,8 +255,9 @@ impl Downloads {
         self.drop_flights_of(now, slot);
         (0..self.blobs.len()).for_each(|at| self.wake_providers(at));
         let gone = self.peers[slot].take();
-        self.beyond -= usize::from(gone.is_some_and(|peer| peer.beyond));
+        self.beyond -= usize::from(gone.is_some_and(|peer| peer.is_beyond()));
         self.ready.retain(|&other| other != slot);
+        self.pace.waiting.retain(|&other| other != slot);
     }
 
     /// Takes in that a peer holds more of a blob, whether or not it is being fetched here.
@@ -412,6 +419,9 @@ impl Downloads {
         if self.review_at.is_some_and(|at| at <= now) {
             self.review(now);
         }
+        if self.pace.at.is_some_and(|at| at <= now) {
+            self.go_on(now);
+        }
         loop {
             if let Some(output) = self.outputs.pop_front() {
                 return Some(output);
@@ -428,7 +438,7 @@ impl Downloads {
 
     /// When to poll again if nothing else happens.
     pub fn poll_timeout(&self) -> Option<Time> {
-        self.review_at
+        earliest(self.review_at, self.pace.at)
     }
 
     fn at(&self, root: &RootHash) -> Result<usize, UnknownBlob> {

@@ -1,7 +1,7 @@
 //! What this node serves: bounded queues by peer, fair shares, the least-sent piece first.
 //!
-//! Whether the content is held is checked by the caller, before and after. Rate caps are its business
-//! too: it does not poll while a cap is exhausted.
+//! Whether the content is held is checked by the caller, before and after. Caps of rates are its business
+//! too: to what is chosen here they look like a slow link, or a receiver that holds up what it is sent.
 
 mod api;
 mod sent;

@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use capsule_proto::credential::{Credential, MachineId, MachineKey, Member};
 use capsule_proto::{CapsuleId, GroupRanges, RootHash};
+use capsule_swarm_core::Caps;
 pub use libp2p::{Multiaddr, PeerId};
 use thiserror::Error;
 use tokio::sync::{Notify, mpsc, oneshot};
@@ -299,6 +300,11 @@ impl NetworkHandle {
     /// Refuses a peer no longer that was banned.
     pub async fn unban(&self, peer: PeerId) -> Result<(), NetworkClosed> {
         send(&self.commands, Command::Unban { peer }).await
+    }
+
+    /// Has other caps of rates hold from now on; without this there are none.
+    pub async fn set_caps(&self, upload: Caps, download: Caps) -> Result<(), NetworkClosed> {
+        send(&self.commands, Command::SetCaps { upload, download }).await
     }
 
     /// Connected peers that announce a blob.

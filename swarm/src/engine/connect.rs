@@ -8,7 +8,7 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use capsule_proto::wire::Control;
-use capsule_swarm_core::PeerKey;
+use capsule_swarm_core::{Class, PeerKey};
 use libp2p::PeerId;
 use libp2p::core::transport::TransportError;
 use libp2p::swarm::dial_opts::{DialOpts, PeerCondition};
@@ -326,6 +326,8 @@ impl Engine {
                 .directory
                 .add_peer(id, &[address], &connected.site);
         }
+        let lanes = connected.lanes.clone();
+        lanes.set_class(if beyond { Class::Beyond } else { Class::Within });
         self.peers
             .insert(key, Peer::new(connected, beyond, Instant::now()));
         self.keys.insert(id, key);

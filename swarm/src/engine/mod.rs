@@ -40,7 +40,7 @@ use std::time::{Duration, Instant};
 
 use capsule_proto::wire::Control;
 use capsule_proto::{CapsuleId, GroupRanges, RootHash};
-use capsule_swarm_core::{Announcements, Downloads, PeerKey, Time, Uploads};
+use capsule_swarm_core::{Announcements, Caps, Downloads, PeerKey, Time, Uploads};
 use futures::StreamExt;
 use libp2p::connection_limits::{self};
 use libp2p::swarm::{NetworkBehaviour, Swarm, SwarmEvent};
@@ -52,7 +52,7 @@ use tokio::time::{sleep_until, timeout};
 
 use crate::api::{Event, FetchError, FetchProgress, FetchSpec, Limits, PeerInfo, Provider, Totals};
 use crate::discovery::lan::Found;
-use crate::protocol::{self, Buffers};
+use crate::protocol::{self, Buffers, Pace};
 use crate::transport::Gatekeeper;
 use connect::Connector;
 use gossip::Topics;
@@ -104,6 +104,10 @@ pub enum Command {
     Unban {
         peer: PeerId,
     },
+    SetCaps {
+        upload: Caps,
+        download: Caps,
+    },
     Providers {
         root: RootHash,
         reply: oneshot::Sender<Vec<Provider>>,
@@ -154,6 +158,8 @@ struct Engine {
     /// Memory for what comes, and for what is served.
     inbound: Arc<Buffers>,
     outbound: Arc<Buffers>,
+    /// Caps of what is sent; those of what comes are the scheduler's.
+    pace: Arc<Pace>,
     commands: mpsc::Receiver<Command>,
     /// A fetch, or the last handle, may have been dropped.
     dropped: Arc<Notify>,
@@ -276,6 +282,10 @@ impl Engine {
             Command::SetCapsules { capsules } => self.set_capsules(capsules),
             Command::AddAddress { address } => self.add_address(&address),
             Command::Unban { peer } => self.unban(&peer),
+            Command::SetCaps { upload, download } => {
+                self.pace.set(upload);
+                self.downloads.set_caps(self.now(), download);
+            }
             Command::Providers { root, reply } => self.find_providers(root, reply),
             Command::Peers { reply } => {
                 let now = Instant::now();
@@ -333,9 +343,15 @@ impl Engine {
         match event {
             protocol::Event::Connected(connected) => self.on_connected(connected),
             protocol::Event::Disconnected { key, peer } => self.on_disconnected(key, peer),
-            protocol::Event::Control { key, message } => {
+            protocol::Event::Control {
+                key,
+                message,
+                bytes,
+            } => {
                 if let Some(peer) = self.peers.get_mut(&key) {
                     peer.heard(now);
+                    let now = self.now();
+                    self.downloads.charge(now, key, bytes as u64);
                     self.on_control(key, *message);
                 }
             }

@@ -342,6 +342,7 @@ mod tests {
     use capsule_swarm_core::PeerKey;
 
     use super::*;
+    use crate::protocol::Pace;
 
     const SECOND: Duration = Duration::from_secs(1);
 
@@ -367,6 +368,7 @@ mod tests {
             member,
             site: String::new(),
             arriving: Arriving::default(),
+            lanes: Pace::new().lanes(),
         };
         Peer::new(connected, false, now)
     }

@@ -6,7 +6,7 @@
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
-use capsule_proto::ranges::group_count;
+use capsule_proto::ranges::{group_bytes, group_count};
 use capsule_proto::wire::Request;
 use capsule_proto::{GroupRanges, RootHash};
 use capsule_swarm_core::{MAX_REQUEST_GROUPS, PeerKey};
@@ -32,15 +32,23 @@ impl Engine {
         let candidate = self.peers.iter().find_map(|(&key, peer)| {
             let claim = peer.claims.get(&root)?;
             let last = group_count(claim.size) - 1;
+            let most = self.downloads.most_groups(key).min(MAX_REQUEST_GROUPS);
             let usable = claim.size <= bound
                 && !transfer.unproved.contains(&key)
                 && claim.groups.contains(last);
-            usable.then_some((key, claim.size, probe_groups(claim.size, &claim.groups)))
+            usable.then_some((
+                key,
+                claim.size,
+                probe_groups(claim.size, &claim.groups, most),
+            ))
         });
         let Some((key, size, groups)) = candidate else {
             return;
         };
         transfer.probe = Some((key, Instant::now()));
+        let bytes = group_bytes(&groups, size);
+        let now = self.now();
+        self.downloads.charge(now, key, bytes.end - bytes.start);
         let id = self.next_probe;
         self.next_probe += 1;
         self.ask(
@@ -97,9 +105,9 @@ impl Engine {
     }
 }
 
-/// What proves a size: all of a small blob, else its last group.
-fn probe_groups(size: u64, claimed: &GroupRanges) -> Range<u64> {
+/// What proves a size: all of a blob of `most` groups at most, else its last group.
+fn probe_groups(size: u64, claimed: &GroupRanges, most: u64) -> Range<u64> {
     let count = group_count(size);
-    let all = count <= MAX_REQUEST_GROUPS && claimed.contains_run(&(0..count));
+    let all = count <= most && claimed.contains_run(&(0..count));
     if all { 0..count } else { count - 1..count }
 }

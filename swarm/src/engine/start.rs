@@ -29,7 +29,7 @@ use crate::address;
 use crate::api::{BlobStore, Event, NetworkConfig, NetworkHandle, RecordStore, StartError};
 use crate::discovery::dns::FleetTag;
 use crate::discovery::lan::{self, Beacon, Found};
-use crate::protocol::{self, Buffers};
+use crate::protocol::{self, Buffers, Pace};
 use crate::transport::{self, Gatekeeper};
 
 /// Commands that may wait for the engine; more make their senders wait.
@@ -69,6 +69,7 @@ impl Network {
         let half = config.limits.buffered_bytes / 2;
         let inbound = Buffers::new(half.max(2 * protocol::MAX_CONTENT_FRAME));
         let outbound = Buffers::new(half.max(2 * protocol::MAX_CONTENT_FRAME));
+        let pace = Pace::new();
         let transport = transport::build(&identity, gatekeeper.clone()).map_err(StartError::Tls)?;
         let topics = gossip::Topics::new();
         let limits = ConnectionLimits::default()
@@ -77,7 +78,12 @@ impl Network {
         let node = Node {
             limits: connection_limits::Behaviour::new(limits),
             gossip: gossip::behaviour(&identity, &topics).map_err(StartError::Tls)?,
-            peers: protocol::Behaviour::new(local, gatekeeper.clone(), inbound.clone()),
+            peers: protocol::Behaviour::new(
+                local,
+                gatekeeper.clone(),
+                inbound.clone(),
+                pace.clone(),
+            ),
         };
         let swarm_config =
             libp2p::swarm::Config::with_tokio_executor().with_idle_connection_timeout(NEVER_IDLE);
@@ -97,6 +103,7 @@ impl Network {
             pool,
             inbound,
             outbound,
+            pace,
             commands: command_receiver,
             dropped: dropped.clone(),
             events,

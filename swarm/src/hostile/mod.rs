@@ -20,7 +20,7 @@ use libp2p::swarm::{Config, Swarm, SwarmEvent};
 use self::node::{Machine, NOW, Records, within};
 use crate::address;
 use crate::engine::NEVER_IDLE;
-use crate::protocol::{self, Behaviour, Buffers, Event};
+use crate::protocol::{self, Behaviour, Buffers, Event, Pace};
 use crate::transport::{self, Gatekeeper};
 
 /// A member under the test's control.
@@ -45,7 +45,7 @@ impl Raw {
         ));
         let transport = transport::build(&identity, gatekeeper.clone()).unwrap();
         // No content fits: it stops reading at the first.
-        let behaviour = Behaviour::new(local, gatekeeper, Buffers::new(0));
+        let behaviour = Behaviour::new(local, gatekeeper, Buffers::new(0), Pace::new());
         let config = Config::with_tokio_executor().with_idle_connection_timeout(NEVER_IDLE);
         let mut swarm = Swarm::new(transport, behaviour, local, config);
         swarm.dial(address::to_multiaddr(to)).unwrap();

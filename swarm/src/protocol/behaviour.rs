@@ -26,6 +26,7 @@ use thiserror::Error;
 use super::buffers::{Buffer, Buffers};
 use super::frame::{Arriving, LaneError, Response};
 use super::handler::{FromBehaviour, Handler, ToBehaviour};
+use super::pace::{Lanes, Pace};
 use crate::address;
 use crate::transport::Gatekeeper;
 
@@ -46,6 +47,8 @@ pub struct Connected {
     pub site: String,
     /// What of a content frame has come so far.
     pub arriving: Arriving,
+    /// Where what is sent to it waits for caps.
+    pub lanes: Lanes,
 }
 
 /// What happened among the peers.
@@ -60,6 +63,8 @@ pub enum Event {
     Control {
         key: PeerKey,
         message: Box<Control>,
+        /// Length of its frame.
+        bytes: usize,
     },
     /// Content came.
     Content {
@@ -85,6 +90,7 @@ struct Link {
     key: PeerKey,
     peer: PeerId,
     arriving: Arriving,
+    lanes: Lanes,
     established: Option<Established>,
 }
 
@@ -110,6 +116,7 @@ pub struct Behaviour {
     local: PeerId,
     gatekeeper: Arc<Gatekeeper>,
     inbound: Arc<Buffers>,
+    pace: Arc<Pace>,
     next_key: u64,
     links: HashMap<ConnectionId, Link>,
     /// The connection in use of each peer.
@@ -122,11 +129,17 @@ pub struct Behaviour {
 }
 
 impl Behaviour {
-    pub fn new(local: PeerId, gatekeeper: Arc<Gatekeeper>, inbound: Arc<Buffers>) -> Self {
+    pub fn new(
+        local: PeerId,
+        gatekeeper: Arc<Gatekeeper>,
+        inbound: Arc<Buffers>,
+        pace: Arc<Pace>,
+    ) -> Self {
         Self {
             local,
             gatekeeper,
             inbound,
+            pace,
             next_key: 0,
             links: HashMap::new(),
             active: HashMap::new(),
@@ -179,17 +192,18 @@ impl Behaviour {
         if self.gatekeeper.admitted(&peer).is_none() {
             return Err(ConnectionDenied::new(NotAdmitted));
         }
-        let arriving = Arriving::default();
+        let (arriving, lanes) = (Arriving::default(), self.pace.lanes());
         let key = PeerKey(self.next_key);
         self.next_key += 1;
         let link = Link {
             key,
             peer,
             arriving: arriving.clone(),
+            lanes: lanes.clone(),
             established: None,
         };
         self.links.insert(id, link);
-        Ok(Handler::new(self.inbound.clone(), arriving))
+        Ok(Handler::new(self.inbound.clone(), arriving, lanes))
     }
 
     fn established(&mut self, event: ConnectionEstablished<'_>) {
@@ -249,6 +263,7 @@ impl Behaviour {
                 member: admitted.member,
                 site: admitted.site,
                 arriving: link.arriving.clone(),
+                lanes: link.lanes.clone(),
             })));
     }
 
@@ -336,7 +351,11 @@ impl NetworkBehaviour for Behaviour {
         }
         let key = self.links[&id].key;
         let event = match event {
-            ToBehaviour::Control(message) => Event::Control { key, message },
+            ToBehaviour::Control(message, bytes) => Event::Control {
+                key,
+                message,
+                bytes,
+            },
             ToBehaviour::Content(response) => Event::Content { key, response },
             ToBehaviour::Sent {
                 request,

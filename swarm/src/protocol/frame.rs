@@ -138,12 +138,14 @@ pub fn fill_content_header(buffer: &mut [u8], header: &DataHeader) {
     buffer[FRAME_HEADER_LEN..CONTENT_HEADER].copy_from_slice(&header.encode());
 }
 
-/// Reads one control message.
-pub async fn read_control(lane: &mut (impl AsyncRead + Unpin)) -> Result<Control, LaneError> {
+/// Reads one control message, and tells the length of its frame.
+pub async fn read_control(
+    lane: &mut (impl AsyncRead + Unpin),
+) -> Result<(Control, usize), LaneError> {
     let len = read_header(lane, FrameKind::Control).await?;
     let mut message = vec![0; len];
     fill(lane, &mut message, READ_PATIENCE, |_| ()).await?;
-    Ok(Control::decode(&message)?)
+    Ok((Control::decode(&message)?, FRAME_HEADER_LEN + len))
 }
 
 /// Reads one data frame; waits for a buffer before it reads the content.
@@ -267,7 +269,7 @@ mod tests {
         let frame = control_frame(&message);
         assert_eq!(
             block_on(read_control(&mut Cursor::new(&frame))).unwrap(),
-            message
+            (message, frame.len())
         );
         for len in 0..frame.len() {
             let result = block_on(read_control(&mut Cursor::new(&frame[..len])));

@@ -4,7 +4,7 @@
 //! [`ToBehaviour::Fault`], and the behaviour closes the connection: both sides then start afresh, with full announcements,
 //! rather than guess what was lost. Inbound lanes are never dropped: a second one of a kind is such a fault too.
 //!
-//! Backpressure: outward, content is bounded by the scheduler's credit (reports of [`ToBehaviour::Sent`]) and control by
+//! Backpressure: outward, content waits for caps (`pace`), is bounded by the scheduler's credit (reports of [`ToBehaviour::Sent`]) and control by
 //! [`MAX_QUEUED`]; inward, by the channel to the behaviour and the budget of `buffers`.
 
 use std::collections::VecDeque;
@@ -30,6 +30,7 @@ use libp2p::swarm::{Stream, SubstreamProtocol};
 
 use super::buffers::{Buffer, Buffers};
 use super::frame::{self, Arriving, LaneError, Response};
+use super::pace::Lanes;
 
 /// Bytes of control messages that may wait for a peer: more, and it does not read (the news of a large node is some 100 KiB, the longest message 1 MiB).
 const MAX_QUEUED: usize = 8 << 20;
@@ -37,7 +38,7 @@ const MAX_QUEUED: usize = 8 << 20;
 const EVENTS_READY: usize = 4;
 /// Frames given to a lane's writer ahead of the one being written.
 const FRAMES_AHEAD: usize = 1;
-/// Bytes written between two reports of how far a response has got.
+/// Bytes written between two reports of how far a response has got, where no cap makes them fewer.
 const REPORT_EVERY: usize = 256 << 10;
 /// Read-ahead of the control lane, so that small messages come several to a read.
 const CONTROL_READ_AHEAD: usize = 8 << 10;
@@ -68,8 +69,8 @@ pub enum FromBehaviour {
 /// What a connection tells the behaviour.
 #[derive(Debug)]
 pub enum ToBehaviour {
-    /// A control message came.
-    Control(Box<Control>),
+    /// A control message came, in a frame of so many bytes.
+    Control(Box<Control>, usize),
     /// Content came.
     Content(Response),
     /// The connection took `bytes` more of a response, header included.
@@ -101,11 +102,12 @@ pub struct Handler {
     failed: bool,
     buffers: Arc<Buffers>,
     arriving: Arriving,
+    lanes: Lanes,
 }
 
 impl Handler {
-    /// A connection that takes its buffers for content from `buffers` and notes progress in `arriving`.
-    pub fn new(buffers: Arc<Buffers>, arriving: Arriving) -> Self {
+    /// A connection that takes its buffers for content from `buffers`, notes progress in `arriving`, and sends as `lanes` lets it.
+    pub fn new(buffers: Arc<Buffers>, arriving: Arriving, lanes: Lanes) -> Self {
         let (events_in, events_out) = mpsc::channel(EVENTS_READY);
         let outbound = LANES.map(|_| Outbound {
             opening: false,
@@ -123,6 +125,7 @@ impl Handler {
             failed: false,
             buffers,
             arriving,
+            lanes,
         }
     }
 
@@ -135,7 +138,8 @@ impl Handler {
 
     fn outbound_opened(&mut self, lane: Lane, stream: Stream) {
         let (sender, receiver) = mpsc::channel(FRAMES_AHEAD);
-        let task = write_lane(stream, receiver, self.events_in.clone()).boxed();
+        let events = self.events_in.clone();
+        let task = write_lane(stream, receiver, events, self.lanes.clone()).boxed();
         let outbound = &mut self.outbound[lane as usize];
         outbound.writer = Some(sender);
         outbound.task = Some(task);
@@ -207,21 +211,26 @@ async fn write_lane(
     mut stream: Stream,
     mut frames: mpsc::Receiver<FromBehaviour>,
     mut events: mpsc::Sender<ToBehaviour>,
+    lanes: Lanes,
 ) -> LaneError {
     let mut write = async || -> Result<(), LaneError> {
         while let Some(frame) = frames.next().await {
             match frame {
-                FromBehaviour::Control(bytes) => frame::write_moving(&mut stream, &bytes).await?,
+                FromBehaviour::Control(bytes) => {
+                    lanes.count(bytes.len());
+                    frame::write_moving(&mut stream, &bytes).await?;
+                }
                 FromBehaviour::Content {
                     request,
                     frame: content,
                 } => {
                     let mut at = 0;
                     let last = loop {
-                        let end = content.len().min(at + REPORT_EVERY);
-                        frame::write_moving(&mut stream, &content[at..end]).await?;
-                        let bytes = end - at;
-                        at = end;
+                        // By what the cap is now: it may have changed since the last step.
+                        let bytes = lanes.step(REPORT_EVERY).min(content.len() - at);
+                        lanes.pass(bytes).await;
+                        frame::write_moving(&mut stream, &content[at..at + bytes]).await?;
+                        at += bytes;
                         if at == content.len() {
                             break bytes;
                         }
@@ -252,7 +261,7 @@ async fn read_control_lane(stream: Stream, mut events: mpsc::Sender<ToBehaviour>
     let mut stream = BufReader::with_capacity(CONTROL_READ_AHEAD, stream);
     loop {
         let event = match frame::read_control(&mut stream).await {
-            Ok(message) => ToBehaviour::Control(Box::new(message)),
+            Ok((message, len)) => ToBehaviour::Control(Box::new(message), len),
             Err(error) => return error,
         };
         if events.send(event).await.is_err() {

@@ -4,5 +4,6 @@ mod faults;
 mod many;
 mod membership;
 mod node;
+mod rates;
 mod sites;
 mod spreading;

@@ -1,4 +1,4 @@
-//! Answers about the node and its network: `status`, `peers`, `hashes`.
+//! Answers about the node and its network: `status`, `peers`, `hashes`, `rates`.
 
 use std::path::PathBuf;
 
@@ -6,7 +6,7 @@ use capsule_proto::RootHash;
 use serde::{Deserialize, Serialize};
 
 use super::Holding;
-use crate::control::Progress;
+use crate::control::{PeersWhere, Progress};
 
 /// Answer to `status`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -62,6 +62,8 @@ pub struct NodeStatus {
     pub transfers: Vec<TransferInfo>,
     /// Channels that are followed.
     pub follows: Vec<FollowInfo>,
+    /// Caps of rates that hold now.
+    pub caps: Vec<RateInfo>,
     /// Recent troubles a person should know: refused connections, bans, damage. Newest last.
     pub troubles: Vec<String>,
 }
@@ -143,6 +145,30 @@ pub struct ConnectedPeer {
     pub have: Option<u64>,
     /// With `--have`: the blob's size as it claims.
     pub have_of: Option<u64>,
+}
+
+/// Answer to `rates`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct RateList {
+    /// By direction, and by where the peers are.
+    pub rates: Vec<RateInfo>,
+}
+
+/// The rate of one direction, to or from some of the peers, all together.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct RateInfo {
+    /// `upload` or `download`.
+    pub direction: String,
+    /// Which peers.
+    pub peers: PeersWhere,
+    /// What was set.
+    pub schedule: String,
+    /// The cap now, in bits a second, where there is one.
+    pub cap: Option<u64>,
+    /// When it changes next, where it does.
+    pub next_change: Option<u64>,
+    /// The cap from then on, in bits a second, where there is one.
+    pub next_cap: Option<u64>,
 }
 
 /// Answer to `hashes`.

@@ -10,6 +10,7 @@ use capsule_proto::ranges::GroupRanges;
 
 use super::peer::Peer;
 use super::{Downloads, Flight};
+use crate::rates::Class;
 use crate::time::earliest;
 use crate::{RequestId, Time, spans};
 
@@ -307,24 +308,22 @@ impl Downloads {
             || expected > 20 * HEDGE_AFTER
     }
 
-    /// Asks the provider from which the first part of a run should come soonest, among those not asked for it yet.
+    /// Asks the provider from which the first part of a run should come soonest, among those not asked for it yet that caps allow.
     fn demand_from_best(&mut self, now: Time, at: usize, run: &Range<u64>) -> Option<Range<u64>> {
+        let may = [Class::Within, Class::Beyond].map(|class| self.may_ask(now, class, true));
         let blob = self.blobs[at].as_ref()?;
-        let run = run.start..run.end.min(run.start + DEMAND_GROUPS);
+        let mut run = run.start..run.end.min(run.start + DEMAND_GROUPS);
         let asked: Vec<_> = blob
             .flights
             .touching(&run)
             .filter_map(|(id, _)| self.flights.get(&id).map(|flight| flight.slot))
             .collect();
+        let usable = |peer: &&Peer| peer.is_usable() && may[peer.class as usize];
         let best = blob
             .providers()
             .filter(|(slot, view)| !asked.contains(slot) && view.have().contains(run.start))
             .filter_map(|(slot, view)| {
-                Some((
-                    self.peers[slot].as_ref().filter(|peer| peer.is_usable())?,
-                    slot,
-                    view,
-                ))
+                Some((self.peers[slot].as_ref().filter(usable)?, slot, view))
             })
             .min_by_key(|(peer, slot, _)| {
                 let dear = if self.is_across(*slot) {
@@ -334,7 +333,10 @@ impl Downloads {
                 };
                 dear + peer.eta(now, 0, blob.map.geometry().bytes(&run))
             });
-        let (_, slot, view) = best?;
+        let (peer, slot, view) = best?;
+        run.end = run
+            .end
+            .min(run.start.saturating_add(self.capped_groups(peer.class)));
         let groups = spans::first_in_both(blob.map.lacking(), view.have(), run)?;
         self.issue(now, slot, at, groups.clone(), true);
         Some(groups)

@@ -10,6 +10,7 @@ use capsule_proto::hash::RootHash;
 use capsule_proto::ranges::{GROUP_LEN, GroupRanges};
 
 use crate::meter::RateMeter;
+use crate::rates::Class;
 use crate::{MAX_REQUEST_GROUPS, PeerKey, RequestId, Time};
 
 /// Window of a peer whose rate is not known: fills 20 Mbit/s at 50 ms, and is forgiven if it never comes.
@@ -61,8 +62,8 @@ pub(crate) struct Peer {
     /// Whether it is in the queue of peers to be given requests.
     pub(crate) ready: bool,
     pub(crate) banned: bool,
-    /// Whether it is in another site.
-    pub(crate) beyond: bool,
+    /// Whether it is in this site.
+    pub(crate) class: Class,
     outstanding: u64,
     meter: RateMeter,
     /// The window while it is found out how much the peer and the path can carry.
@@ -79,14 +80,14 @@ pub(crate) struct Peer {
 }
 
 impl Peer {
-    pub(crate) fn new(key: PeerKey, beyond: bool) -> Self {
+    pub(crate) fn new(key: PeerKey, class: Class) -> Self {
         Self {
             key,
             haves: BTreeMap::new(),
             live: BTreeSet::new(),
             ready: false,
             banned: false,
-            beyond,
+            class,
             outstanding: 0,
             meter: RateMeter::default(),
             ramp: Some(FIRST_WINDOW),
@@ -206,9 +207,14 @@ impl Peer {
                 || self.live.len() < MAX_REQUESTS && self.outstanding < self.window())
     }
 
+    /// Whether it is in another site.
+    pub(crate) fn is_beyond(&self) -> bool {
+        self.class == Class::Beyond
+    }
+
     /// Whether it is a peer of the site that gives what it says it has, as far as is known.
     pub(crate) fn gives_in_site(&self) -> bool {
-        !self.beyond && !self.banned && self.strikes == 0 && self.backoff_until.is_none()
+        !self.is_beyond() && !self.banned && self.strikes == 0 && self.backoff_until.is_none()
     }
 
     /// Whether it may be asked at all, for something that somebody waits for: its window does not count.
@@ -300,7 +306,7 @@ mod tests {
 
     #[test]
     fn windows_follow_rate_and_delay() {
-        let mut peer = Peer::new(PeerKey(1), false);
+        let mut peer = Peer::new(PeerKey(1), Class::Within);
         assert_eq!(peer.window(), FIRST_WINDOW);
         peer.asked(at(0), RequestId(1), 1 << 20);
         peer.started(Duration::from_millis(50));
@@ -317,7 +323,7 @@ mod tests {
 
     #[test]
     fn a_dripping_peer_is_asked_for_single_groups() {
-        let mut peer = Peer::new(PeerKey(1), false);
+        let mut peer = Peer::new(PeerKey(1), Class::Within);
         peer.asked(at(0), RequestId(1), 65536);
         (1..10).for_each(|second| peer.arrived(at(second * 1000), 1, true));
         assert_eq!(peer.request_groups(), 1);
@@ -327,7 +333,7 @@ mod tests {
 
     #[test]
     fn backoff_doubles_and_is_bounded() {
-        let mut peer = Peer::new(PeerKey(1), false);
+        let mut peer = Peer::new(PeerKey(1), Class::Within);
         let mut waits = Vec::new();
         for _ in 0..40 {
             peer.strike(at(0));
@@ -341,7 +347,7 @@ mod tests {
 
     #[test]
     fn silence_counts_only_while_something_is_expected() {
-        let mut peer = Peer::new(PeerKey(1), false);
+        let mut peer = Peer::new(PeerKey(1), Class::Within);
         assert!(!peer.is_stalled(at(60_000)));
         peer.asked(at(60_000), RequestId(1), 100);
         assert!(!peer.is_stalled(at(64_000)));

@@ -10,7 +10,7 @@ use rand::rngs::SmallRng;
 use super::blob::Blob;
 use super::peer::Peer;
 use super::view::View;
-use super::{Downloads, Flight, Output};
+use super::{Downloads, Flight, Output, pace};
 use crate::{PieceGeometry, RequestId, Time, spans};
 
 /// How many pieces of one rarity are looked at for one that a seeder should be asked for.
@@ -30,7 +30,11 @@ impl Downloads {
         let Some(peer) = self.peers[slot].as_ref().filter(|peer| peer.has_room()) else {
             return false;
         };
-        let most = peer.request_groups();
+        let (class, most) = (peer.class, peer.request_groups());
+        if !self.is_next(now, slot, class) {
+            return false;
+        }
+        let most = most.min(self.capped_groups(class));
         let across = self.is_across(slot);
         for i in 0..self.order.len() {
             let at = self.order[i];
@@ -65,6 +69,8 @@ impl Downloads {
         let id = RequestId(self.next_id);
         self.next_id += 1;
         let bytes = blob.map.geometry().bytes(&groups);
+        let cost = pace::cost(blob.map.geometry(), &groups);
+        self.pace.limiter.reserve(now, peer.class, cost);
         blob.take(id, &groups);
         if let Some((view, _)) = blob.view_and_map(slot) {
             view.cursor = groups.end;
@@ -85,6 +91,7 @@ impl Downloads {
             blob: at,
             groups,
             bytes,
+            cost,
             issued: now,
             began: None,
             arrived: 0,
@@ -229,7 +236,7 @@ fn partial<'a>(
     peers: &'a [Option<Peer>],
     seeder: usize,
 ) -> impl Iterator<Item = (usize, &'a View)> {
-    let beyond = |slot: usize| peers[slot].as_ref().map(|peer| peer.beyond);
+    let beyond = |slot: usize| peers[slot].as_ref().map(|peer| peer.is_beyond());
     let here = beyond(seeder);
     blob.providers()
         .filter(move |(slot, view)| !view.is_seeder() && beyond(*slot) == here)

@@ -18,6 +18,8 @@ pub(super) struct Flight {
     pub(super) blob: usize,
     pub(super) groups: Range<u64>,
     pub(super) bytes: u64,
+    /// What the response was expected to be on the link.
+    pub(super) cost: u64,
     pub(super) issued: Time,
     /// When its first bytes came.
     pub(super) began: Option<Time>,
@@ -30,6 +32,14 @@ pub(super) struct Flight {
     pub(super) live: bool,
     /// Who gets the groups if the provider takes the request back.
     pub(super) heir: Option<usize>,
+}
+
+impl Flight {
+    /// The part of the cost that so many of its bytes have.
+    fn cost_of(&self, bytes: u64) -> u64 {
+        let part = u128::from(self.cost) * u128::from(bytes) / u128::from(self.bytes.max(1));
+        part as u64
+    }
 }
 
 impl Downloads {
@@ -56,6 +66,12 @@ impl Downloads {
             flight.began = Some(now);
         }
         flight.arrived += bytes;
+        if !flight.live {
+            // Taken out of line when it was given up.
+            self.pace
+                .limiter
+                .reserve(now, peer.class, flight.cost_of(bytes));
+        }
         peer.arrived(now, bytes, flight.live);
     }
 
@@ -91,7 +107,9 @@ impl Downloads {
             return;
         }
         if let Some(peer) = &mut self.peers[flight.slot] {
-            peer.ended(now, id, flight.bytes - flight.arrived);
+            let left = flight.bytes - flight.arrived;
+            self.pace.limiter.refund(peer.class, flight.cost_of(left));
+            peer.ended(now, id, left);
         }
         if let Some(blob) = &mut self.blobs[flight.blob] {
             blob.release(id, &flight.groups);

@@ -105,9 +105,11 @@ impl Crossing {
 impl Downloads {
     /// Takes in what a gateway of this site says of a blob; it may have been passed on by another peer of the site.
     pub fn handle_gateway(&mut self, now: Time, from: PeerKey, notice: &GatewayNotice) {
-        let near = self
-            .usable_slot(from)
-            .filter(|slot| self.peers[*slot].as_ref().is_some_and(|peer| !peer.beyond));
+        let near = self.usable_slot(from).filter(|slot| {
+            self.peers[*slot]
+                .as_ref()
+                .is_some_and(|peer| !peer.is_beyond())
+        });
         if near.is_none() || notice.node == self.config.me {
             return;
         }
@@ -149,7 +151,10 @@ impl Downloads {
 
     /// Whether this peer is beyond the site, and others are not.
     pub(super) fn is_across(&self, slot: usize) -> bool {
-        self.is_divided() && self.peers[slot].as_ref().is_some_and(|peer| peer.beyond)
+        self.is_divided()
+            && self.peers[slot]
+                .as_ref()
+                .is_some_and(|peer| peer.is_beyond())
     }
 
     /// Whether peers beyond may be asked for a blob.
@@ -235,7 +240,7 @@ impl Downloads {
                 .peers
                 .iter()
                 .flatten()
-                .filter(|peer| !peer.beyond && !peer.banned);
+                .filter(|peer| !peer.is_beyond() && !peer.banned);
             let peers = near.map(|peer| peer.key).collect();
             self.outputs
                 .push_back(Output::TellGateway { peers, notice });
@@ -256,7 +261,7 @@ impl Downloads {
             && blob.providers().any(|(slot, view)| {
                 let usable = self.peers[slot]
                     .as_ref()
-                    .is_some_and(|peer| peer.beyond && peer.is_usable());
+                    .is_some_and(|peer| peer.is_beyond() && peer.is_usable());
                 usable
                     && (view.is_seeder()
                         || lacking.runs().iter().any(|run| view.have().intersects(run)))
@@ -279,7 +284,7 @@ impl Downloads {
         let asked = self.flights.values().filter(|flight| {
             let beyond = self.peers[flight.slot]
                 .as_ref()
-                .is_some_and(|peer| peer.beyond);
+                .is_some_and(|peer| peer.is_beyond());
             flight.blob == at && flight.live && beyond
         });
         asked.map(|flight| flight.groups.clone()).collect()
@@ -293,7 +298,7 @@ impl Downloads {
             .filter(|(_, flight)| {
                 let beyond = self.peers[flight.slot]
                     .as_ref()
-                    .is_some_and(|peer| peer.beyond);
+                    .is_some_and(|peer| peer.is_beyond());
                 flight.blob == at && flight.live && flight.arrived == 0 && !flight.demand && beyond
             })
             .filter(|(_, flight)| claimed.intersects(&flight.groups))
@@ -306,7 +311,7 @@ impl Downloads {
     fn some_of_site(&mut self, but: PeerKey) -> Vec<PeerKey> {
         let near = self.peers.iter().flatten();
         let mut near: Vec<_> = near
-            .filter(|peer| !peer.beyond && !peer.banned && peer.key != but)
+            .filter(|peer| !peer.is_beyond() && !peer.banned && peer.key != but)
             .map(|peer| peer.key)
             .collect();
         for drawn in 0..near.len().min(PASS_ON) {

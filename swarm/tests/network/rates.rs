@@ -1,0 +1,139 @@
+//! Caps of rates hold for what is on the link, and change at run time.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use capsule_swarm::{Caps, Fetch, FetchSpec, Rate};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::time::sleep;
+
+use crate::node::{Fleet, Node, Start, content, within};
+
+/// What TCP and IP add to what passes a socket: headers of 52 bytes before 1,448.
+const HEADERS: f64 = 1500.0 / 1448.0;
+
+/// A provider, who fetches from it, and what passes between them.
+struct Pair {
+    provider: Node,
+    taker: Node,
+    /// From the provider.
+    passed: Arc<AtomicU64>,
+    fetch: Fetch,
+}
+
+impl Pair {
+    /// With caps in place before the first byte is asked for.
+    async fn start(upload: Caps, download: Caps) -> Self {
+        let fleet = Fleet::new(1);
+        let provider = Start::new(fleet.enrol()).go().await;
+        let passed = Arc::<AtomicU64>::default();
+        let relay = counting_relay(provider.address(), passed.clone()).await;
+        let mut start = Start::new(fleet.enrol());
+        start.bootstrap.push(relay);
+        let taker = start.go().await;
+        let none = Caps::default();
+        provider.net.set_caps(upload, none).await.unwrap();
+        taker.net.set_caps(none, download).await.unwrap();
+        let tree = provider.share(&content(5, 32 << 20)).await;
+        let spec = FetchSpec::whole(tree.root, Some(tree.size));
+        let fetch = taker.net.fetch(spec).await.unwrap();
+        Self {
+            provider,
+            taker,
+            passed,
+            fetch,
+        }
+    }
+
+    /// What comes from the provider on the link in a time, in bits a second.
+    async fn rate(&self, time: Duration) -> f64 {
+        let (begun, before) = (Instant::now(), self.passed.load(Ordering::Relaxed));
+        sleep(time).await;
+        let bytes = self.passed.load(Ordering::Relaxed) - before;
+        bytes as f64 * HEADERS * 8.0 / begun.elapsed().as_secs_f64()
+    }
+}
+
+/// A place that passes connections on, and counts what comes from the provider.
+async fn counting_relay(to: SocketAddr, passed: Arc<AtomicU64>) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((client, _)) = listener.accept().await {
+            let provider = TcpStream::connect(to).await.unwrap();
+            let (mut from_client, mut to_client) = client.into_split();
+            let (mut from_provider, mut to_provider) = provider.into_split();
+            tokio::spawn(async move { tokio::io::copy(&mut from_client, &mut to_provider).await });
+            let passed = passed.clone();
+            tokio::spawn(async move {
+                let mut buffer = vec![0; 64 << 10];
+                while let Ok(n @ 1..) = from_provider.read(&mut buffer).await {
+                    passed.fetch_add(n as u64, Ordering::Relaxed);
+                    if to_client.write_all(&buffer[..n]).await.is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+    });
+    address
+}
+
+/// On loopback all peers are within the site.
+fn mbit(mbit: u64) -> Caps {
+    Caps {
+        within: Some(Rate::from_bits(mbit * 1_000_000).unwrap()),
+        beyond: None,
+    }
+}
+
+fn is_about(rate: f64, mbit: f64, tolerance: f64) {
+    let share = rate / (mbit * 1e6);
+    assert!(
+        (share - 1.0).abs() < tolerance,
+        "{:.2} Mbit/s where {mbit} may pass",
+        rate / 1e6
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_sent_keeps_to_its_cap_and_to_a_changed_one_within_a_second() {
+    let mut pair = Pair::start(mbit(4), Caps::default()).await;
+    sleep(Duration::from_secs(1)).await;
+    is_about(pair.rate(Duration::from_secs(3)).await, 4.0, 0.08);
+    let (more, none) = (mbit(16), Caps::default());
+    pair.provider.net.set_caps(more, none).await.unwrap();
+    sleep(Duration::from_secs(1)).await;
+    is_about(pair.rate(Duration::from_secs(2)).await, 16.0, 0.1);
+    pair.provider.net.set_caps(none, none).await.unwrap();
+    within(pair.fetch.done()).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_comes_keeps_to_its_cap_and_to_a_changed_one_within_a_second() {
+    let mut pair = Pair::start(Caps::default(), mbit(4)).await;
+    sleep(Duration::from_secs(1)).await;
+    is_about(pair.rate(Duration::from_secs(3)).await, 4.0, 0.08);
+    let (more, none) = (mbit(16), Caps::default());
+    pair.taker.net.set_caps(none, more).await.unwrap();
+    sleep(Duration::from_secs(1)).await;
+    is_about(pair.rate(Duration::from_secs(2)).await, 16.0, 0.1);
+    pair.taker.net.set_caps(none, none).await.unwrap();
+    within(pair.fetch.done()).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cap_for_peers_beyond_the_site_does_not_hold_for_those_within() {
+    let beyond = Caps {
+        within: None,
+        beyond: mbit(1).within,
+    };
+    let mut pair = Pair::start(beyond, beyond).await;
+    let begun = Instant::now();
+    within(pair.fetch.done()).await.unwrap();
+    // At the cap it would take four minutes.
+    assert!(begun.elapsed() < Duration::from_secs(15));
+}
