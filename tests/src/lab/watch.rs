@@ -76,9 +76,9 @@ async fn visit(member: &Member, at: &str, tell: mpsc::Sender<(RootHash, GroupRan
             while let Some(heard) = link.hear().await {
                 match heard {
                     Heard::Control(Control::Have { root, groups, .. }) => {
-                        if tell.send((root, groups)).await.is_err() {
+                        let Ok(()) = tell.send((root, groups)).await else {
                             return;
-                        }
+                        };
                     }
                     Heard::Control(Control::Ping { nonce }) => {
                         // Where it was cut off, the next round tells.
