@@ -208,7 +208,7 @@ mod tests {
     fn scenario(events: &str) -> Result<Scenario> {
         let text = r#"
             title = "some"
-            mib = 1
+            mib = 16
             [[sites]]
             label = "room"
             nodes = [{ count = 11, mbit = 20 }, { count = 2, mbit = 20, hostile = "stall" }, { count = 1, mbit = 20, disk_mib = 8 }]

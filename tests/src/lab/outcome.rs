@@ -148,8 +148,10 @@ impl Outcome {
             seconds[((seconds.len() as f64 * of).ceil() as usize).clamp(1, seconds.len()) - 1]
         };
         let sum = |figure: fn(&NodeOutcome) -> u64| {
-            let real = self.nodes.iter().filter(|node| node.hostile.is_none());
-            real.map(figure).sum::<u64>() as f64
+            // What came to a full disk was neither kept nor twice there.
+            let whole = self.nodes.iter();
+            let whole = whole.filter(|node| node.hostile.is_none() && !node.is_short);
+            whole.map(figure).sum::<u64>() as f64
         };
         let received = sum(|node| node.received_bytes);
         let kept = sum(|node| node.went.fetched_bytes + node.went.had_bytes);
