@@ -5,6 +5,7 @@ mod store_sim;
 
 use std::io::Write;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use capsule_chunker::bao::TreeHasher;
 use capsule_node::store::{
@@ -256,6 +257,27 @@ fn bytes_written_flush_by_themselves() {
         store.durable(&sample.root()).unwrap().ranges,
         GroupRanges::from(0..4)
     );
+}
+
+#[test]
+fn what_was_written_long_ago_is_flushed_by_the_next_write() {
+    let disk = SimDisk::default();
+    disk.make_root();
+    let options = StoreOptions {
+        flush_after: Duration::from_secs(1),
+        ..StoreOptions::default()
+    };
+    let store = Store::open_with(Arc::new(disk), options).unwrap();
+    let sample = Sample::groups(1, 30);
+    let durable = || store.durable(&sample.root()).unwrap().ranges;
+    write(&store, &sample, 0..3);
+    assert!(durable().is_empty());
+    std::thread::sleep(Duration::from_millis(1010));
+    write(&store, &sample, 5..6);
+    assert_eq!(durable(), GroupRanges::from_iter([0..3, 5..6]));
+    // From then on it is counted anew.
+    write(&store, &sample, 7..8);
+    assert_eq!(durable().count(), 4);
 }
 
 #[test]

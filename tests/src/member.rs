@@ -2,7 +2,9 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use capsule_proto::credential::{Channels, Credential, Grant, MachineKey, Roles, Token, TokenId};
+use capsule_proto::credential::{
+    Channels, Credential, Grant, MachineKey, Roles, Token, TokenError, TokenId,
+};
 use capsule_proto::record::{Body, Record, SignedRecord};
 
 /// A member's key, and its proof that it is one.
@@ -28,7 +30,15 @@ impl Member {
 
     /// The machine of that number, enrolled by a token.
     pub fn enrol(token: &Token, number: u8) -> Self {
-        let key = MachineKey::from_secret([number; 32]);
+        Self::with_key(token, MachineKey::from_secret([number; 32]))
+    }
+
+    /// The machine of that key, enrolled by a token's text, if it admits one.
+    pub fn join(token: &str, key: MachineKey) -> Result<Self, TokenError> {
+        Ok(Self::with_key(&Token::parse(token, now())?, key))
+    }
+
+    fn with_key(token: &Token, key: MachineKey) -> Self {
         Self {
             credential: token.enrol(key.machine(), "hostile", now()),
             addresses: token.addresses().to_vec(),

@@ -68,6 +68,11 @@ impl Node {
         self.address.as_deref().expect("the node was started")
     }
 
+    /// Whether it was started, and neither stopped nor killed since.
+    pub const fn is_started(&self) -> bool {
+        self.daemon.is_some()
+    }
+
     /// Process id of the daemon.
     pub fn pid(&self) -> Pid {
         Pid::from_child(self.daemon.as_ref().expect("the daemon runs"))

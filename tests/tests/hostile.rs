@@ -66,7 +66,7 @@ fn pull_beside(vice: Vice) -> (Fleet, Hostile, Value) {
 
 #[test]
 fn a_peer_that_sends_a_wrong_byte_is_banned_and_the_transfer_goes_on() {
-    let (fleet, hostile, _) = pull_beside(Vice::Corrupts);
+    let (fleet, hostile, _) = pull_beside(Vice::Corrupts { percent: 100 });
     let status = fleet[1].json(&["status"]);
     assert_eq!(status["banned"], 1, "{status:#}");
     assert!(
@@ -90,7 +90,7 @@ fn a_peer_that_sends_a_wrong_byte_is_banned_and_the_transfer_goes_on() {
 
 #[test]
 fn a_peer_that_announces_what_it_does_not_have_does_not_hold_up_the_transfer() {
-    pull_beside(Vice::Denies);
+    pull_beside(Vice::Lies { percent: 0 });
 }
 
 #[test]

@@ -20,6 +20,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{
     Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
 };
+use std::time::Instant;
 
 use capsule_chunker::bao::Tree;
 use capsule_proto::ranges::group_count;
@@ -51,6 +52,8 @@ pub(super) struct BlobState {
     pub durable: GroupRanges,
     /// Bytes written since the last flush began.
     pub dirty: u64,
+    /// When the first of them were.
+    pub dirty_since: Option<Instant>,
     /// Whether the database has a row for it.
     pub row: bool,
     /// Removed, or being removed: whoever still has this must look it up again.

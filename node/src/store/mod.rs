@@ -47,6 +47,7 @@ use std::io;
 use std::path::Path;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak};
+use std::time::Duration;
 
 use capsule_proto::RootHash;
 
@@ -81,6 +82,9 @@ pub struct StoreOptions {
     /// Bytes of a blob that are written before a flush of their own. A crash loses at most this much a
     /// blob; a sync costs about as long as 64 MiB take to write on the disks of lab machines.
     pub flush_bytes: u64,
+    /// What was written waits for a flush no longer than this, while more is being written: over a thin link 64 MiB take minutes,
+    /// which a crash is not to cost.
+    pub flush_after: Duration,
 }
 
 impl Default for StoreOptions {
@@ -88,6 +92,7 @@ impl Default for StoreOptions {
         Self {
             quota: None,
             flush_bytes: 64 << 20,
+            flush_after: Duration::from_secs(5),
         }
     }
 }
@@ -127,6 +132,7 @@ struct Inner {
     gc_turn: Mutex<()>,
     space: Space,
     flush_bytes: u64,
+    flush_after: Duration,
     next_tmp: AtomicU64,
     provider: RwLock<Option<Weak<dyn ComponentProvider>>>,
     damage_handler: RwLock<Option<DamageHandler>>,
@@ -182,6 +188,7 @@ impl Store {
             gc_turn: Mutex::default(),
             space,
             flush_bytes: options.flush_bytes,
+            flush_after: options.flush_after,
             next_tmp: AtomicU64::new(0),
             provider: RwLock::default(),
             damage_handler: RwLock::default(),

@@ -6,6 +6,7 @@
 use std::io::ErrorKind;
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use capsule_chunker::bao::{DecodeError, decode_range};
 use capsule_proto::ranges::group_count;
@@ -40,7 +41,8 @@ impl Store {
     /// Thread-safe, many at once for one blob; blocking. Nothing is written unless all of it verifies.
     /// What was written counts as [`present`](Store::present) at once, and as
     /// [`durable`](Store::durable) after a flush: by the caller, each
-    /// [`flush_bytes`](super::StoreOptions::flush_bytes), or when the blob becomes complete.
+    /// [`flush_bytes`](super::StoreOptions::flush_bytes), after [`flush_after`](super::StoreOptions::flush_after), or when the blob
+    /// becomes complete.
     pub fn write_encoded(
         &self,
         root: &RootHash,
@@ -257,6 +259,7 @@ impl Inner {
     pub(super) fn note_dirty(&self, blob: &Blob, state: &mut BlobState, bytes: u64) {
         if state.dirty == 0 {
             lock(&self.dirty).push_back(blob.root);
+            state.dirty_since = Some(Instant::now());
         }
         state.dirty += bytes.max(1);
     }
@@ -264,7 +267,9 @@ impl Inner {
     fn flush_if_due(&self, blob: &Arc<Blob>) -> Result<(), WriteError> {
         let due = {
             let state = blob.state();
-            state.dirty >= self.flush_bytes || (state.dirty > 0 && blob.completes(&state.present))
+            let waited = state.dirty_since.map_or(Duration::ZERO, |at| at.elapsed());
+            let late = waited >= self.flush_after || blob.completes(&state.present);
+            state.dirty >= self.flush_bytes || (state.dirty > 0 && late)
         };
         if due {
             self.flush(blob)?;

@@ -9,6 +9,7 @@ use std::io::Write;
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use capsule_node::store::{
     Ban, BlobKind, ComponentRecipe, Follow, GcMode, HeldCapsule, LayerBlobs, OpenError, PinOrigin,
@@ -137,6 +138,8 @@ pub fn runs(runs: &[Range<u64>]) -> GroupRanges {
 pub fn options() -> StoreOptions {
     StoreOptions {
         flush_bytes: 64 * GROUP_LEN,
+        // What happens is up to the script, however long it takes.
+        flush_after: Duration::MAX,
         ..StoreOptions::default()
     }
 }

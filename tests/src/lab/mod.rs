@@ -2,16 +2,20 @@
 //!
 //! | module | what |
 //! |---|---|
-//! | `scenario` | what is to be done: sites, nodes, links, events |
+//! | `scenario`, `event` | what is to be done: sites, nodes, links; what happens, and when |
 //! | `namespace`, `network` | namespaces, bridges, the router, shaped links |
 //! | `goodput`, `bound` | what TCP carries over these links; the least time that follows from it |
-//! | `rollout`, `pulling` | a fleet that pulls what one of it published, whatever happens |
+//! | `rollout`, `fleet`, `pulling` | a fleet that pulls what one of it published, whatever happens |
+//! | `foes`, `watch` | hostile members; a member that only listens |
 //! | `outcome` | what came of it |
 //!
 //! It takes root and iproute2, and a program that has a network, mounts and processes of its own (`unshare --net --mount --pid`): all
 //! ends with these.
 
 pub mod bound;
+pub mod event;
+pub mod fleet;
+mod foes;
 pub mod goodput;
 pub mod namespace;
 pub mod network;
@@ -19,6 +23,7 @@ pub mod outcome;
 pub mod pulling;
 pub mod rollout;
 pub mod scenario;
+mod watch;
 
 pub use outcome::{Outcome, Summary};
 pub use rollout::{Lab, homes_in_memory};

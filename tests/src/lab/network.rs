@@ -79,6 +79,9 @@ impl Network {
         for (site, room) in scenario.sites.iter().enumerate() {
             writeln!(ip, "link add b{site} type bridge")?;
             writeln!(ip, "link set b{site} up")?;
+            // For those who are cut off from the others, together.
+            writeln!(ip, "link add p{site} type bridge")?;
+            writeln!(ip, "link set p{site} up")?;
             let mut place = 1u16;
             for group in &room.nodes {
                 for _ in 0..group.count {
@@ -163,6 +166,17 @@ impl Network {
     pub fn plug(&self, node: usize, there: bool) -> Result<()> {
         let state = if there { "up" } else { "down" };
         let orders = format!("link set v{node} {state}\n");
+        batch(Command::new("ip").args(["-batch", "-"]), &orders)
+    }
+
+    /// Cuts nodes off from all others but each other, within their site; or joins them to all again.
+    pub fn part(&self, nodes: &[usize], apart: bool) -> Result<()> {
+        let bridge = if apart { 'p' } else { 'b' };
+        let mut orders = String::new();
+        for node in nodes {
+            let site = self.hosts[*node].site;
+            writeln!(orders, "link set v{node} master {bridge}{site}")?;
+        }
         batch(Command::new("ip").args(["-batch", "-"]), &orders)
     }
 

@@ -1,30 +1,29 @@
 //! A rollout: one node publishes, and all others pull at the same time, whatever happens meanwhile.
 
+use std::collections::BTreeMap;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use anyhow::{Context, Result, anyhow, ensure};
-use capsule_node::control::{Client, Ls, NodeStatus, Publish, Status};
-use rand::seq::SliceRandom;
-use rand::{SeedableRng, rngs::SmallRng};
+use anyhow::{Context, Result, anyhow};
+use capsule_node::control::{CapsuleRef, Client, Export, Ls, Publish};
 
+use super::event::{Deed, Step, Target};
+use super::fleet::{Figures, Fleet, PORT, until};
+use super::foes::{Foe, Orders};
 use super::goodput::{self, Measured};
 use super::network::{Counters, Network};
 use super::outcome::{NodeOutcome, Outcome};
 use super::pulling::{Puller, Went};
-use super::scenario::{Deed, Event, Scenario};
-use crate::{Node, data};
+use super::scenario::Scenario;
+use super::watch;
+use crate::data;
 
 /// What is published, as people would name it.
 const NAME: &str = "lab:1";
-/// Nodes that are started at a time.
-const STARTING: usize = 8;
-/// Connections that a node is waited for to have before it all begins, if there are so many others.
-const PEERS: usize = 6;
-/// How long the fleet may take to come together, and to hear of what was published.
-const COMING_TOGETHER: Duration = Duration::from_secs(120);
-const PORT: u16 = 4277;
+/// Nodes whose copies are looked at, at a time.
+const CHECKING: usize = 4;
 
 /// A lab that was set up.
 #[derive(Debug)]
@@ -58,192 +57,243 @@ impl Lab {
         outcome
     }
 
+    /// Nodes that are real, by number: all but the hostile.
+    pub fn real(&self) -> Vec<usize> {
+        let groups = self.scenario.groups().into_iter().enumerate();
+        let real = groups.filter(|(_, group)| group.hostile.is_none());
+        real.map(|(number, _)| number).collect()
+    }
+
     fn roll_out_in(&self, dir: &Path, run: u64) -> Result<Outcome> {
-        let mut nodes = self.fleet(dir)?;
+        let mut fleet = Fleet::start(self, dir)?;
         let content = dir.join("content");
         data::noise_file(&content, run, self.scenario.bytes());
         let request = Publish::of(&content, NAME.parse().context("the name is a good one")?);
-        let published = Client::connect(nodes[0].home())?.call(request)?;
+        let published = Client::connect(fleet.nodes[0].home())?.call(request)?;
         until("all nodes know the name", || {
-            let know = nodes.iter().map(|node| knows(node.home()));
-            Ok(know
-                .collect::<Result<Vec<_>>>()?
-                .into_iter()
-                .all(|knows| knows))
+            let know = self.real().into_iter();
+            let know = know.map(|number| knows(fleet.nodes[number].home()));
+            let know = know.collect::<Result<Vec<_>>>()?;
+            Ok(know.into_iter().all(|knows| knows))
         })?;
-        let before = statuses(&nodes)?;
+        let foes = self.foes(dir, &fleet, run)?;
+        let members = fleet.statuses()?.into_iter();
+        let mut members: BTreeMap<String, usize> = members
+            .map(|(number, status)| (status.peer, number))
+            .collect();
+        let foes_peers = foes
+            .iter()
+            .filter_map(|foe| Some((foe.peer.clone()?, foe.number)));
+        members.extend(foes_peers);
+        let before = fleet.all_figures()?;
         let carried = self.network.counters()?;
         let start = Instant::now();
-        let (went, carried_after) = self.pull(&mut nodes, start)?;
-        let after = statuses(&nodes)?;
-        let nodes = nodes
-            .iter()
-            .zip(went)
-            .enumerate()
-            .map(|(number, (node, went))| {
-                let host = &self.network.hosts[number];
-                NodeOutcome {
-                    site: host.site,
-                    went,
-                    // A node that was started again counts from then on.
-                    sent_bytes: after[number]
-                        .sent_bytes
-                        .saturating_sub(before[number].sent_bytes),
-                    received_bytes: after[number]
-                        .received_bytes
-                        .saturating_sub(before[number].received_bytes),
-                    carried: carried_after.hosts[number].since(carried.hosts[number]),
-                    peak_bytes: node.peak_bytes(),
-                    cpu_seconds: node.cpu_seconds(),
-                }
-            });
+        let (went, carried_after) = self.pull(&mut fleet, start)?;
+        drop(foes);
+        let after = fleet.all_figures()?;
+        let banned = fleet.statuses()?;
+        let right = self.right(dir, &content, &fleet, &went)?;
+        let groups = self.scenario.groups();
+        let outcome = |(number, went): (usize, Went)| {
+            let moved =
+                |figure: fn(&Figures) -> u64| figure(&after[number]) - figure(&before[number]);
+            let bans = banned
+                .get(&number)
+                .into_iter()
+                .flat_map(|status| &status.bans);
+            anyhow::Ok(NodeOutcome {
+                site: self.network.hosts[number].site,
+                hostile: groups[number].hostile,
+                is_short: groups[number].disk_mib.is_some(),
+                is_right: right.get(&number).copied(),
+                went,
+                sent_bytes: moved(|figures| figures.sent),
+                received_bytes: moved(|figures| figures.received),
+                carried: carried_after.hosts[number].since(carried.hosts[number]),
+                peak_bytes: after[number].peak_bytes,
+                cpu_seconds: after[number].cpu_seconds,
+                returns: fleet.returns(number)?,
+                banned: bans
+                    .filter_map(|ban| members.get(&ban.peer).copied())
+                    .collect(),
+            })
+        };
+        let nodes = went.into_iter().enumerate().map(outcome);
         Ok(Outcome {
             bytes: published.pack_bytes + published.index_bytes,
-            nodes: nodes.collect(),
+            nodes: nodes.collect::<Result<_>>()?,
             sites: (carried_after.sites.iter().zip(&carried.sites))
                 .map(|(after, before)| after.since(*before))
                 .collect(),
         })
     }
 
-    /// Starts all nodes and waits until they have found each other.
-    fn fleet(&self, dir: &Path) -> Result<Vec<Node>> {
-        let node = |number: usize| {
-            let namespace = self.network.hosts[number].namespace.clone();
-            Node::new(dir.join(format!("node{number}"))).in_namespace(namespace)
+    /// Starts the hostile members, which claim to have what was published, and waits until they are in.
+    fn foes(&self, dir: &Path, fleet: &Fleet, run: u64) -> Result<Vec<Foe>> {
+        let at = self.addresses(&self.real());
+        let blobs = files_of(&fleet.nodes[0].home().join("store/blobs"))?;
+        let orders = Orders {
+            dir,
+            token: fleet.token.trim(),
+            at: &at,
+            blobs: &blobs,
+            seed: self.scenario.seed ^ (run << 32),
+            seconds: self.scenario.give_up,
+            port: PORT,
         };
-        let mut first = node(0);
-        first.init();
-        self.start(&mut first, 0)?;
-        let token = first.ok(&["fleet", "invite", "--addr", first.address()]);
-        let mut nodes: Vec<Node> = (1..self.network.hosts.len()).map(node).collect();
-        for (batch, nodes) in nodes.chunks_mut(STARTING).enumerate() {
-            thread::scope(|scope| {
-                let starting: Vec<_> = (nodes.iter_mut().enumerate())
-                    .map(|(i, node)| {
-                        let token = token.trim();
-                        scope.spawn(move || {
-                            node.ok(&["join", token]);
-                            self.start(node, 1 + batch * STARTING + i)
-                        })
-                    })
-                    .collect();
-                starting.into_iter().try_for_each(|starting| {
-                    starting
-                        .join()
-                        .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-                })
-            })?;
-        }
-        nodes.insert(0, first);
-        let peers = PEERS.min(nodes.len() - 1);
-        until("all nodes have found others", || {
-            let found = statuses(&nodes)?;
-            Ok(found.iter().all(|status| status.peers >= peers))
-        })?;
-        Ok(nodes)
+        let groups = self.scenario.groups().into_iter().enumerate();
+        let mut foes = groups
+            .filter(|(_, group)| group.hostile.is_some())
+            .map(|(number, group)| Foe::start(number, group, &self.network.hosts[number], &orders))
+            .collect::<Result<Vec<_>>>()?;
+        foes.iter_mut().try_for_each(Foe::is_ready)?;
+        Ok(foes)
     }
 
-    fn start(&self, node: &mut Node, number: usize) -> Result<()> {
-        let host = &self.network.hosts[number];
-        let settings = node.home().join("home.json");
-        let text = std::fs::read_to_string(&settings).context("reading a node's settings")?;
-        let mut value: serde_json::Value = serde_json::from_str(&text)?;
-        value["site"] = self.scenario.sites[host.site].label.clone().into();
-        std::fs::write(&settings, value.to_string())?;
-        node.start_on(&format!("{}:{PORT}", host.address));
-        Ok(())
+    fn addresses(&self, numbers: &[usize]) -> Vec<String> {
+        let address = |number: &usize| format!("{}:{PORT}", self.network.hosts[*number].address);
+        numbers.iter().map(address).collect()
     }
 
     /// All pull, and what is to happen happens.
-    fn pull(&self, nodes: &mut [Node], start: Instant) -> Result<(Vec<Went>, Counters)> {
+    fn pull(&self, fleet: &mut Fleet, start: Instant) -> Result<(Vec<Went>, Counters)> {
         let deadline = start + self.scenario.patience();
-        let downs = self.downs();
-        let pullers: Vec<Puller> = (1..nodes.len())
-            .map(|number| Puller {
-                home: PathBuf::from(nodes[number].home()),
-                name: NAME.into(),
-                start,
-                deadline,
-                may_be_down: downs.contains(&number),
-            })
-            .collect();
+        let steps = self.scenario.steps()?;
+        let puller = |number: usize| Puller {
+            home: PathBuf::from(fleet.nodes[number].home()),
+            name: NAME.into(),
+            start,
+            deadline,
+            may_be_down: is_killed(&steps, number),
+        };
+        let numbers: Vec<usize> = self.real().split_off(1);
+        let pullers: Vec<Puller> = numbers.iter().map(|number| puller(*number)).collect();
         thread::scope(|scope| {
             let pulling: Vec<_> = pullers
                 .iter()
                 .map(|puller| scope.spawn(|| puller.run()))
                 .collect();
-            let mut events: Vec<&Event> = self.scenario.events.iter().collect();
-            events.sort_by(|a, b| a.at.total_cmp(&b.at));
-            for event in events {
-                let at = start + Duration::from_secs_f64(event.at);
+            for step in &steps {
+                let at = start + step.after();
                 thread::sleep(at.saturating_duration_since(Instant::now()));
-                self.happen(event, nodes)?;
+                self.happen(step, fleet, deadline)?;
             }
-            let mut went = vec![Went::default()];
-            for pulling in pulling {
-                went.push(pulling.join().map_err(|_| anyhow!("a puller panicked"))?);
+            let mut went = vec![Went::default(); fleet.nodes.len()];
+            for (number, pulling) in numbers.iter().zip(pulling) {
+                went[*number] = pulling.join().map_err(|_| anyhow!("a puller panicked"))?;
             }
             Ok((went, self.network.counters()?))
         })
     }
 
-    /// Nodes that an event falls on.
-    fn targets(&self, event: &Event) -> Vec<usize> {
-        let Some(share) = event.share else {
-            return event.nodes.clone();
+    fn happen(&self, step: &Step, fleet: &mut Fleet, deadline: Instant) -> Result<()> {
+        let nodes = match &step.target {
+            Target::Site(site) => {
+                return self.network.join_site(*site, step.deed == Deed::Join);
+            }
+            Target::Nodes(nodes) => nodes,
         };
-        let mut pullers: Vec<usize> = (1..self.network.hosts.len()).collect();
-        pullers.shuffle(&mut SmallRng::seed_from_u64(self.scenario.seed));
-        pullers.truncate((share * pullers.len() as f64).round() as usize);
-        pullers
-    }
-
-    /// Nodes that are down for a while.
-    fn downs(&self) -> Vec<usize> {
-        let kills = self.scenario.events.iter();
-        let kills = kills.filter(|event| event.deed == Deed::Kill);
-        kills.flat_map(|event| self.targets(event)).collect()
-    }
-
-    fn happen(&self, event: &Event, nodes: &mut [Node]) -> Result<()> {
-        if let Some(label) = &event.site {
-            let site = self.scenario.site(label)?;
-            return self.network.join_site(site, event.deed == Deed::Join);
-        }
-        for number in self.targets(event) {
-            match event.deed {
-                Deed::Kill => nodes[number].kill(),
-                Deed::Restart => self.start(&mut nodes[number], number)?,
-                Deed::Cut => self.network.plug(number, false)?,
-                Deed::Join => self.network.plug(number, true)?,
+        let plug = |there| {
+            let mut nodes = nodes.iter();
+            nodes.try_for_each(|node| self.network.plug(*node, there))
+        };
+        match step.deed {
+            Deed::Kill => fleet.kill(nodes),
+            Deed::Restart => fleet.restart(nodes),
+            Deed::Crash => unreachable!("it is two steps"),
+            Deed::Cut => plug(false),
+            Deed::Join => plug(true),
+            Deed::Partition => self.network.part(nodes, true),
+            Deed::Heal => self.network.part(nodes, false),
+            Deed::PublisherLeaves => {
+                let others = self.addresses(&self.scenario.honest_pullers());
+                let blobs = fleet.blobs(0)?;
+                let namespace = &self.network.hosts[0].namespace;
+                let patience = deadline.saturating_duration_since(Instant::now());
+                watch::all_is_out(namespace, fleet.token.trim(), &others, &blobs, patience)?;
+                fleet.kill(&[0])
             }
         }
-        Ok(())
     }
+
+    /// Whether the copies of those that are done are what was published, by node.
+    fn right(
+        &self,
+        dir: &Path,
+        content: &Path,
+        fleet: &Fleet,
+        went: &[Went],
+    ) -> Result<BTreeMap<usize, bool>> {
+        let published = hash(content)?;
+        let done = self.scenario.honest_pullers().into_iter();
+        let done: Vec<usize> = done
+            .filter(|number| went[*number].seconds.is_some())
+            .collect();
+        let is_right = |number: usize| {
+            let copy = dir.join(format!("copy{number}"));
+            let export = Export {
+                capsule: CapsuleRef(NAME.into()),
+                to: copy.clone(),
+                component: None,
+                force: false,
+            };
+            let home = fleet.nodes[number].home();
+            let exported = Client::connect(home)?.call(export);
+            exported.with_context(|| format!("exporting from node {number}"))?;
+            let is_right = hash(&copy)? == published;
+            std::fs::remove_file(&copy)?;
+            anyhow::Ok((number, is_right))
+        };
+        let (is_right, mut right) = (&is_right, BTreeMap::new());
+        for batch in done.chunks(CHECKING) {
+            thread::scope(|scope| {
+                let threads: Vec<_> = (batch.iter())
+                    .map(|number| scope.spawn(move || is_right(*number)))
+                    .collect();
+                for thread in threads {
+                    right.extend([thread
+                        .join()
+                        .unwrap_or_else(|panic| std::panic::resume_unwind(panic))?]);
+                }
+                anyhow::Ok(())
+            })?;
+        }
+        Ok(right)
+    }
+}
+
+/// Whether a node is down for a while.
+fn is_killed(steps: &[Step], number: usize) -> bool {
+    let mut kills = steps.iter().filter(|step| step.deed == Deed::Kill);
+    kills.any(|step| matches!(&step.target, Target::Nodes(nodes) if nodes.contains(&number)))
+}
+
+fn hash(path: &Path) -> Result<blake3::Hash> {
+    let mut hasher = blake3::Hasher::new();
+    let file = File::open(path).with_context(|| format!("opening {}", path.display()))?;
+    hasher.update_reader(file)?;
+    Ok(hasher.finalize())
+}
+
+/// Content of blobs, in a store's directories.
+fn files_of(blobs: &Path) -> Result<Vec<PathBuf>> {
+    let mut files = Vec::new();
+    for dir in std::fs::read_dir(blobs).context("reading the publisher's store")? {
+        for file in std::fs::read_dir(dir?.path())? {
+            let path = file?.path();
+            if path.extension().is_some_and(|end| end == "data") {
+                files.push(path);
+            }
+        }
+    }
+    files.sort();
+    Ok(files)
 }
 
 fn knows(home: &Path) -> Result<bool> {
     let listed = Client::connect(home)?.call(Ls::default())?;
     let mut names = listed.capsules.iter().flat_map(|capsule| &capsule.names);
     Ok(names.any(|name| name == NAME))
-}
-
-fn statuses(nodes: &[Node]) -> Result<Vec<NodeStatus>> {
-    let ask = |node: &Node| Ok(Client::connect(node.home())?.call(Status::default())?);
-    nodes.iter().map(ask).collect()
-}
-
-fn until(what: &str, mut question: impl FnMut() -> Result<bool>) -> Result<()> {
-    let deadline = Instant::now() + COMING_TOGETHER;
-    while !question()? {
-        ensure!(
-            Instant::now() < deadline,
-            "waited {COMING_TOGETHER:?} in vain until {what}"
-        );
-        thread::sleep(Duration::from_millis(100));
-    }
-    Ok(())
 }
 
 /// A place for many homes: in memory, so that one disk under all nodes is not what is measured.

@@ -14,7 +14,8 @@
 //! share = 0.2
 //! ```
 //!
-//! Nodes are numbered through all sites in order; number 0 publishes, and all others pull.
+//! Nodes are numbered through all sites in order; number 0 publishes, and all others pull. Some of these may be `hostile` instead, or
+//! lack the room for what they pull (`disk_mib`): the first are programs of their own, the others have to end with a clear error.
 
 use std::ops::Range;
 use std::path::Path;
@@ -22,6 +23,9 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde::Deserialize;
+
+use super::event::Event;
+use crate::hostile::Part;
 
 /// Most nodes: each is a process, and a namespace.
 const MAX_NODES: usize = 300;
@@ -31,6 +35,8 @@ const MAX_SITES: usize = 100;
 const MAX_MIB: u64 = 4096;
 /// Rates that shaping keeps to, in Mbit/s.
 const RATES: Range<f64> = 0.05..10_000.0;
+/// Smallest disk of a node, in MiB: a home takes about one.
+const LEAST_DISK: u64 = 4;
 /// Longest run, in seconds.
 const MAX_SECONDS: u64 = 3600;
 
@@ -83,6 +89,13 @@ pub struct Group {
     pub up: Option<f64>,
     /// To the node.
     pub down: Option<f64>,
+    /// How they misbehave, if they do.
+    pub hostile: Option<Part>,
+    /// How many of a hundred answers of theirs have wrong bytes, where they lie or corrupt.
+    #[serde(default = "default_percent")]
+    pub percent: u8,
+    /// The size of their disks, in MiB, where that is too small for what they pull.
+    pub disk_mib: Option<u64>,
 }
 
 /// A link's rates, in Mbit/s.
@@ -94,40 +107,12 @@ pub struct Rate {
     pub down: f64,
 }
 
-/// Something that happens.
-#[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Event {
-    /// When, in seconds from the start of the pulls.
-    pub at: f64,
-    /// What.
-    #[serde(rename = "do")]
-    pub deed: Deed,
-    /// To which nodes, by number.
-    #[serde(default)]
-    pub nodes: Vec<usize>,
-    /// Or to so many of those that pull, chosen by the seed: the same for all events of one share.
-    pub share: Option<f64>,
-    /// Or to a site, by label.
-    pub site: Option<String>,
-}
-
-/// What happens to nodes or to a site.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Deed {
-    /// Nodes end without notice, as at a power cut.
-    Kill,
-    /// Killed nodes start again, and go on with the pull.
-    Restart,
-    /// A node's cable, or a site's link, is out.
-    Cut,
-    /// It is back.
-    Join,
-}
-
 fn default_give_up() -> u64 {
     600
+}
+
+fn default_percent() -> u8 {
+    100
 }
 
 impl Scenario {
@@ -183,6 +168,22 @@ impl Scenario {
         first..first + count(&self.sites[site])
     }
 
+    /// The groups that nodes belong to, by number.
+    pub fn groups(&self) -> Vec<&Group> {
+        let groups = self.sites.iter().flat_map(|site| &site.nodes);
+        groups
+            .flat_map(|group| std::iter::repeat_n(group, group.count))
+            .collect()
+    }
+
+    /// Nodes that pull, and have to end with all of it.
+    pub fn honest_pullers(&self) -> Vec<usize> {
+        let groups = self.groups().into_iter().enumerate().skip(1);
+        let honest =
+            groups.filter(|(_, group)| group.hostile.is_none() && group.disk_mib.is_none());
+        honest.map(|(number, _)| number).collect()
+    }
+
     fn check(&self) -> Result<()> {
         ensure!(
             self.mib > 0.0 && self.mib <= MAX_MIB as f64,
@@ -210,47 +211,21 @@ impl Scenario {
             check_rate(site.mbit, site.up, site.down, needed)
                 .with_context(|| format!("the link of the site {label:?}"))?;
             for group in &site.nodes {
-                check_rate(group.mbit, group.up, group.down, true)
-                    .with_context(|| format!("nodes of the site {label:?}"))?;
+                let where_from = || format!("nodes of the site {label:?}");
+                check_rate(group.mbit, group.up, group.down, true).with_context(where_from)?;
+                group.check_part(self.mib).with_context(where_from)?;
             }
         }
-        self.events
-            .iter()
-            .try_for_each(|event| self.check_event(event))
-    }
-
-    fn check_event(&self, event: &Event) -> Result<()> {
-        let what = format!("the event at {} s", event.at);
+        let publisher = self.groups()[0];
         ensure!(
-            (0.0..self.give_up as f64).contains(&event.at),
-            "{what}: give a time from 0 to `give_up`"
-        );
-        let targets = [
-            !event.nodes.is_empty(),
-            event.share.is_some(),
-            event.site.is_some(),
-        ];
-        ensure!(
-            targets.into_iter().filter(|target| *target).count() == 1,
-            "{what}: give one of `nodes`, `share` and `site`"
+            publisher.hostile.is_none() && publisher.disk_mib.is_none(),
+            "the first node publishes: it is neither hostile nor short of room"
         );
         ensure!(
-            event.nodes.iter().all(|node| *node < self.nodes()),
-            "{what}: there are only {} nodes, from 0 on",
-            self.nodes()
+            !self.honest_pullers().is_empty(),
+            "give nodes that are not hostile and have room"
         );
-        ensure!(
-            event.share.is_none_or(|share| share > 0.0 && share <= 1.0),
-            "{what}: a share is more than 0 and at most 1"
-        );
-        if let Some(label) = &event.site {
-            ensure!(
-                matches!(event.deed, Deed::Cut | Deed::Join) && self.sites.len() > 1,
-                "{what}: only the link of one of several sites can be cut and joined"
-            );
-            self.site(label)?;
-        }
-        Ok(())
+        self.check_events()
     }
 
     /// The position of a site.
@@ -286,6 +261,24 @@ fn rate(mbit: Option<f64>, up: Option<f64>, down: Option<f64>) -> Option<Rate> {
 }
 
 impl Group {
+    fn check_part(&self, mib: f64) -> Result<()> {
+        ensure!(
+            self.percent <= 100,
+            "`percent` is {}: give at most 100",
+            self.percent
+        );
+        // A home takes some as it is.
+        ensure!(
+            (self.disk_mib).is_none_or(|disk| (LEAST_DISK..mib as u64).contains(&disk)),
+            "`disk_mib` is for what has no room: give {LEAST_DISK} to less than `mib`"
+        );
+        ensure!(
+            self.disk_mib.is_none() || self.hostile.is_none(),
+            "give one of `hostile` and `disk_mib`"
+        );
+        Ok(())
+    }
+
     /// The links' rates.
     ///
     /// # Panics
@@ -351,6 +344,13 @@ mod tests {
             ("at = 3", "at = 3000", "`give_up`"),
             ("\"cut\"", "\"burn\"", "unknown variant"),
             ("\"cut\"", "\"kill\"", "cut and joined"),
+            ("count = 1", "hostile = \"lie\", count = 1", "publishes"),
+            ("count = 2", "disk_mib = 4, count = 2", "`disk_mib`"),
+            (
+                "count = 2",
+                "hostile = \"nice\", count = 2",
+                "unknown variant",
+            ),
         ] {
             assert!(TWO.contains(right), "{right}");
             let error = Scenario::parse(&TWO.replacen(right, wrong, 1)).unwrap_err();

@@ -1,5 +1,6 @@
 //! What the lab prints.
 
+use capsule_tests::lab::fleet::Return;
 use capsule_tests::lab::outcome::{Outcome, Summary};
 use capsule_tests::lab::{Lab, goodput::Goodput};
 
@@ -42,8 +43,71 @@ pub fn run(lab: &Lab, run: u32, outcome: &Outcome) {
             );
         }
     }
+    groups(lab, outcome);
+    adversity(outcome);
     for failure in outcome.failures() {
         println!("  FAILED: {failure}");
+    }
+}
+
+/// The nodes of each group that pull, where there are several groups: whether the slow hold up the fast.
+fn groups(lab: &Lab, outcome: &Outcome) {
+    let honest = lab.scenario.honest_pullers();
+    let mut first = 0;
+    for (site, group) in (lab.scenario.sites.iter())
+        .flat_map(|site| site.nodes.iter().map(move |group| (site, group)))
+    {
+        let numbers = first..first + group.count;
+        first = numbers.end;
+        let counts: Vec<usize> = numbers.filter(|number| honest.contains(number)).collect();
+        if !counts.is_empty() && counts.len() < honest.len() {
+            let summary = outcome.summary_of(lab, &counts);
+            println!(
+                "  {} of {} at {} Mbit/s: p50 {:.2} s, last {:.2} s",
+                counts.len(),
+                site.label,
+                group.rate().down,
+                summary.p50,
+                summary.last
+            );
+        }
+    }
+}
+
+/// What killed and hostile nodes came to.
+fn adversity(outcome: &Outcome) {
+    let returns: Vec<_> = (outcome.nodes.iter())
+        .flat_map(|node| &node.returns)
+        .collect();
+    if !returns.is_empty() {
+        let most = |figure: fn(&Return) -> u64| {
+            let most = returns.iter().map(|back| figure(back)).max();
+            most.unwrap_or(0) as f64 / MIB
+        };
+        println!(
+            "  {} returns: committed up to {:.1} MiB, lost up to {:.1} MiB, fetched up to {:.1} MiB more",
+            returns.len(),
+            most(|back| back.committed_bytes),
+            most(|back| back.lost_bytes),
+            most(|back| back.received_bytes)
+        );
+    }
+    let real = outcome.nodes.iter().filter(|node| node.hostile.is_none());
+    let real = real.count();
+    for (number, by) in outcome.bans() {
+        let node = &outcome.nodes[number];
+        if let Some(part) = node.hostile {
+            println!(
+                "  node {number} ({part:?}) sent {:.2} copies, banned by {} of {real}",
+                node.carried.up as f64 / outcome.bytes as f64,
+                by.len()
+            );
+        }
+    }
+    for (number, node) in outcome.nodes.iter().enumerate() {
+        if let (true, Some(said)) = (node.is_short, &node.went.failed) {
+            println!("  node {number} has no room: {said}");
+        }
     }
 }
 

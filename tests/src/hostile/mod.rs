@@ -1,10 +1,13 @@
 //! Members that misbehave: they hold a valid token and speak the real protocol, but lie, stall, or corrupt.
 //!
-//! They stand on the network crate with a store of their own; the shipped program has no fault switches.
+//! [`Hostile`] stands on the network crate with a store of its own; what that would not say is said `by_hand`. The program `hostile`
+//! is all of this as a process. The shipped program has no fault switches.
+
+pub mod by_hand;
+mod relay;
 
 use std::collections::HashMap;
-use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::SocketAddr;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -19,18 +22,51 @@ use capsule_swarm::{
     BlobStore, Limits, Network, NetworkConfig, NetworkHandle, Offer, RecordStore, ServeError,
     StoreError,
 };
+use rand::rngs::SmallRng;
+use rand::{RngExt, SeedableRng};
 
+pub use relay::Drip;
+
+use crate::data;
 use crate::member::{self, Member};
+
+/// What a hostile program does: a group's `hostile` in a lab's scenario.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum, serde::Deserialize, serde::Serialize,
+)]
+#[serde(rename_all = "kebab-case")]
+pub enum Part {
+    /// Announces all of the blobs and has nothing: answers with noise, or refuses.
+    Lie,
+    /// Serves wrong bytes.
+    Corrupt,
+    /// Takes requests and never answers.
+    Stall,
+    /// Answers at a few bytes a second.
+    Drip,
+    /// Connects, announces, and leaves again and again.
+    Flap,
+    /// Announces thousands of blobs, and random ranges.
+    Announce,
+    /// Has no credentials, and connects again and again.
+    Stranger,
+}
 
 /// How a hostile member treats requests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Vice {
     /// None in this: it serves what it has as it is.
     Honest,
-    /// Sends the right range with one wrong bit in it.
-    Corrupts,
-    /// Announces the blob and then refuses every request.
-    Denies,
+    /// Sends the right range, with one wrong bit in it in so many answers of a hundred.
+    Corrupts {
+        /// Of a hundred.
+        percent: u8,
+    },
+    /// Announces the blob and has nothing of it: sends noise in so many answers of a hundred, and refuses the others.
+    Lies {
+        /// Of a hundred.
+        percent: u8,
+    },
     /// Takes requests and never answers.
     Stalls,
 }
@@ -46,16 +82,51 @@ pub struct Hostile {
 
 struct HostileStore {
     vice: Vice,
+    chance: Mutex<SmallRng>,
     blobs: HashMap<RootHash, Held>,
     asked: Arc<AtomicU64>,
     ending: Arc<AtomicBool>,
 }
 
-/// A blob that a hostile member has.
-struct Held {
-    tree: Tree,
+/// A blob that a hostile member has, or says so.
+pub struct Held {
+    /// Its root and size.
+    pub tree: Tree,
     content: Vec<u8>,
     outboard: Vec<u8>,
+}
+
+impl Held {
+    /// A blob of that content.
+    pub fn of(content: Vec<u8>) -> Self {
+        let (tree, outboard) = bao::tree_of(&content);
+        Self {
+            tree,
+            content,
+            outboard,
+        }
+    }
+
+    /// Nothing of it but what is needed to announce it.
+    pub fn hollow(self) -> Self {
+        Self {
+            tree: self.tree,
+            content: vec![],
+            outboard: vec![],
+        }
+    }
+
+    /// Appends a run of groups as the wire has it.
+    pub fn encode(&self, groups: Range<u64>, out: &mut Vec<u8>) {
+        bao::encode_range(
+            &self.tree,
+            groups,
+            &&self.content[..],
+            &&self.outboard[..],
+            out,
+        )
+        .expect("its copy is right");
+    }
 }
 
 /// Records that a hostile member spreads, whatever they are, and which of them it was asked for.
@@ -70,38 +141,38 @@ impl Hostile {
     pub fn start(token: &str, number: u8, vice: Vice, content: Vec<u8>) -> Self {
         let listen = vec![SocketAddr::from(([127, 0, 0, 1], 0))];
         let member = Member::of(token, number);
-        Self::run(member, vice, vec![content], vec![], listen)
+        Self::run(member, vice, vec![Held::of(content)], vec![], listen)
+    }
+
+    /// Joins as a node would: it listens, and looks for the fleet on the LAN too.
+    pub fn member(member: Member, vice: Vice, blobs: Vec<Held>, listen: SocketAddr) -> Self {
+        Self::run(member, vice, blobs, vec![], vec![listen])
     }
 
     /// Joins at the first address of its token, and nowhere else; offers records, and serves the blobs that they speak of.
     ///
     /// It does not listen either: whoever else has one of its records has it of the node that it joined.
     pub fn with_records(member: Member, records: Vec<Vec<u8>>, blobs: Vec<Vec<u8>>) -> Self {
+        let blobs = blobs.into_iter().map(Held::of).collect();
         Self::run(member, Vice::Honest, blobs, records, vec![])
     }
 
     fn run(
         member: Member,
         vice: Vice,
-        blobs: Vec<Vec<u8>>,
+        blobs: Vec<Held>,
         records: Vec<Vec<u8>>,
         listen: Vec<SocketAddr>,
     ) -> Self {
         let now = member::now();
-        let hold = |content: Vec<u8>| {
-            let (tree, outboard) = bao::tree_of(&content);
-            let held = Held {
-                tree,
-                content,
-                outboard,
-            };
-            (tree.root, held)
-        };
+        let hold = |held: Held| (held.tree.root, held);
         let blobs: HashMap<_, _> = blobs.into_iter().map(hold).collect();
         let announced: Vec<Tree> = blobs.values().map(|held| held.tree).collect();
         let (asked, ending) = (Arc::<AtomicU64>::default(), Arc::<AtomicBool>::default());
+        let seed = member.key.secret()[0].into();
         let store = HostileStore {
             vice,
+            chance: Mutex::new(SmallRng::seed_from_u64(seed)),
             blobs,
             asked: asked.clone(),
             ending: ending.clone(),
@@ -111,12 +182,12 @@ impl Hostile {
             ..Limits::default()
         };
         let config = NetworkConfig {
-            seed: member.key.secret()[0].into(),
+            seed,
             credential: member.credential,
             machine: member.key,
+            lan_discovery: !listen.is_empty(),
             listen,
             bootstrap: member.addresses,
-            lan_discovery: false,
             site: None,
             banned: vec![],
             limits,
@@ -191,6 +262,14 @@ impl Drop for Hostile {
     }
 }
 
+impl HostileStore {
+    /// Whether this answer is one of so many of a hundred.
+    fn hits(&self, percent: u8) -> bool {
+        let mut chance = self.chance.lock().expect("no panics");
+        chance.random_range(0..100) < percent
+    }
+}
+
 impl BlobStore for HostileStore {
     fn presence(&self, root: &RootHash) -> Option<(u64, GroupRanges)> {
         let tree = self.blobs.get(root)?.tree;
@@ -204,29 +283,28 @@ impl BlobStore for HostileStore {
         out: &mut Vec<u8>,
     ) -> Result<(), ServeError> {
         self.asked.fetch_add(1, Ordering::Relaxed);
+        let held = &self.blobs[root];
         match self.vice {
-            Vice::Denies => return Err(ServeError::Missing { root: *root }),
+            Vice::Honest => held.encode(groups, out),
+            Vice::Corrupts { percent } => {
+                let start = out.len();
+                held.encode(groups, out);
+                if self.hits(percent) {
+                    let last = out.len() - 1;
+                    out[start + (last - start) / 2] ^= 4;
+                }
+            }
+            Vice::Lies { percent } if self.hits(percent) => {
+                let len = bao::encoded_len(held.tree.size, &groups);
+                out.extend(data::noise(groups.start, len as usize));
+            }
+            Vice::Lies { .. } => return Err(ServeError::Missing { root: *root }),
             Vice::Stalls => {
                 while !self.ending.load(Ordering::Relaxed) {
                     std::thread::sleep(Duration::from_millis(50));
                 }
                 return Err(ServeError::Missing { root: *root });
             }
-            Vice::Corrupts | Vice::Honest => {}
-        }
-        let held = &self.blobs[root];
-        let start = out.len();
-        bao::encode_range(
-            &held.tree,
-            groups,
-            &&held.content[..],
-            &&held.outboard[..],
-            out,
-        )
-        .expect("its copy is right");
-        if self.vice == Vice::Corrupts {
-            let last = out.len() - 1;
-            out[start + (last - start) / 2] ^= 4;
         }
         Ok(())
     }
@@ -273,84 +351,4 @@ impl RecordStore for Spread {
 /// A record's name, of whatever bytes it is.
 pub fn id_of(record: &[u8]) -> RecordId {
     RecordId(RootHash::of(record))
-}
-
-/// A relay before a node that, once told to, passes one byte a second.
-pub struct Drip {
-    address: SocketAddr,
-    dripping: Arc<AtomicBool>,
-    ending: Arc<AtomicBool>,
-}
-
-impl Drip {
-    /// Relays to the address, at full speed at first.
-    pub fn before(node: &str) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").expect("a port is free");
-        let address = listener.local_addr().expect("it is bound");
-        let node = node.to_owned();
-        let (dripping, ending) = (Arc::<AtomicBool>::default(), Arc::<AtomicBool>::default());
-        let relay = Self {
-            address,
-            dripping: dripping.clone(),
-            ending: ending.clone(),
-        };
-        std::thread::spawn(move || {
-            // A handful of connections at most: those of one test's nodes.
-            for near in listener.incoming().flatten().take(64) {
-                if ending.load(Ordering::Relaxed) {
-                    return;
-                }
-                let Ok(far) = TcpStream::connect(&node) else {
-                    continue;
-                };
-                for (from, to) in [(near.try_clone(), far.try_clone()), (Ok(far), Ok(near))] {
-                    let (Ok(from), Ok(to)) = (from, to) else {
-                        continue;
-                    };
-                    let (dripping, ending) = (dripping.clone(), ending.clone());
-                    std::thread::spawn(move || pass(from, to, &dripping, &ending));
-                }
-            }
-        });
-        relay
-    }
-
-    /// Where the relay listens.
-    pub fn address(&self) -> String {
-        self.address.to_string()
-    }
-
-    /// From now on, one byte a second.
-    pub fn drip(&self) {
-        self.dripping.store(true, Ordering::Relaxed);
-    }
-}
-
-impl Drop for Drip {
-    fn drop(&mut self) {
-        self.ending.store(true, Ordering::Relaxed);
-        // Wakes the accepting thread.
-        let _ = TcpStream::connect(self.address);
-    }
-}
-
-fn pass(mut from: TcpStream, mut to: TcpStream, dripping: &AtomicBool, ending: &AtomicBool) {
-    let mut buffer = [0; 16 << 10];
-    while let Ok(len @ 1..) = from.read(&mut buffer) {
-        let mut rest = &buffer[..len];
-        while !rest.is_empty() {
-            let now = if dripping.load(Ordering::Relaxed) {
-                1
-            } else {
-                rest.len()
-            };
-            if ending.load(Ordering::Relaxed) || to.write_all(&rest[..now]).is_err() {
-                return;
-            }
-            rest = &rest[now..];
-            if dripping.load(Ordering::Relaxed) {
-                std::thread::sleep(Duration::from_secs(1));
-            }
-        }
-    }
 }
