@@ -6,10 +6,10 @@
 //! | `namespace`, `network` | namespaces, bridges, the router, shaped links |
 //! | `goodput`, `bound` | what TCP carries over these links; the least time that follows from it |
 //! | `rollout`, `pulling` | a fleet that pulls what one of it published, whatever happens |
-//! | `outcome` | what came of it |
+//! | `outcome`, `times` | what came of it |
 //!
-//! It takes root and iproute2, and a program that has a network, mounts and processes of its own (`unshare --net --mount --pid`): all
-//! ends with these.
+//! It takes root and iproute2, and a program that has a network, mounts and processes of its own ([`inside`](crate::inside)): all
+//! ends with these. One lab after the other can be set up in such a program.
 
 pub mod bound;
 pub mod goodput;
@@ -19,7 +19,9 @@ pub mod outcome;
 pub mod pulling;
 pub mod rollout;
 pub mod scenario;
+pub mod times;
 
 pub use outcome::{Outcome, Summary};
-pub use rollout::{Lab, homes_in_memory};
+pub use rollout::Lab;
 pub use scenario::Scenario;
+pub use times::Times;

@@ -14,6 +14,7 @@ use super::network::{Counters, Network};
 use super::outcome::{NodeOutcome, Outcome};
 use super::pulling::{Puller, Went};
 use super::scenario::{Deed, Event, Scenario};
+use crate::accounts::Machine;
 use crate::{Node, data};
 
 /// What is published, as people would name it.
@@ -38,15 +39,27 @@ pub struct Lab {
 }
 
 impl Lab {
-    /// Sets the network up and measures it. Once a program: it has namespaces of its own.
+    /// Sets the network up and measures it. One at a time in a program, which has namespaces of its own.
     pub fn set_up(scenario: Scenario) -> Result<Self> {
+        let mut lab = Self::unmeasured(scenario)?;
+        lab.measure()?;
+        Ok(lab)
+    }
+
+    /// The same, not measured: for what does not hang on what links carry.
+    pub fn unmeasured(scenario: Scenario) -> Result<Self> {
         let network = Network::set_up(&scenario).context("setting up the network")?;
-        let measured = goodput::measure(&network).context("measuring the network")?;
         Ok(Self {
             scenario,
             network,
-            measured,
+            measured: Measured::default(),
         })
+    }
+
+    /// Measures the network, perhaps anew: machines are not equally fast at all times.
+    pub fn measure(&mut self) -> Result<()> {
+        self.measured = goodput::measure(&self.network).context("measuring the network")?;
+        Ok(())
     }
 
     /// Rolls out once, with homes in a directory of that run, which is removed.
@@ -73,8 +86,9 @@ impl Lab {
         })?;
         let before = statuses(&nodes)?;
         let carried = self.network.counters()?;
-        let start = Instant::now();
+        let (start, machine) = (Instant::now(), Machine::watch());
         let (went, carried_after) = self.pull(&mut nodes, start)?;
+        let machine_busy = machine.busy();
         let after = statuses(&nodes)?;
         let nodes = nodes
             .iter()
@@ -103,11 +117,12 @@ impl Lab {
             sites: (carried_after.sites.iter().zip(&carried.sites))
                 .map(|(after, before)| after.since(*before))
                 .collect(),
+            machine_busy,
         })
     }
 
     /// Starts all nodes and waits until they have found each other.
-    fn fleet(&self, dir: &Path) -> Result<Vec<Node>> {
+    pub fn fleet(&self, dir: &Path) -> Result<Vec<Node>> {
         let node = |number: usize| {
             let namespace = self.network.hosts[number].namespace.clone();
             Node::new(dir.join(format!("node{number}"))).in_namespace(namespace)
@@ -244,14 +259,4 @@ fn until(what: &str, mut question: impl FnMut() -> Result<bool>) -> Result<()> {
         thread::sleep(Duration::from_millis(100));
     }
     Ok(())
-}
-
-/// A place for many homes: in memory, so that one disk under all nodes is not what is measured.
-pub fn homes_in_memory(dir: &Path) -> Result<()> {
-    super::namespace::batch(
-        std::process::Command::new("mount")
-            .args(["-t", "tmpfs", "-o", "size=80%", "tmpfs"])
-            .arg(dir),
-        "",
-    )
 }
