@@ -156,8 +156,18 @@ fn connect(network: &Network, from: usize, to: usize) -> Result<(TcpStream, TcpS
         .namespace
         .run(|| TcpListener::bind(address).with_context(|| format!("listening on {address}")))?;
     let source = from.namespace.run(|| {
-        TcpStream::connect_timeout(&address, PATIENCE)
-            .with_context(|| format!("connecting {} to {address}", from.address))
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            // On a busy machine neighbours may take longer to find each other than the kernel waits.
+            match TcpStream::connect_timeout(&address, PATIENCE) {
+                Err(error)
+                    if error.kind() == ErrorKind::HostUnreachable && Instant::now() < deadline => {}
+                done => {
+                    return done
+                        .with_context(|| format!("connecting {} to {address}", from.address));
+                }
+            }
+        }
     })?;
     let (sink, _) = listener.accept()?;
     source.set_write_timeout(Some(PATIENCE))?;

@@ -167,6 +167,18 @@ impl Table {
         }
     }
 
+    /// One of what could not be measured at all.
+    pub fn failed(title: impl Into<String>, error: &anyhow::Error) -> Self {
+        let mut table = Self::new(title, &[]);
+        table.rows.push(Row {
+            name: "all of it".into(),
+            figures: vec![],
+            runs: vec![],
+            failed: Some(format!("{error:#}")),
+        });
+        table
+    }
+
     /// Adds a row of a leg: its figures in the order of the columns, and what each run found.
     pub fn row<T: Serialize>(&mut self, series: &Series<T>, figures: Vec<Option<f64>>) {
         let runs = series.runs.iter().map(serde_json::to_value);

@@ -27,7 +27,7 @@ use capsule_tests::lab::Scenario;
 
 use self::legs::Tool;
 use crate::Setting;
-use crate::report::Report;
+use crate::report::{Report, Table};
 use crate::tools::install;
 
 /// Nodes that have nothing to do; and one scenario with several numbers of nodes.
@@ -52,6 +52,9 @@ pub struct Options {
     /// Numbers of nodes that pull in a sweep.
     #[arg(long, value_delimiter = ',', default_values_t = [1, 2, 4, 8, 16, 32, 64])]
     nodes: Vec<usize>,
+    /// How many nodes are idle, where 200 are too many for the machine.
+    #[arg(long)]
+    idle_nodes: Option<usize>,
     /// How long idle nodes are watched.
     #[arg(long, default_value_t = 300, value_parser = clap::value_parser!(u64).range(1..=3600))]
     idle_seconds: u64,
@@ -87,7 +90,16 @@ impl Options {
                     let with = |nodes: &usize| Ok((*nodes, scenario.with_nodes(*nodes)?));
                     Work::Sweep(self.nodes.iter().map(with).collect::<Result<_>>()?)
                 }
-                IDLE => Work::Idle(Scenario::read(&file(IDLE_SCENARIO))?),
+                IDLE => {
+                    let scenario = Scenario::read(&file(IDLE_SCENARIO))?;
+                    Work::Idle(match self.idle_nodes {
+                        Some(nodes) => Scenario {
+                            title: format!("{nodes} idle nodes in one LAN"),
+                            ..scenario.with_nodes(nodes.saturating_sub(1))?
+                        },
+                        None => scenario,
+                    })
+                }
                 _ => {
                     let file = file(name);
                     let stem = file.file_stem().unwrap_or_default();
@@ -119,41 +131,57 @@ pub fn run(setting: &Setting, options: &Options) -> Result<Report> {
 
 fn measure(setting: &Setting, options: &Options) -> Result<Report> {
     let mut report = Report::new();
-    for work in options.work()? {
-        match work {
-            Work::Scenario(name, scenario) => {
-                let legs = legs::compare(setting, &scenario, &options.tools)?;
-                let without = legs::without_slower(setting, &scenario, &options.tools)?;
-                let without = without.as_ref();
-                let table = table::scenario(&name, &scenario, &legs, without);
-                report.tables.push(table);
+    let mut work = options.work()?.into_iter();
+    while let Some(now) = work.next() {
+        let table = now.measure(setting, options);
+        let table = table.unwrap_or_else(|error| Table::failed(now.title(), &error));
+        // It may take hours until all of it is told.
+        if work.len() > 0 {
+            eprintln!("{}", table.text());
+        }
+        report.tables.push(table);
+    }
+    Ok(report)
+}
+
+impl Work {
+    fn title(&self) -> String {
+        match self {
+            Self::Scenario(_, scenario) | Self::Idle(scenario) => scenario.title.clone(),
+            Self::Sweep(scenarios) => {
+                let mib = scenarios.first().map_or(0.0, |(_, scenario)| scenario.mib);
+                format!("one publisher and N equal nodes, {mib} MiB")
             }
-            Work::Sweep(scenarios) => {
+        }
+    }
+
+    fn measure(&self, setting: &Setting, options: &Options) -> Result<Table> {
+        match self {
+            Self::Scenario(name, scenario) => {
+                let legs = legs::compare(setting, scenario, &options.tools)?;
+                let without = legs::without_slower(setting, scenario, &options.tools)?;
+                Ok(table::scenario(name, scenario, &legs, without.as_ref()))
+            }
+            Self::Sweep(scenarios) => {
                 let mut numbers = vec![];
                 for (nodes, scenario) in scenarios {
-                    let beside = |tool: &Tool| {
-                        *tool == Tool::Capsule || *tool == Tool::Rsync && nodes <= SWEEP_RSYNC
+                    let beside = |tool: &&Tool| match tool {
+                        Tool::Capsule => true,
+                        Tool::Rsync => *nodes <= SWEEP_RSYNC,
+                        _ => false,
                     };
-                    let tools: Vec<Tool> = options.tools.iter().copied().filter(beside).collect();
-                    let mut legs = legs::compare(setting, &scenario, &tools)?;
+                    let tools: Vec<Tool> = options.tools.iter().filter(beside).copied().collect();
+                    let mut legs = legs::compare(setting, scenario, &tools)?;
                     for (_, series) in &mut legs {
                         series.name = format!("{}, N = {nodes}", series.name);
                     }
-                    numbers.push((nodes, legs));
+                    numbers.push(legs);
                 }
-                let title = "one publisher and N nodes on equal links, 96 MiB";
-                report.tables.push(table::sweep(title, &numbers));
+                Ok(table::sweep(&self.title(), &numbers))
             }
-            Work::Idle(scenario) => {
-                idle::run(setting, &scenario, options.idle_seconds, &mut report)?;
-            }
-        }
-        // What was found so far is seen even where the rest fails.
-        if let Some(table) = report.tables.last() {
-            eprintln!("{}", table.text());
+            Self::Idle(scenario) => idle::run(setting, scenario, options.idle_seconds),
         }
     }
-    Ok(report)
 }
 
 #[cfg(test)]

@@ -65,14 +65,14 @@ pub fn scenario(
 }
 
 /// All numbers of nodes.
-pub fn sweep(title: &str, numbers: &[(usize, Legs)]) -> Table {
+pub fn sweep(title: &str, numbers: &[Legs]) -> Table {
     let mut table = Table::new(title, &COLUMNS);
-    for (_, legs) in numbers {
+    for legs in numbers {
         rows(&mut table, legs, false);
     }
     let targets = targets::of_sweep(numbers);
     targets.into_iter().for_each(|target| table.target(target));
-    let series = numbers.iter().flat_map(|(_, legs)| legs);
+    let series = numbers.iter().flatten();
     notes(&mut table, series.map(|(_, series)| series));
     table
 }

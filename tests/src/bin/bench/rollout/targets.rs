@@ -112,11 +112,11 @@ pub fn of(scenario: &str, legs: &Legs) -> Vec<Target> {
     own.chain(ahead).collect()
 }
 
-/// Of numbers of nodes, with what they found: how far apart they are, and from rsync where that was measured.
-pub fn of_sweep(rows: &[(usize, Legs)]) -> Vec<Target> {
+/// Of several numbers of nodes: how far apart they are, and from rsync where that was measured.
+pub fn of_sweep(numbers: &[Legs]) -> Vec<Target> {
     let mut lasts = vec![];
     let mut targets = vec![];
-    for (_, legs) in rows {
+    for legs in numbers {
         let Some(ours) = leg(legs, Tool::Capsule) else {
             continue;
         };
@@ -234,14 +234,11 @@ mod tests {
     #[test]
     fn a_sweep_is_as_wide_as_its_extremes() {
         let rows = vec![
-            (
-                1,
-                vec![
-                    series(Tool::Capsule, &[&[40.0]]),
-                    series(Tool::Rsync, &[&[50.0]]),
-                ],
-            ),
-            (2, vec![series(Tool::Capsule, &[&[42.0, 44.0]])]),
+            vec![
+                series(Tool::Capsule, &[&[40.0]]),
+                series(Tool::Rsync, &[&[50.0]]),
+            ],
+            vec![series(Tool::Capsule, &[&[42.0, 44.0]])],
         ];
         let targets = of_sweep(&rows);
         assert_eq!(
@@ -255,7 +252,7 @@ mod tests {
         assert_eq!(targets.len(), 2);
         // One that failed leaves no figure to be proud of.
         let mut failed = rows;
-        failed.push((4, vec![series(Tool::Capsule, &[])]));
+        failed.push(vec![series(Tool::Capsule, &[])]);
         assert_eq!(of_sweep(&failed)[0].found, None);
     }
 }
