@@ -24,6 +24,7 @@
 //! - Connections do not give way to others; a node opens new ones a second after it lost some.
 //! - What is verified is committed: a node that is killed loses nothing of that.
 
+pub mod bound;
 pub mod checks;
 pub mod file;
 pub mod network;

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use crate::bound::{Rates, fluid};
+
 /// What a node does with requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -165,18 +167,17 @@ impl Plan {
         }
     }
 
-    /// The least time, in seconds, in which all honest pullers can have the blob if it flows like water:
-    /// `max(F/us, F/dmin, N F / (us + sum u))` (Kumar and Ross 2006), and F over the rate of each link between sites that it must cross.
+    /// The least time, in seconds, in which all honest pullers can have the blob if it flows like water: [`fluid`], and the
+    /// blob's size over the rate of each link between sites that it must cross.
     pub fn bound(&self) -> f64 {
         let size = self.size as f64;
         let pullers: Vec<_> = self.members.iter().filter(|m| m.pulls()).collect();
         let seeds: Vec<_> = self.members.iter().filter(|m| m.seeds).collect();
-        let up: f64 = pullers.iter().map(|m| m.link.up).sum();
         let us: f64 = seeds.iter().map(|m| m.link.up).sum();
-        let slowest = pullers
-            .iter()
-            .map(|m| m.link.down)
-            .fold(f64::INFINITY, f64::min);
+        let rates = pullers.iter().map(|m| Rates {
+            up: m.link.up,
+            down: m.link.down,
+        });
         let shared = self
             .processors
             .map_or(0.0, |rate| pullers.len() as f64 * size / rate);
@@ -193,12 +194,6 @@ impl Plan {
                 f64::from(u8::from(needed_here)) * size / site.link.down
             }
         });
-        wan.fold(
-            (size / us)
-                .max(size / slowest)
-                .max(pullers.len() as f64 * size / (us + up))
-                .max(shared),
-            f64::max,
-        )
+        wan.fold(fluid(size, us, rates).max(shared), f64::max)
     }
 }

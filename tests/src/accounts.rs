@@ -1,6 +1,7 @@
 //! The operating system's accounts of processes.
 
 use std::fs;
+use std::time::Instant;
 
 /// CPU seconds that a process and its finished children have used; of one that has ended, until it is reaped.
 pub fn cpu_of(pid: u32) -> f64 {
@@ -22,6 +23,29 @@ pub fn cpu_of_machine() -> f64 {
     // cpu user nice system idle iowait irq softirq
     let busy = [1, 2, 3, 6, 7];
     seconds(busy.iter().filter_map(|&field| fields.get(field).copied()))
+}
+
+/// The machine's CPUs, watched for a while.
+#[derive(Debug)]
+pub struct Machine {
+    since: Instant,
+    cpu_before: f64,
+}
+
+impl Machine {
+    /// Begins to watch.
+    pub fn watch() -> Self {
+        Self {
+            since: Instant::now(),
+            cpu_before: cpu_of_machine(),
+        }
+    }
+
+    /// What part of the time that all its CPUs had since then was used, by whomever.
+    pub fn busy(&self) -> f64 {
+        let cores = std::thread::available_parallelism().map_or(1.0, |cores| cores.get() as f64);
+        (cpu_of_machine() - self.cpu_before) / (cores * self.since.elapsed().as_secs_f64())
+    }
 }
 
 /// Seconds of fields that count clock ticks.
@@ -60,4 +84,26 @@ fn field(file: &str, name: &str) -> u64 {
 /// Bytes of memory that programs could get without anything being swapped out.
 pub fn available_memory() -> u64 {
     field("/proc/meminfo", "MemAvailable:")
+}
+
+/// A process and all its descendants.
+pub fn members(root: u32) -> Vec<u32> {
+    let mut members = vec![root];
+    let mut next = 0;
+    while let Some(&pid) = members.get(next) {
+        next += 1;
+        for thread in fs::read_dir(format!("/proc/{pid}/task"))
+            .into_iter()
+            .flatten()
+            .flatten()
+        {
+            let children = fs::read_to_string(thread.path().join("children")).unwrap_or_default();
+            members.extend(
+                children
+                    .split_whitespace()
+                    .filter_map(|pid| pid.parse::<u32>().ok()),
+            );
+        }
+    }
+    members
 }

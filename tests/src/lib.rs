@@ -9,6 +9,7 @@ pub mod binary;
 pub mod data;
 pub mod fleet;
 pub mod hostile;
+pub mod inside;
 pub mod lab;
 pub mod member;
 pub mod network;
@@ -17,6 +18,7 @@ pub mod rogue;
 pub mod shelf;
 pub mod short;
 pub mod small_disk;
+pub mod stop;
 
 pub use fleet::Fleet;
 pub use node::Node;

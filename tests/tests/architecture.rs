@@ -26,6 +26,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "capsule-node",
             "capsule-swarm",
             "capsule-swarm-core",
+            "capsule-simulations",
             "capsule-chunker",
             "capsule-proto",
         ],

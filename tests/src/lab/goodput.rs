@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 
 use super::network::Network;
+use super::scenario::{Rate, Scenario};
 
 /// Where sinks listen.
 const PORT: u16 = 5001;
@@ -31,7 +32,7 @@ pub struct Goodput {
 }
 
 /// What all links carried.
-#[derive(Debug, Clone, serde::Serialize)]
+#[derive(Debug, Clone, Default, serde::Serialize)]
 pub struct Measured {
     /// By node.
     pub hosts: Vec<Goodput>,
@@ -39,6 +40,26 @@ pub struct Measured {
     pub sites: Vec<Goodput>,
     /// Bytes on the nodes' interfaces, both ways, for each byte of content.
     pub overhead: f64,
+}
+
+impl Measured {
+    /// What links would carry if nothing were lost to headers.
+    pub fn nominal(scenario: &Scenario) -> Self {
+        let goodput = |rate: Rate| Goodput {
+            up: rate.up * 1e6 / 8.0,
+            down: rate.down * 1e6 / 8.0,
+        };
+        let groups = scenario.sites.iter().flat_map(|site| &site.nodes);
+        let several = scenario.sites.len() > 1;
+        let links = scenario.sites.iter().filter(|_| several);
+        Self {
+            hosts: groups
+                .flat_map(|group| std::iter::repeat_n(goodput(group.rate()), group.count))
+                .collect(),
+            sites: links.filter_map(|site| site.rate().map(goodput)).collect(),
+            overhead: 1.0,
+        }
+    }
 }
 
 /// Measures all links.
@@ -135,8 +156,18 @@ fn connect(network: &Network, from: usize, to: usize) -> Result<(TcpStream, TcpS
         .namespace
         .run(|| TcpListener::bind(address).with_context(|| format!("listening on {address}")))?;
     let source = from.namespace.run(|| {
-        TcpStream::connect_timeout(&address, PATIENCE)
-            .with_context(|| format!("connecting {} to {address}", from.address))
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            // On a busy machine neighbours may take longer to find each other than the kernel waits.
+            match TcpStream::connect_timeout(&address, PATIENCE) {
+                Err(error)
+                    if error.kind() == ErrorKind::HostUnreachable && Instant::now() < deadline => {}
+                done => {
+                    return done
+                        .with_context(|| format!("connecting {} to {address}", from.address));
+                }
+            }
+        }
     })?;
     let (sink, _) = listener.accept()?;
     source.set_write_timeout(Some(PATIENCE))?;

@@ -7,10 +7,10 @@
 //! | `goodput`, `bound` | what TCP carries over these links; the least time that follows from it |
 //! | `rollout`, `fleet`, `pulling` | a fleet that pulls what one of it published, whatever happens |
 //! | `foes`, `watch` | hostile members; a member that only listens |
-//! | `outcome` | what came of it |
+//! | `outcome`, `times` | what came of it |
 //!
-//! It takes root and iproute2, and a program that has a network, mounts and processes of its own (`unshare --net --mount --pid`): all
-//! ends with these.
+//! It takes root and iproute2, and a program that has a network, mounts and processes of its own ([`inside`](crate::inside)): all
+//! ends with these. One lab after the other can be set up in such a program.
 
 pub mod bound;
 pub mod event;
@@ -23,8 +23,10 @@ pub mod outcome;
 pub mod pulling;
 pub mod rollout;
 pub mod scenario;
+pub mod times;
 mod watch;
 
 pub use outcome::{Outcome, Summary};
-pub use rollout::{Lab, homes_in_memory};
+pub use rollout::Lab;
 pub use scenario::Scenario;
+pub use times::Times;

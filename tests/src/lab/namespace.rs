@@ -4,10 +4,13 @@ use std::fs::File;
 use std::io::Write;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::{Mutex, PoisonError};
 use std::thread;
 
 use anyhow::{Context, Result, ensure};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+
+use crate::inside;
 
 /// Where iproute2 keeps those that have names.
 const NAMED: &str = "/run/netns";
@@ -57,13 +60,17 @@ impl Namespace {
     }
 }
 
-/// Gives the lab a place for names of its own, which ends with the mount namespace that it runs in.
+/// Gives labs a place for names of their own, once a program; it ends with the mount namespace that the program runs in.
 pub fn make_room_for_names() -> Result<()> {
-    std::fs::create_dir_all(NAMED).with_context(|| format!("making {NAMED}"))?;
-    batch(
-        Command::new("mount").args(["-t", "tmpfs", "tmpfs", NAMED]),
-        "",
-    )
+    static MADE: Mutex<bool> = Mutex::new(false);
+    let mut made = MADE.lock().unwrap_or_else(PoisonError::into_inner);
+    if !*made {
+        let dir = Path::new(NAMED);
+        std::fs::create_dir_all(dir).with_context(|| format!("making {NAMED}"))?;
+        inside::mount_memory(dir)?;
+        *made = true;
+    }
+    Ok(())
 }
 
 /// Runs a program that reads its orders from standard input.

@@ -9,10 +9,10 @@
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::net::Ipv4Addr;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 
 use super::namespace::{Namespace, batch, make_room_for_names};
 use super::scenario::{Rate, Scenario};
@@ -26,7 +26,10 @@ const LEAST_QUEUE: u64 = 32 << 10;
 /// Sites have networks of 10.80.0.0, 10.81.0.0 and so on.
 const FIRST_NETWORK: u8 = 80;
 
-/// All that was set up. It ends with the namespaces that the program runs in.
+/// Headers of a packet with content: Ethernet, IPv4, TCP with timestamps.
+const HEADERS: u64 = 14 + 20 + 32;
+
+/// All that was set up. It is taken down with it, and in any case with the namespaces that the program runs in.
 #[derive(Debug)]
 pub struct Network {
     /// By the node's number.
@@ -47,13 +50,17 @@ pub struct Host {
     pub rate: Rate,
 }
 
-/// Bytes that an interface has carried, seen from whoever is behind it.
+/// What an interface has carried, seen from whoever is behind it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
 pub struct Carried {
-    /// Sent.
+    /// Bytes sent.
     pub up: u64,
-    /// Received.
+    /// Bytes received.
     pub down: u64,
+    /// Packets sent.
+    pub up_packets: u64,
+    /// Packets received.
+    pub down_packets: u64,
 }
 
 /// What all interfaces have carried.
@@ -127,38 +134,40 @@ impl Network {
         })
     }
 
-    /// What the interfaces have carried so far.
+    /// What the interfaces have carried so far. Towards nodes, and between sites, it is counted where links are shaped: there, packets
+    /// that were put together to save work have the headers of all that they stand for.
     pub fn counters(&self) -> Result<Counters> {
-        let text = std::fs::read_to_string("/proc/thread-self/net/dev")?;
-        // NAME: received bytes and seven other figures, sent bytes and others.
-        let carried = |line: &str| {
-            let (name, figures) = line.split_once(':')?;
-            let figures: Vec<u64> = figures
-                .split_whitespace()
-                .map_while(|figure| figure.parse().ok())
-                .collect();
-            Some((
-                name.trim().to_owned(),
-                (*figures.first()?, *figures.get(8)?),
-            ))
+        let here = shaped(Command::new("tc").args(["-s", "-j", "qdisc", "show"]))?;
+        let sent = interfaces()?;
+        let host = |number| -> Result<Carried> {
+            let name = format!("v{number}");
+            let (down, down_packets) = found(&here, &name)?;
+            let (up, up_packets) = found(&sent, &name)?;
+            Ok(Carried {
+                up,
+                down,
+                up_packets,
+                down_packets,
+            })
         };
-        let all: BTreeMap<String, (u64, u64)> = text.lines().filter_map(carried).collect();
-        let of = |name: String| {
-            all.get(&name)
-                .copied()
-                .with_context(|| format!("the interface {name} is gone"))
-        };
-        // Our end of a node's link receives what the node sends; the router's end of a site's is the other way round.
-        let host = |number| of(format!("v{number}")).map(|(up, down)| Carried { up, down });
-        let site = |number| {
-            if self.sites == 1 {
-                return Ok(Carried::default());
+        let mut sites = vec![Carried::default(); self.sites];
+        if self.sites > 1 {
+            let mut tc = Command::new("tc");
+            let there = shaped(tc.args(["-n", "router", "-s", "-j", "qdisc", "show"]))?;
+            for (number, site) in sites.iter_mut().enumerate() {
+                let (up, up_packets) = found(&here, &format!("w{number}"))?;
+                let (down, down_packets) = found(&there, &format!("s{number}"))?;
+                *site = Carried {
+                    up,
+                    down,
+                    up_packets,
+                    down_packets,
+                };
             }
-            of(format!("w{number}")).map(|(down, up)| Carried { up, down })
-        };
+        }
         Ok(Counters {
             hosts: (0..self.hosts.len()).map(host).collect::<Result<_>>()?,
-            sites: (0..self.sites).map(site).collect::<Result<_>>()?,
+            sites,
         })
     }
 
@@ -191,14 +200,89 @@ impl Network {
     }
 }
 
+impl Drop for Network {
+    fn drop(&mut self) {
+        let mut orders = String::new();
+        for number in 0..self.hosts.len() {
+            orders += &format!("link delete v{number}\nnetns delete n{number}\n");
+        }
+        for site in 0..self.sites {
+            orders += &format!("link delete b{site}\n");
+            if self.sites > 1 {
+                orders += &format!("link delete w{site}\n");
+            }
+        }
+        if self.sites > 1 {
+            orders += "netns delete router\n";
+        }
+        // What stays would only be in the way of the next network, which says so.
+        let _ = batch(Command::new("ip").args(["-force", "-batch", "-"]), &orders);
+    }
+}
+
 impl Carried {
     /// What came since then.
     pub const fn since(self, before: Self) -> Self {
         Self {
-            up: self.up - before.up,
-            down: self.down - before.down,
+            up: self.up.saturating_sub(before.up),
+            down: self.down.saturating_sub(before.down),
+            up_packets: self.up_packets.saturating_sub(before.up_packets),
+            down_packets: self.down_packets.saturating_sub(before.down_packets),
         }
     }
+
+    /// Sent bytes without headers: what programs sent over TCP, retransmissions included.
+    pub const fn content_up(self) -> u64 {
+        self.up.saturating_sub(self.up_packets * HEADERS)
+    }
+
+    /// The same of received bytes.
+    pub const fn content_down(self) -> u64 {
+        self.down.saturating_sub(self.down_packets * HEADERS)
+    }
+}
+
+/// Bytes and packets by interface.
+type Counts = BTreeMap<String, (u64, u64)>;
+
+fn found(counts: &Counts, name: &str) -> Result<(u64, u64)> {
+    let found = counts.get(name).copied();
+    found.with_context(|| format!("the interface {name} is gone"))
+}
+
+/// What shaped interfaces have sent, as `tc` tells.
+fn shaped(tc: &mut Command) -> Result<Counts> {
+    #[derive(serde::Deserialize)]
+    struct Discipline {
+        kind: String,
+        dev: String,
+        bytes: u64,
+        packets: u64,
+    }
+    let output = tc.stdin(Stdio::null()).output();
+    let output = output.context("starting tc (iproute2)")?;
+    ensure!(
+        output.status.success(),
+        "tc: {}",
+        String::from_utf8_lossy(&output.stderr).trim()
+    );
+    let all: Vec<Discipline> = serde_json::from_slice(&output.stdout).context("reading from tc")?;
+    let all = all.into_iter().filter(|found| found.kind == "tbf");
+    Ok(all
+        .map(|found| (found.dev, (found.bytes, found.packets)))
+        .collect())
+}
+
+/// What the interfaces here have received, which their other ends have sent.
+fn interfaces() -> Result<Counts> {
+    let text = std::fs::read_to_string("/proc/thread-self/net/dev")?;
+    // NAME: bytes and packets that were received, and other figures.
+    let counts = |line: &str| {
+        let (name, figures) = line.split_once(':')?;
+        let mut figures = figures.split_whitespace().map_while(|f| f.parse().ok());
+        Some((name.trim().to_owned(), (figures.next()?, figures.next()?)))
+    };
+    Ok(text.lines().filter_map(counts).collect())
 }
 
 const fn network(site: usize) -> u8 {
@@ -271,4 +355,21 @@ fn set_up_router(scenario: &Scenario) -> Result<()> {
         std::fs::write("/proc/sys/net/ipv4/ip_forward", "1")
             .context("letting the router forward packets")
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn content_is_what_headers_leave() {
+        let carried = Carried {
+            up: 3 * 66 + 1448 * 2,
+            down: 60,
+            up_packets: 3,
+            down_packets: 1,
+        };
+        assert_eq!((carried.content_up(), carried.content_down()), (2896, 0));
+        assert_eq!(carried.since(carried), Carried::default());
+    }
 }

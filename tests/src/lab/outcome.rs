@@ -7,6 +7,7 @@ use super::fleet::Return;
 use super::network::Carried;
 use super::pulling::Went;
 use super::rollout::Lab;
+use super::times::Times;
 use crate::hostile::Part;
 
 /// What the error of a full disk says.
@@ -23,6 +24,8 @@ pub struct Outcome {
     pub nodes: Vec<NodeOutcome>,
     /// What the sites' links carried.
     pub sites: Vec<Carried>,
+    /// What part of the machine's CPU time all that runs on it used meanwhile.
+    pub machine_busy: f64,
 }
 
 /// A node's figures.
@@ -58,12 +61,9 @@ pub struct NodeOutcome {
 /// What is compared with what was to be reached.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub struct Summary {
-    /// Seconds until half of the nodes were done, 99 of 100, and all.
-    pub p50: f64,
-    /// See `p50`.
-    pub p99: f64,
-    /// See `p50`.
-    pub last: f64,
+    /// When the nodes were done.
+    #[serde(flatten)]
+    pub times: Times,
     /// The least possible.
     pub bound: f64,
     /// Content that the publisher sent, by what one node fetches.
@@ -142,11 +142,7 @@ impl Outcome {
     /// The figures, with times and bound of some nodes only.
     pub fn summary_of(&self, lab: &Lab, counts: &[usize]) -> Summary {
         let seconds = counts.iter().map(|node| self.nodes[*node].went.seconds);
-        let mut seconds: Vec<f64> = seconds.map(|at| at.unwrap_or(f64::INFINITY)).collect();
-        seconds.sort_by(f64::total_cmp);
-        let part = |of: f64| {
-            seconds[((seconds.len() as f64 * of).ceil() as usize).clamp(1, seconds.len()) - 1]
-        };
+        let seconds = seconds.map(|at| at.unwrap_or(f64::INFINITY)).collect();
         let sum = |figure: fn(&NodeOutcome) -> u64| {
             // What came to a full disk was neither kept nor twice there.
             let whole = self.nodes.iter();
@@ -157,9 +153,7 @@ impl Outcome {
         let kept = sum(|node| node.went.fetched_bytes + node.went.had_bytes);
         let on_links = sum(|node| node.carried.down);
         Summary {
-            p50: part(0.5),
-            p99: part(0.99),
-            last: part(1.0),
+            times: Times::of(seconds),
             bound: bound::of(self.bytes, &lab.measured, self.nodes[0].site, counts),
             copies: self.nodes[0].sent_bytes as f64 / self.bytes as f64,
             duplicates: (received - kept).max(0.0) / received,
@@ -178,7 +172,7 @@ impl Outcome {
 impl Summary {
     /// What part of the best possible speed the last node saw.
     pub fn efficiency(&self) -> f64 {
-        self.bound / self.last
+        self.bound / self.times.last
     }
 }
 
@@ -229,6 +223,7 @@ mod tests {
             bytes: 100_000,
             nodes,
             sites: vec![],
+            machine_busy: 0.0,
         }
     }
 
@@ -236,7 +231,8 @@ mod tests {
     fn what_must_not_be_is_a_failure() {
         assert_eq!(fine().failures(), Vec::<String>::new());
         assert_eq!(fine().bans(), [(4, vec![1])]);
-        let wrong: [(fn(&mut Outcome), &str); 6] = [
+        type Spoil = fn(&mut Outcome);
+        let wrong: [(Spoil, &str); 6] = [
             (
                 |run| run.nodes[1].went.seconds = None,
                 "node 1: it did not end",

@@ -18,6 +18,7 @@ use super::outcome::{NodeOutcome, Outcome};
 use super::pulling::{Puller, Went};
 use super::scenario::Scenario;
 use super::watch;
+use crate::accounts::Machine;
 use crate::data;
 
 /// What is published, as people would name it.
@@ -37,15 +38,27 @@ pub struct Lab {
 }
 
 impl Lab {
-    /// Sets the network up and measures it. Once a program: it has namespaces of its own.
+    /// Sets the network up and measures it. One at a time in a program, which has namespaces of its own.
     pub fn set_up(scenario: Scenario) -> Result<Self> {
+        let mut lab = Self::unmeasured(scenario)?;
+        lab.measure()?;
+        Ok(lab)
+    }
+
+    /// The same, not measured: for what does not hang on what links carry.
+    pub fn unmeasured(scenario: Scenario) -> Result<Self> {
         let network = Network::set_up(&scenario).context("setting up the network")?;
-        let measured = goodput::measure(&network).context("measuring the network")?;
         Ok(Self {
             scenario,
             network,
-            measured,
+            measured: Measured::default(),
         })
+    }
+
+    /// Measures the network, perhaps anew: machines are not equally fast at all times.
+    pub fn measure(&mut self) -> Result<()> {
+        self.measured = goodput::measure(&self.network).context("measuring the network")?;
+        Ok(())
     }
 
     /// Rolls out once, with homes in a directory of that run, which is removed.
@@ -87,8 +100,9 @@ impl Lab {
         members.extend(foes_peers);
         let before = fleet.all_figures()?;
         let carried = self.network.counters()?;
-        let start = Instant::now();
+        let (start, machine) = (Instant::now(), Machine::watch());
         let (went, carried_after) = self.pull(&mut fleet, start)?;
+        let machine_busy = machine.busy();
         drop(foes);
         let after = fleet.all_figures()?;
         let banned = fleet.statuses()?;
@@ -125,6 +139,7 @@ impl Lab {
             sites: (carried_after.sites.iter().zip(&carried.sites))
                 .map(|(after, before)| after.since(*before))
                 .collect(),
+            machine_busy,
         })
     }
 
@@ -294,14 +309,4 @@ fn knows(home: &Path) -> Result<bool> {
     let listed = Client::connect(home)?.call(Ls::default())?;
     let mut names = listed.capsules.iter().flat_map(|capsule| &capsule.names);
     Ok(names.any(|name| name == NAME))
-}
-
-/// A place for many homes: in memory, so that one disk under all nodes is not what is measured.
-pub fn homes_in_memory(dir: &Path) -> Result<()> {
-    super::namespace::batch(
-        std::process::Command::new("mount")
-            .args(["-t", "tmpfs", "-o", "size=80%", "tmpfs"])
-            .arg(dir),
-        "",
-    )
 }

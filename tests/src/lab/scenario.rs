@@ -161,6 +161,35 @@ impl Scenario {
         Ok(other)
     }
 
+    /// Those that pull over links as fast as any.
+    pub fn fastest(&self) -> Vec<usize> {
+        let groups = self.sites.iter().flat_map(|site| &site.nodes);
+        let rates = groups.flat_map(|group| std::iter::repeat_n(group.rate().down, group.count));
+        let rates: Vec<f64> = rates.collect();
+        let most = rates.iter().skip(1).copied().fold(0.0, f64::max);
+        let pullers = 1..rates.len();
+        pullers.filter(|node| rates[*node] >= most).collect()
+    }
+
+    /// The same as if slower nodes were not there; none where all are equal, or what happens names nodes by number.
+    pub fn without_slower(&self) -> Result<Option<Self>> {
+        let [site] = &self.sites[..] else {
+            return Ok(None);
+        };
+        let down = |group: &Group| group.rate().down;
+        let most = site.nodes.iter().map(down).fold(0.0, f64::max);
+        let slower = |group: &Group| down(group) < most;
+        // The first group has the publisher.
+        if !self.events.is_empty() || slower(&site.nodes[0]) || !site.nodes.iter().any(slower) {
+            return Ok(None);
+        }
+        let mut other = self.clone();
+        other.sites[0].nodes.retain(|group| !slower(group));
+        other.title = format!("{} (without the slower)", self.title);
+        other.check()?;
+        Ok(Some(other))
+    }
+
     /// The nodes of a site.
     pub fn nodes_of(&self, site: usize) -> Range<usize> {
         let count = |site: &Site| site.nodes.iter().map(|group| group.count).sum::<usize>();
@@ -366,5 +395,23 @@ mod tests {
         assert_eq!(scenario.with_nodes(1).unwrap().nodes(), 2);
         assert!(scenario.with_nodes(0).is_err());
         assert!(Scenario::parse(TWO).unwrap().with_nodes(3).is_err());
+    }
+
+    #[test]
+    fn slower_nodes_can_be_told_apart_and_left_out() {
+        let text = "title = \"t\"\nmib = 4\n[[sites]]\nlabel = \"a\"\nnodes = [{ count = 3, mbit = 20 }, \
+                    { count = 2, mbit = 5 }, { count = 1, up = 5, down = 20 }]";
+        let scenario = Scenario::parse(text).unwrap();
+        assert_eq!(scenario.fastest(), [1, 2, 5]);
+        let without = scenario.without_slower().unwrap().unwrap();
+        assert_eq!((without.nodes(), without.fastest().len()), (4, 3));
+        assert!(without.without_slower().unwrap().is_none());
+        assert!(
+            Scenario::parse(TWO)
+                .unwrap()
+                .without_slower()
+                .unwrap()
+                .is_none()
+        );
     }
 }

@@ -1,7 +1,7 @@
 //! Benchmarks beside the tools that people would use instead: same data, same run, ratios.
 //!
 //! `cargo run --release -p capsule-tests --bin bench -- NAME`. Each prints a table and writes JSON, with figures as numbers in
-//! plain units and every run's raw figures. `pair` needs root: it installs the other tools, and puts all in namespaces of its own.
+//! plain units and every run's raw figures. `pair` and `rollout` need root: they install the other tools, and put all in namespaces of their own.
 
 mod capsule;
 mod delta;
@@ -10,13 +10,12 @@ mod flow;
 mod idle;
 mod measure;
 mod memory;
-mod namespace;
 mod pair;
 mod process;
 mod publish;
 mod report;
+mod rollout;
 mod series;
-mod stop;
 mod swarm;
 mod tools;
 mod transfer;
@@ -27,9 +26,10 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, ensure};
+use capsule_tests::inside::{self, Network};
+use capsule_tests::stop;
 use clap::{Parser, Subcommand};
 
-use crate::namespace::Network;
 use crate::process::Deadline;
 use crate::report::MIB;
 
@@ -77,6 +77,8 @@ enum Bench {
         #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..))]
         seconds: u64,
     },
+    /// Scenarios of the lab: fleets on shaped links; beside aria2, transmission, udpcast and rsync, and with what is to be reached.
+    Rollout(rollout::Options),
     /// Updates of systems made of Debian packages; beside casync, rsync, xdelta3, zstd, zchunk, OSTree and the packages themselves.
     Delta(delta::Options),
     /// The sending end of the plain TCP copy.
@@ -101,13 +103,18 @@ impl Setting {
     /// When a leg that moves so many bytes has to be done, if it begins now.
     pub fn deadline(&self, bytes: u64) -> Deadline {
         let default = 60.0 + bytes as f64 / (4.0 * MIB);
-        Deadline::after(self.deadline.unwrap_or(Duration::from_secs_f64(default)))
+        self.deadline_or(Duration::from_secs_f64(default))
     }
 
     /// The same, but never longer than so; a deadline that was asked for holds.
     pub fn deadline_within(&self, bytes: u64, longest: Duration) -> Deadline {
         let default = Duration::from_secs_f64(60.0 + bytes as f64 / (4.0 * MIB));
-        Deadline::after(self.deadline.unwrap_or(default.min(longest)))
+        self.deadline_or(default.min(longest))
+    }
+
+    /// That long from now, if no other deadline was asked for.
+    pub fn deadline_or(&self, span: Duration) -> Deadline {
+        Deadline::after(self.deadline.unwrap_or(span))
     }
 
     /// Fails where the scratch directory's file system has less room.
@@ -134,24 +141,30 @@ fn main() -> Result<ExitCode> {
         Bench::TcpReceive { from, file } => {
             return tools::tcp::receive(*from, file).map(|()| ExitCode::SUCCESS);
         }
-        Bench::Pair(_) if namespace::inside().is_none() => {
+        Bench::Pair(_) if inside::network().is_none() => {
             // Built before the network is gone.
             capsule_tests::binary::capsule();
             pair::install_tools();
-            return namespace::enter(Network::Own).map(ExitCode::from);
+            return inside::enter(Network::Own).map(ExitCode::from);
         }
-        Bench::Delta(options) if namespace::inside().is_none() => {
+        Bench::Rollout(options) if inside::network().is_none() => {
+            options.check()?;
+            capsule_tests::binary::capsule();
+            options.install_tools();
+            return inside::enter(Network::Own).map(ExitCode::from);
+        }
+        Bench::Delta(options) if inside::network().is_none() => {
             capsule_tests::binary::capsule();
             delta::install_tools();
             let code = if options.must_build()? {
-                namespace::enter(Network::Machine)?
+                inside::enter(Network::Machine)?
             } else {
                 0
             };
             if code != 0 || options.is_build_only() {
                 return Ok(code.into());
             }
-            return namespace::enter(Network::Own).map(ExitCode::from);
+            return inside::enter(Network::Own).map(ExitCode::from);
         }
         _ => {}
     }
@@ -163,12 +176,9 @@ fn main() -> Result<ExitCode> {
     // The homes of fleets lie in it too.
     tempfile::env::override_temp_dir(scratch.path())
         .map_err(|dir| anyhow!("temporary files go to {} already", dir.display()))?;
-    stop::on_signals(scratch.path())?;
-    if namespace::inside().is_some() {
-        stop::with_starter(scratch.path());
-    }
+    stop::with_what_started_it(scratch.path())?;
     if let Bench::Delta(options) = &args.bench
-        && namespace::inside() == Some(Network::Machine)
+        && inside::network() == Some(Network::Machine)
     {
         return options.build().map(|()| ExitCode::SUCCESS);
     }
@@ -184,6 +194,7 @@ fn main() -> Result<ExitCode> {
             ("swarm", swarm::run(&setting, mib << 20, pullers as usize)?)
         }
         Bench::Idle { seconds } => ("idle", idle::run(&setting, seconds)?),
+        Bench::Rollout(options) => ("rollout", rollout::run(&setting, &options)?),
         Bench::Delta(options) => ("delta", delta::run(&setting, &options)?),
         Bench::TcpSend { .. } | Bench::TcpReceive { .. } => unreachable!("done above"),
     };

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use capsule_tests::accounts::{cpu_of, forget_peak, peak_of};
+use capsule_tests::accounts::{cpu_of, forget_peak, members, peak_of};
 use serde::Serialize;
 
 /// What a process and its descendants used.
@@ -69,28 +69,6 @@ impl Family {
             peak_bytes: self.peaks.values().sum(),
         }
     }
-}
-
-/// A process and all its descendants.
-pub fn members(root: u32) -> Vec<u32> {
-    let mut members = vec![root];
-    let mut next = 0;
-    while let Some(&pid) = members.get(next) {
-        next += 1;
-        for thread in fs::read_dir(format!("/proc/{pid}/task"))
-            .into_iter()
-            .flatten()
-            .flatten()
-        {
-            let children = fs::read_to_string(thread.path().join("children")).unwrap_or_default();
-            members.extend(
-                children
-                    .split_whitespace()
-                    .filter_map(|pid| pid.parse::<u32>().ok()),
-            );
-        }
-    }
-    members
 }
 
 /// Bytes that the loopback interface of this network namespace has carried.

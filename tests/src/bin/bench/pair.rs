@@ -5,6 +5,7 @@ use std::path::Path;
 
 use anyhow::{Result, anyhow, ensure};
 use capsule_node::control::Phase;
+use capsule_tests::inside::ADDRESS;
 use capsule_tests::{Fleet, data};
 use serde::Serialize;
 
@@ -12,7 +13,6 @@ use crate::Setting;
 use crate::capsule::{self, pid};
 use crate::files::{real_files, tar};
 use crate::measure::sync_file_system;
-use crate::namespace::ADDRESS;
 use crate::process::Deadline;
 use crate::report::{Column, MIB, Report, Table};
 use crate::series::Series;

@@ -7,10 +7,11 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use capsule_tests::accounts::members;
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process, waitid};
 
-use crate::measure::{Family, Used, members};
+use crate::measure::{Family, Used};
 
 /// How often accounts are looked at: rarely enough to cost nothing, often enough to see a peak.
 const LOOK: Duration = Duration::from_millis(20);

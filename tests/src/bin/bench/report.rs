@@ -36,7 +36,34 @@ pub struct Table {
     title: String,
     columns: Vec<Column>,
     rows: Vec<Row>,
+    targets: Vec<Target>,
     notes: Vec<String>,
+}
+
+/// A figure beside what it is to reach.
+#[derive(Debug, Clone)]
+pub struct Target {
+    /// What it is.
+    pub what: String,
+    /// What was found; nothing where it could not be measured, which meets no target.
+    pub found: Option<f64>,
+    /// What is to be reached.
+    pub limit: Limit,
+    /// Of both.
+    pub unit: &'static str,
+}
+
+/// What a figure is to reach.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Limit {
+    /// So much or more.
+    AtLeast(f64),
+    /// So much or less.
+    AtMost(f64),
+    /// More than that.
+    Above(f64),
+    /// Less than that.
+    Below(f64),
 }
 
 #[derive(Debug)]
@@ -65,6 +92,16 @@ impl Column {
             key,
             scale: MIB,
             decimals: 0,
+        }
+    }
+
+    /// Parts of one, shown in percent.
+    pub const fn percent(title: &'static str, key: &'static str, decimals: usize) -> Self {
+        Self {
+            title,
+            key,
+            scale: 0.01,
+            decimals,
         }
     }
 
@@ -125,8 +162,21 @@ impl Table {
             title: title.into(),
             columns: columns.to_vec(),
             rows: vec![],
+            targets: vec![],
             notes: vec![],
         }
+    }
+
+    /// One of what could not be measured at all.
+    pub fn failed(title: impl Into<String>, error: &anyhow::Error) -> Self {
+        let mut table = Self::new(title, &[]);
+        table.rows.push(Row {
+            name: "all of it".into(),
+            figures: vec![],
+            runs: vec![],
+            failed: Some(format!("{error:#}")),
+        });
+        table
     }
 
     /// Adds a row of a leg: its figures in the order of the columns, and what each run found.
@@ -150,12 +200,18 @@ impl Table {
         });
     }
 
+    /// Adds a target.
+    pub fn target(&mut self, target: Target) {
+        self.targets.push(target);
+    }
+
     /// Adds a note.
     pub fn note(&mut self, note: impl Into<String>) {
         self.notes.push(note.into());
     }
 
-    fn text(&self) -> String {
+    /// As people see it.
+    pub fn text(&self) -> String {
         let cells: Vec<Vec<String>> = self
             .rows
             .iter()
@@ -193,6 +249,9 @@ impl Table {
                 text += &format!("  {:<first$}  failed: {reason}\n", row.name);
             }
         }
+        self.targets
+            .iter()
+            .for_each(|target| text += &format!("  {}\n", target.text()));
         self.notes
             .iter()
             .for_each(|note| text += &format!("  - {note}\n"));
@@ -207,7 +266,60 @@ impl Table {
                 .collect();
             json!({ "name": row.name, "figures": figures, "runs": row.runs, "failed": row.failed })
         });
-        json!({ "title": self.title, "rows": rows.collect::<Vec<_>>(), "notes": self.notes })
+        let targets: Vec<Value> = self.targets.iter().map(Target::json).collect();
+        json!({
+            "title": self.title,
+            "rows": rows.collect::<Vec<_>>(),
+            "targets": targets,
+            "notes": self.notes,
+        })
+    }
+}
+
+impl Target {
+    fn is_met(&self) -> bool {
+        self.found.is_some_and(|found| self.limit.is_met(found))
+    }
+
+    fn text(&self) -> String {
+        let found = self.found.map_or("not measured".into(), |found| {
+            format!("{found:.3} {}", self.unit).trim_end().to_owned()
+        });
+        let (words, at) = self.limit.words();
+        let met = if self.is_met() { "met    " } else { "NOT MET" };
+        let limit = format!("{words} {at} {}", self.unit);
+        format!("{met}  {}: {found} ({})", self.what, limit.trim_end())
+    }
+
+    fn json(&self) -> Value {
+        let (words, at) = self.limit.words();
+        json!({
+            "what": self.what,
+            "found": self.found,
+            "limit": format!("{words} {at}"),
+            "unit": self.unit,
+            "met": self.is_met(),
+        })
+    }
+}
+
+impl Limit {
+    fn is_met(self, found: f64) -> bool {
+        match self {
+            Self::AtLeast(at) => found >= at,
+            Self::AtMost(at) => found <= at,
+            Self::Above(at) => found > at,
+            Self::Below(at) => found < at,
+        }
+    }
+
+    fn words(self) -> (&'static str, f64) {
+        match self {
+            Self::AtLeast(at) => ("at least", at),
+            Self::AtMost(at) => ("at most", at),
+            Self::Above(at) => ("above", at),
+            Self::Below(at) => ("below", at),
+        }
     }
 }
 
@@ -237,6 +349,29 @@ mod tests {
         let expected = "title\n           wall s  peak MiB\n  good       1.25         3\n  \
                         bad one  failed: it broke\n  - a note\n";
         assert_eq!(table().text(), expected);
+    }
+
+    #[test]
+    fn targets_are_met_or_not() {
+        let target = |found, limit| Target {
+            what: "it".into(),
+            found,
+            limit,
+            unit: "%",
+        };
+        let met = |found, limit| target(Some(found), limit).is_met();
+        assert!(met(95.0, Limit::AtLeast(95.0)) && !met(94.9, Limit::AtLeast(95.0)));
+        assert!(met(1.1, Limit::AtMost(1.1)) && !met(1.2, Limit::AtMost(1.1)));
+        assert!(met(1.1, Limit::Above(1.0)) && !met(1.0, Limit::Above(1.0)));
+        assert!(met(0.9, Limit::Below(1.0)) && !met(1.0, Limit::Below(1.0)));
+        assert!(!met(f64::NAN, Limit::Below(1.0)) && !target(None, Limit::Below(1.0)).is_met());
+        assert_eq!(
+            target(Some(0.5), Limit::Below(1.0)).text(),
+            "met      it: 0.500 % (below 1 %)"
+        );
+        let unknown = target(None, Limit::AtMost(2.0));
+        assert_eq!(unknown.text(), "NOT MET  it: not measured (at most 2 %)");
+        assert_eq!(unknown.json()["met"], false);
     }
 
     #[test]

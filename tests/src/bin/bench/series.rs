@@ -18,6 +18,7 @@ pub struct Series<T> {
     pub runs: Vec<T>,
     /// Why it was given up.
     pub failed: Option<String>,
+    slow_from: Duration,
     slow: bool,
 }
 
@@ -28,8 +29,14 @@ impl<T: Serialize> Series<T> {
             name: name.into(),
             runs: vec![],
             failed: None,
+            slow_from: SLOW,
             slow: false,
         }
+    }
+
+    /// The same, measured only once if it takes so long, and not a minute.
+    pub fn slow_from(self, slow_from: Duration) -> Self {
+        Self { slow_from, ..self }
     }
 
     /// Whether it is measured no more: it failed, or is so slow that once is enough.
@@ -55,7 +62,7 @@ impl<T: Serialize> Series<T> {
                     started.elapsed().as_secs_f64()
                 );
                 self.runs.push(found);
-                self.slow = started.elapsed() > SLOW;
+                self.slow = started.elapsed() > self.slow_from;
             }
             Err(error) => {
                 eprintln!("{what}: {} failed: {error:#}", self.name);
@@ -105,6 +112,14 @@ mod tests {
         series.measure("test", || Err(anyhow!("inner").context("outer")));
         assert_eq!(series.failed.as_deref(), Some("outer: inner"));
         assert!(series.median(|&run| run).is_none() && series.is_over());
+    }
+
+    #[test]
+    fn a_leg_that_is_slow_is_measured_once() {
+        let mut slow = Series::<f64>::new("leg").slow_from(Duration::ZERO);
+        slow.measure("test", || Ok(1.0));
+        slow.measure("test", || Ok(2.0));
+        assert_eq!(slow.runs, [1.0]);
     }
 
     #[test]

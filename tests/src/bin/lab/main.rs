@@ -4,15 +4,14 @@
 
 mod table;
 
-use std::path::PathBuf;
-use std::process::{Command, ExitCode, Stdio};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 
 use anyhow::{Context, Result};
-use capsule_tests::lab::{Lab, Scenario, homes_in_memory};
+use capsule_tests::inside::{self, Network};
+use capsule_tests::lab::{Lab, Scenario};
+use capsule_tests::stop;
 use clap::Parser;
-
-/// Tells the program that it is inside already.
-const INSIDE: &str = "CAPSULE_LAB";
 
 /// Runs a scenario in a lab of network namespaces.
 #[derive(Parser)]
@@ -36,19 +35,31 @@ fn main() -> Result<ExitCode> {
     if let Some(pullers) = args.pullers {
         scenario = scenario.with_nodes(pullers)?;
     }
-    if std::env::var_os(INSIDE).is_none() {
+    if inside::network().is_none() {
         // Built before the network is gone.
         capsule_tests::binary::capsule();
-        return enter();
+        return inside::enter(Network::Own).map(ExitCode::from);
     }
     let dir = tempfile::tempdir().context("making a scratch directory")?;
-    homes_in_memory(dir.path())?;
+    stop::with_what_started_it(dir.path())?;
+    inside::mount_memory(dir.path())?;
+    let all_done = run(&args, scenario, dir.path());
+    inside::unmount(dir.path());
+    Ok(if all_done? {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+/// Runs the scenario as often as asked for; whether all nodes came through it.
+fn run(args: &Args, scenario: Scenario, dir: &Path) -> Result<bool> {
     eprintln!("{}: setting up {} nodes", scenario.title, scenario.nodes());
     let lab = Lab::set_up(scenario)?;
     table::network(&lab);
     let mut outcomes = Vec::new();
     for run in 0..args.runs {
-        let outcome = lab.roll_out(dir.path(), run.into())?;
+        let outcome = lab.roll_out(dir, run.into())?;
         table::run(&lab, run, &outcome);
         outcomes.push(outcome);
     }
@@ -57,33 +68,5 @@ fn main() -> Result<ExitCode> {
         let text = serde_json::to_string(&outcomes)?;
         std::fs::write(path, text).with_context(|| format!("writing {}", path.display()))?;
     }
-    let all_done = outcomes.iter().all(|outcome| outcome.failures().is_empty());
-    Ok(if all_done {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    })
-}
-
-/// Runs this program again inside.
-fn enter() -> Result<ExitCode> {
-    let mut inside = Command::new("unshare");
-    inside.args([
-        "--net",
-        "--mount",
-        "--pid",
-        "--fork",
-        "--kill-child",
-        "--mount-proc",
-    ]);
-    // Not `exec`: the first process of its namespace would be deaf to Ctrl-C.
-    inside.args(["sh", "-c", "\"$0\" \"$@\"; exit $?"]);
-    inside
-        .arg(std::env::current_exe()?)
-        .args(std::env::args_os().skip(1))
-        .env(INSIDE, "1")
-        .stdin(Stdio::null());
-    let status = inside.status().context("starting unshare (util-linux)")?;
-    let code = status.code().and_then(|code| u8::try_from(code).ok());
-    Ok(code.unwrap_or(1).into())
+    Ok(outcomes.iter().all(|outcome| outcome.failures().is_empty()))
 }

@@ -67,8 +67,8 @@ fn groups(lab: &Lab, outcome: &Outcome) {
                 counts.len(),
                 site.label,
                 group.rate().down,
-                summary.p50,
-                summary.last
+                summary.times.p50,
+                summary.times.last
             );
         }
     }
@@ -124,11 +124,11 @@ pub fn medians(lab: &Lab, outcomes: &[Outcome]) {
 fn line(summary: &Summary) -> String {
     format!(
         "p50 {:.2} s, last {:.2} s = {:.1} % of the bound {:.2} s; p99/p50 {:.3}; publisher {:.3} copies; duplicates {:.2} %; {:.1} % beyond TCP; {:.0} MiB at most; {:.1} CPU s",
-        summary.p50,
-        summary.last,
+        summary.times.p50,
+        summary.times.last,
         100.0 * summary.efficiency(),
         summary.bound,
-        summary.p99 / summary.p50,
+        summary.times.p99 / summary.times.p50,
         summary.copies,
         100.0 * summary.duplicates,
         100.0 * summary.beyond_tcp,

@@ -2,7 +2,8 @@
 //! the torrent and tells, by the hook that each client has, when it has everything.
 //!
 //! Settings are those of a user who wants speed on his own network: no limits, plain TCP (uTP is for slow lines, and its CPU
-//! cost many times that of TCP), nothing that goes to other machines (DHT, local discovery, port forwarding), files allocated as they grow.
+//! cost many times that of TCP), nothing that goes to machines elsewhere (DHT, port forwarding), files allocated as they grow. Where there are
+//! more than two, they find each other by local discovery and from one another too, and who has everything goes on serving.
 
 use std::fs;
 use std::net::Ipv4Addr;
@@ -27,19 +28,34 @@ pub enum Client {
     QBittorrent,
 }
 
+/// Who else is there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Company {
+    /// The other end.
+    One,
+    /// Many others.
+    Many,
+}
+
 /// Which end of a transfer a client is.
-struct End<'a> {
-    address: Ipv4Addr,
-    port: u16,
+#[derive(Debug)]
+pub struct End<'a> {
+    /// Its address.
+    pub address: Ipv4Addr,
+    /// Where it listens.
+    pub port: u16,
     /// For a web interface, where the client has one: two on one machine would quarrel about its usual port.
-    web: u16,
-    torrent: &'a Path,
+    pub web: u16,
+    /// What it is about.
+    pub torrent: &'a Path,
     /// Where the content is, or goes.
-    data: &'a Path,
+    pub data: &'a Path,
     /// Where its configuration goes.
-    home: PathBuf,
+    pub home: PathBuf,
     /// A leecher's: what to run when everything is there.
-    hook: Option<&'a Path>,
+    pub hook: Option<&'a Path>,
+    /// Who else is there.
+    pub company: Company,
 }
 
 /// Makes a torrent of a file, announced to a tracker, and tells where it lies.
@@ -74,6 +90,7 @@ pub fn measure(
             data: job.dir,
             home,
             hook: None,
+            company: Company::One,
         })
     };
     let seeder_end = End {
@@ -113,7 +130,7 @@ pub fn measure(
 
 impl Client {
     /// Whether a seeder has checked its data and can be found, by what it told the tracker it has.
-    fn is_ready(self, seeder: &Process, told: Option<Held>) -> bool {
+    pub fn is_ready(self, seeder: &Process, told: Option<Held>) -> bool {
         match (self, told) {
             (_, None) => false,
             // It announces itself while it still checks what takes it over a second, and then no more for half an hour.
@@ -122,7 +139,8 @@ impl Client {
         }
     }
 
-    fn command(self, end: &End<'_>) -> Result<Command> {
+    /// How it is started.
+    pub fn command(self, end: &End<'_>) -> Result<Command> {
         match self {
             Self::Aria2 => Ok(aria2(end)),
             Self::Transmission => transmission(end),
@@ -137,35 +155,44 @@ fn aria2(end: &End<'_>) -> Command {
         "--no-conf",
         "--enable-dht=false",
         "--enable-dht6=false",
-        "--bt-enable-lpd=false",
-        "--enable-peer-exchange=false",
         "--file-allocation=none",
         "--summary-interval=0",
         "--show-console-readout=false",
     ]);
+    let many = end.company == Company::Many;
+    aria2.arg(format!("--bt-enable-lpd={many}"));
+    aria2.arg(format!("--enable-peer-exchange={many}"));
+    if many {
+        // No limit; 55 otherwise.
+        aria2.arg("--bt-max-peers=0");
+        aria2.arg(format!("--bt-lpd-interface={}", end.address));
+    }
     aria2.arg(format!("--listen-port={}", end.port));
     aria2.arg(format!("--interface={}", end.address));
     match end.hook {
-        Some(hook) => aria2
-            .arg("--seed-time=0")
-            .arg(format!("--on-bt-download-complete={}", hook.display())),
-        None => aria2.args(["--check-integrity=true", "--seed-ratio=0.0"]),
+        Some(hook) => aria2.arg(format!("--on-bt-download-complete={}", hook.display())),
+        None => aria2.arg("--check-integrity=true"),
     };
+    aria2.arg(match end.hook {
+        Some(_) if !many => "--seed-time=0",
+        _ => "--seed-ratio=0.0",
+    });
     aria2.arg("--dir").arg(end.data).arg(end.torrent);
     aria2
 }
 
 fn transmission(end: &End<'_>) -> Result<Command> {
+    let many = end.company == Company::Many;
     let settings = serde_json::json!({
         "bind-address-ipv4": end.address.to_string(),
         "cache-size-mb": 16,
         "dht-enabled": false,
         "encryption": 0,
-        "lpd-enabled": false,
+        "lpd-enabled": many,
         // With 3 it says when it has checked its data; a few lines more.
         "message-level": if end.hook.is_none() { 3 } else { 2 },
         "peer-port": end.port,
-        "pex-enabled": false,
+        "pex-enabled": many,
         "port-forwarding-enabled": false,
         "preallocation": 0,
         "ratio-limit-enabled": false,

@@ -1,4 +1,4 @@
-//! A BitTorrent tracker just good enough to introduce two clients to each other (BEP 3, BEP 23).
+//! A BitTorrent tracker just good enough to introduce clients to each other (BEP 3, BEP 23).
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
@@ -12,8 +12,8 @@ use anyhow::Result;
 const INTERVAL: u32 = 1800;
 /// How long a client may take to send its request.
 const PATIENCE: Duration = Duration::from_secs(2);
-/// Clients remembered: a leg has two.
-const MAX_CLIENTS: usize = 16;
+/// Clients remembered: as many as a lab has nodes.
+const MAX_CLIENTS: usize = 300;
 
 /// What a client told, by torrent, address and port.
 type Clients = BTreeMap<(Vec<u8>, Ipv4Addr, u16), Told>;

@@ -1,15 +1,22 @@
-//! Namespaces of the benchmark's own: a network that has only loopback, where BitTorrent clients meet nobody else, and process
-//! ids and mounts, so that nothing that was started or mounted outlives the benchmark, however that ends.
+//! Namespaces of a program's own, for the lab and the benchmarks: a network that has only loopback, where BitTorrent clients meet
+//! nobody else, and process ids and mounts, so that nothing that was started or mounted outlives the program, however that ends.
+//!
+//! ```text
+//! the program, as started: enter()             waits, and holds a pipe
+//!   sh, first process of the namespaces        all in them ends with it
+//!     the program again: network() is some     works; ends what it started when the pipe closes (stop)
+//! ```
 
 use std::net::Ipv4Addr;
+use std::path::Path;
 use std::process::{Command, Stdio};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 /// An address that BitTorrent clients do not take for themselves (they refuse 127.0.0.0/8).
 pub const ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 1);
 /// Tells the program that it is inside already.
-const INSIDE: &str = "CAPSULE_BENCH_NAMESPACE";
+const INSIDE: &str = "CAPSULE_INSIDE";
 
 /// What a program inside has for a network.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,7 +37,7 @@ impl Network {
 }
 
 /// Whether this program runs inside, and with which network.
-pub fn inside() -> Option<Network> {
+pub fn network() -> Option<Network> {
     let network = std::env::var_os(INSIDE)?;
     let machine = network == Network::Machine.name();
     Some(if machine {
@@ -70,4 +77,33 @@ pub fn enter(network: Network) -> Result<u8> {
     drop(alive);
     let code = status.code().and_then(|code| u8::try_from(code).ok());
     Ok(code.unwrap_or(1))
+}
+
+/// Mounts memory on a directory, until the program ends or unmounts it: one disk under many nodes would be what is measured.
+pub fn mount_memory(dir: &Path) -> Result<()> {
+    let mut mount = Command::new("mount");
+    mount
+        .args(["-t", "tmpfs", "-o", "size=80%", "tmpfs"])
+        .arg(dir);
+    let output = mount.stdin(Stdio::null()).output();
+    let output = output.context("mount (util-linux) is needed, and root")?;
+    ensure!(
+        output.status.success(),
+        "mounting memory on {}: {}",
+        dir.display(),
+        String::from_utf8_lossy(&output.stderr).trim()
+    );
+    Ok(())
+}
+
+/// Takes away what was mounted on a directory, if something was.
+pub fn unmount(dir: &Path) {
+    let mut unmount = Command::new("umount");
+    unmount.arg("--lazy").arg(dir);
+    unmount
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
+    // Nothing may be mounted there; and all mounts end with the program.
+    let _ = unmount.status();
 }

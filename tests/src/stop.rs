@@ -9,7 +9,8 @@ use anyhow::Result;
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::measure::members;
+use crate::accounts::members;
+use crate::inside;
 
 /// What a shell says of programs that Ctrl-C ended.
 const STOPPED: i32 = 130;
@@ -17,8 +18,16 @@ const STOPPED: i32 = 130;
 const TRIES: u32 = 50;
 const PAUSE: Duration = Duration::from_millis(20);
 
-/// Cleans up when a signal comes.
-pub fn on_signals(scratch: &Path) -> Result<()> {
+/// Cleans up when a signal comes; inside namespaces also when the program that made them ends.
+pub fn with_what_started_it(scratch: &Path) -> Result<()> {
+    on_signals(scratch)?;
+    if inside::network().is_some() {
+        with_starter(scratch);
+    }
+    Ok(())
+}
+
+fn on_signals(scratch: &Path) -> Result<()> {
     let scratch = scratch.to_owned();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -42,8 +51,8 @@ pub fn on_signals(scratch: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Cleans up when standard input ends, whose other end the starting program holds.
-pub fn with_starter(scratch: &Path) {
+/// Standard input ends then, whose other end the starting program holds.
+fn with_starter(scratch: &Path) {
     let scratch: PathBuf = scratch.to_owned();
     std::thread::spawn(move || {
         // Nothing is ever written to it.
@@ -60,6 +69,10 @@ fn stop(scratch: &Path) {
                 // One that has ended by itself needs nothing.
                 let _ = kill_process(pid, Signal::KILL);
             }
+        }
+        if inside::network().is_some() {
+            // It may be a file system of its own, which does not go like a directory.
+            inside::unmount(scratch);
         }
         if std::fs::remove_dir_all(scratch).is_ok() || !scratch.exists() {
             break;
