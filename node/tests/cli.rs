@@ -247,6 +247,7 @@ fn help_lists_every_command_and_completions_know_them() {
         "status",
         "peers",
         "hashes",
+        "rates",
         "pin",
         "unpin",
         "gc",
