@@ -368,6 +368,8 @@ fn connected_peer(peer: &PeerInfo) -> ConnectedPeer {
         machine: peer.member.machine.to_string(),
         roles: roles(&peer.member.grant.roles),
         address: peer.address.to_string(),
+        site: Some(peer.site.clone()).filter(|site| !site.is_empty()),
+        beyond: peer.beyond,
         dialled: peer.dialled,
         rtt: peer.rtt.map(|rtt| rtt.as_secs_f64()),
         rate_in: peer.rate_in,

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use capsule_node::control::{HashList, Hashes, NodeStatus, PeerList, Peers, Status};
+use capsule_node::control::{ConnectedPeer, HashList, Hashes, NodeStatus, PeerList, Peers, Status};
 use capsule_proto::RootHash;
 use clap::Args;
 
@@ -209,6 +209,7 @@ fn render_peers(list: &PeerList, style: Style, long: bool) -> String {
         "NAME",
         "PEER",
         "ADDRESS",
+        "SITE",
         "ROLES",
         ">RTT",
         ">IN/s",
@@ -234,6 +235,7 @@ fn render_peers(list: &PeerList, style: Style, long: bool) -> String {
                 tail(&peer.peer).to_owned()
             },
             peer.address.clone(),
+            site(peer),
             peer.roles.join(", "),
             peer.rtt
                 .map(|rtt| format!("{:.1} ms", rtt * 1000.0))
@@ -252,6 +254,12 @@ fn render_peers(list: &PeerList, style: Style, long: bool) -> String {
     } else {
         table.render(style)
     }
+}
+
+/// A site's label; without one only whether it is another.
+fn site(peer: &ConnectedPeer) -> String {
+    let unnamed = if peer.beyond { "another" } else { "" };
+    peer.site.clone().unwrap_or_else(|| unnamed.to_owned())
 }
 
 /// The last characters of a network id.
@@ -284,7 +292,7 @@ fn render_hashes(list: &HashList, style: Style) -> String {
 
 #[cfg(test)]
 mod tests {
-    use capsule_node::control::{ConnectedPeer, HeldHash};
+    use capsule_node::control::HeldHash;
 
     use super::*;
 
@@ -296,6 +304,8 @@ mod tests {
             machine: "00".into(),
             roles: Vec::new(),
             address: "/ip4/127.0.0.1/tcp/4000".into(),
+            site: None,
+            beyond: true,
             dialled: true,
             rtt: Some(0.0012),
             rate_in: 0,
@@ -315,7 +325,10 @@ mod tests {
             false,
         );
         assert!(
-            !text.contains("HAS") && text.contains("Abcdefghijkl") && text.contains("1.2 ms"),
+            !text.contains("HAS")
+                && text.contains("another")
+                && text.contains("Abcdefghijkl")
+                && text.contains("1.2 ms"),
             "{text}"
         );
         (peer.have, peer.have_of) = (Some(50), Some(100));

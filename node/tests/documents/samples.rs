@@ -314,6 +314,8 @@ pub fn peer_list(full: bool) -> PeerList {
         machine: text(),
         roles: vec!["admin".to_owned()],
         address: text(),
+        site: full.then(text),
+        beyond: false,
         dialled: true,
         rtt: full.then_some(0.5),
         rate_in: 1,

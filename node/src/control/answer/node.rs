@@ -125,6 +125,10 @@ pub struct ConnectedPeer {
     pub roles: Vec<String>,
     /// The address at the other end.
     pub address: String,
+    /// Label of its site, where it has one.
+    pub site: Option<String>,
+    /// Whether it is in another site.
+    pub beyond: bool,
     /// Whether we dialled.
     pub dialled: bool,
     /// Round trip in seconds, once known.
