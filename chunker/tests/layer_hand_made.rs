@@ -187,7 +187,7 @@ impl Making {
                     seek: -(over as i32),
                 }];
                 match patch(&content, &prefix, &steps).unwrap() {
-                    Some(packed) => (Codec::Patch, packed),
+                    Some(packed) => packed,
                     None => (
                         Codec::LzmaReferences,
                         lzma_against(&content, &prefix).unwrap(),

@@ -8,7 +8,7 @@ use capsule_chunker::layer::codec::{
 };
 use capsule_proto::FrameHash;
 use capsule_proto::index::{Codec, Frame};
-use layer_support::{random, text};
+use layer_support::{program, random, text};
 use proptest::prelude::*;
 
 /// Decodes a frame that says of itself what a publisher would.
@@ -121,7 +121,8 @@ fn references_serve_as_dictionary() {
 fn a_patch_makes_what_its_steps_say() {
     let old = random(5, 100_000);
     let (new, steps) = edited(&old);
-    let packed = patch(&new, &old, &steps).unwrap().unwrap();
+    let (codec, packed) = patch(&new, &old, &steps).unwrap().unwrap();
+    assert_eq!(codec, Codec::Patch);
     assert!(packed.len() < 3000, "{}", packed.len());
     assert_eq!(decode(Codec::Patch, &packed, &old, &new).unwrap(), new);
     // More steps than content are not worth a patch.
@@ -131,6 +132,49 @@ fn a_patch_makes_what_its_steps_say() {
         seek: 0,
     };
     assert_eq!(patch(&new[..10], &old, &[step; 10]).unwrap(), None);
+}
+
+/// The program, another in which functions have grown, and the steps that make it, function by function.
+fn rebuilt(functions: usize) -> (Vec<u8>, Vec<u8>, Vec<Step>) {
+    let (old, new) = (program(functions, 0), program(functions, 16));
+    let step = |function: usize| Step {
+        over: 200,
+        new: if function % 3 == 1 { 16 } else { 0 },
+        seek: 0,
+    };
+    (old, new, (0..functions).map(step).collect())
+}
+
+#[test]
+fn a_patch_of_code_foretells_distances() {
+    let (old, new, steps) = rebuilt(300);
+    let (codec, packed) = patch(&new, &old, &steps).unwrap().unwrap();
+    assert_eq!(codec, Codec::CodePatch);
+    assert_eq!(decode(codec, &packed, &old, &new).unwrap(), new);
+    // There are 1500, and most of them changed.
+    assert!(packed.len() < 1500, "{}", packed.len());
+    // As another codec it is other content, and so it is with other references.
+    assert!(decode(Codec::Patch, &packed, &old, &new).is_err());
+    let other = program(300, 8);
+    assert!(decode(codec, &packed, &other[..old.len()], &new).is_err());
+    assert!(decode(codec, &packed, &old[..old.len() - 1], &new).is_err());
+}
+
+/// What `proto/docs/index.md` says, number by number.
+#[test]
+fn a_patch_of_code_by_hand() {
+    // Two calls and a jump on a condition: of 100, 100 and 101 places behind the distance; then a call that is cut off.
+    let old = [
+        0xe8, 100, 0, 0, 0, 0xe8, 95, 0, 0, 0, 0x0f, 0x85, 90, 0, 0, 0, 0xe8, 0, 0,
+    ];
+    // The first call's target has moved by 300: its distance is 400, but 100 is foretold. The second's is at its place. The jump's
+    // is one byte further: of it is known that it lies in the same page.
+    let difference = [0, 44, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 5, 0, 7];
+    let new = [
+        0xe8, 144, 1, 0, 0, 0xe8, 139, 1, 0, 0, 0x0f, 0x85, 134, 1, 0, 0, 0xe8, 5, 0, 7,
+    ];
+    let packed = by_hand(&[19, 1, 0], &difference);
+    assert_eq!(decode(Codec::CodePatch, &packed, &old, &new).unwrap(), new);
 }
 
 #[test]
@@ -185,9 +229,15 @@ fn by_hand(control: &[u8], bytes: &[u8]) -> Vec<u8> {
 #[test]
 fn steps_that_lead_astray_are_refused() {
     let (old, bytes) = ([1u8; 10], [1u8; 20]);
+    for codec in [Codec::Patch, Codec::CodePatch] {
+        lead_astray(codec, &old, &bytes);
+    }
+}
+
+fn lead_astray(codec: Codec, old: &[u8], bytes: &[u8]) {
     let made = |control: &[u8]| {
         let hash = FrameHash::of(&[[2u8; 10], [1u8; 10]].concat());
-        decode_as(Codec::Patch, &by_hand(control, &bytes), &old, 20, hash)
+        decode_as(codec, &by_hand(control, bytes), old, 20, hash)
     };
     assert!(made(&[10, 10, 0]).is_ok());
     // The last move leads nowhere: nothing is read there.
@@ -216,16 +266,16 @@ fn steps_that_lead_astray_are_refused() {
     }
     // More steps than content, and none at all.
     let why = decode_as(
-        Codec::Patch,
-        &by_hand(&[0; 21], &bytes),
-        &old,
+        codec,
+        &by_hand(&[0; 21], bytes),
+        old,
         20,
         FrameHash([0; 16]),
     );
     assert!(matches!(why, Err(FrameFault::Steps(_))));
-    let why = decode_as(Codec::Patch, &[], &old, 20, FrameHash([0; 16]));
+    let why = decode_as(codec, &[], old, 20, FrameHash([0; 16]));
     assert!(matches!(why, Err(FrameFault::Steps(_))));
-    let why = decode_as(Codec::Patch, &[3], &old, 20, FrameHash([0; 16]));
+    let why = decode_as(codec, &[3], old, 20, FrameHash([0; 16]));
     assert!(matches!(why, Err(FrameFault::Lzma(_))));
 }
 
@@ -240,14 +290,20 @@ proptest! {
 
     // Nothing panics, nor is anything taken for what it is not.
     #[test]
-    fn damage_is_noticed(seed: u64, at: prop::sample::Index, flip in 1..=255u8, kind in 0..3usize) {
-        let old = text(seed, 3000);
-        let (new, steps) = edited(&old);
+    fn damage_is_noticed(seed: u64, at: prop::sample::Index, flip in 1..=255u8, kind in 0..4usize) {
+        let (old, new, steps) = if kind == 3 {
+            rebuilt(15)
+        } else {
+            let old = text(seed, 3000);
+            let (new, steps) = edited(&old);
+            (old, new, steps)
+        };
         let (codec, mut packed) = match kind {
             0 => (Codec::Lzma, lzma(&new)),
             1 => (Codec::LzmaReferences, lzma_against(&new, &old).unwrap()),
-            _ => (Codec::Patch, patch(&new, &old, &steps).unwrap().unwrap()),
+            _ => patch(&new, &old, &steps).unwrap().unwrap(),
         };
+        prop_assert_eq!(codec == Codec::CodePatch, kind == 3);
         let at = at.index(packed.len());
         packed[at] ^= flip;
         if let Ok(decoded) = decode(codec, &packed, &old, &new) {
@@ -256,12 +312,12 @@ proptest! {
     }
 
     #[test]
-    fn noise_is_refused(packed in prop::collection::vec(any::<u8>(), 0..600), zero: bool, len in 1..5000usize, kind in 0..3usize) {
-        let codec = [Codec::Lzma, Codec::LzmaReferences, Codec::Patch][kind];
+    fn noise_is_refused(packed in prop::collection::vec(any::<u8>(), 0..600), zero: bool, len in 1..5000usize, kind in 0..4usize) {
+        let codec = [Codec::Lzma, Codec::LzmaReferences, Codec::Patch, Codec::CodePatch][kind];
         let mut packed = packed;
         // What begins as a stream does gets further.
         if zero && packed.len() > 3 {
-            packed[..3].copy_from_slice(if kind == 2 { &[3, 0x5d, 0] } else { &[0x5d, 0, 1] });
+            packed[..3].copy_from_slice(if kind >= 2 { &[3, 0x5d, 0] } else { &[0x5d, 0, 1] });
         }
         prop_assert!(decode_as(codec, &packed, &text(1, 500), len, FrameHash([0; 16])).is_err());
     }

@@ -437,6 +437,21 @@ fn what_differs_in_small_numbers_everywhere_becomes_a_difference() {
 }
 
 #[test]
+fn code_that_moved_is_told_by_its_moves() {
+    let (old, new) = (program(2000, 0), program(2000, 16));
+    let at_max = EncodeOptions {
+        effort: Effort::Max,
+        ..options(Cuts::Bytes, 4 << 20, 2)
+    };
+    let update = update_stream(&old, &TestSource::new(new.clone()), &at_max);
+    // There are 10,000 distances, and most of them changed.
+    assert!(update.len() < 10_000, "{}", update.len());
+    let index = check(update, vec![old], &new, 1);
+    let mut frames = index.frames.iter();
+    assert!(frames.any(|frame| frame.codec == Codec::CodePatch));
+}
+
+#[test]
 fn several_sources_are_read() {
     let (one, two, fresh) = (random(1, 300_000), random(2, 300_000), random(3, 100_000));
     let new = [&two[100_000..], &fresh[..], &one[..200_000]].concat();

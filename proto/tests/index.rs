@@ -38,7 +38,7 @@ fn sources(parent: Option<RootHash>) -> Vec<Source> {
 fn frames() -> impl Strategy<Value = Vec<Frame>> {
     let reference = (any::<bool>(), any::<u32>(), any::<u32>());
     let frame = (
-        0u8..8,
+        0u8..9,
         1u32..1 << 24,
         1u32..1 << 24,
         any::<[u8; 16]>(),
@@ -74,6 +74,7 @@ fn frames() -> impl Strategy<Value = Vec<Frame>> {
                 4 => refer(&mut frame, Codec::LzmaReferences, &references, &frames),
                 5 => refer(&mut frame, Codec::Patch, &references, &frames),
                 6 => frame.codec = Codec::Lzma,
+                7 => refer(&mut frame, Codec::CodePatch, &references, &frames),
                 _ => {}
             }
             pack_offset += u64::from(frame.pack_len);
@@ -305,6 +306,7 @@ fn frames_that_readers_would_refuse_are_not_built() {
         (frame(Codec::Lzma, &[old(9)]), "codecs with references"),
         (frame(Codec::LzmaReferences, &[]), "codecs with references"),
         (frame(Codec::Patch, &[]), "codecs with references"),
+        (frame(Codec::CodePatch, &[]), "codecs with references"),
         (
             frame(Codec::ZstdReferences, &[old(1); 65]),
             "at most 64 references",

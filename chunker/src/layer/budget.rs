@@ -106,7 +106,9 @@ impl<'a> Budget<'a> {
             .ok_or(Spent::TooDear("too many frames"))?;
         let (content, packed) = match frame.codec {
             Codec::Stored | Codec::Zstd | Codec::ZstdReferences | Codec::Difference => (1, 1),
-            Codec::Lzma | Codec::LzmaReferences | Codec::Patch => (LZMA_CONTENT, LZMA_PACKED),
+            Codec::Lzma | Codec::LzmaReferences | Codec::Patch | Codec::CodePatch => {
+                (LZMA_CONTENT, LZMA_PACKED)
+            }
         };
         let decoded = content * u64::from(frame.len) + packed * u64::from(frame.pack_len);
         self.spend(decoded + references_len(frame) / COPIED_PART)

@@ -4,12 +4,14 @@
 //! which references to choose, of the delta search.
 
 mod lzma;
+mod moves;
 mod patch;
 
 pub use patch::Step;
 
 use capsule_proto::FrameHash;
 use capsule_proto::index::{Codec, Frame};
+use moves::Moves;
 use thiserror::Error;
 use zstd::zstd_safe::{self, CCtx, CParameter, DCtx};
 
@@ -159,7 +161,8 @@ pub fn lzma_against(content: &[u8], references: &[u8]) -> Result<Vec<u8>, FrameF
     lzma::encode(content, references)
 }
 
-/// Compresses content as a patch of references, whose steps make all of it; none where there are too many steps to pay.
+/// Compresses content as a patch of references, whose steps make all of it: a patch of code where that leaves less to be told. None
+/// where there are too many steps to pay.
 ///
 /// # Panics
 /// Where steps leave the content or the references.
@@ -167,7 +170,7 @@ pub fn patch(
     content: &[u8],
     references: &[u8],
     steps: &[Step],
-) -> Result<Option<Vec<u8>>, FrameFault> {
+) -> Result<Option<(Codec, Vec<u8>)>, FrameFault> {
     patch::encode(content, references, steps)
 }
 
@@ -235,7 +238,8 @@ impl Decoder {
                 Ok(content)
             }
             Codec::Lzma | Codec::LzmaReferences => lzma::decode(&self.packed, references, len),
-            Codec::Patch => patch::decode(&self.packed, references, len),
+            Codec::Patch => patch::decode(&self.packed, references, len, None),
+            Codec::CodePatch => patch::decode(&self.packed, references, len, Some(Moves::new())),
             Codec::Stored | Codec::Zstd => decompress(&mut self.context, &self.packed, len),
         }
     }

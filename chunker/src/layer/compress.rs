@@ -127,8 +127,8 @@ impl<'a> FrameCompressor<'a> {
         let with_dictionary = codec::lzma_against(content, references)?;
         let steps = steps(references, content);
         let smaller = match codec::patch(content, references, &steps)? {
-            Some(patch) if patch.len() < with_dictionary.len() => {
-                referred.encoding(Codec::Patch, patch)
+            Some((codec, patch)) if patch.len() < with_dictionary.len() => {
+                referred.encoding(codec, patch)
             }
             _ => referred.encoding(Codec::LzmaReferences, with_dictionary),
         };

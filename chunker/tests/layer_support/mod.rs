@@ -62,6 +62,39 @@ pub fn random(seed: u64, len: usize) -> Vec<u8> {
     bytes
 }
 
+/// Code in the manner of x86: functions of random bytes, whose second halves call others and load data behind them all, every 20 bytes. So
+/// many bytes longer than usual is each third function: what follows moves, and all distances between what moved otherwise change.
+pub fn program(functions: usize, grown: usize) -> Vec<u8> {
+    const LEN: usize = 200;
+    let extra = |function: usize| if function % 3 == 1 { grown } else { 0 };
+    let mut starts = vec![0];
+    for function in 0..functions {
+        starts.push(starts[function] + LEN + extra(function));
+    }
+    let end = starts[functions];
+    let mut rng = SmallRng::seed_from_u64(1);
+    let mut code = vec![0; end];
+    for (function, start) in starts[..functions].iter().enumerate() {
+        rng.fill_bytes(&mut code[*start..start + LEN]);
+        for at in (start + 101..start + LEN - 8).step_by(20) {
+            let (opcode, target): (&[u8], usize) = if rng.random_bool(0.6) {
+                (&[0xe8], starts[rng.random_range(0..functions)])
+            } else {
+                (
+                    &[0x48, 0x8b, 0x05],
+                    end + 8 * rng.random_range(0..functions),
+                )
+            };
+            let at = at + opcode.len();
+            code[at - opcode.len()..at].copy_from_slice(opcode);
+            let distance = (target as u32).wrapping_sub(at as u32 + 4);
+            code[at..at + 4].copy_from_slice(&distance.to_le_bytes());
+        }
+        code[start + LEN..starts[function + 1]].fill(0x90);
+    }
+    code
+}
+
 pub fn text(seed: u64, len: usize) -> Vec<u8> {
     let mut rng = SmallRng::seed_from_u64(seed);
     let words = [

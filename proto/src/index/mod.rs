@@ -156,6 +156,8 @@ pub enum Codec {
     LzmaReferences,
     /// Steps, and a difference against what of the references' content they lead over (`proto/docs/index.md`, "Patch").
     Patch,
+    /// The same, where distances of x86 code are foretold (`proto/docs/index.md`, "Patch of code").
+    CodePatch,
 }
 
 /// A range of content that a frame is compressed against.

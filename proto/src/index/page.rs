@@ -386,6 +386,7 @@ const fn codec_tag(codec: Codec) -> u8 {
         Codec::Lzma => 4,
         Codec::LzmaReferences => 5,
         Codec::Patch => 6,
+        Codec::CodePatch => 7,
     }
 }
 
@@ -398,10 +399,11 @@ fn decode_codec(r: &Reader<'_>, tag: u8) -> Result<Codec> {
         4 => Ok(Codec::Lzma),
         5 => Ok(Codec::LzmaReferences),
         6 => Ok(Codec::Patch),
+        7 => Ok(Codec::CodePatch),
         _ => Err(r.invalid(
             "frame codec",
             r.at(),
-            "codecs are 0 to 6: upgrade capsule to read newer ones",
+            "codecs are 0 to 7: upgrade capsule to read newer ones",
         )),
     }
 }

@@ -90,6 +90,7 @@ pub fn cases() -> Vec<Box<dyn Case>> {
         case("index-empty.hex", empty()),
         case("index-plain.hex", plain()),
         case("index-update.hex", update()),
+        case("index-code.hex", code()),
         case("index-contents.hex", contents()),
         case("index-pages.hex", pages()),
     ]
@@ -374,6 +375,28 @@ fn update() -> Layer {
             with_dictionary,
             patch,
         ],
+    }
+}
+
+/// An update of a program: a patch of code, against the old one and an earlier frame.
+fn code() -> Layer {
+    let to = |to, offset, len| Reference { to, offset, len };
+    let patch = Frame {
+        depth: 1,
+        references: vec![
+            to(ReferenceTo::Source(0), 4096, 50_000),
+            to(ReferenceTo::Frame(0), 200, 800),
+        ],
+        ..frame(700, 90, 49_000, Codec::CodePatch)
+    };
+    let parent = sources().into_iter().take(1).collect();
+    Layer {
+        header: header(Space::Stream, Some("parent"), 1 << 20, parent),
+        runs: vec![
+            run(4096, 1000, RunFrom::Frame { id: 0, offset: 0 }),
+            run(5096, 49_000, RunFrom::Frame { id: 1, offset: 0 }),
+        ],
+        frames: vec![frame(0, 700, 1000, Codec::Zstd), patch],
     }
 }
 

@@ -1,11 +1,14 @@
 //! Patches: how a frame's content lies over its references, stretch by stretch, and what is new between the stretches.
 //!
-//! The steps are written down before the bytes, and compressed with them; see "Patch" in `proto/docs/index.md`.
+//! The steps are written down before the bytes, and compressed with them; see "Patch"
+//! and "Patch of code" in `proto/docs/index.md`.
 
 use capsule_proto::codec::{DecodeError, Reader, Writer};
+use capsule_proto::index::Codec;
 
 use super::FrameFault;
 use super::lzma;
+use super::moves::{Moves, Way, bytewise};
 
 /// What of the content comes next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,12 +21,13 @@ pub struct Step {
     pub seek: i32,
 }
 
-/// Compresses content against references by steps, which make all of it; none where steps take more than it.
+/// Compresses content against references by steps, which make all of it; none where steps take more than it. As code, if that
+/// leaves less: the differences tell, so that nothing is compressed twice.
 pub(super) fn encode(
     content: &[u8],
     references: &[u8],
     steps: &[Step],
-) -> Result<Option<Vec<u8>>, FrameFault> {
+) -> Result<Option<(Codec, Vec<u8>)>, FrameFault> {
     let mut control = Writer::default();
     for step in steps {
         control.varint(step.over.into());
@@ -35,25 +39,54 @@ pub(super) fn encode(
     if control_len > content.len() {
         return Ok(None);
     }
-    bytes.extend_from_slice(content);
-    let (mut at, mut old) = (control_len, 0usize);
+    let plain = difference(content, references, steps, None);
+    let code = difference(content, references, steps, Some(Moves::new()));
+    let (codec, difference) = if unequal(&code) < unequal(&plain) {
+        (Codec::CodePatch, code)
+    } else {
+        (Codec::Patch, plain)
+    };
+    bytes.extend_from_slice(&difference);
+    let mut packed = Writer::default();
+    packed.varint(control_len as u64);
+    packed.raw(&lzma::encode(&bytes, &[])?);
+    Ok(Some((codec, packed.finish())))
+}
+
+/// What is left of content over references; where there are moves, as code.
+fn difference(
+    content: &[u8],
+    references: &[u8],
+    steps: &[Step],
+    mut moves: Option<Moves>,
+) -> Vec<u8> {
+    let mut bytes = content.to_vec();
+    let (mut at, mut old) = (0usize, 0usize);
     for step in steps {
         let over = step.over as usize;
         let under = &references[old..old + over];
-        for (byte, old) in bytes[at..at + over].iter_mut().zip(under) {
-            *byte = byte.wrapping_sub(*old);
+        let new = &mut bytes[at..at + over];
+        match &mut moves {
+            Some(moves) => moves.pass(Way::Subtract, new, under, at, old),
+            None => bytewise(Way::Subtract, new, under),
         }
         at += over + step.new as usize;
         old = (old + over).wrapping_add_signed(step.seek as isize);
     }
-    let mut packed = Writer::default();
-    packed.varint(control_len as u64);
-    packed.raw(&lzma::encode(&bytes, &[])?);
-    Ok(Some(packed.finish()))
+    bytes
 }
 
-/// Makes exactly `len` bytes; the steps are at most as many.
-pub(super) fn decode(packed: &[u8], references: &[u8], len: usize) -> Result<Vec<u8>, FrameFault> {
+fn unequal(difference: &[u8]) -> usize {
+    difference.iter().filter(|byte| **byte != 0).count()
+}
+
+/// Makes exactly `len` bytes, as code where there are moves; the steps are at most as many.
+pub(super) fn decode(
+    packed: &[u8],
+    references: &[u8],
+    len: usize,
+    mut moves: Option<Moves>,
+) -> Result<Vec<u8>, FrameFault> {
     let mut head = Reader::new(packed);
     let control_len = head.varint("length of the steps", len as u64);
     let control_len =
@@ -65,15 +98,16 @@ pub(super) fn decode(packed: &[u8], references: &[u8], len: usize) -> Result<Vec
     while at < len {
         let step = take_step(&mut control).map_err(|_| FrameFault::Steps("they end before it"))?;
         let over = step.over as usize;
-        let under = usize::try_from(old)
+        let (from, under) = usize::try_from(old)
             .ok()
-            .and_then(|old| references.get(old..)?.get(..over))
+            .and_then(|old| Some((old, references.get(old..)?.get(..over)?)))
             .ok_or(FrameFault::Steps("they leave its references"))?;
         let bytes = content[at..]
             .get_mut(..over)
             .ok_or(FrameFault::Steps("they go on behind it"))?;
-        for (byte, old) in bytes.iter_mut().zip(under) {
-            *byte = byte.wrapping_add(*old);
+        match &mut moves {
+            Some(moves) => moves.pass(Way::Add, bytes, under, at, from),
+            None => bytewise(Way::Add, bytes, under),
         }
         at = at.saturating_add(over).saturating_add(step.new as usize);
         old += i64::from(step.over) + i64::from(step.seek);
