@@ -16,6 +16,8 @@ use crate::{PeerKey, Time, spans};
 const COST: f64 = 80.0;
 /// Bytes that each run in it costs: two variable-length integers.
 const RUN_COST: f64 = 5.0;
+/// Least time between two deltas of one blob to other sites: their links are dear, and what they could fetch here they mostly have from elsewhere.
+const BEYOND_EVERY: Duration = Duration::from_secs(2);
 /// Most roots in which one peer's lack of interest is remembered.
 const MAX_UNINTERESTING: usize = 4096;
 
@@ -113,8 +115,10 @@ struct Holding {
     held: GroupRanges,
     /// Held and not told yet.
     fresh: GroupRanges,
-    /// Whether other sites are told before all of it is held.
+    /// Whether other sites are told before all of it is held; what they were not told yet, and when they last were.
     gateway: bool,
+    fresh_beyond: GroupRanges,
+    told_beyond: Option<Time>,
     due: Option<Time>,
     told: Option<Time>,
 }
@@ -189,6 +193,7 @@ impl Announcements {
         let dropped = holding.held.intersection(ranges);
         holding.held = holding.held.difference(ranges);
         holding.fresh = holding.fresh.difference(ranges);
+        holding.fresh_beyond = holding.fresh_beyond.difference(ranges);
         let size = holding.size;
         if holding.held.is_empty()
             && let Some(holding) = self.holdings.remove(&root)
@@ -230,7 +235,7 @@ impl Announcements {
     }
 
     /// Says whether this node is a gateway of its site for a blob: then other sites are told all that it holds of it.
-    pub fn set_gateway(&mut self, _now: Time, root: &RootHash, gateway: bool) {
+    pub fn set_gateway(&mut self, now: Time, root: &RootHash, gateway: bool) {
         let Some(holding) = self.holdings.get_mut(root) else {
             return;
         };
@@ -240,6 +245,10 @@ impl Announcements {
             |listener: &Listener| listener.beyond && !listener.uninteresting.contains(root);
         let beyond = self.peers.iter().filter(|(_, listener)| listens(listener));
         let peers: Vec<_> = beyond.map(|(&peer, _)| peer).collect();
+        if becomes {
+            holding.told_beyond = Some(now);
+            holding.fresh_beyond = GroupRanges::new();
+        }
         if becomes && !peers.is_empty() && !holding.held.is_empty() {
             self.urgent.push_back(Announce {
                 peers,
@@ -336,17 +345,33 @@ impl Announcements {
         holding.told = Some(now);
         let fresh = std::mem::take(&mut holding.fresh);
         let complete = holding.held.contains_run(&(0..group_count(holding.size)));
-        let gateway = holding.gateway;
-        let told = |listener: &Listener| {
-            let listens = !listener.uninteresting.contains(&root);
-            complete || listens && (gateway || !listener.beyond)
-        };
+        let listens = |listener: &Listener| !listener.uninteresting.contains(&root);
+        let told = |listener: &Listener| complete || listens(listener) && !listener.beyond;
         let peers: Vec<_> = self
             .peers
             .iter()
             .filter(|(_, listener)| told(listener))
             .map(|(&peer, _)| peer)
             .collect();
+        if holding.gateway && !complete {
+            holding.fresh_beyond.union_with(&fresh);
+            let due = holding
+                .told_beyond
+                .is_none_or(|told| now - told >= BEYOND_EVERY);
+            let beyond = self.peers.iter();
+            let beyond = beyond.filter(|(_, listener)| listener.beyond && listens(listener));
+            let peers: Vec<_> = beyond.map(|(&peer, _)| peer).collect();
+            if due && !peers.is_empty() && !holding.fresh_beyond.is_empty() {
+                holding.told_beyond = Some(now);
+                self.urgent.push_back(Announce {
+                    peers,
+                    root,
+                    size: holding.size,
+                    change: Change::Have,
+                    ranges: std::mem::take(&mut holding.fresh_beyond),
+                });
+            }
+        }
         // All that is held is one run then.
         let ranges = if complete {
             holding.held.clone()
@@ -437,6 +462,35 @@ mod tests {
         announcements.handle_held(at(2), root(1), SIZE, &(1..100).into());
         assert_eq!(
             all(&mut announcements, 2),
+            [(vec![1, 2], (0..100).collect())]
+        );
+    }
+
+    #[test]
+    fn other_sites_are_told_what_a_gateway_holds_now_and_then() {
+        let mut announcements = Announcements::new(AnnounceConfig::default());
+        announcements.peer_connected(at(0), PeerKey(1));
+        announcements.peer_beyond_connected(at(0), PeerKey(2));
+        announcements.handle_held(at(0), root(1), SIZE, &(0..1).into());
+        assert_eq!(all(&mut announcements, 0), [(vec![1], vec![0])]);
+        announcements.set_gateway(at(1), &root(1), true);
+        announcements.set_gateway(at(2), &root(1), true);
+        assert_eq!(all(&mut announcements, 2), [(vec![2], vec![0])]);
+        announcements.handle_held(at(100), root(1), SIZE, &(1..2).into());
+        assert_eq!(all(&mut announcements, 100), [(vec![1], vec![1])]);
+        announcements.handle_dropped(at(200), root(1), &(1..2).into());
+        assert_eq!(all(&mut announcements, 200), [(vec![1, 2], vec![1])]);
+        announcements.handle_held(at(1_900), root(1), SIZE, &(5..7).into());
+        assert_eq!(all(&mut announcements, 1_900), [(vec![1], vec![5, 6])]);
+        announcements.handle_held(at(2_100), root(1), SIZE, &(7..8).into());
+        let told = [(vec![1], vec![7]), (vec![2], vec![5, 6, 7])];
+        assert_eq!(all(&mut announcements, 2_100), told);
+        announcements.set_gateway(at(2_200), &root(1), false);
+        announcements.handle_held(at(9_000), root(1), SIZE, &(8..9).into());
+        assert_eq!(all(&mut announcements, 9_000), [(vec![1], vec![8])]);
+        announcements.handle_held(at(9_100), root(1), SIZE, &(0..100).into());
+        assert_eq!(
+            all(&mut announcements, 9_100),
             [(vec![1, 2], (0..100).collect())]
         );
     }
