@@ -235,7 +235,8 @@ impl Downloads {
             } else {
                 (flight.rest(now), COPY_MARGIN)
             };
-            let dear = across && !self.is_across(flight.slot);
+            // Of one that was silent before nothing is known by which to wait for it.
+            let dear = across && owner.gives_in_site();
             let margin = margin + if dear { DEAR_MARGIN } else { Duration::ZERO };
             let gains = there > 2 * here + margin
                 && best.as_ref().is_none_or(|(gain, _)| there - here > *gain);
