@@ -22,7 +22,7 @@ const LOOK_EVERY: Duration = Duration::from_secs(60);
 #[derive(Debug)]
 pub struct RateKeeper {
     set: watch::Sender<Rates>,
-    /// One change at a time is saved.
+    /// One change at a time is saved and applied.
     saving: Mutex<()>,
 }
 
@@ -45,21 +45,30 @@ impl RateKeeper {
 
 /// Answers `rates`: changes what is asked for, and tells what there is.
 pub async fn rates(node: &Arc<Node>, request: control::Rates) -> Result<RateList, Failure> {
-    let keeper = &node.rates;
     if request.upload.is_some() || request.download.is_some() {
-        let _saving = keeper.saving.lock().await;
-        let mut rates = keeper.set.borrow().clone();
-        change(&mut rates, request);
-        let (home, saved) = (node.home.clone(), rates.clone());
-        let failed = |error: HomeError| {
-            Failure::new(FailureCode::Io, error.to_string()).hint("the rates are as they were")
-        };
-        blocking(move || home.save_rates(&saved).map_err(failed)).await?;
-        keeper.set.send_replace(rates);
-        apply(node).await?;
+        // Whoever asked may go away in the middle.
+        let changing = tokio::spawn(save_and_apply(node.clone(), request));
+        changing
+            .await
+            .unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))?;
     }
-    let rates = list(&keeper.set.borrow(), &Zoned::now());
+    let rates = list(&node.rates.set.borrow(), &Zoned::now());
     Ok(RateList { rates })
+}
+
+async fn save_and_apply(node: Arc<Node>, request: control::Rates) -> Result<(), Failure> {
+    let keeper = &node.rates;
+    let _saving = keeper.saving.lock().await;
+    let mut rates = keeper.set.borrow().clone();
+    change(&mut rates, request);
+    let (home, saved) = (node.home.clone(), rates.clone());
+    let failed = |error: HomeError| {
+        Failure::new(FailureCode::Io, error.to_string()).hint("the rates are as they were")
+    };
+    blocking(move || home.save_rates(&saved).map_err(failed)).await?;
+    keeper.set.send_replace(rates);
+    apply(&node).await?;
+    Ok(())
 }
 
 fn change(rates: &mut Rates, request: control::Rates) {
@@ -95,6 +104,7 @@ pub async fn follow_hours(node: Arc<Node>) {
     let mut set = node.rates.set.subscribe();
     let mut applied = None;
     loop {
+        let saving = node.rates.saving.lock().await;
         let now = Zoned::now();
         let caps = node.rates.set.borrow().at(minute(&now));
         if applied != Some(caps) {
@@ -106,6 +116,7 @@ pub async fn follow_hours(node: Arc<Node>) {
             }
             applied = Some(caps);
         }
+        drop(saving);
         // Hours begin with a minute.
         let into = Duration::from_secs(u64::from(now.second().unsigned_abs()));
         tokio::select! {

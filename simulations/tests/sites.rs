@@ -95,7 +95,12 @@ fn a_site_whose_gateways_die_goes_on() {
 
 #[test]
 fn a_member_that_claims_all_and_gives_nothing_costs_its_site_a_wait() {
-    for manner in [Manner::Stalls, Manner::Refuses, Manner::Corrupts] {
+    for manner in [
+        Manner::Stalls,
+        Manner::Drips,
+        Manner::Refuses,
+        Manner::Corrupts,
+    ] {
         let mut plan = star(1, 8 * MIB, 1, 8);
         plan.name = format!("{manner:?}");
         plan.members[3].manner = manner;

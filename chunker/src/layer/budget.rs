@@ -26,6 +26,8 @@ const COPIED_PART: u64 = 8;
 /// in the time of `BYTES` that the worst read takes some 40 seconds. That chain at the highest effort still has enough.
 const LZMA_CONTENT: u64 = 2;
 const LZMA_PACKED: u64 = 16;
+/// A patch of code has tables of its own, whatever its length.
+const TABLES: u64 = 64 << 10;
 /// Decoded frames that are held until the last that refers to them is made: of that chain, those of a few layers; and the most
 /// that one frame refers to, 64 of 4 MiB.
 const HELD: u64 = 384 << 20;
@@ -110,8 +112,12 @@ impl<'a> Budget<'a> {
                 (LZMA_CONTENT, LZMA_PACKED)
             }
         };
+        let tables = match frame.codec {
+            Codec::CodePatch => TABLES,
+            _ => 0,
+        };
         let decoded = content * u64::from(frame.len) + packed * u64::from(frame.pack_len);
-        self.spend(decoded + references_len(frame) / COPIED_PART)
+        self.spend(tables + decoded + references_len(frame) / COPIED_PART)
     }
 
     fn spend(&mut self, bytes: u64) -> Result<(), Spent> {

@@ -16,8 +16,10 @@ use crate::{PeerKey, Time, spans};
 const COST: f64 = 80.0;
 /// Bytes that each run in it costs: two variable-length integers.
 const RUN_COST: f64 = 5.0;
-/// Least time between two deltas of one blob to other sites: their links are dear, and what they could fetch here they mostly have from elsewhere.
-const BEYOND_EVERY: Duration = Duration::from_secs(2);
+/// Least time between two deltas of one blob to other sites, from its gateway, and from others: links between sites are dear, and what could
+/// be fetched here is mostly to be had elsewhere.
+const GATEWAY_EVERY: Duration = Duration::from_secs(2);
+const BEYOND_EVERY: Duration = Duration::from_secs(60);
 /// Most roots in which one peer's lack of interest is remembered.
 const MAX_UNINTERESTING: usize = 4096;
 
@@ -241,21 +243,15 @@ impl Announcements {
         };
         let becomes = gateway && !holding.gateway;
         holding.gateway = gateway;
-        let listens =
-            |listener: &Listener| listener.beyond && !listener.uninteresting.contains(root);
-        let beyond = self.peers.iter().filter(|(_, listener)| listens(listener));
-        let peers: Vec<_> = beyond.map(|(&peer, _)| peer).collect();
-        if becomes {
+        let peers = listening_beyond(&self.peers, root);
+        if becomes && !peers.is_empty() && !holding.fresh_beyond.is_empty() {
             holding.told_beyond = Some(now);
-            holding.fresh_beyond = GroupRanges::new();
-        }
-        if becomes && !peers.is_empty() && !holding.held.is_empty() {
             self.urgent.push_back(Announce {
                 peers,
                 root: *root,
                 size: holding.size,
                 change: Change::Have,
-                ranges: holding.held.clone(),
+                ranges: std::mem::take(&mut holding.fresh_beyond),
             });
         }
     }
@@ -338,6 +334,39 @@ impl Announcements {
         None
     }
 
+    /// Other sites are told of what is fresh now and then: more often where this node is a gateway.
+    fn tell_beyond(&mut self, now: Time, root: RootHash, fresh: &GroupRanges, complete: bool) {
+        let Some(holding) = self.holdings.get_mut(&root) else {
+            return;
+        };
+        holding.fresh_beyond.union_with(fresh);
+        let told = *holding.told_beyond.get_or_insert(now);
+        let peers = listening_beyond(&self.peers, &root);
+        if complete || peers.is_empty() || holding.fresh_beyond.is_empty() {
+            return;
+        }
+        let due = told
+            + if holding.gateway {
+                GATEWAY_EVERY
+            } else {
+                BEYOND_EVERY
+            };
+        if due > now {
+            // If nothing else is told until then.
+            let next = *holding.due.get_or_insert(due);
+            self.due.insert((next, root));
+            return;
+        }
+        holding.told_beyond = Some(now);
+        self.urgent.push_back(Announce {
+            peers,
+            root,
+            size: holding.size,
+            change: Change::Have,
+            ranges: std::mem::take(&mut holding.fresh_beyond),
+        });
+    }
+
     /// What is fresh of a blob.
     fn delta(&mut self, now: Time, root: RootHash) -> Option<Announce> {
         let holding = self.holdings.get_mut(&root)?;
@@ -353,25 +382,8 @@ impl Announcements {
             .filter(|(_, listener)| told(listener))
             .map(|(&peer, _)| peer)
             .collect();
-        if holding.gateway && !complete {
-            holding.fresh_beyond.union_with(&fresh);
-            let due = holding
-                .told_beyond
-                .is_none_or(|told| now - told >= BEYOND_EVERY);
-            let beyond = self.peers.iter();
-            let beyond = beyond.filter(|(_, listener)| listener.beyond && listens(listener));
-            let peers: Vec<_> = beyond.map(|(&peer, _)| peer).collect();
-            if due && !peers.is_empty() && !holding.fresh_beyond.is_empty() {
-                holding.told_beyond = Some(now);
-                self.urgent.push_back(Announce {
-                    peers,
-                    root,
-                    size: holding.size,
-                    change: Change::Have,
-                    ranges: std::mem::take(&mut holding.fresh_beyond),
-                });
-            }
-        }
+        self.tell_beyond(now, root, &fresh, complete);
+        let holding = self.holdings.get(&root)?;
         // All that is held is one run then.
         let ranges = if complete {
             holding.held.clone()
@@ -390,6 +402,13 @@ impl Announcements {
             ranges,
         })
     }
+}
+
+/// The peers of other sites that are told of a blob before all of it is held.
+fn listening_beyond(peers: &BTreeMap<PeerKey, Listener>, root: &RootHash) -> Vec<PeerKey> {
+    let listens = |listener: &Listener| listener.beyond && !listener.uninteresting.contains(root);
+    let beyond = peers.iter().filter(|(_, listener)| listens(listener));
+    beyond.map(|(&peer, _)| peer).collect()
 }
 
 #[cfg(test)]

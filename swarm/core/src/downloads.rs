@@ -233,13 +233,14 @@ impl Downloads {
         self.connected(now, peer, Class::Beyond)
     }
 
-    fn connected(&mut self, _now: Time, peer: PeerKey, class: Class) -> bool {
+    fn connected(&mut self, now: Time, peer: PeerKey, class: Class) -> bool {
         if self.slots.contains_key(&peer) || self.slots.len() >= self.config.max_peers {
             return false;
         }
         let slot = free_slot(&mut self.peers, Peer::new(peer, class));
         self.slots.insert(peer, slot);
         self.beyond += usize::from(class == Class::Beyond);
+        self.review_crossings(now);
         true
     }
 
@@ -256,6 +257,7 @@ impl Downloads {
         (0..self.blobs.len()).for_each(|at| self.wake_providers(at));
         let gone = self.peers[slot].take();
         self.beyond -= usize::from(gone.is_some_and(|peer| peer.is_beyond()));
+        self.review_crossings(now);
         self.ready.retain(|&other| other != slot);
         self.pace.waiting.retain(|&other| other != slot);
     }
@@ -287,7 +289,7 @@ impl Downloads {
     /// Takes in that a peer no longer holds some of a blob.
     pub fn handle_unhave(
         &mut self,
-        _now: Time,
+        now: Time,
         peer: PeerKey,
         root: &RootHash,
         ranges: &GroupRanges,
@@ -302,6 +304,7 @@ impl Downloads {
                 }
                 // Others may be asked for it now.
                 self.wake_providers(at);
+                self.review_crossing(now, at);
             }
             None => {
                 let Some(peer) = &mut self.peers[slot] else {
@@ -366,7 +369,7 @@ impl Downloads {
         blob.crossing.received(now, &groups, across);
         self.count_arrival(now, id, missed);
         if let Some(peer) = &mut self.peers[slot] {
-            peer.served();
+            peer.served(now);
         }
         if ended {
             self.end(now, id);

@@ -122,9 +122,10 @@ impl Engine {
         let now = Instant::now();
         let since_start = now - self.start;
         let lacking_beyond = self.lacking_beyond();
-        let (keys, site) = (&self.keys, &self.site);
+        let (keys, site, fetching) = (&self.keys, &self.site, !self.transfers.is_empty());
         let connector = &mut self.connector;
-        let busy = self.peers.len() + connector.dials.len() + connector.resolving.len();
+        let near = self.peers.values().filter(|peer| !peer.beyond).count();
+        let busy = near + connector.dials.len() + connector.resolving.len();
         let lacking = self
             .limits
             .connections_wanted
@@ -134,7 +135,11 @@ impl Engine {
         let mut targets = Vec::new();
         if lacking + lacking_beyond > 0 {
             let connected = |peer: &PeerId| keys.contains_key(peer);
-            let is_far = |host: &str| host.parse().is_ok_and(|ip| site.is_beyond("", [ip]));
+            // Where a name leads is not known: to another site, perhaps, if none is connected and something is to be fetched.
+            let is_far = |host: &str| match host.parse() {
+                Ok(ip) => site.is_beyond("", [ip]),
+                Err(_) => near == self.peers.len() && fetching,
+            };
             targets = connector.directory.due_bootstrap(
                 since_start,
                 lacking.max(lacking_beyond),
@@ -183,7 +188,9 @@ impl Engine {
         } else {
             self.limits.connections_beyond
         };
-        wanted.saturating_sub(beyond)
+        // Of what is being dialled it is not known where it is.
+        let dialling = self.connector.dials.len() + self.connector.resolving.len();
+        wanted.saturating_sub(beyond + dialling)
     }
 
     fn resolve(&mut self, target: Target) {

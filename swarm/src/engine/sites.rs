@@ -4,6 +4,7 @@
 //! business.
 
 use std::net::IpAddr;
+use std::time::{Duration, Instant};
 
 use capsule_proto::credential::MachineId;
 use capsule_proto::wire::{Control, Gateway};
@@ -15,16 +16,19 @@ use crate::protocol;
 
 /// Most networks of this machine that are looked at.
 const MAX_NETWORKS: usize = 64;
+/// How often they are looked at.
+const LOOK_EVERY: Duration = Duration::from_secs(10);
 
 /// Where this node is.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Site {
     label: String,
     networks: Vec<Prefix>,
+    looked: Instant,
 }
 
 /// A network: an address in it, and how many of its bits are the network's.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Prefix {
     address: IpAddr,
     bits: u32,
@@ -36,6 +40,7 @@ impl Site {
         let mut site = Self {
             label: label.unwrap_or_default(),
             networks: Vec::new(),
+            looked: Instant::now(),
         };
         site.look();
         site
@@ -45,8 +50,8 @@ impl Site {
         &self.label
     }
 
-    /// Looks at the networks that the machine is in: cables are plugged in, laptops move.
-    pub(super) fn look(&mut self) {
+    /// Looks at the networks that the machine is in: cables are plugged in, laptops move. Whether they are others than before.
+    fn look(&mut self) -> bool {
         let all = if_addrs::get_if_addrs().unwrap_or_default();
         let prefix = |interface: &if_addrs::Interface| match &interface.addr {
             if_addrs::IfAddr::V4(v4) => Prefix {
@@ -55,10 +60,17 @@ impl Site {
             },
             if_addrs::IfAddr::V6(v6) => Prefix {
                 address: v6.ip.into(),
-                bits: v6.netmask.to_bits().leading_ones(),
+                // By DHCPv6 an address comes alone; a LAN's prefix has 64 bits.
+                bits: v6.netmask.to_bits().leading_ones().min(64),
             },
         };
-        self.networks = all.iter().map(prefix).take(MAX_NETWORKS).collect();
+        let shared = all.iter().filter(|interface| !interface.is_loopback());
+        let shared = shared.map(prefix).filter(|network| network.bits > 0);
+        let networks: Vec<_> = shared.take(MAX_NETWORKS).collect();
+        let changed = networks != self.networks;
+        self.networks = networks;
+        self.looked = Instant::now();
+        changed
     }
 
     /// Whether a node with this label, if it has one, at one of these addresses is in another site. Nothing known of either: it is not.
@@ -140,12 +152,26 @@ impl Engine {
             let gateway = self.downloads.is_gateway(root);
             self.announcements.set_gateway(now, root, gateway);
         }
+        if self.site.looked.elapsed() >= LOOK_EVERY && self.site.look() {
+            self.let_go_moved();
+        }
         let near = self.peers.values().filter(|peer| !peer.beyond).count();
         let site = &self.site;
         let known = self.connector.directory.count(|label, addresses| {
             !site.is_beyond(label, addresses.iter().map(std::net::SocketAddr::ip))
         });
         self.downloads.pass_on_gateways(known > near);
+    }
+
+    /// Lets go of peers that are elsewhere than they seemed before the networks changed: they come again.
+    fn let_go_moved(&mut self) {
+        let peers = self.peers.iter();
+        let moved = peers
+            .filter(|(_, peer)| self.came_from_beyond(&peer.site, &peer.address) != peer.beyond);
+        let moved: Vec<_> = moved.map(|(key, _)| *key).collect();
+        for key in moved {
+            self.swarm.behaviour_mut().peers.close(key);
+        }
     }
 
     /// Whether the node at the other end of a connection is in another site.
@@ -167,6 +193,7 @@ mod tests {
         Site {
             label: label.into(),
             networks: networks.collect(),
+            looked: Instant::now(),
         }
     }
 

@@ -97,7 +97,9 @@ impl Lanes {
 
     /// Counts a message that is written at once.
     pub fn count(&self, len: usize) {
-        self.reserve(len);
+        let class = self.class();
+        self.pace
+            .with(|limiter, now| limiter.count(now, class, wire_bytes(len as u64)));
     }
 
     fn reserve(&self, len: usize) -> Ticket {

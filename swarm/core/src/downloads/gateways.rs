@@ -17,6 +17,8 @@ use crate::{NodeId, Time};
 const GATEWAYS: usize = 2;
 /// How long a gateway counts after its last word: three of its notices lost.
 const HEARD_FOR: Duration = Duration::from_secs(3);
+/// Words of one gateway that follow each other sooner are not listened to.
+const HEARD_AFTER: Duration = Duration::from_millis(20);
 /// How long it counts while what it asks for stays the same: longer than the slowest request should take.
 const MOVES_WITHIN: Duration = Duration::from_secs(15);
 /// Most gateways remembered of one blob.
@@ -54,12 +56,12 @@ impl Gateways {
     /// Takes in what a gateway says of itself. False if that is no news.
     pub fn hear(&mut self, now: Time, notice: &GatewayNotice) -> bool {
         self.others.retain(|_, other| now - other.heard < HEARD_FOR);
-        let (full, weight) = (
-            self.others.len() >= MAX_GATEWAYS,
-            weight(&self.root, &notice.node),
-        );
+        let weight = weight(&self.root, &notice.node);
+        let may_come = self.others.contains_key(&notice.node)
+            || notice.groups.runs().len() <= MAX_CLAIMED_RUNS && self.makes_room(weight);
         match self.others.get_mut(&notice.node) {
             Some(known) if known.sequence >= notice.sequence => false,
+            Some(known) if now - known.heard < HEARD_AFTER => false,
             Some(known) => {
                 if known.claimed != notice.groups {
                     known.moved = now;
@@ -69,7 +71,7 @@ impl Gateways {
                 known.heard = now;
                 true
             }
-            None if full || notice.groups.runs().len() > MAX_CLAIMED_RUNS => false,
+            None if !may_come => false,
             None => {
                 let gateway = Gateway {
                     weight,
@@ -82,6 +84,24 @@ impl Gateways {
                 true
             }
         }
+    }
+
+    /// Where too many are remembered, one that counts less gives way.
+    fn makes_room(&mut self, weight: u64) -> bool {
+        if self.others.len() < MAX_GATEWAYS {
+            return true;
+        }
+        let least = self.others.iter().min_by_key(|(_, other)| other.weight);
+        let Some((&node, _)) = least.filter(|(_, other)| other.weight < weight) else {
+            return false;
+        };
+        self.others.remove(&node);
+        true
+    }
+
+    /// Something that differs from node to node, for what they had better not do all at once.
+    pub fn lot(&self) -> u64 {
+        self.mine
     }
 
     /// How many come before this node.
@@ -118,10 +138,9 @@ impl Gateways {
     }
 
     fn working(&self, now: Time) -> impl Iterator<Item = &Gateway> {
-        self.others.values().filter(move |other| {
-            let moves = other.claimed.is_empty() || now - other.moved < MOVES_WITHIN;
-            now - other.heard < HEARD_FOR && moves
-        })
+        self.others
+            .values()
+            .filter(move |other| now - other.heard < HEARD_FOR && now - other.moved < MOVES_WITHIN)
     }
 }
 
@@ -193,10 +212,13 @@ mod tests {
     #[test]
     fn the_table_is_bounded() {
         let mut table = table(0);
-        let heard = (1..=255)
-            .filter(|node| table.hear(at(0), &notice(*node, 1, 0..1)))
-            .count();
-        assert_eq!(heard, MAX_GATEWAYS);
+        (1..=255).for_each(|node| {
+            table.hear(at(0), &notice(node, 1, 0..1));
+        });
+        assert_eq!(table.others.len(), MAX_GATEWAYS);
+        // Those that count most are among them, whoever came first.
+        let best = (1..=255).max_by_key(|node| weight(&table.root, &NodeId([*node; 32])));
+        assert!(table.others.contains_key(&NodeId([best.unwrap(); 32])));
         let runs = (0..=MAX_CLAIMED_RUNS as u64)
             .map(|i| 2 * i..2 * i + 1)
             .collect();

@@ -125,14 +125,19 @@ impl Downloads {
         else {
             return;
         };
+        let class = peer.class;
         let Some(view) = blob
             .view(slot)
             .filter(|_| blob.is_active() && peer.has_room())
         else {
             return;
         };
-        if let Some(run) = spans::first_in_both(blob.map.open(), view.have(), flight.groups.clone())
+        let open = spans::first_in_both(blob.map.open(), view.have(), flight.groups.clone());
+        // Where the line is full it stays open, for whoever is next.
+        if let Some(run) = open
+            && self.may_ask(now, class, flight.demand)
         {
+            let run = self.capped(class, run);
             self.issue(now, slot, flight.blob, run, flight.demand);
         }
     }
@@ -186,6 +191,7 @@ impl Downloads {
         if !peer.may_steal(now, EAGER_REVIEW) {
             return false;
         }
+        let class = peer.class;
         for i in 0..self.order.len() {
             let at = self.order[i];
             match self.theft(now, slot, at) {
@@ -197,6 +203,7 @@ impl Downloads {
                     return false;
                 }
                 Some(Theft::Copy(run)) => {
+                    let run = self.capped(class, run);
                     self.issue(now, slot, at, run, false);
                     return true;
                 }
@@ -236,7 +243,7 @@ impl Downloads {
                 (flight.rest(now), COPY_MARGIN)
             };
             // Of one that was silent before nothing is known by which to wait for it.
-            let dear = across && owner.gives_in_site();
+            let dear = across && owner.gives_in_site(now);
             let margin = margin + if dear { DEAR_MARGIN } else { Duration::ZERO };
             let gains = there > 2 * here + margin
                 && best.as_ref().is_none_or(|(gain, _)| there - here > *gain);

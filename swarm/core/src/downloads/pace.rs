@@ -45,9 +45,7 @@ impl Downloads {
     pub fn charge(&mut self, now: Time, peer: PeerKey, bytes: u64) {
         let slot = self.slots.get(&peer).copied();
         if let Some(peer) = slot.and_then(|slot| self.peers[slot].as_ref()) {
-            self.pace
-                .limiter
-                .reserve(now, peer.class, wire_bytes(bytes));
+            self.pace.limiter.count(now, peer.class, wire_bytes(bytes));
         }
     }
 
@@ -62,6 +60,12 @@ impl Downloads {
     pub(super) fn capped_groups(&self, class: Class) -> u64 {
         let bytes = self.pace.limiter.bytes_in(class, RESPONSE);
         bytes.map_or(u64::MAX, |bytes| (bytes / GROUP_LEN).max(1))
+    }
+
+    /// As much of a run as one request to a peer of this class may cover.
+    pub(super) fn capped(&self, class: Class, run: Range<u64>) -> Range<u64> {
+        let most = run.start.saturating_add(self.capped_groups(class));
+        run.start..run.end.min(most)
     }
 
     /// Whether a peer may be asked for something that nobody waits for; else it waits until it may.

@@ -40,6 +40,8 @@ const SLOW_REQUEST_SECONDS: f64 = 4.0;
 const MIN_PATIENCE: Duration = Duration::from_secs(5);
 /// Longest patience, whatever was measured.
 const MAX_PATIENCE: Duration = Duration::from_secs(30);
+/// A peer of the site that is asked for something and gives nothing whole for so long does not keep others from asking beyond the site.
+const GIVES_WITHIN: Duration = Duration::from_secs(10);
 /// First backoff; doubles with every strike.
 const FIRST_BACKOFF: Duration = Duration::from_secs(1);
 /// Longest backoff.
@@ -71,6 +73,8 @@ pub(crate) struct Peer {
     delay: Option<Duration>,
     /// When something was last heard from it while something was expected.
     heard: Time,
+    /// When something verified last came from it, or it was first asked since.
+    gave: Time,
     strikes: u32,
     /// Requests in a row that it refused although it had announced the groups.
     refusals: u32,
@@ -93,6 +97,7 @@ impl Peer {
             ramp: Some(FIRST_WINDOW),
             delay: None,
             heard: Time::ZERO,
+            gave: Time::ZERO,
             strikes: 0,
             refusals: 0,
             backoff_until: None,
@@ -129,7 +134,7 @@ impl Peer {
     /// A request was sent to it.
     pub(crate) fn asked(&mut self, now: Time, id: RequestId, bytes: u64) {
         if self.live.is_empty() {
-            self.heard = now;
+            (self.heard, self.gave) = (now, now);
             self.meter.start(now);
         }
         self.live.insert(id);
@@ -169,7 +174,8 @@ impl Peer {
     }
 
     /// Verified content came: what it did wrong before is forgiven.
-    pub(crate) fn served(&mut self) {
+    pub(crate) fn served(&mut self, now: Time) {
+        self.gave = now;
         (self.strikes, self.refusals) = (0, 0);
     }
 
@@ -213,8 +219,13 @@ impl Peer {
     }
 
     /// Whether it is a peer of the site that gives what it says it has, as far as is known.
-    pub(crate) fn gives_in_site(&self) -> bool {
-        !self.is_beyond() && !self.banned && self.strikes == 0 && self.backoff_until.is_none()
+    pub(crate) fn gives_in_site(&self, now: Time) -> bool {
+        let gives = self.live.is_empty() || now - self.gave < GIVES_WITHIN;
+        !self.is_beyond()
+            && !self.banned
+            && self.strikes == 0
+            && self.backoff_until.is_none()
+            && gives
     }
 
     /// Whether it may be asked at all, for something that somebody waits for: its window does not count.

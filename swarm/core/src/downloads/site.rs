@@ -14,8 +14,7 @@ use rand::RngExt;
 use super::Downloads;
 use super::api::{GatewayNotice, Output};
 use super::blob::Blob;
-use super::gateways::Gateways;
-use super::peer::Peer;
+use super::gateways::{Gateways, MAX_CLAIMED_RUNS};
 use super::picker::most_at_once;
 use super::view::View;
 use crate::time::earliest;
@@ -26,9 +25,13 @@ const GRACE: Duration = Duration::from_millis(250);
 /// How often a gateway says that it is there, if nothing changes.
 const TELL_EVERY: Duration = Duration::from_secs(1);
 /// Least time between two notices.
-const TELL_AFTER: Duration = Duration::from_millis(20);
+const TELL_AFTER: Duration = Duration::from_millis(50);
+/// Least time between two looks at all this, for one blob.
+const LOOK_AFTER: Duration = Duration::from_millis(10);
 /// A node to which nothing of a blob came for so long asks beyond whoever the gateways are: they may lie, or not be heard of.
 const FORSAKEN_AFTER: Duration = Duration::from_secs(10);
+/// Nodes that are forsaken help themselves one after the other, within this time.
+const FORSAKEN_WITHIN: Duration = Duration::from_secs(5);
 /// What came from beyond is claimed for so long, at least, until others of the site must have been told that it is held.
 const CAME_LATELY: Duration = Duration::from_secs(1);
 /// Peers to which a notice of another gateway is passed on, where not all of the site are connected to each other.
@@ -54,8 +57,10 @@ pub(super) struct Crossing {
     /// What was last told, and when.
     told: GroupRanges,
     told_at: Option<Time>,
-    /// When something last came.
+    /// When something last came, or was first needed from beyond.
     moved: Time,
+    needed: bool,
+    looked: Option<Time>,
     /// What came from beyond in this second, and in the one before: others may not have been told of it as held yet.
     came: [GroupRanges; 2],
     second: Time,
@@ -70,6 +75,8 @@ impl Crossing {
             told: GroupRanges::new(),
             told_at: None,
             moved: now,
+            needed: false,
+            looked: None,
             came: Default::default(),
             second: now,
         }
@@ -82,7 +89,10 @@ impl Crossing {
 
     /// Something came.
     pub fn received(&mut self, now: Time, groups: &Range<u64>, from_beyond: bool) {
-        self.moved = now;
+        // What a node helps itself to does not mean that the others help it.
+        if !from_beyond || self.is_gateway() {
+            self.moved = now;
+        }
         self.turn(now);
         if from_beyond {
             self.came[0].insert(groups.clone());
@@ -97,8 +107,28 @@ impl Crossing {
         }
     }
 
+    /// What to say that is fetched: what was asked for, and what came lately. As much of it as may be said; who claims less may have
+    /// some of it fetched twice.
+    fn claims(&self, mut asked: GroupRanges) -> GroupRanges {
+        self.came.iter().for_each(|came| asked.union_with(came));
+        if asked.runs().len() <= MAX_CLAIMED_RUNS {
+            return asked;
+        }
+        asked
+            .runs()
+            .iter()
+            .take(MAX_CLAIMED_RUNS)
+            .cloned()
+            .collect()
+    }
+
     fn may_ask(&self, now: Time) -> bool {
-        self.is_gateway() || now - self.moved > FORSAKEN_AFTER
+        self.is_gateway() || self.is_forsaken(now)
+    }
+
+    fn is_forsaken(&self, now: Time) -> bool {
+        let lot = self.gateways.lot() % FORSAKEN_WITHIN.as_millis() as u64;
+        now - self.moved > FORSAKEN_AFTER + Duration::from_millis(lot)
     }
 }
 
@@ -177,8 +207,14 @@ impl Downloads {
         }
         let blob = self.blobs[at].as_ref()?;
         let view = blob.view(slot)?;
-        let mut others = blob.crossing.gateways.claimed(now);
-        others.union_with(&self.held_near(blob));
+        // Whoever is forsaken believes nobody any more.
+        let others = if blob.crossing.is_forsaken(now) {
+            GroupRanges::new()
+        } else {
+            let mut others = blob.crossing.gateways.claimed(now);
+            others.union_with(&self.held_near(now, blob));
+            others
+        };
         let geometry = blob.map.geometry();
         let piece_groups = geometry.piece_groups();
         let goes_on = view.cursor < geometry.groups() && view.cursor % piece_groups != 0;
@@ -206,7 +242,12 @@ impl Downloads {
         let Some(blob) = self.blobs[at].as_ref() else {
             return;
         };
-        let needed = blob.is_active() && self.must_cross(blob);
+        let soon = blob.crossing.looked.map(|looked| looked + LOOK_AFTER);
+        if let Some(soon) = soon.filter(|soon| now < *soon) {
+            self.review_at = earliest(self.review_at, Some(soon));
+            return;
+        }
+        let needed = blob.is_active() && self.must_cross(now, blob);
         let (suffice, before) = (blob.crossing.gateways.suffice(now), blob.crossing.role);
         let role = match before {
             _ if !needed || suffice => Role::Waits,
@@ -214,19 +255,24 @@ impl Downloads {
             Role::Offers(since) if now - since >= GRACE => Role::Gateway,
             same => same,
         };
-        let mut asked = self.asked_beyond(at);
+        let asked = self.asked_beyond(at);
         let Some(blob) = &mut self.blobs[at] else {
             return;
         };
         let crossing = &mut blob.crossing;
         crossing.role = role;
+        crossing.looked = Some(now);
+        if needed && !crossing.needed {
+            crossing.moved = now;
+        }
+        crossing.needed = needed;
         crossing.turn(now);
-        crossing.came.iter().for_each(|came| asked.union_with(came));
+        let asked = crossing.claims(asked);
         let changed = asked != crossing.told;
         let due = crossing
             .told_at
             .is_none_or(|told| changed && now - told >= TELL_AFTER || now - told >= TELL_EVERY);
-        if due && (role != Role::Waits || !crossing.told.is_empty()) {
+        if due && (role != Role::Waits || !crossing.told.is_empty() || !asked.is_empty()) {
             crossing.sequence += 1;
             crossing.told.clone_from(&asked);
             crossing.told_at = Some(now);
@@ -254,9 +300,16 @@ impl Downloads {
         }
     }
 
+    /// The same for all blobs: who is there has changed.
+    pub(super) fn review_crossings(&mut self, now: Time) {
+        for i in 0..self.order.len() {
+            self.review_crossing(now, self.order[i]);
+        }
+    }
+
     /// Whether something is lacking that nobody of the site has, and somebody beyond does.
-    fn must_cross(&self, blob: &Blob) -> bool {
-        let lacking = blob.map.lacking().difference(&self.held_near(blob));
+    fn must_cross(&self, now: Time, blob: &Blob) -> bool {
+        let lacking = blob.map.lacking().difference(&self.held_near(now, blob));
         !lacking.is_empty()
             && blob.providers().any(|(slot, view)| {
                 let usable = self.peers[slot]
@@ -269,10 +322,13 @@ impl Downloads {
     }
 
     /// What peers of the site hold of a blob, but for those that do not answer.
-    fn held_near(&self, blob: &Blob) -> GroupRanges {
+    fn held_near(&self, now: Time, blob: &Blob) -> GroupRanges {
         let mut held = GroupRanges::new();
         for (slot, view) in blob.providers() {
-            if self.peers[slot].as_ref().is_some_and(Peer::gives_in_site) {
+            if self.peers[slot]
+                .as_ref()
+                .is_some_and(|peer| peer.gives_in_site(now))
+            {
                 held.union_with(view.have());
             }
         }

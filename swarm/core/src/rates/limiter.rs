@@ -13,6 +13,8 @@ use crate::Time;
 const SAVED: Duration = Duration::from_millis(100);
 /// Who is in line when the cap is lowered goes within this time: what was little by the old cap may be much by the new one.
 const CARRIED: Duration = Duration::from_secs(1);
+/// What goes in any case holds others up for so long at most.
+const COUNTED: Duration = Duration::from_secs(2);
 /// Bits in a byte, times nanoseconds in a second: how grants are counted.
 const UNITS: u128 = 8_000_000_000;
 /// Longest wait that is told; it is asked again then.
@@ -57,10 +59,27 @@ impl Limiter {
         Ticket { class, place }
     }
 
+    /// Lets bytes in line that go in any case. They hold others up, but not for long: what waits in the middle of something must not be
+    /// taken for dead.
+    pub fn count(&mut self, now: Time, class: Class, bytes: u64) {
+        let line = self.line(class);
+        line.advance(now);
+        let counted = line.reserved.saturating_add(bytes);
+        let most = match line.cap {
+            Some(cap) => line.granted.saturating_add(in_time(cap, COUNTED)),
+            None => u64::MAX,
+        };
+        line.reserved = line.reserved.max(counted.min(most));
+    }
+
     /// Takes bytes out of line that will not go after all.
     pub fn refund(&mut self, class: Class, bytes: u64) {
         let line = self.line(class);
         line.reserved = line.reserved.saturating_sub(bytes);
+        if let Some(cap) = line.cap {
+            let most = line.reserved.saturating_add(in_time(cap, SAVED));
+            line.granted = line.granted.min(most);
+        }
     }
 
     /// When who has this place may go; `None` is now.
@@ -157,6 +176,27 @@ mod tests {
             within: None,
             beyond: Some(Rate::from_bits(bits).unwrap()),
         }
+    }
+
+    #[test]
+    fn what_is_counted_or_refunded_bends_the_line_a_little_only() {
+        let mut limiter = Limiter::default();
+        limiter.set(at(0), beyond(CAP));
+        limiter.count(at(0), Class::Beyond, 100 << 20);
+        let ticket = limiter.reserve(at(0), Class::Beyond, CHUNK);
+        let ready = limiter.ready_at(at(0), ticket).expect("it waits");
+        assert!((at(2_000)..at(2_200)).contains(&ready), "{ready:?}");
+        // A minute's worth is given up when most of it was granted: nothing of that is saved up.
+        limiter.reserve(at(3_000), Class::Beyond, CAP / 8 * 60);
+        assert!(
+            limiter
+                .clear_at(at(50_000), Class::Beyond, Duration::ZERO)
+                .is_some()
+        );
+        limiter.refund(Class::Beyond, CAP / 8 * 60);
+        let ticket = limiter.reserve(at(50_000), Class::Beyond, CAP / 8);
+        let ready = limiter.ready_at(at(50_000), ticket).expect("it waits");
+        assert!(ready >= at(50_880), "{ready:?}");
     }
 
     /// Sends chunks as often as the line lets it, late by a few milliseconds each time; when each went, and its length.
