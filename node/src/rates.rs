@@ -48,9 +48,15 @@ pub async fn rates(node: &Arc<Node>, request: control::Rates) -> Result<RateList
     if request.upload.is_some() || request.download.is_some() {
         // Whoever asked may go away in the middle.
         let changing = tokio::spawn(save_and_apply(node.clone(), request));
-        changing
-            .await
-            .unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))?;
+        match changing.await {
+            Ok(changed) => changed?,
+            Err(error) => {
+                // Else the runtime ends, and whoever asked with it.
+                if let Ok(panic) = error.try_into_panic() {
+                    std::panic::resume_unwind(panic);
+                }
+            }
+        }
     }
     let rates = list(&node.rates.set.borrow(), &Zoned::now());
     Ok(RateList { rates })

@@ -6,9 +6,9 @@ use std::rc::Rc;
 use capsule_proto::hash::RootHash;
 use capsule_proto::ranges::GroupRanges;
 use capsule_swarm_core::{
-    Announce, AnnounceConfig, Announcements, BlobSpec, Change, DownloadConfig, Downloads, Failure,
-    GatewayNotice, IncomingRequest, NodeId, Output, PeerKey, PieceGeometry, Refusal, RequestId,
-    Serve, Time, UploadConfig, Uploads,
+    Announce, AnnounceConfig, Announcements, BlobSpec, Change, Class, DownloadConfig, Downloads,
+    Failure, GatewayNotice, IncomingRequest, NodeId, Output, PeerKey, PieceGeometry, Refusal,
+    RequestId, Serve, Time, UploadConfig, Uploads,
 };
 
 use crate::checks::Fault;
@@ -206,20 +206,15 @@ impl Node {
         self.responses.clear();
     }
 
-    pub(crate) fn connect(&mut self, now: Time, node: usize, connection: u64, beyond: bool) {
+    pub(crate) fn connect(&mut self, now: Time, node: usize, connection: u64, class: Class) {
         let peer = PeerKey(connection);
         self.neighbours.push(Neighbour {
             node,
             connection,
             told: 0,
         });
-        let taken = if beyond {
-            self.announcements.peer_beyond_connected(now, peer);
-            self.downloads.peer_beyond_connected(now, peer)
-        } else {
-            self.announcements.peer_connected(now, peer);
-            self.downloads.peer_connected(now, peer)
-        };
+        self.announcements.peer_connected(now, peer, class);
+        let taken = self.downloads.peer_connected(now, peer, class);
         if !taken {
             self.fault = Some(Fault::Scheduler("a new peer was refused".into()));
         }

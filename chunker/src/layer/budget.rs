@@ -106,15 +106,10 @@ impl<'a> Budget<'a> {
             .frames
             .checked_sub(1)
             .ok_or(Spent::TooDear("too many frames"))?;
-        let (content, packed) = match frame.codec {
-            Codec::Stored | Codec::Zstd | Codec::ZstdReferences | Codec::Difference => (1, 1),
-            Codec::Lzma | Codec::LzmaReferences | Codec::Patch | Codec::CodePatch => {
-                (LZMA_CONTENT, LZMA_PACKED)
-            }
-        };
-        let tables = match frame.codec {
-            Codec::CodePatch => TABLES,
-            _ => 0,
+        let (content, packed, tables) = match frame.codec {
+            Codec::Stored | Codec::Zstd | Codec::ZstdReferences | Codec::Difference => (1, 1, 0),
+            Codec::Lzma | Codec::LzmaReferences | Codec::Patch => (LZMA_CONTENT, LZMA_PACKED, 0),
+            Codec::CodePatch => (LZMA_CONTENT, LZMA_PACKED, TABLES),
         };
         let decoded = content * u64::from(frame.len) + packed * u64::from(frame.pack_len);
         self.spend(tables + decoded + references_len(frame) / COPIED_PART)

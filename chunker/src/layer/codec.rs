@@ -11,7 +11,7 @@ pub use patch::Step;
 
 use capsule_proto::FrameHash;
 use capsule_proto::index::{Codec, Frame};
-use moves::Moves;
+use moves::{Moves, Way, bytewise};
 use thiserror::Error;
 use zstd::zstd_safe::{self, CCtx, CParameter, DCtx};
 
@@ -231,10 +231,7 @@ impl Decoder {
                     });
                 }
                 let mut content = decompress(&mut self.context, &self.packed, len)?;
-                content
-                    .iter_mut()
-                    .zip(references)
-                    .for_each(|(byte, old)| *byte = byte.wrapping_add(*old));
+                bytewise(Way::Add, &mut content, references);
                 Ok(content)
             }
             Codec::Lzma | Codec::LzmaReferences => lzma::decode(&self.packed, references, len),

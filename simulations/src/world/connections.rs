@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use capsule_swarm_core::Class;
 use rand::RngExt;
 
 use super::{Event, World};
@@ -70,9 +71,13 @@ impl World {
         let connection = self.ways.len() as u64 >> 1;
         self.ways.push(Way::new(&self.plan, a, b));
         self.ways.push(Way::new(&self.plan, b, a));
-        let beyond = !self.is_near(a, b);
-        self.nodes[a].connect(self.now, b, connection, beyond);
-        self.nodes[b].connect(self.now, a, connection, beyond);
+        let class = if self.is_near(a, b) {
+            Class::Within
+        } else {
+            Class::Beyond
+        };
+        self.nodes[a].connect(self.now, b, connection, class);
+        self.nodes[b].connect(self.now, a, connection, class);
         for node in [a, b] {
             self.tell_whether_all_are_near(node);
         }

@@ -10,7 +10,7 @@ use std::time::Duration;
 use capsule_proto::hash::RootHash;
 use capsule_proto::ranges::{GroupRanges, group_count};
 
-use crate::{PeerKey, Time, spans};
+use crate::{Class, PeerKey, Time, spans};
 
 /// Bytes that an announcement costs a peer: root hash, size, framing, TLS record.
 const COST: f64 = 80.0;
@@ -77,7 +77,7 @@ pub struct Announce {
 /// cost stays within 0.5 % of the bytes received, else 500 ms apart; except of blobs in which it has no interest
 /// ([`set_interested`](Self::set_interested), for peers that hold all of it), of which it is told on completion only. What came from a publisher
 /// ([`hurry`](Self::hurry)) does not wait for its batch. What goes is told
-/// at once, so that nobody asks in vain. Other sites are told less, see [`peer_beyond_connected`](Self::peer_beyond_connected).
+/// at once, so that nobody asks in vain. Other sites are told less, see [`peer_connected`](Self::peer_connected).
 ///
 /// # Order of calls
 /// 1. Any number of inputs, each with the current time.
@@ -104,8 +104,7 @@ pub struct Announcements {
 /// Who is told.
 #[derive(Debug)]
 struct Listener {
-    /// Whether it is in another site.
-    beyond: bool,
+    class: Class,
     /// The roots in which it has no interest.
     uninteresting: BTreeSet<RootHash>,
 }
@@ -215,20 +214,11 @@ impl Announcements {
         }
     }
 
-    /// Takes in a new peer: it will be told all that is held.
-    pub fn peer_connected(&mut self, now: Time, peer: PeerKey) {
-        self.connected(now, peer, false);
-    }
-
-    /// Takes in a new peer of another site: it is told all that is held too, but then, as links between sites are dear, only of what is
-    /// complete, and of blobs for which this node is a gateway.
-    pub fn peer_beyond_connected(&mut self, now: Time, peer: PeerKey) {
-        self.connected(now, peer, true);
-    }
-
-    fn connected(&mut self, _now: Time, peer: PeerKey, beyond: bool) {
+    /// Takes in a new peer: it will be told all that is held. Then one of another site is told of what is complete, as links between
+    /// sites are dear, and of the rest now and then: every 2 s by a gateway of the blob, else every minute.
+    pub fn peer_connected(&mut self, _now: Time, peer: PeerKey, class: Class) {
         let listener = Listener {
-            beyond,
+            class,
             uninteresting: BTreeSet::new(),
         };
         if self.peers.insert(peer, listener).is_none() && !self.holdings.is_empty() {
@@ -236,23 +226,16 @@ impl Announcements {
         }
     }
 
-    /// Says whether this node is a gateway of its site for a blob: then other sites are told all that it holds of it.
+    /// Says whether this node is a gateway of its site for a blob: then other sites are told more often what it holds of it, and at once
+    /// what they were not told yet.
     pub fn set_gateway(&mut self, now: Time, root: &RootHash, gateway: bool) {
         let Some(holding) = self.holdings.get_mut(root) else {
             return;
         };
         let becomes = gateway && !holding.gateway;
         holding.gateway = gateway;
-        let peers = listening_beyond(&self.peers, root);
-        if becomes && !peers.is_empty() && !holding.fresh_beyond.is_empty() {
-            holding.told_beyond = Some(now);
-            self.urgent.push_back(Announce {
-                peers,
-                root: *root,
-                size: holding.size,
-                change: Change::Have,
-                ranges: std::mem::take(&mut holding.fresh_beyond),
-            });
+        if becomes {
+            self.tell_beyond(now, *root);
         }
     }
 
@@ -334,27 +317,36 @@ impl Announcements {
         None
     }
 
-    /// Other sites are told of what is fresh now and then: more often where this node is a gateway.
-    fn tell_beyond(&mut self, now: Time, root: RootHash, fresh: &GroupRanges, complete: bool) {
+    /// Something is fresh of a blob of which not all is held: other sites are told of it when it is time.
+    fn note_beyond(&mut self, now: Time, root: RootHash, fresh: &GroupRanges) {
         let Some(holding) = self.holdings.get_mut(&root) else {
             return;
         };
         holding.fresh_beyond.union_with(fresh);
-        let told = *holding.told_beyond.get_or_insert(now);
-        let peers = listening_beyond(&self.peers, &root);
-        if complete || peers.is_empty() || holding.fresh_beyond.is_empty() {
-            return;
-        }
-        let due = told
-            + if holding.gateway {
-                GATEWAY_EVERY
-            } else {
-                BEYOND_EVERY
-            };
-        if due > now {
+        let every = if holding.gateway {
+            GATEWAY_EVERY
+        } else {
+            BEYOND_EVERY
+        };
+        let due = *holding.told_beyond.get_or_insert(now) + every;
+        if due <= now {
+            self.tell_beyond(now, root);
+        } else if !holding.fresh_beyond.is_empty()
+            && self.peers.values().any(|peer| peer.class == Class::Beyond)
+        {
             // If nothing else is told until then.
             let next = *holding.due.get_or_insert(due);
             self.due.insert((next, root));
+        }
+    }
+
+    /// Other sites are told of what they were not told yet.
+    fn tell_beyond(&mut self, now: Time, root: RootHash) {
+        let peers = self.listening(&root, Class::Beyond);
+        let Some(holding) = self.holdings.get_mut(&root) else {
+            return;
+        };
+        if peers.is_empty() || holding.fresh_beyond.is_empty() {
             return;
         }
         holding.told_beyond = Some(now);
@@ -374,21 +366,18 @@ impl Announcements {
         holding.told = Some(now);
         let fresh = std::mem::take(&mut holding.fresh);
         let complete = holding.held.contains_run(&(0..group_count(holding.size)));
-        let listens = |listener: &Listener| !listener.uninteresting.contains(&root);
-        let told = |listener: &Listener| complete || listens(listener) && !listener.beyond;
-        let peers: Vec<_> = self
-            .peers
-            .iter()
-            .filter(|(_, listener)| told(listener))
-            .map(|(&peer, _)| peer)
-            .collect();
-        self.tell_beyond(now, root, &fresh, complete);
-        let holding = self.holdings.get(&root)?;
         // All that is held is one run then.
         let ranges = if complete {
             holding.held.clone()
         } else {
             fresh
+        };
+        let size = holding.size;
+        let peers: Vec<_> = if complete {
+            self.peers.keys().copied().collect()
+        } else {
+            self.note_beyond(now, root, &ranges);
+            self.listening(&root, Class::Within)
         };
         if peers.is_empty() || ranges.is_empty() {
             return None;
@@ -397,150 +386,20 @@ impl Announcements {
         Some(Announce {
             peers,
             root,
-            size: holding.size,
+            size,
             change: Change::Have,
             ranges,
         })
     }
-}
 
-/// The peers of other sites that are told of a blob before all of it is held.
-fn listening_beyond(peers: &BTreeMap<PeerKey, Listener>, root: &RootHash) -> Vec<PeerKey> {
-    let listens = |listener: &Listener| listener.beyond && !listener.uninteresting.contains(root);
-    let beyond = peers.iter().filter(|(_, listener)| listens(listener));
-    beyond.map(|(&peer, _)| peer).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use capsule_proto::ranges::GROUP_LEN;
-
-    use super::*;
-
-    const SIZE: u64 = 100 * GROUP_LEN;
-
-    fn at(ms: u64) -> Time {
-        Time::from_start(Duration::from_millis(ms))
-    }
-
-    fn root(i: u8) -> RootHash {
-        RootHash::of(&[i])
-    }
-
-    fn all(announcements: &mut Announcements, ms: u64) -> Vec<(Vec<u64>, Vec<u64>)> {
-        let poll = || announcements.poll_announce(at(ms));
-        let brief = |a: Announce| {
-            (
-                a.peers.iter().map(|p| p.0).collect(),
-                a.ranges.iter().collect(),
-            )
-        };
-        std::iter::from_fn(poll).map(brief).collect()
-    }
-
-    #[test]
-    fn new_peers_are_told_all_and_then_deltas_in_batches() {
-        let mut announcements = Announcements::new(AnnounceConfig::default());
-        announcements.handle_held(at(0), root(1), SIZE, &(0..2).into());
-        assert_eq!(all(&mut announcements, 0), []);
-        announcements.peer_connected(at(1), PeerKey(7));
-        assert_eq!(all(&mut announcements, 1), [(vec![7], vec![0, 1])]);
-        announcements.handle_held(at(5), root(1), SIZE, &(5..6).into());
-        announcements.handle_held(at(6), root(1), SIZE, &(8..9).into());
-        assert_eq!(announcements.poll_timeout(), Some(at(20)));
-        assert_eq!(all(&mut announcements, 19), []);
-        assert_eq!(all(&mut announcements, 20), [(vec![7], vec![5, 8])]);
-        assert_eq!(announcements.poll_timeout(), None);
-    }
-
-    #[test]
-    fn what_others_wait_for_is_told_at_once() {
-        let mut announcements = Announcements::new(AnnounceConfig::default());
-        announcements.peer_connected(at(0), PeerKey(1));
-        announcements.handle_held(at(0), root(1), SIZE, &(0..1).into());
-        assert_eq!(all(&mut announcements, 0).len(), 1);
-        announcements.hurry(at(1), &root(1));
-        assert_eq!(announcements.poll_timeout(), None);
-        announcements.handle_held(at(2), root(1), SIZE, &(7..8).into());
-        announcements.hurry(at(2), &root(1));
-        assert_eq!(all(&mut announcements, 2), [(vec![1], vec![7])]);
-    }
-
-    #[test]
-    fn who_has_no_interest_is_told_of_completion_only() {
-        let mut announcements = Announcements::new(AnnounceConfig::default());
-        [1, 2]
-            .into_iter()
-            .for_each(|peer| announcements.peer_connected(at(0), PeerKey(peer)));
-        announcements.set_interested(at(0), PeerKey(2), root(1), false);
-        announcements.handle_held(at(0), root(1), SIZE, &(0..1).into());
-        assert_eq!(all(&mut announcements, 0), [(vec![1], vec![0])]);
-        announcements.set_interested(at(1), PeerKey(2), root(1), true);
-        assert_eq!(all(&mut announcements, 1), [(vec![2], vec![0])]);
-        announcements.set_interested(at(1), PeerKey(2), root(1), false);
-        announcements.handle_held(at(2), root(1), SIZE, &(1..100).into());
-        assert_eq!(
-            all(&mut announcements, 2),
-            [(vec![1, 2], (0..100).collect())]
-        );
-    }
-
-    #[test]
-    fn other_sites_are_told_what_a_gateway_holds_now_and_then() {
-        let mut announcements = Announcements::new(AnnounceConfig::default());
-        announcements.peer_connected(at(0), PeerKey(1));
-        announcements.peer_beyond_connected(at(0), PeerKey(2));
-        announcements.handle_held(at(0), root(1), SIZE, &(0..1).into());
-        assert_eq!(all(&mut announcements, 0), [(vec![1], vec![0])]);
-        announcements.set_gateway(at(1), &root(1), true);
-        announcements.set_gateway(at(2), &root(1), true);
-        assert_eq!(all(&mut announcements, 2), [(vec![2], vec![0])]);
-        announcements.handle_held(at(100), root(1), SIZE, &(1..2).into());
-        assert_eq!(all(&mut announcements, 100), [(vec![1], vec![1])]);
-        announcements.handle_dropped(at(200), root(1), &(1..2).into());
-        assert_eq!(all(&mut announcements, 200), [(vec![1, 2], vec![1])]);
-        announcements.handle_held(at(1_900), root(1), SIZE, &(5..7).into());
-        assert_eq!(all(&mut announcements, 1_900), [(vec![1], vec![5, 6])]);
-        announcements.handle_held(at(2_100), root(1), SIZE, &(7..8).into());
-        let told = [(vec![1], vec![7]), (vec![2], vec![5, 6, 7])];
-        assert_eq!(all(&mut announcements, 2_100), told);
-        announcements.set_gateway(at(2_200), &root(1), false);
-        announcements.handle_held(at(9_000), root(1), SIZE, &(8..9).into());
-        assert_eq!(all(&mut announcements, 9_000), [(vec![1], vec![8])]);
-        announcements.handle_held(at(9_100), root(1), SIZE, &(0..100).into());
-        assert_eq!(
-            all(&mut announcements, 9_100),
-            [(vec![1, 2], (0..100).collect())]
-        );
-    }
-
-    #[test]
-    fn what_goes_is_told_at_once() {
-        let mut announcements = Announcements::new(AnnounceConfig::default());
-        announcements.peer_connected(at(0), PeerKey(1));
-        announcements.handle_held(at(0), root(1), SIZE, &(0..4).into());
-        assert_eq!(all(&mut announcements, 0).len(), 1);
-        announcements.handle_dropped(at(1), root(1), &(2..50).into());
-        let told = announcements.poll_announce(at(1)).expect("told at once");
-        assert_eq!((told.change, told.ranges), (Change::Unhave, (2..4).into()));
-        announcements.handle_dropped(at(1), root(1), &(0..4).into());
-        announcements.peer_disconnected(at(1), PeerKey(1));
-        assert_eq!(all(&mut announcements, 1), []);
-    }
-
-    #[test]
-    fn beyond_the_budget_batches_grow() {
-        let mut announcements = Announcements::new(AnnounceConfig {
-            advance: 1000,
-            ..Default::default()
-        });
-        (0..20).for_each(|peer| announcements.peer_connected(at(0), PeerKey(peer)));
-        let mut told = 0;
-        for ms in 0..1900 {
-            let group = ms / 19;
-            announcements.handle_held(at(ms), root(1), SIZE, &(group..group + 1).into());
-            told += all(&mut announcements, ms).len();
-        }
-        assert!((4..8).contains(&told), "{told}");
+    /// The peers of a class that have interest in a blob.
+    fn listening(&self, root: &RootHash, class: Class) -> Vec<PeerKey> {
+        let listens =
+            |listener: &Listener| listener.class == class && !listener.uninteresting.contains(root);
+        let peers = self.peers.iter();
+        peers
+            .filter(|(_, listener)| listens(listener))
+            .map(|(&peer, _)| peer)
+            .collect()
     }
 }

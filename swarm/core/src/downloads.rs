@@ -223,17 +223,8 @@ impl Downloads {
         Ok(())
     }
 
-    /// Takes in a new peer of this site. False if it is known already or there are too many: the caller should not use it.
-    pub fn peer_connected(&mut self, now: Time, peer: PeerKey) -> bool {
-        self.connected(now, peer, Class::Within)
-    }
-
-    /// Takes in a new peer of another site.
-    pub fn peer_beyond_connected(&mut self, now: Time, peer: PeerKey) -> bool {
-        self.connected(now, peer, Class::Beyond)
-    }
-
-    fn connected(&mut self, now: Time, peer: PeerKey, class: Class) -> bool {
+    /// Takes in a new peer. False if it is known already or there are too many: the caller should not use it.
+    pub fn peer_connected(&mut self, now: Time, peer: PeerKey, class: Class) -> bool {
         if self.slots.contains_key(&peer) || self.slots.len() >= self.config.max_peers {
             return false;
         }
@@ -474,25 +465,6 @@ impl Downloads {
         self.wake_providers(at);
         self.review_crossing(now, at);
         self.arm_review(now, at);
-    }
-
-    fn wake_providers(&mut self, at: usize) {
-        let Some(blob) = &self.blobs[at] else { return };
-        if blob.is_active() && !blob.map.open().is_empty() {
-            let slots: Vec<_> = blob.providers().map(|(slot, _)| slot).collect();
-            slots.into_iter().for_each(|slot| self.wake(slot));
-        }
-    }
-
-    /// Queues a peer to be given requests, if it has room for one.
-    fn wake(&mut self, slot: usize) {
-        if let Some(peer) = &mut self.peers[slot]
-            && !peer.ready
-            && peer.has_room()
-        {
-            peer.ready = true;
-            self.ready.push_back(slot);
-        }
     }
 
     fn ban(&mut self, now: Time, slot: usize, reason: BanReason) {

@@ -7,7 +7,7 @@ use std::time::Duration;
 use capsule_proto::hash::RootHash;
 use capsule_proto::ranges::{GROUP_LEN, GroupRanges};
 use capsule_swarm_core::{
-    AddBlobError, BanReason, BlobSpec, BlobStatus, DownloadConfig, Downloads, Failure,
+    AddBlobError, BanReason, BlobSpec, BlobStatus, Class, DownloadConfig, Downloads, Failure,
     GatewayNotice, MAX_REQUEST_GROUPS, NodeId, Output, PauseReason, PeerKey, RequestId, Time,
 };
 use proptest::prelude::*;
@@ -42,7 +42,7 @@ fn with_seeders(groups: u64, seeders: u64) -> Downloads {
         .add_blob(at(0), spec(groups))
         .expect("a first blob");
     for peer in 0..seeders {
-        assert!(downloads.peer_connected(at(0), PeerKey(peer)));
+        assert!(downloads.peer_connected(at(0), PeerKey(peer), Class::Within));
         downloads.handle_have(at(0), PeerKey(peer), &root(), &(0..groups).into());
     }
     downloads
@@ -85,7 +85,7 @@ fn answer_all(downloads: &mut Downloads, now: Time) -> usize {
 #[test]
 fn haves_that_came_before_the_blob_count() {
     let mut downloads = downloads();
-    downloads.peer_connected(at(0), PeerKey(1));
+    downloads.peer_connected(at(0), PeerKey(1), Class::Within);
     downloads.handle_have(at(0), PeerKey(1), &root(), &(0..50).into());
     downloads.handle_unhave(at(0), PeerKey(1), &root(), &(40..50).into());
     assert_eq!(downloads.providers(&root()), [PeerKey(1)]);
@@ -104,7 +104,7 @@ fn haves_that_came_before_the_blob_count() {
 #[test]
 fn what_is_held_already_is_not_asked_for_again() {
     let mut downloads = downloads();
-    downloads.peer_connected(at(0), PeerKey(1));
+    downloads.peer_connected(at(0), PeerKey(1), Class::Within);
     downloads.handle_have(at(0), PeerKey(1), &root(), &(0..300).into());
     let have: GroupRanges = [3..7, 100..101, 290..300].into_iter().collect();
     downloads
@@ -233,7 +233,7 @@ fn a_silent_peer_is_left_alone_and_its_requests_go_to_others() {
     let mut downloads = with_seeders(16, 1);
     let stuck = requests(&outputs(&mut downloads, at(0)));
     assert!(!stuck.is_empty());
-    downloads.peer_connected(at(100), PeerKey(9));
+    downloads.peer_connected(at(100), PeerKey(9), Class::Within);
     downloads.handle_have(at(100), PeerKey(9), &root(), &(0..16).into());
     let mut done = None;
     for ms in (100..8000).step_by(10) {
@@ -282,7 +282,7 @@ fn a_lone_peer_that_recovers_is_asked_again() {
 #[test]
 fn blobs_of_higher_priority_come_first() {
     let mut downloads = downloads();
-    downloads.peer_connected(at(0), PeerKey(1));
+    downloads.peer_connected(at(0), PeerKey(1), Class::Within);
     let (low, high) = (RootHash::of(b"low"), RootHash::of(b"high"));
     for (root, priority) in [(low, 0), (high, 9)] {
         downloads
@@ -364,11 +364,12 @@ impl Oracle {
     }
 
     fn connect(&self, downloads: &mut Downloads, now: Time, peer: PeerKey) -> bool {
-        if self.is_beyond(peer) {
-            downloads.peer_beyond_connected(now, peer)
+        let class = if self.is_beyond(peer) {
+            Class::Beyond
         } else {
-            downloads.peer_connected(now, peer)
-        }
+            Class::Within
+        };
+        downloads.peer_connected(now, peer, class)
     }
 
     fn take_in(&mut self, outputs: Vec<Output>) -> Result<(), TestCaseError> {
@@ -542,14 +543,14 @@ fn a_seeder_is_not_spared_before_its_rate_is_known() {
         .add_blob(at(0), spec(GROUPS))
         .expect("a first blob");
     let (drips, seeder) = (PeerKey(1), PeerKey(2));
-    assert!(downloads.peer_connected(at(0), drips));
+    assert!(downloads.peer_connected(at(0), drips, Class::Within));
     downloads.handle_have(at(0), drips, &root(), &(0..GROUPS - 1).into());
     let mut oracle = Oracle::default();
     oracle.haves.insert(drips, (0..GROUPS - 1).into());
     oracle.take_in(outputs(&mut downloads, at(0))).unwrap();
     // One answer in two seconds, and the rest of its window stays open.
     oracle.apply(&Step::Answer(0), &mut downloads, at(2000));
-    assert!(downloads.peer_connected(at(2000), seeder));
+    assert!(downloads.peer_connected(at(2000), seeder, Class::Within));
     downloads.handle_have(at(2000), seeder, &root(), &(0..GROUPS).into());
     oracle.haves.insert(seeder, (0..GROUPS).into());
     // It answers at once, however often it is asked.

@@ -7,7 +7,8 @@ use std::time::Duration;
 use capsule_proto::hash::RootHash;
 use capsule_proto::ranges::{GROUP_LEN, GroupRanges};
 use capsule_swarm_core::{
-    BlobSpec, Caps, DownloadConfig, Downloads, Output, PeerKey, Rate, RequestId, Time, wire_bytes,
+    BlobSpec, Caps, Class, DownloadConfig, Downloads, Output, PeerKey, Rate, RequestId, Time,
+    wire_bytes,
 };
 
 /// 1 GiB: more than any of these tests fetches.
@@ -52,7 +53,7 @@ impl Fleet {
         };
         downloads.add_blob(at(0), spec).expect("a first blob");
         for peer in (0..seeders).map(PeerKey) {
-            assert!(downloads.peer_beyond_connected(at(0), peer));
+            assert!(downloads.peer_connected(at(0), peer, Class::Beyond));
             downloads.handle_have(at(0), peer, &root(), &all);
         }
         Self {
@@ -182,7 +183,7 @@ fn what_is_demanded_goes_first_and_within_the_cap() {
 fn a_cap_beyond_the_site_leaves_the_site_alone() {
     let mut fleet = Fleet::new(1);
     let (near, root) = (PeerKey(1), root());
-    assert!(fleet.downloads.peer_connected(at(0), near));
+    assert!(fleet.downloads.peer_connected(at(0), near, Class::Within));
     fleet
         .downloads
         .handle_have(at(0), near, &root, &(0..GROUPS).into());
@@ -204,7 +205,9 @@ fn what_a_peer_that_left_did_not_send_is_asked_of_another_at_once() {
         while fleet.downloads.poll_output(at(ms)).is_some() {}
     }
     fleet.downloads.peer_disconnected(at(6_000), PeerKey(0));
-    fleet.downloads.peer_beyond_connected(at(6_000), PeerKey(1));
+    fleet
+        .downloads
+        .peer_connected(at(6_000), PeerKey(1), Class::Beyond);
     fleet
         .downloads
         .handle_have(at(6_000), PeerKey(1), &root(), &(0..GROUPS).into());

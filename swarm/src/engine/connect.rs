@@ -8,7 +8,7 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use capsule_proto::wire::Control;
-use capsule_swarm_core::{Class, PeerKey};
+use capsule_swarm_core::PeerKey;
 use libp2p::PeerId;
 use libp2p::core::transport::TransportError;
 use libp2p::swarm::dial_opts::{DialOpts, PeerCondition};
@@ -77,6 +77,11 @@ impl Connector {
         }
     }
 
+    /// How many connections are on their way; it is not known where their other ends are.
+    pub(super) fn dialling(&self) -> usize {
+        self.dials.len() + self.resolving.len()
+    }
+
     pub(super) fn rng(&mut self) -> &mut SmallRng {
         &mut self.rng
     }
@@ -121,11 +126,10 @@ impl Engine {
     pub(super) fn connect_more(&mut self) {
         let now = Instant::now();
         let since_start = now - self.start;
-        let lacking_beyond = self.lacking_beyond();
+        let (near, lacking_beyond) = (self.near(), self.lacking_beyond());
         let (keys, site, fetching) = (&self.keys, &self.site, !self.transfers.is_empty());
         let connector = &mut self.connector;
-        let near = self.peers.values().filter(|peer| !peer.beyond).count();
-        let busy = near + connector.dials.len() + connector.resolving.len();
+        let busy = near + connector.dialling();
         let lacking = self
             .limits
             .connections_wanted
@@ -171,26 +175,6 @@ impl Engine {
                 self.send_peers(key);
             }
         }
-    }
-
-    /// How many connections to other sites are lacking: few will do, and keep dear links quiet, unless somebody has to be found who has
-    /// what is fetched, or no others are to be had.
-    fn lacking_beyond(&self) -> usize {
-        let beyond = self.peers.values().filter(|peer| peer.beyond).count();
-        let offered = |root| {
-            self.peers
-                .values()
-                .any(|peer| peer.claims.contains_key(root))
-        };
-        let alone = beyond == self.peers.len();
-        let wanted = if alone || !self.transfers.keys().all(offered) {
-            self.limits.connections_wanted
-        } else {
-            self.limits.connections_beyond
-        };
-        // Of what is being dialled it is not known where it is.
-        let dialling = self.connector.dials.len() + self.connector.resolving.len();
-        wanted.saturating_sub(beyond + dialling)
     }
 
     fn resolve(&mut self, target: Target) {
@@ -310,33 +294,24 @@ impl Engine {
     pub(super) fn on_connected(&mut self, connected: Connected) {
         let (key, id) = (connected.key, connected.peer);
         let now = self.now();
-        let beyond = self.came_from_beyond(&connected.site, &connected.address);
-        let taken = !self.gatekeeper.is_banned(&id)
-            && if beyond {
-                self.downloads.peer_beyond_connected(now, key)
-            } else {
-                self.downloads.peer_connected(now, key)
-            };
+        let class = self.class_of(&connected.site, &connected.address);
+        let taken =
+            !self.gatekeeper.is_banned(&id) && self.downloads.peer_connected(now, key, class);
         if !taken {
             return self.swarm.behaviour_mut().peers.close(key);
         }
-        tracing::debug!(peer = %id, address = %connected.address, beyond, "connected");
+        tracing::debug!(peer = %id, address = %connected.address, ?class, "connected");
         self.uploads.peer_connected(now, key);
-        if beyond {
-            self.announcements.peer_beyond_connected(now, key);
-        } else {
-            self.announcements.peer_connected(now, key);
-        }
+        self.announcements.peer_connected(now, key, class);
         if let Some(address) = address::to_socket(&connected.address).filter(|_| connected.dialled)
         {
             self.connector
                 .directory
                 .add_peer(id, &[address], &connected.site);
         }
-        let lanes = connected.lanes.clone();
-        lanes.set_class(if beyond { Class::Beyond } else { Class::Within });
+        connected.lanes.set_class(class);
         self.peers
-            .insert(key, Peer::new(connected, beyond, Instant::now()));
+            .insert(key, Peer::new(connected, class, Instant::now()));
         self.keys.insert(id, key);
         self.send_peers(key);
         self.send_summary(key);

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use capsule_proto::credential::Member;
 use capsule_proto::{GroupRanges, RootHash};
+use capsule_swarm_core::Class;
 use libp2p::{Multiaddr, PeerId};
 
 use super::inquiries::Asking;
@@ -93,8 +94,8 @@ pub struct Peer {
     pub member: Member,
     /// Label of its site, or empty.
     pub site: String,
-    /// Whether it is in another site.
-    pub beyond: bool,
+    /// Whether it is in this site.
+    pub class: Class,
     pub since: Instant,
     pub arriving: Arriving,
     /// The last progress of a response that the scheduler was told of.
@@ -148,14 +149,14 @@ impl Meter {
 }
 
 impl Peer {
-    pub fn new(connected: Connected, beyond: bool, now: Instant) -> Self {
+    pub fn new(connected: Connected, class: Class, now: Instant) -> Self {
         Self {
             id: connected.peer,
             address: connected.address,
             dialled: connected.dialled,
             member: connected.member,
             site: connected.site,
-            beyond,
+            class,
             since: now,
             arriving: connected.arriving,
             reported: (0, 0),
@@ -328,7 +329,7 @@ impl Peer {
             bytes_in: self.incoming.bytes,
             bytes_out: self.outgoing.bytes,
             site: self.site.clone(),
-            beyond: self.beyond,
+            beyond: self.class == Class::Beyond,
             member: self.member.clone(),
             blobs: self.claims.len(),
             connected: now - self.since,
@@ -370,7 +371,7 @@ mod tests {
             arriving: Arriving::default(),
             lanes: Pace::new().lanes(),
         };
-        Peer::new(connected, false, now)
+        Peer::new(connected, Class::Within, now)
     }
 
     #[test]

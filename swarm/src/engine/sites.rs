@@ -1,14 +1,15 @@
-//! Which peers are of this node's site, and what a site's gateways say to each other.
+//! Which peers are of this node's site, how many of other sites it wants, and what a site's gateways say to each other.
 //!
 //! A site is configured as a label, or else what shares a LAN's prefix. Who asks beyond it, and for what, is the scheduler's
 //! business.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use capsule_proto::credential::MachineId;
 use capsule_proto::wire::{Control, Gateway};
-use capsule_swarm_core::{GatewayNotice, NodeId, PeerKey};
+use capsule_swarm_core::{Class, GatewayNotice, NodeId, PeerKey};
+use libp2p::Multiaddr;
 
 use super::Engine;
 use crate::address;
@@ -155,29 +156,60 @@ impl Engine {
         if self.site.looked.elapsed() >= LOOK_EVERY && self.site.look() {
             self.let_go_moved();
         }
-        let near = self.peers.values().filter(|peer| !peer.beyond).count();
+        if self.transfers.is_empty() {
+            return;
+        }
         let site = &self.site;
-        let known = self.connector.directory.count(|label, addresses| {
-            !site.is_beyond(label, addresses.iter().map(std::net::SocketAddr::ip))
-        });
-        self.downloads.pass_on_gateways(known > near);
+        let known = self
+            .connector
+            .directory
+            .count(|label, addresses| !site.is_beyond(label, addresses.iter().map(SocketAddr::ip)));
+        self.downloads.pass_on_gateways(known > self.near());
+    }
+
+    /// How many peers of this site are connected.
+    pub(super) fn near(&self) -> usize {
+        let peers = self.peers.values();
+        peers.filter(|peer| peer.class == Class::Within).count()
+    }
+
+    /// How many connections to other sites are lacking: few will do, and keep dear links quiet, unless somebody has to be found who has
+    /// what is fetched, or no others are to be had.
+    pub(super) fn lacking_beyond(&self) -> usize {
+        let beyond = self.peers.len() - self.near();
+        let offered = |root| {
+            self.peers
+                .values()
+                .any(|peer| peer.claims.contains_key(root))
+        };
+        let alone = beyond == self.peers.len();
+        let wanted = if alone || !self.transfers.keys().all(offered) {
+            self.limits.connections_wanted
+        } else {
+            self.limits.connections_beyond
+        };
+        wanted.saturating_sub(beyond + self.connector.dialling())
     }
 
     /// Lets go of peers that are elsewhere than they seemed before the networks changed: they come again.
     fn let_go_moved(&mut self) {
         let peers = self.peers.iter();
-        let moved = peers
-            .filter(|(_, peer)| self.came_from_beyond(&peer.site, &peer.address) != peer.beyond);
+        let moved =
+            peers.filter(|(_, peer)| self.class_of(&peer.site, &peer.address) != peer.class);
         let moved: Vec<_> = moved.map(|(key, _)| *key).collect();
         for key in moved {
             self.swarm.behaviour_mut().peers.close(key);
         }
     }
 
-    /// Whether the node at the other end of a connection is in another site.
-    pub(super) fn came_from_beyond(&self, label: &str, address: &libp2p::Multiaddr) -> bool {
+    /// Whether the node at the other end of a connection is in this site.
+    pub(super) fn class_of(&self, label: &str, address: &Multiaddr) -> Class {
         let ip = address::to_socket(address).map(|address| address.ip());
-        self.site.is_beyond(label, ip)
+        if self.site.is_beyond(label, ip) {
+            Class::Beyond
+        } else {
+            Class::Within
+        }
     }
 }
 

@@ -4,6 +4,7 @@
 //! round trips.
 
 mod admission;
+mod refusal;
 mod tls;
 
 use std::sync::Arc;
@@ -18,7 +19,8 @@ use libp2p::core::{ConnectedPoint, Endpoint};
 use libp2p::identity::Keypair;
 use libp2p::{PeerId, Transport, tcp, yamux};
 
-pub use admission::{AdmissionError, Gatekeeper, peer_id_of};
+pub use admission::{Gatekeeper, peer_id_of};
+pub use refusal::AdmissionError;
 use tls::Tls;
 
 /// Substreams a connection may have: our four, gossip's two, and some that are being closed.

@@ -468,6 +468,24 @@ pub async fn within<T>(work: impl Future<Output = T>) -> T {
 /// A place that passes connections on; from the provider at so many bytes a second, once the handshake is done.
 pub async fn relay(to: SocketAddr, rate: usize) -> SocketAddr {
     const STEP: Duration = Duration::from_millis(50);
+    relay_by(to, rate.div_ceil(20), |_, passed| async move {
+        if passed > 8 << 10 {
+            tokio::time::sleep(STEP).await;
+        }
+    })
+    .await
+}
+
+/// A place that passes connections on; from the provider so many bytes at a time, before which it tells how many they are, and how many
+/// have come on their connection.
+pub async fn relay_by<F>(
+    to: SocketAddr,
+    at_a_time: usize,
+    tell: impl Fn(usize, usize) -> F + Clone + Send + 'static,
+) -> SocketAddr
+where
+    F: Future<Output = ()> + Send,
+{
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     tokio::spawn(async move {
@@ -476,14 +494,13 @@ pub async fn relay(to: SocketAddr, rate: usize) -> SocketAddr {
             let (mut from_client, mut to_client) = client.into_split();
             let (mut from_provider, mut to_provider) = provider.into_split();
             tokio::spawn(async move { tokio::io::copy(&mut from_client, &mut to_provider).await });
+            let tell = tell.clone();
             tokio::spawn(async move {
-                let mut buffer = vec![0; rate.div_ceil(20)];
+                let mut buffer = vec![0; at_a_time];
                 let mut passed = 0;
                 while let Ok(n @ 1..) = from_provider.read(&mut buffer).await {
                     passed += n;
-                    if passed > 8 << 10 {
-                        tokio::time::sleep(STEP).await;
-                    }
+                    tell(n, passed).await;
                     if to_client.write_all(&buffer[..n]).await.is_err() {
                         return;
                     }

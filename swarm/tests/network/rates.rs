@@ -1,16 +1,13 @@
 //! Caps of rates hold for what is on the link, and change at run time.
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use capsule_swarm::{Caps, Fetch, FetchSpec, Rate};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
 use tokio::time::sleep;
 
-use crate::node::{Fleet, Node, Start, content, within};
+use crate::node::{Fleet, Node, Start, content, relay_by, within};
 
 /// What TCP and IP add to what passes a socket: headers of 52 bytes before 1,448.
 const HEADERS: f64 = 1500.0 / 1448.0;
@@ -30,7 +27,12 @@ impl Pair {
         let fleet = Fleet::new(1);
         let provider = Start::new(fleet.enrol()).go().await;
         let passed = Arc::<AtomicU64>::default();
-        let relay = counting_relay(provider.address(), passed.clone()).await;
+        let counted = passed.clone();
+        let relay = relay_by(provider.address(), 64 << 10, move |now, _| {
+            counted.fetch_add(now as u64, Ordering::Relaxed);
+            std::future::ready(())
+        })
+        .await;
         let mut start = Start::new(fleet.enrol());
         start.bootstrap.push(relay);
         let taker = start.go().await;
@@ -55,31 +57,6 @@ impl Pair {
         let bytes = self.passed.load(Ordering::Relaxed) - before;
         bytes as f64 * HEADERS * 8.0 / begun.elapsed().as_secs_f64()
     }
-}
-
-/// A place that passes connections on, and counts what comes from the provider.
-async fn counting_relay(to: SocketAddr, passed: Arc<AtomicU64>) -> SocketAddr {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = listener.local_addr().unwrap();
-    tokio::spawn(async move {
-        while let Ok((client, _)) = listener.accept().await {
-            let provider = TcpStream::connect(to).await.unwrap();
-            let (mut from_client, mut to_client) = client.into_split();
-            let (mut from_provider, mut to_provider) = provider.into_split();
-            tokio::spawn(async move { tokio::io::copy(&mut from_client, &mut to_provider).await });
-            let passed = passed.clone();
-            tokio::spawn(async move {
-                let mut buffer = vec![0; 64 << 10];
-                while let Ok(n @ 1..) = from_provider.read(&mut buffer).await {
-                    passed.fetch_add(n as u64, Ordering::Relaxed);
-                    if to_client.write_all(&buffer[..n]).await.is_err() {
-                        return;
-                    }
-                }
-            });
-        }
-    });
-    address
 }
 
 /// On loopback all peers are within the site.

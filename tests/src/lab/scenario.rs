@@ -180,7 +180,7 @@ impl Scenario {
         let most = site.nodes.iter().map(down).fold(0.0, f64::max);
         let slower = |group: &Group| down(group) < most;
         // The first group has the publisher.
-        if !self.events.is_empty() || slower(&site.nodes[0]) || !site.nodes.iter().any(slower) {
+        if !self.goes_well() || slower(&site.nodes[0]) || !site.nodes.iter().any(slower) {
             return Ok(None);
         }
         let mut other = self.clone();
@@ -211,6 +211,11 @@ impl Scenario {
         let honest =
             groups.filter(|(_, group)| group.hostile.is_none() && group.disk_mib.is_none());
         honest.map(|(number, _)| number).collect()
+    }
+
+    /// Whether nothing goes wrong: all nodes are honest, have room, and nothing happens to them.
+    pub fn goes_well(&self) -> bool {
+        self.events.is_empty() && self.honest_pullers().len() + 1 == self.nodes()
     }
 
     fn check(&self) -> Result<()> {

@@ -106,9 +106,7 @@ impl Gateways {
 
     /// How many come before this node.
     pub fn better(&self, now: Time) -> usize {
-        self.working(now)
-            .filter(|other| other.weight > self.mine)
-            .count()
+        self.before_me(now).count()
     }
 
     /// Whether there are as many better ones as are needed.
@@ -123,18 +121,16 @@ impl Gateways {
 
     /// What others fetch.
     pub fn claimed(&self, now: Time) -> GroupRanges {
-        let mut claimed = GroupRanges::new();
-        self.working(now)
-            .for_each(|other| claimed.union_with(&other.claimed));
-        claimed
+        union(self.working(now))
     }
 
     /// What those fetch that come before this node.
     pub fn claimed_by_better(&self, now: Time) -> GroupRanges {
-        let mut claimed = GroupRanges::new();
-        let better = self.working(now).filter(|other| other.weight > self.mine);
-        better.for_each(|other| claimed.union_with(&other.claimed));
-        claimed
+        union(self.before_me(now))
+    }
+
+    fn before_me(&self, now: Time) -> impl Iterator<Item = &Gateway> {
+        self.working(now).filter(|other| other.weight > self.mine)
     }
 
     fn working(&self, now: Time) -> impl Iterator<Item = &Gateway> {
@@ -142,6 +138,12 @@ impl Gateways {
             .values()
             .filter(move |other| now - other.heard < HEARD_FOR && now - other.moved < MOVES_WITHIN)
     }
+}
+
+fn union<'a>(gateways: impl Iterator<Item = &'a Gateway>) -> GroupRanges {
+    let mut claimed = GroupRanges::new();
+    gateways.for_each(|other| claimed.union_with(&other.claimed));
+    claimed
 }
 
 /// How much a node is meant to be a blob's gateway.

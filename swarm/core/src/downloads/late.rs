@@ -320,7 +320,7 @@ impl Downloads {
     fn demand_from_best(&mut self, now: Time, at: usize, run: &Range<u64>) -> Option<Range<u64>> {
         let may = [Class::Within, Class::Beyond].map(|class| self.may_ask(now, class, true));
         let blob = self.blobs[at].as_ref()?;
-        let mut run = run.start..run.end.min(run.start + DEMAND_GROUPS);
+        let run = run.start..run.end.min(run.start + DEMAND_GROUPS);
         let asked: Vec<_> = blob
             .flights
             .touching(&run)
@@ -342,9 +342,7 @@ impl Downloads {
                 dear + peer.eta(now, 0, blob.map.geometry().bytes(&run))
             });
         let (peer, slot, view) = best?;
-        run.end = run
-            .end
-            .min(run.start.saturating_add(self.capped_groups(peer.class)));
+        let run = self.capped(peer.class, run);
         let groups = spans::first_in_both(blob.map.lacking(), view.have(), run)?;
         self.issue(now, slot, at, groups.clone(), true);
         Some(groups)

@@ -110,6 +110,26 @@ impl Downloads {
         self.arm_review(now, at);
     }
 
+    /// Queues all that hold something of a blob, if something of it is open.
+    pub(super) fn wake_providers(&mut self, at: usize) {
+        let Some(blob) = &self.blobs[at] else { return };
+        if blob.is_active() && !blob.map.open().is_empty() {
+            let slots: Vec<_> = blob.providers().map(|(slot, _)| slot).collect();
+            slots.into_iter().for_each(|slot| self.wake(slot));
+        }
+    }
+
+    /// Queues a peer to be given requests, if it has room for one.
+    pub(super) fn wake(&mut self, slot: usize) {
+        if let Some(peer) = &mut self.peers[slot]
+            && !peer.ready
+            && peer.has_room()
+        {
+            peer.ready = true;
+            self.ready.push_back(slot);
+        }
+    }
+
     /// A partial provider is full: seeders may now be asked for what it holds too.
     fn wake_seeders(&mut self, at: usize) {
         let Some(blob) = &self.blobs[at] else { return };

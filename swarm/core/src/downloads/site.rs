@@ -11,12 +11,13 @@ use capsule_proto::hash::RootHash;
 use capsule_proto::ranges::GroupRanges;
 use rand::RngExt;
 
-use super::Downloads;
 use super::api::{GatewayNotice, Output};
 use super::blob::Blob;
 use super::gateways::{Gateways, MAX_CLAIMED_RUNS};
+use super::peer::Peer;
 use super::picker::most_at_once;
 use super::view::View;
+use super::{Downloads, Flight};
 use crate::time::earliest;
 use crate::{NodeId, PeerKey, RequestId, Time, spans};
 
@@ -46,6 +47,19 @@ enum Role {
     Offers(Time),
     /// It is one of the gateways.
     Gateway,
+}
+
+/// Whether a node tells its site what it fetches.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Told {
+    /// All of it was.
+    Already,
+    /// It was not long ago, and it will be again.
+    Soon,
+    Now {
+        sequence: u64,
+        groups: GroupRanges,
+    },
 }
 
 /// One blob's part in this.
@@ -107,6 +121,33 @@ impl Crossing {
         }
     }
 
+    /// Takes in what this node now does, and asks beyond for; whether to tell the site of it.
+    fn review(&mut self, now: Time, role: Role, needed: bool, asked: GroupRanges) -> Told {
+        self.role = role;
+        self.looked = Some(now);
+        if needed && !self.needed {
+            self.moved = now;
+        }
+        self.needed = needed;
+        self.turn(now);
+        let groups = self.claims(asked);
+        let changed = groups != self.told;
+        let due = self
+            .told_at
+            .is_none_or(|told| changed && now - told >= TELL_AFTER || now - told >= TELL_EVERY);
+        if !due {
+            return if changed { Told::Soon } else { Told::Already };
+        }
+        if role == Role::Waits && self.told.is_empty() && groups.is_empty() {
+            return Told::Already;
+        }
+        self.sequence += 1;
+        self.told.clone_from(&groups);
+        self.told_at = Some(now);
+        let sequence = self.sequence;
+        Told::Now { sequence, groups }
+    }
+
     /// What to say that is fetched: what was asked for, and what came lately. As much of it as may be said; who claims less may have
     /// some of it fetched twice.
     fn claims(&self, mut asked: GroupRanges) -> GroupRanges {
@@ -135,11 +176,9 @@ impl Crossing {
 impl Downloads {
     /// Takes in what a gateway of this site says of a blob; it may have been passed on by another peer of the site.
     pub fn handle_gateway(&mut self, now: Time, from: PeerKey, notice: &GatewayNotice) {
-        let near = self.usable_slot(from).filter(|slot| {
-            self.peers[*slot]
-                .as_ref()
-                .is_some_and(|peer| !peer.is_beyond())
-        });
+        let near = self
+            .usable_slot(from)
+            .filter(|&slot| !self.lies_beyond(slot));
         if near.is_none() || notice.node == self.config.me {
             return;
         }
@@ -181,10 +220,18 @@ impl Downloads {
 
     /// Whether this peer is beyond the site, and others are not.
     pub(super) fn is_across(&self, slot: usize) -> bool {
-        self.is_divided()
-            && self.peers[slot]
-                .as_ref()
-                .is_some_and(|peer| peer.is_beyond())
+        self.is_divided() && self.lies_beyond(slot)
+    }
+
+    fn lies_beyond(&self, slot: usize) -> bool {
+        self.peers[slot].as_ref().is_some_and(Peer::is_beyond)
+    }
+
+    /// The peers of this site.
+    fn of_site(&self) -> impl Iterator<Item = PeerKey> {
+        let near = self.peers.iter().flatten();
+        near.filter(|peer| !peer.is_beyond() && !peer.banned)
+            .map(|peer| peer.key)
     }
 
     /// Whether peers beyond may be asked for a blob.
@@ -256,43 +303,28 @@ impl Downloads {
             same => same,
         };
         let asked = self.asked_beyond(at);
+        let asked: GroupRanges = asked.map(|(_, flight)| flight.groups.clone()).collect();
         let Some(blob) = &mut self.blobs[at] else {
             return;
         };
-        let crossing = &mut blob.crossing;
-        crossing.role = role;
-        crossing.looked = Some(now);
-        if needed && !crossing.needed {
-            crossing.moved = now;
-        }
-        crossing.needed = needed;
-        crossing.turn(now);
-        let asked = crossing.claims(asked);
-        let changed = asked != crossing.told;
-        let due = crossing
-            .told_at
-            .is_none_or(|told| changed && now - told >= TELL_AFTER || now - told >= TELL_EVERY);
-        if due && (role != Role::Waits || !crossing.told.is_empty() || !asked.is_empty()) {
-            crossing.sequence += 1;
-            crossing.told.clone_from(&asked);
-            crossing.told_at = Some(now);
+        let told = blob.crossing.review(now, role, needed, asked);
+        if let Told::Now { sequence, groups } = &told {
             let notice = GatewayNotice {
                 root: blob.root,
                 node: self.config.me,
-                sequence: crossing.sequence,
-                groups: asked,
+                sequence: *sequence,
+                groups: groups.clone(),
             };
-            let near = self
-                .peers
-                .iter()
-                .flatten()
-                .filter(|peer| !peer.is_beyond() && !peer.banned);
-            let peers = near.map(|peer| peer.key).collect();
+            let peers = self.of_site().collect();
             self.outputs
                 .push_back(Output::TellGateway { peers, notice });
         }
         if needed {
-            let wait = if changed && !due { TELL_AFTER } else { GRACE };
+            let wait = if told == Told::Soon {
+                TELL_AFTER
+            } else {
+                GRACE
+            };
             self.review_at = earliest(self.review_at, Some(now + wait));
         }
         if role != before || self.may_cross(now, at) {
@@ -325,51 +357,37 @@ impl Downloads {
     fn held_near(&self, now: Time, blob: &Blob) -> GroupRanges {
         let mut held = GroupRanges::new();
         for (slot, view) in blob.providers() {
-            if self.peers[slot]
-                .as_ref()
-                .is_some_and(|peer| peer.gives_in_site(now))
-            {
+            let peer = self.peers[slot].as_ref();
+            if peer.is_some_and(|peer| peer.gives_in_site(now)) {
                 held.union_with(view.have());
             }
         }
         held
     }
 
-    /// What is asked of peers beyond.
-    fn asked_beyond(&self, at: usize) -> GroupRanges {
-        let asked = self.flights.values().filter(|flight| {
-            let beyond = self.peers[flight.slot]
-                .as_ref()
-                .is_some_and(|peer| peer.is_beyond());
-            flight.blob == at && flight.live && beyond
-        });
-        asked.map(|flight| flight.groups.clone()).collect()
+    /// The open requests for a blob to peers beyond.
+    fn asked_beyond(&self, at: usize) -> impl Iterator<Item = (RequestId, &Flight)> {
+        let flights = self.flights.iter().map(|(&id, flight)| (id, flight));
+        flights.filter(move |(_, flight)| {
+            flight.blob == at && flight.live && self.lies_beyond(flight.slot)
+        })
     }
 
     /// A better gateway fetches these: what this one asked for too, and has not begun to come, is taken back.
     fn yield_to(&mut self, now: Time, at: usize, claimed: &GroupRanges) {
-        let both: Vec<RequestId> = self
-            .flights
-            .iter()
+        let both: Vec<_> = self
+            .asked_beyond(at)
             .filter(|(_, flight)| {
-                let beyond = self.peers[flight.slot]
-                    .as_ref()
-                    .is_some_and(|peer| peer.is_beyond());
-                flight.blob == at && flight.live && flight.arrived == 0 && !flight.demand && beyond
+                flight.arrived == 0 && !flight.demand && claimed.intersects(&flight.groups)
             })
-            .filter(|(_, flight)| claimed.intersects(&flight.groups))
-            .map(|(id, _)| *id)
+            .map(|(id, _)| id)
             .collect();
         both.into_iter().for_each(|id| self.cancel(now, id));
     }
 
     /// Some peers of the site at random.
     fn some_of_site(&mut self, but: PeerKey) -> Vec<PeerKey> {
-        let near = self.peers.iter().flatten();
-        let mut near: Vec<_> = near
-            .filter(|peer| !peer.is_beyond() && !peer.banned && peer.key != but)
-            .map(|peer| peer.key)
-            .collect();
+        let mut near: Vec<_> = self.of_site().filter(|&key| key != but).collect();
         for drawn in 0..near.len().min(PASS_ON) {
             let lot = self.rng.random_range(drawn..near.len());
             near.swap(drawn, lot);

@@ -59,18 +59,19 @@ pub struct Used {
 }
 
 impl Found {
-    /// Of our own nodes, all of which must have come through it.
+    /// Of our own honest nodes that have room, all of which must have come through it.
     pub fn ours(lab: &Lab, outcome: &Outcome) -> Result<Self> {
         let failures = outcome.failures();
         ensure!(failures.is_empty(), "{}", failures.join("; "));
         let summary = outcome.summary(lab);
-        let pulls = outcome.nodes[1..].iter();
+        let pulls = lab.scenario.honest_pullers().into_iter();
         let used = Used {
             cpu_seconds: summary.cpu_seconds,
             peak_bytes: summary.peak_bytes,
             machine_busy: outcome.machine_busy,
         };
-        let seconds = pulls.filter_map(|node| node.went.seconds).collect();
+        let seconds = pulls.map(|node| outcome.nodes[node].went.seconds);
+        let seconds = seconds.map(|at| at.unwrap_or(f64::INFINITY)).collect();
         Ok(Self {
             copies: summary.copies,
             duplicates: Some(summary.duplicates),
@@ -99,13 +100,17 @@ impl Found {
     }
 
     fn timed(lab: &Lab, bytes: u64, seconds: Vec<f64>, used: Used) -> Self {
-        let pullers: Vec<usize> = (1..lab.network.hosts.len()).collect();
+        let pullers = lab.scenario.honest_pullers();
         let home = lab.network.hosts[0].site;
         let least = |measured| bound::of(bytes, measured, home, &pullers);
         let fastest = lab.scenario.fastest();
+        let fastest = pullers
+            .iter()
+            .zip(&seconds)
+            .filter(|(node, _)| fastest.contains(node));
         Self {
             times: Times::of(seconds.clone()),
-            fastest: Times::of(fastest.iter().map(|node| seconds[node - 1]).collect()),
+            fastest: Times::of(fastest.map(|(_, at)| *at).collect()),
             seconds,
             bytes,
             bound_seconds: least(&lab.measured),

@@ -66,10 +66,16 @@ impl Tool {
         }
     }
 
-    /// Whether it can do anything in such a network.
+    /// Whether it can do anything in such a scenario.
     pub fn fits(self, scenario: &Scenario) -> bool {
-        // Multicast does not leave its network.
-        self != Self::Udpcast || scenario.sites.len() == 1
+        match self {
+            Self::Capsule => true,
+            // What goes wrong is done to our nodes alone.
+            _ if !scenario.goes_well() => false,
+            // Multicast does not leave its network.
+            Self::Udpcast => scenario.sites.len() == 1,
+            _ => true,
+        }
     }
 
     fn series(self) -> Series<Found> {

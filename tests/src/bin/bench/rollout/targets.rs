@@ -49,6 +49,7 @@ const EQUAL: &[Goal] = &[
     },
     MEMORY,
 ];
+const ADVERSITY: &[Goal] = &[last_at_least(70.0), MEMORY];
 const SMALL: &[Goal] = &[last_at_least(80.0), MEMORY];
 const SITES: &[Goal] = &[
     Goal {
@@ -91,6 +92,7 @@ fn goals(scenario: &str) -> &'static [Goal] {
     match scenario {
         "equal-32" => EQUAL,
         "small-update" => SMALL,
+        "adversity-32" => ADVERSITY,
         "sites-3x10" => SITES,
         _ => ANY,
     }
