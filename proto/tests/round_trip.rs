@@ -406,7 +406,9 @@ proptest! {
     ) {
         let capsules = capsules.into_iter().map(|(root, complete)| HeldCapsule { id: CapsuleId(root), complete }).collect();
         let status = Status { machine: MachineId(machine), sequence, capsules, addresses, name, site };
-        prop_assert_eq!(Status::decode(&status.encode()), Ok(status));
+        prop_assert_eq!(Status::decode(&status.encode()), Ok(status.clone()));
+        let control = Control::Status(status);
+        prop_assert_eq!(Control::decode(&control.encode()), Ok(control));
     }
 
     // What a member makes of its own settings must never be a message that its peers refuse.

@@ -6,7 +6,7 @@ use prost::Message;
 
 use super::frame::{MAX_CONTROL_LEN, MAX_DATA_GROUPS};
 use super::generated as pb;
-use super::gossip::{PeerAddress, machine};
+use super::gossip::{PeerAddress, Status, machine};
 use super::{MAX_GREETING_LEN, WireError, bounded, cut, decode_message, hash, text};
 use crate::RootHash;
 use crate::credential::{MAX_CREDENTIAL_LEN, MAX_MACHINE_NAME_LEN, MachineId};
@@ -117,6 +117,8 @@ pub enum Control {
     },
     /// A machine of the sender's site fetches a blob from beyond the site.
     Gateway(Gateway),
+    /// What the sender itself holds, in short: for who was not there when it was gossiped.
+    Status(Status),
 }
 
 /// Word of a machine that fetches a blob from beyond its site, so that others of the site need not.
@@ -310,6 +312,7 @@ impl Control {
                 sequence: gateway.sequence,
                 runs: runs_to_wire(&gateway.groups),
             }),
+            Self::Status(status) => Kind::Status(status.into()),
         }
     }
 }
@@ -416,6 +419,7 @@ impl TryFrom<pb::control::Kind> for Control {
                     groups: runs_from_wire(&gateway.runs)?,
                 })
             }
+            Kind::Status(status) => Self::Status(status.try_into()?),
         })
     }
 }

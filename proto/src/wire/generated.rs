@@ -32,7 +32,7 @@ pub struct Verdict {
 /// One control frame.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Control {
-    #[prost(oneof = "control::Kind", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14")]
+    #[prost(oneof = "control::Kind", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15")]
     pub kind: ::core::option::Option<control::Kind>,
 }
 /// Nested message and enum types in `Control`.
@@ -67,6 +67,8 @@ pub mod control {
         SizeQuery(super::SizeQuery),
         #[prost(message, tag = "14")]
         Gateway(super::Gateway),
+        #[prost(message, tag = "15")]
+        Status(super::Status),
     }
 }
 /// The sender holds these chunk groups of a blob, beside those it said before.
@@ -194,7 +196,7 @@ pub struct Gateway {
     #[prost(uint64, repeated, tag = "4")]
     pub runs: ::prost::alloc::vec::Vec<u64>,
 }
-/// Gossiped now and then: what a member holds, in short, and where it is.
+/// Gossiped now and then, and told on connecting: what a member holds, in short, and where it is.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Status {
     #[prost(bytes = "vec", tag = "1")]

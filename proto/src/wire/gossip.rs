@@ -52,29 +52,42 @@ pub struct PeerAddress {
 impl Status {
     /// The message's bytes; capsules beyond [`MAX_CAPSULES`] and addresses beyond their bounds are left out, texts are cut.
     pub fn encode(&self) -> Vec<u8> {
-        let capsule = |held: &HeldCapsule| pb::HeldCapsule {
-            id: held.id.0.as_bytes().to_vec(),
-            complete: held.complete,
-        };
-        pb::Status {
-            machine: self.machine.0.to_vec(),
-            sequence: self.sequence,
-            capsules: self
-                .capsules
-                .iter()
-                .take(MAX_CAPSULES)
-                .map(capsule)
-                .collect(),
-            addresses: addresses(&self.addresses),
-            name: cut(&self.name, MAX_MACHINE_NAME_LEN),
-            site: cut(&self.site, MAX_MACHINE_NAME_LEN),
-        }
-        .encode_to_vec()
+        pb::Status::from(self).encode_to_vec()
     }
 
     /// Parses and bounds the message. That the member itself sent it is for the receiver to check.
     pub fn decode(bytes: &[u8]) -> Result<Self, WireError> {
         let message: pb::Status = decode_message("status", bytes, MAX_STATUS_LEN)?;
+        message.try_into()
+    }
+}
+
+impl From<&Status> for pb::Status {
+    fn from(status: &Status) -> Self {
+        let capsule = |held: &HeldCapsule| pb::HeldCapsule {
+            id: held.id.0.as_bytes().to_vec(),
+            complete: held.complete,
+        };
+        Self {
+            machine: status.machine.0.to_vec(),
+            sequence: status.sequence,
+            capsules: status
+                .capsules
+                .iter()
+                .take(MAX_CAPSULES)
+                .map(capsule)
+                .collect(),
+            addresses: addresses(&status.addresses),
+            name: cut(&status.name, MAX_MACHINE_NAME_LEN),
+            site: cut(&status.site, MAX_MACHINE_NAME_LEN),
+        }
+    }
+}
+
+impl TryFrom<pb::Status> for Status {
+    type Error = WireError;
+
+    fn try_from(message: pb::Status) -> Result<Self, WireError> {
         bounded("capsules", message.capsules.len(), MAX_CAPSULES)?;
         let capsule = |held: pb::HeldCapsule| {
             Ok(HeldCapsule {

@@ -230,5 +230,6 @@ fn controls() -> Vec<(&'static str, Control)> {
                 groups: groups.clone(),
             }),
         ),
+        ("control-status.hex", Control::Status(status())),
     ]
 }

@@ -55,7 +55,7 @@ pub struct NetworkConfig {
 pub struct Limits {
     /// Connections that the node dials up to by itself.
     pub connections_wanted: usize,
-    /// Connections to nodes of other sites that it dials up to, while those of its own offer what it fetches.
+    /// Connections to nodes of other sites that it dials up to while it fetches for its site, whose other nodes have one each.
     pub connections_beyond: usize,
     /// Connections beyond which one gives way to each new one: the least useful, or the new one.
     pub connections_max: usize,

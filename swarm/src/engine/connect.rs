@@ -19,7 +19,8 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use super::directory::{Directory, Target};
-use super::peer::{Peer, Vital};
+use super::peer::Peer;
+use super::pulse::Vital;
 use super::turnover::{self, Standing};
 use super::{Engine, rng};
 use crate::address;
@@ -30,9 +31,9 @@ use crate::transport::{self, AdmissionError};
 
 /// Dials begun in one go.
 const DIALS_AT_ONCE: usize = 8;
-/// How often the LAN is asked while peers are lacking (discovery itself backs off), and members are told of members.
+/// How often the LAN is asked while peers are lacking (discovery itself backs off), and one peer is told of members and records.
 const SEARCH_EVERY: Duration = Duration::from_secs(5);
-const EXCHANGE_EVERY: Duration = Duration::from_secs(30);
+const EXCHANGE_EVERY: Duration = Duration::from_secs(60);
 /// Newcomers beyond the bound that may wait for the next tick to be let go.
 const MAX_LEAVING: usize = 8;
 /// Faults that may be misunderstandings, before a peer is cut off for them.
@@ -122,7 +123,7 @@ impl Engine {
         }
     }
 
-    /// Dials what is due, if connections are lacking; asks the LAN and passes addresses on now and then.
+    /// Dials what is due, if connections are lacking; asks the LAN, and passes on now and then what is known.
     pub(super) fn connect_more(&mut self) {
         let now = Instant::now();
         let since_start = now - self.start;
@@ -139,18 +140,6 @@ impl Engine {
         let mut targets = Vec::new();
         if lacking + lacking_beyond > 0 {
             let connected = |peer: &PeerId| keys.contains_key(peer);
-            // Where a name leads is not known: to another site, perhaps, if none is connected and something is to be fetched.
-            let is_far = |host: &str| match host.parse() {
-                Ok(ip) => site.is_beyond("", [ip]),
-                Err(_) => near == self.peers.len() && fetching,
-            };
-            targets = connector.directory.due_bootstrap(
-                since_start,
-                lacking.max(lacking_beyond),
-                connected,
-                |host| lacking > 0 || is_far(host),
-            );
-            let found = targets.len();
             let is_beyond = |label: &str, addresses: &[SocketAddr]| {
                 site.is_beyond(label, addresses.iter().map(SocketAddr::ip))
             };
@@ -159,10 +148,26 @@ impl Engine {
                 let due = connector
                     .directory
                     .due_peers(since_start, count, connected, such);
+                let found = due.len();
                 targets.extend(due);
+                count - found
             };
-            due(lacking.saturating_sub(found), &is_near);
-            due(lacking_beyond.saturating_sub(found), &is_beyond);
+            let (near_left, beyond_left) =
+                (due(lacking, &is_near), due(lacking_beyond, &is_beyond));
+            // Whoever all know as the way in is asked last, or it would have no peace. Where a name leads is not known: to another site
+            // as well, perhaps, if none is connected and something is to be fetched.
+            let is_wanted = |host: &str| match host.parse() {
+                Ok(ip) if site.is_beyond("", [ip]) => beyond_left > 0,
+                Ok(_) => near_left > 0,
+                Err(_) => near_left > 0 || beyond_left > 0 && near == self.peers.len() && fetching,
+            };
+            let due = connector.directory.due_bootstrap(
+                since_start,
+                near_left.max(beyond_left),
+                connected,
+                is_wanted,
+            );
+            targets.extend(due);
         }
         if lacking > 0 && connector.searched.is_none_or(|at| now - at >= SEARCH_EVERY) {
             connector.searched = Some(now);
@@ -173,6 +178,7 @@ impl Engine {
             self.connector.exchanged = now;
             if let Some(key) = self.connector.choose(self.peers.keys()) {
                 self.send_peers(key);
+                self.send_summary(key);
             }
         }
     }
@@ -315,6 +321,7 @@ impl Engine {
         self.keys.insert(id, key);
         self.send_peers(key);
         self.send_summary(key);
+        self.send_status(key);
         self.tell(Event::PeerConnected(id));
         self.let_go_excess(key);
     }
@@ -377,6 +384,7 @@ impl Engine {
     /// Renews peers' figures; pings the silent, closes the dead.
     pub(super) fn tick_peers(&mut self, now: Instant, elapsed: Duration) {
         let time = self.now();
+        let fetching = !self.transfers.is_empty();
         let keys: Vec<_> = self.peers.keys().copied().collect();
         for key in keys {
             let Some(peer) = self.peers.get_mut(&key) else {
@@ -390,7 +398,7 @@ impl Engine {
                 self.swarm.behaviour_mut().peers.close(key);
                 continue;
             }
-            match peer.tick(now, elapsed) {
+            match peer.tick(now, elapsed, fetching) {
                 Vital::Fine => {}
                 Vital::Ping(nonce) => self.send(key, &Control::Ping { nonce }),
                 Vital::Dead => {

@@ -3,6 +3,9 @@
 //! Two topics. *Records* carries signed records as they are made; *status* what members hold, in short. Messages are
 //! signed by their publisher's machine key, so that nobody speaks for another; whether what they say is right is checked
 //! before they are passed on (`validate_messages`).
+//!
+//! Gossipsub's own repair, telling peers outside of the mesh which messages there were, is kept to the least: it would be most
+//! of what idle nodes send, and whoever misses a record has it by anti-entropy.
 
 use std::time::Duration;
 
@@ -47,6 +50,9 @@ pub fn behaviour(identity: &Keypair, topics: &Topics) -> Result<Behaviour, Strin
         .message_id_fn(message_id)
         .max_transmit_size(MAX_MESSAGE)
         .duplicate_cache_time(REMEMBERED)
+        .gossip_lazy(1)
+        .gossip_factor(0.0)
+        .history_gossip(1)
         .max_ihave_messages_heartbeat(16)
         .max_control_messages_sent(MAX_IDS)
         .connection_handler_queue_len(QUEUE_LEN)

@@ -22,6 +22,7 @@ mod gossip;
 mod inquiries;
 mod peer;
 mod pool;
+mod pulse;
 mod records;
 mod responses;
 mod serve;
@@ -349,7 +350,7 @@ impl Engine {
                 bytes,
             } => {
                 if let Some(peer) = self.peers.get_mut(&key) {
-                    peer.heard(now);
+                    peer.pulse.heard(now);
                     let now = self.now();
                     self.downloads.charge(now, key, bytes as u64);
                     self.on_control(key, *message);
@@ -357,7 +358,7 @@ impl Engine {
             }
             protocol::Event::Content { key, response } => {
                 if let Some(peer) = self.peers.get_mut(&key) {
-                    peer.heard(now);
+                    peer.pulse.heard(now);
                     peer.gave = now;
                     self.on_content(key, response);
                 }
@@ -389,11 +390,12 @@ impl Engine {
             Control::Ping { nonce } => self.send(key, &Control::Pong { nonce }),
             Control::Pong { nonce } => {
                 if let Some(peer) = self.peers.get_mut(&key) {
-                    peer.pong(Instant::now(), nonce);
+                    peer.pulse.pong(Instant::now(), nonce);
                 }
             }
             Control::SizeQuery { root } => self.on_size_query(key, root),
             Control::Gateway(gateway) => self.on_gateway(key, gateway),
+            Control::Status(status) => self.on_status_told(key, status),
         }
     }
 

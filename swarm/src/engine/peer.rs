@@ -12,6 +12,7 @@ use libp2p::{Multiaddr, PeerId};
 
 use super::inquiries::Asking;
 use super::pool::Part;
+use super::pulse::{Pulse, Vital};
 use super::turnover::Use;
 use crate::api::{PeerInfo, RecordId};
 use crate::protocol::{Arriving, Connected, MAX_CONTENT_FRAME, Place};
@@ -20,12 +21,6 @@ use crate::protocol::{Arriving, Connected, MAX_CONTENT_FRAME, Place};
 pub const MAX_CLAIMS: usize = 16_384;
 /// Most runs remembered of all its announcements together: 4 MiB of memory.
 pub const MAX_CLAIMED_RUNS: usize = 1 << 18;
-/// Silence after which a peer is asked whether it lives.
-const PING_AFTER: Duration = Duration::from_secs(6);
-/// Silence after which it is taken for dead: two pings unanswered.
-const DEAD_AFTER: Duration = Duration::from_secs(16);
-/// How often the round trip is measured of a peer that is never silent.
-const MEASURE_EVERY: Duration = Duration::from_secs(30);
 /// A request of ours that is not answered at all for so long, or content that is not taken for so long, counts as none: a busy
 /// provider of 100 peers at 20 Mbit/s sends one of them something every 3 s.
 const STUCK_AFTER: Duration = Duration::from_secs(10);
@@ -37,6 +32,13 @@ const RATE_WEIGHT: f64 = 0.4;
 pub struct Claim {
     pub size: u64,
     pub groups: GroupRanges,
+}
+
+impl Claim {
+    /// Whether that is all of it.
+    pub fn is_whole(&self) -> bool {
+        self.groups == GroupRanges::all(self.size)
+    }
 }
 
 /// What became of an announcement.
@@ -76,14 +78,6 @@ pub struct Meter {
     pub bytes: u64,
     counted: u64,
     rate: f64,
-}
-
-/// What is to be done about a peer's silence.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Vital {
-    Fine,
-    Ping(u64),
-    Dead,
 }
 
 /// One connected peer.
@@ -132,11 +126,7 @@ pub struct Peer {
     pub ids_told: usize,
     /// Things that it did wrong that may be misunderstandings; halved each minute.
     pub faults: u32,
-    heard: Instant,
-    ping: Option<(u64, Instant)>,
-    pings: u64,
-    measured: Option<Instant>,
-    rtt: Option<Duration>,
+    pub pulse: Pulse,
 }
 
 impl Meter {
@@ -180,28 +170,7 @@ impl Peer {
             wants: VecDeque::new(),
             ids_told: 0,
             faults: 0,
-            heard: now,
-            ping: None,
-            pings: 0,
-            measured: None,
-            rtt: None,
-        }
-    }
-
-    /// Anything came from it.
-    pub fn heard(&mut self, now: Instant) {
-        self.heard = now;
-    }
-
-    /// It answered a ping.
-    pub fn pong(&mut self, now: Instant, nonce: u64) {
-        let Some((expected, sent)) = self.ping else {
-            return;
-        };
-        if nonce == expected {
-            let sample = now - sent;
-            self.rtt = Some(self.rtt.map_or(sample, |rtt| (rtt * 3 + sample) / 4));
-            self.ping = None;
+            pulse: Pulse::new(now),
         }
     }
 
@@ -212,28 +181,18 @@ impl Peer {
         let before = if request == last { told } else { 0 };
         self.reported = (request, bytes);
         if bytes > before {
-            (self.heard, self.gave) = (now, now);
+            self.pulse.heard(now);
+            self.gave = now;
         }
         (bytes > before).then_some((request, bytes - before))
     }
 
-    /// Renews rates and looks at silence.
-    pub fn tick(&mut self, now: Instant, elapsed: Duration) -> Vital {
+    /// Renews rates and looks at silence; `fetching` says that something is wanted of anybody.
+    pub fn tick(&mut self, now: Instant, elapsed: Duration, fetching: bool) -> Vital {
         self.incoming.tick(elapsed);
         self.outgoing.tick(elapsed);
-        let silent = now - self.heard;
-        if silent > DEAD_AFTER {
-            return Vital::Dead;
-        }
-        let due = silent > PING_AFTER || self.measured.is_none_or(|at| now - at > MEASURE_EVERY);
-        let waiting = self.ping.is_some_and(|(_, sent)| now - sent < PING_AFTER);
-        if !due || waiting {
-            return Vital::Fine;
-        }
-        self.pings += 1;
-        self.ping = Some((self.pings, now));
-        self.measured = Some(now);
-        Vital::Ping(self.pings)
+        let moving = !(self.asked.is_empty() && self.open.is_empty() && self.serving.is_empty());
+        self.pulse.tick(now, !fetching && !moving)
     }
 
     /// What the connection is good for just now; `fetched` are the blobs that we fetch.
@@ -323,7 +282,7 @@ impl Peer {
             id: self.id,
             address: self.address.clone(),
             dialled: self.dialled,
-            rtt: self.rtt,
+            rtt: self.pulse.rtt(),
             rate_in: self.incoming.rate as u64,
             rate_out: self.outgoing.rate as u64,
             bytes_in: self.incoming.bytes,
@@ -344,8 +303,6 @@ mod tests {
 
     use super::*;
     use crate::protocol::Pace;
-
-    const SECOND: Duration = Duration::from_secs(1);
 
     fn peer(now: Instant) -> Peer {
         let (id, roles, channels) = (TokenId([0; 8]), Roles::default(), Channels::All);
@@ -372,36 +329,6 @@ mod tests {
             lanes: Pace::new().lanes(),
         };
         Peer::new(connected, Class::Within, now)
-    }
-
-    #[test]
-    fn a_silent_peer_is_pinged_twice_then_dead() {
-        let start = Instant::now();
-        let mut peer = peer(start);
-        let vitals: Vec<_> = (0..20)
-            .map(|s| peer.tick(start + SECOND * s, SECOND))
-            .collect();
-        let pings: Vec<_> = (0..20)
-            .filter(|&s| matches!(vitals[s], Vital::Ping(_)))
-            .collect();
-        assert_eq!(pings, [0, 7, 13], "the first measures the round trip");
-        assert_eq!(
-            vitals.iter().position(|vital| *vital == Vital::Dead),
-            Some(17)
-        );
-    }
-
-    #[test]
-    fn an_answer_measures_the_round_trip_and_only_the_right_one() {
-        let start = Instant::now();
-        let mut peer = peer(start);
-        assert_eq!(peer.tick(start, SECOND), Vital::Ping(1));
-        peer.pong(start + SECOND / 10, 77);
-        assert_eq!(peer.info(start).rtt, None);
-        peer.pong(start + SECOND / 10, 1);
-        assert_eq!(peer.info(start).rtt, Some(SECOND / 10));
-        peer.heard(start + SECOND);
-        assert_eq!(peer.tick(start + SECOND * 5, SECOND), Vital::Fine);
     }
 
     #[test]

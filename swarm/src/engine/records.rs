@@ -38,7 +38,7 @@ const MAX_TELLING: usize = 1 << 17;
 const MAX_SETTLED: usize = 1 << 16;
 /// Least time between two readings of our set of ids; also how long a set that changes is left alone before others are told.
 const RELOAD: Duration = Duration::from_millis(500);
-/// How often one peer's digest is compared for no reason.
+/// When a peer is told again that its digest differs from ours, though it is the same one as before.
 const COMPARE: Duration = Duration::from_secs(30);
 /// Least time between two tellings of ids to one peer: the first for a small set, the second for each
 /// [`MAX_RECORD_IDS`] of a large one, so that no more are told than the peer looks at.
@@ -53,7 +53,6 @@ pub(super) struct Records {
     loading: bool,
     dirty: bool,
     loaded_at: Instant,
-    compared_at: Instant,
     minute: Instant,
     settled: HashSet<RecordId>,
     wants: Wants,
@@ -74,7 +73,6 @@ impl Records {
             loading: false,
             dirty: false,
             loaded_at: now,
-            compared_at: now,
             minute: now,
             settled: HashSet::new(),
             wants: Wants::default(),
@@ -151,12 +149,6 @@ impl Engine {
     pub(super) fn tick_records(&mut self, now: Instant) {
         if self.records.dirty && !self.records.loading && now - self.records.loaded_at >= RELOAD {
             self.load_records();
-        }
-        if now - self.records.compared_at >= COMPARE && !self.peers.is_empty() {
-            self.records.compared_at = now;
-            if let Some(key) = self.connector.choose(self.peers.keys()) {
-                self.send_summary(key);
-            }
         }
         if now - self.records.minute >= Duration::from_secs(60) {
             self.records.minute = now;

@@ -230,7 +230,7 @@ impl Engine {
             .handle_sent(now, key, RequestId(request), bytes as u64);
         if let Some(peer) = self.peers.get_mut(&key) {
             // The lane takes no more than the peer makes room for: it lives, though its pongs may wait in a slow link.
-            peer.heard(Instant::now());
+            peer.pulse.heard(Instant::now());
             peer.took = Instant::now();
         }
         if !finished {

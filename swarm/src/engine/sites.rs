@@ -6,12 +6,16 @@
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
+use capsule_proto::RootHash;
 use capsule_proto::credential::MachineId;
 use capsule_proto::wire::{Control, Gateway};
 use capsule_swarm_core::{Class, GatewayNotice, NodeId, PeerKey};
 use libp2p::Multiaddr;
+use rand::RngExt;
 
 use super::Engine;
+use super::peer::{Claim, Peer};
+use super::turnover::Use;
 use crate::address;
 use crate::protocol;
 
@@ -19,6 +23,8 @@ use crate::protocol;
 const MAX_NETWORKS: usize = 64;
 /// How often they are looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(10);
+/// How long a connection to another site stays in any case.
+const SPARED_FOR: Duration = Duration::from_secs(30);
 
 /// Where this node is.
 #[derive(Debug)]
@@ -26,6 +32,8 @@ pub(super) struct Site {
     label: String,
     networks: Vec<Prefix>,
     looked: Instant,
+    /// This node looks in other sites for what it fetches.
+    searches: bool,
 }
 
 /// A network: an address in it, and how many of its bits are the network's.
@@ -42,6 +50,7 @@ impl Site {
             label: label.unwrap_or_default(),
             networks: Vec::new(),
             looked: Instant::now(),
+            searches: false,
         };
         site.look();
         site
@@ -156,6 +165,8 @@ impl Engine {
         if self.site.looked.elapsed() >= LOOK_EVERY && self.site.look() {
             self.let_go_moved();
         }
+        self.tick_search();
+        self.let_go_beyond(Instant::now());
         if self.transfers.is_empty() {
             return;
         }
@@ -173,22 +184,66 @@ impl Engine {
         peers.filter(|peer| peer.class == Class::Within).count()
     }
 
-    /// How many connections to other sites are lacking: few will do, and keep dear links quiet, unless somebody has to be found who has
-    /// what is fetched, or no others are to be had.
+    /// How many connections to other sites are lacking.
     pub(super) fn lacking_beyond(&self) -> usize {
-        let beyond = self.peers.len() - self.near();
-        let offered = |root| {
-            self.peers
-                .values()
-                .any(|peer| peer.claims.contains_key(root))
-        };
-        let alone = beyond == self.peers.len();
-        let wanted = if alone || !self.transfers.keys().all(offered) {
+        let has = self.peers.len() - self.near() + self.connector.dialling();
+        self.wanted_beyond().saturating_sub(has)
+    }
+
+    /// How many connections to other sites this node wants. Each costs a dear link something, so it is one, by which what is new becomes
+    /// known; more for who fetches from there on behalf of its site; and many for who has to find somebody who has what is fetched, or
+    /// is alone.
+    fn wanted_beyond(&self) -> usize {
+        if self.near() == 0 || self.site.searches {
             self.limits.connections_wanted
-        } else {
+        } else if self
+            .transfers
+            .keys()
+            .any(|root| self.downloads.is_gateway(root))
+        {
             self.limits.connections_beyond
+        } else {
+            self.limits.connections_beyond.min(1)
+        }
+    }
+
+    /// Decides whether this node searches other sites. Where none of its peers has what it fetches, about one node of the site begins with
+    /// it at each tick, and tells the others what it finds. And who fetches for its site searches for somebody who has all: others
+    /// beyond fetch it from the same source, over the same links.
+    fn tick_search(&mut self) {
+        let members = self.near() as f64 + 1.0;
+        let begins = self.site.searches || self.connector.rng().random_bool(1.0 / members);
+        let peers = || self.peers.values();
+        let searches_for = |root: &RootHash| {
+            if self.downloads.is_gateway(root) {
+                let mut beyond = peers().filter(|peer| peer.class == Class::Beyond);
+                !beyond.any(|peer| peer.claims.get(root).is_some_and(Claim::is_whole))
+            } else {
+                begins && !peers().any(|peer| peer.claims.contains_key(root))
+            }
         };
-        wanted.saturating_sub(beyond + self.connector.dialling())
+        self.site.searches = self.transfers.keys().any(searches_for);
+    }
+
+    /// Lets one connection to another site go that this node asked for, where there are more than it wants: one that is good for nothing
+    /// just now, and has been there for some time.
+    fn let_go_beyond(&mut self, now: Instant) {
+        let stays = |peer: &&Peer| peer.class == Class::Beyond && !peer.leaving;
+        if self.peers.values().filter(stays).count() <= self.wanted_beyond() {
+            return;
+        }
+        let fetched = || self.transfers.keys();
+        let spare = self.peers.iter_mut().find(|(_, peer)| {
+            stays(&&**peer)
+                && peer.dialled
+                && now - peer.since >= SPARED_FOR
+                && peer.good_for(now, fetched()) == Use::Idle
+        });
+        if let Some((_, peer)) = spare {
+            tracing::debug!(peer = %peer.id, "let go: one fewer between sites");
+            // Closed at the next tick.
+            peer.leaving = true;
+        }
     }
 
     /// Lets go of peers that are elsewhere than they seemed before the networks changed: they come again.
@@ -226,6 +281,7 @@ mod tests {
             label: label.into(),
             networks: networks.collect(),
             looked: Instant::now(),
+            searches: false,
         }
     }
 

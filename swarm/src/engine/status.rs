@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 
 use capsule_proto::CapsuleId;
 use capsule_proto::credential::MachineId;
-use capsule_proto::wire::{HeldCapsule, PeerAddress, Status};
+use capsule_proto::wire::{Control, HeldCapsule, PeerAddress, Status};
+use capsule_swarm_core::PeerKey;
 use libp2p::PeerId;
 use libp2p::gossipsub::{self, MessageAcceptance, MessageId};
 use rand::RngExt;
@@ -18,8 +19,11 @@ use crate::transport::peer_id_of;
 
 /// Members whose newest status is remembered.
 const MAX_MEMBERS: usize = 4096;
-/// When the status is told again though nothing changed, and after a failure.
+/// When the status is gossiped again though nothing changed: at least, and for each member, so that the fleet as a whole does it every
+/// other minute. Newcomers are told by those that they are connected to.
 const STATUS_EVERY: Duration = Duration::from_secs(300);
+const STATUS_EVERY_MEMBER: Duration = Duration::from_secs(120);
+/// The same after a failure.
 const STATUS_RETRY: Duration = Duration::from_secs(3);
 /// A status waits so long for further changes.
 const STATUS_DELAY: Duration = Duration::from_millis(300);
@@ -30,7 +34,11 @@ pub(super) struct Statuses {
     listening: Vec<SocketAddr>,
     capsules: Vec<HeldCapsule>,
     sequence: u64,
-    due: Instant,
+    /// When it was last gossiped, and by how much longer or shorter it takes until it is again.
+    gossiped: Instant,
+    jitter: f64,
+    /// When it is told at the latest: something changed, or could not be told.
+    due: Option<Instant>,
     heard: BTreeMap<MachineId, u64>,
 }
 
@@ -41,9 +49,17 @@ impl Statuses {
             listening,
             capsules: Vec::new(),
             sequence: 0,
-            due: Instant::now() + STATUS_DELAY,
+            gossiped: Instant::now(),
+            jitter: 1.0,
+            due: Some(Instant::now() + STATUS_DELAY),
             heard: BTreeMap::new(),
         }
+    }
+
+    fn is_due(&self, now: Instant) -> bool {
+        let again = STATUS_EVERY_MEMBER.saturating_mul(self.heard.len() as u32);
+        let again = self.gossiped + again.max(STATUS_EVERY).mul_f64(self.jitter);
+        now >= self.due.map_or(again, |due| due.min(again))
     }
 
     /// Where this node listens, for others to dial; an unspecified address means "as you see me".
@@ -62,44 +78,55 @@ impl Engine {
     pub(super) fn set_capsules(&mut self, capsules: Vec<(CapsuleId, bool)>) {
         let held = |(id, complete)| HeldCapsule { id, complete };
         self.status.capsules = capsules.into_iter().map(held).collect();
-        self.status.due = self.status.due.min(Instant::now() + STATUS_DELAY);
+        let soon = Instant::now() + STATUS_DELAY;
+        self.status.due = Some(self.status.due.map_or(soon, |due| due.min(soon)));
     }
 
     pub(super) fn tick_status(&mut self, now: Instant) {
-        if now >= self.status.due {
-            self.publish_status(now);
+        if self.status.is_due(now) {
+            self.gossip_status(now);
         }
     }
 
-    fn publish_status(&mut self, now: Instant) {
+    fn gossip_status(&mut self, now: Instant) {
         self.status.sequence = (self.status.sequence + 1).max((self.unix_time)());
-        let reachable = |address: &&SocketAddr| !address.ip().is_unspecified();
-        let text = |address: &SocketAddr| address::to_multiaddr(*address).to_string();
-        let status = Status {
+        let status = self.own_status().encode();
+        let topic = self.topics.status.clone();
+        let published = self.swarm.behaviour_mut().gossip.publish(topic, status);
+        self.status.gossiped = now;
+        self.status.jitter = self.connector.rng().random_range(0.7..1.3);
+        let retry = STATUS_RETRY.mul_f64(self.status.jitter);
+        self.status.due = published.is_err().then(|| now + retry);
+    }
+
+    fn own_status(&self) -> Status {
+        let listening = self.status.listening.iter();
+        let reachable = listening.filter(|address| !address.ip().is_unspecified());
+        Status {
             machine: self.status.machine,
             sequence: self.status.sequence,
             capsules: self.status.capsules.clone(),
-            addresses: self
-                .status
-                .listening
-                .iter()
-                .filter(reachable)
-                .map(text)
+            addresses: reachable
+                .map(|address| address::to_multiaddr(*address).to_string())
                 .collect(),
             name: self.machine_name.clone(),
             site: self.site.label().to_owned(),
-        };
-        let topic = self.topics.status.clone();
-        let published = self
-            .swarm
-            .behaviour_mut()
-            .gossip
-            .publish(topic, status.encode());
-        let jitter = self.connector.rng().random_range(0.7..1.3);
-        self.status.due = match published {
-            Ok(_) => now + STATUS_EVERY.mul_f64(jitter),
-            Err(_) => now + STATUS_RETRY.mul_f64(jitter),
-        };
+        }
+    }
+
+    /// Tells a newcomer what was gossiped before it came.
+    pub(super) fn send_status(&mut self, key: PeerKey) {
+        if self.status.sequence > 0 {
+            self.send(key, &Control::Status(self.own_status()));
+        }
+    }
+
+    /// A peer told its status.
+    pub(super) fn on_status_told(&mut self, key: PeerKey, status: Status) {
+        let source = self.peers.get(&key).map(|peer| peer.id);
+        if matches!(self.on_status(source, status), MessageAcceptance::Reject) {
+            self.fault(key, "it told the status of another machine");
+        }
     }
 
     pub(super) fn on_gossip(&mut self, event: gossipsub::Event) {
@@ -114,16 +141,16 @@ impl Engine {
         if message.topic == self.topics.records.hash() {
             self.on_record_gossiped(from, message_id, message.data);
         } else {
-            let acceptance = self.on_status(message.source, &message.data);
+            let acceptance = match Status::decode(&message.data) {
+                Ok(status) => self.on_status(message.source, status),
+                Err(_) => MessageAcceptance::Reject,
+            };
             self.judge_message(from, &message_id, acceptance);
         }
     }
 
     /// Takes in another member's status.
-    fn on_status(&mut self, source: Option<PeerId>, bytes: &[u8]) -> MessageAcceptance {
-        let Ok(status) = Status::decode(bytes) else {
-            return MessageAcceptance::Reject;
-        };
+    fn on_status(&mut self, source: Option<PeerId>, status: Status) -> MessageAcceptance {
         let Some(peer) = source.filter(|source| peer_id_of(&status.machine) == Some(*source))
         else {
             return MessageAcceptance::Reject;

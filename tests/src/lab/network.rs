@@ -23,8 +23,13 @@ const LEAST_BURST: u64 = 16 << 10;
 /// What may wait before a link, in time of that link; and at least, in bytes.
 const QUEUE_SECONDS: f64 = 0.05;
 const LEAST_QUEUE: u64 = 32 << 10;
+/// How hosts' TCP avoids congestion: as machines do that nobody has tuned, whatever the one does that runs the lab. Routes say so, as
+/// namespaces may be set to nothing else than that one.
+const CONGESTION_CONTROL: &str = "cubic";
 /// Sites have networks of 10.80.0.0, 10.81.0.0 and so on.
 const FIRST_NETWORK: u8 = 80;
+/// The router's place in each; nodes come after it.
+const ROUTER: u16 = 1;
 
 /// Headers of a packet with content: Ethernet, IPv4, TCP with timestamps.
 const HEADERS: u64 = 14 + 20 + 32;
@@ -89,7 +94,7 @@ impl Network {
             // For those who are cut off from the others, together.
             writeln!(ip, "link add p{site} type bridge")?;
             writeln!(ip, "link set p{site} up")?;
-            let mut place = 1u16;
+            let mut place = ROUTER;
             for group in &room.nodes {
                 for _ in 0..group.count {
                     place += 1;
@@ -98,16 +103,25 @@ impl Network {
                     veth(
                         &mut ip,
                         &format!("v{number}"),
-                        "eth0",
+                        &format!("eth0 address {}", hardware(site, place)),
                         &format!("n{number}"),
                     )?;
                     writeln!(ip, "link set v{number} master b{site}")?;
                     shape(&mut tc, &format!("v{number}"), group.rate().down)?;
-                    planned.push((site, address(site, place), group.rate()));
+                    planned.push(Place {
+                        site,
+                        number: place,
+                        rate: group.rate(),
+                    });
                 }
             }
             if let Some(rate) = room.rate() {
-                veth(&mut ip, &format!("w{site}"), &format!("s{site}"), "router")?;
+                veth(
+                    &mut ip,
+                    &format!("w{site}"),
+                    &format!("s{site} address {}", hardware(site, ROUTER)),
+                    "router",
+                )?;
                 writeln!(ip, "link set w{site} master b{site}")?;
                 shape(&mut tc, &format!("w{site}"), rate.up)?;
             }
@@ -115,18 +129,24 @@ impl Network {
         batch(Command::new("ip").args(["-batch", "-"]), &ip)?;
         batch(Command::new("tc").args(["-batch", "-"]), &tc)?;
         if routed {
-            set_up_router(scenario)?;
+            set_up_router(scenario, &planned)?;
         }
         let mut hosts = Vec::with_capacity(planned.len());
-        for (number, (site, address, rate)) in planned.into_iter().enumerate() {
-            let namespace = Arc::new(Namespace::open(&format!("n{number}"))?);
-            set_up_host(&namespace, address, rate, routed)?;
-            hosts.push(Host {
-                namespace,
-                address,
-                site,
-                rate,
-            });
+        for of_site in planned.chunk_by(|one, other| one.site == other.site) {
+            let mut neighbours = neighbours(of_site, "eth0")?;
+            if routed {
+                neighbour(&mut neighbours, of_site[0].site, ROUTER, "eth0")?;
+            }
+            for place in of_site {
+                let namespace = Arc::new(Namespace::open(&format!("n{}", hosts.len()))?);
+                set_up_host(&namespace, place, routed, &neighbours)?;
+                hosts.push(Host {
+                    namespace,
+                    address: address(place.site, place.number),
+                    site: place.site,
+                    rate: place.rate,
+                });
+            }
         }
         Ok(Self {
             hosts,
@@ -319,28 +339,74 @@ fn shape(tc: &mut String, interface: &str, mbit: f64) -> Result<()> {
     Ok(())
 }
 
-fn set_up_host(namespace: &Namespace, address: Ipv4Addr, rate: Rate, routed: bool) -> Result<()> {
-    let [_, network, ..] = address.octets();
+/// Where a host is to be.
+struct Place {
+    site: usize,
+    /// Its number in the site.
+    number: u16,
+    rate: Rate,
+}
+
+/// The hardware address that goes with an address.
+fn hardware(site: usize, place: u16) -> String {
+    let [high, low] = place.to_be_bytes();
+    format!("02:50:00:{site:02x}:{high:02x}:{low:02x}")
+}
+
+/// Tells a host of a neighbour. All are told, as the kernel's table of those that were found by themselves is one for all namespaces, and
+/// too small for hundreds of hosts; real machines have one each.
+fn neighbour(ip: &mut String, site: usize, place: u16, interface: &str) -> Result<()> {
+    let (address, hardware) = (address(site, place), hardware(site, place));
+    writeln!(
+        ip,
+        "neigh replace {address} lladdr {hardware} dev {interface} nud permanent"
+    )?;
+    Ok(())
+}
+
+fn neighbours(places: &[Place], interface: &str) -> Result<String> {
+    let mut ip = String::new();
+    for place in places {
+        neighbour(&mut ip, place.site, place.number, interface)?;
+    }
+    Ok(ip)
+}
+
+fn set_up_host(namespace: &Namespace, place: &Place, routed: bool, neighbours: &str) -> Result<()> {
+    let (network, address) = (network(place.site), address(place.site, place.number));
     let mut ip = String::from("link set lo up\nlink set eth0 addrgenmode none\nlink set eth0 up\n");
-    writeln!(ip, "address add {address}/16 broadcast + dev eth0")?;
+    writeln!(
+        ip,
+        "address add {address}/16 broadcast + dev eth0 noprefixroute"
+    )?;
+    let tcp = format!("congctl {CONGESTION_CONTROL}");
+    writeln!(
+        ip,
+        "route add 10.{network}.0.0/16 dev eth0 src {address} {tcp}"
+    )?;
     writeln!(ip, "route add 224.0.0.0/4 dev eth0")?;
     if routed {
-        writeln!(ip, "route add default via 10.{network}.0.1")?;
+        writeln!(ip, "route add default via 10.{network}.0.{ROUTER} {tcp}")?;
     }
+    ip += neighbours;
     let mut tc = String::new();
-    shape(&mut tc, "eth0", rate.up)?;
+    shape(&mut tc, "eth0", place.rate.up)?;
     let name = namespace.name();
     batch(Command::new("ip").args(["-n", name, "-batch", "-"]), &ip)?;
     batch(Command::new("tc").args(["-n", name, "-batch", "-"]), &tc)
 }
 
-fn set_up_router(scenario: &Scenario) -> Result<()> {
+fn set_up_router(scenario: &Scenario, planned: &[Place]) -> Result<()> {
     let (mut ip, mut tc) = (String::from("link set lo up\n"), String::new());
     for (site, room) in scenario.sites.iter().enumerate() {
         let Some(rate) = room.rate() else { continue };
         writeln!(ip, "link set s{site} addrgenmode none")?;
         writeln!(ip, "link set s{site} up")?;
-        writeln!(ip, "address add {}/16 dev s{site}", address(site, 1))?;
+        writeln!(ip, "address add {}/16 dev s{site}", address(site, ROUTER))?;
+        let (interface, here) = (format!("s{site}"), |place: &&Place| place.site == site);
+        for place in planned.iter().filter(here) {
+            neighbour(&mut ip, site, place.number, &interface)?;
+        }
         shape(&mut tc, &format!("s{site}"), rate.down)?;
     }
     batch(
