@@ -45,13 +45,16 @@ const SLACK: u64 = 8 << 20;
 const PROGRESS_POWER: i32 = 4;
 /// But not less than this part, whatever it claims to lack.
 const LEAST_COUNTED: f64 = 0.25;
+/// Who is behind the one that has come furthest by more than this part of the blob is served first, sent often or not; but not by who
+/// holds all of it, as what only that one has must get out.
+const BEHIND: f64 = 0.04;
 /// Progress that everybody is given, so that the first pieces decide nothing.
 const HEAD_START: f64 = 1.0 / 64.0;
 
 /// The provider's side: decides which request is served next.
 ///
 /// Of all requests that wait, over all peers: those that somebody waits for (demand) first; then, within fair
-/// shares, those for the least-sent piece, so that a publisher sends distinct pieces to different peers, who pass
+/// shares, those of peers that have fallen behind the others, unless this node holds all of the blob; then those for the least-sent piece, so that a publisher sends distinct pieces to different peers, who pass
 /// them on; then those of the peer that was served least (start-time fair queueing, of the same family as deficit
 /// round robin, but with the choice of the piece as the first key). Fair shares: a peer that is 8 MiB ahead of
 /// another that waits comes after it in any case. What is served to peers that hold less of their blob than others counts less.
@@ -118,7 +121,7 @@ impl Queue {
 }
 
 /// What is compared between requests; the least is served.
-type Rank = (bool, bool, u64, u64);
+type Rank = (bool, bool, bool, u64, u64);
 
 impl Uploads {
     /// Nobody connected, nothing sent.
@@ -302,10 +305,7 @@ impl Uploads {
             return None;
         }
         let (peer, at) = self.choose(now, bound)?;
-        let waiting = self.peers.values().flat_map(|queue| queue.waiting.first());
-        let furthest = waiting
-            .map(|waiting| progress(&waiting.request))
-            .fold(HEAD_START, f64::max);
+        let furthest = self.furthest();
         let queue = self.peers.get_mut(&peer)?;
         let Waiting {
             request,
@@ -399,6 +399,7 @@ impl Uploads {
             .map(|queue| queue.served)
             .min()?;
         self.virtual_time = self.virtual_time.max(least);
+        let furthest = self.furthest();
         let mut best: Option<(Rank, PeerKey, usize)> = None;
         for (&peer, queue) in self.peers.iter().filter(|(_, queue)| credit(queue)) {
             let ahead = queue.served > least + SLACK;
@@ -408,13 +409,23 @@ impl Uploads {
                     continue;
                 }
                 let copies = self.sent.copies(waiting.log, &waiting.request.groups);
-                let rank = (!waiting.request.demand, ahead, copies, queue.served);
+                let request = &waiting.request;
+                let behind = !request.whole && progress(request) + BEHIND < furthest;
+                let rank = (!request.demand, ahead, !behind, copies, queue.served);
                 if best.as_ref().is_none_or(|(other, ..)| rank < *other) {
                     best = Some((rank, peer, at));
                 }
             }
         }
         best.map(|(_, peer, at)| (peer, at))
+    }
+
+    /// How far the peer of those that wait has come that has come furthest.
+    fn furthest(&self) -> f64 {
+        let waiting = self.peers.values().flat_map(|queue| queue.waiting.first());
+        waiting
+            .map(|waiting| progress(&waiting.request))
+            .fold(HEAD_START, f64::max)
     }
 
     /// Until when a request is kept back, as another peer was just sent the same.

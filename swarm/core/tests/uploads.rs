@@ -109,6 +109,32 @@ fn who_holds_less_is_served_more_but_not_without_end() {
 }
 
 #[test]
+fn who_has_fallen_behind_comes_before_rare_pieces_but_not_at_a_seeder() {
+    // Whether the second of two peers, which asks for what was sent before, is served first.
+    let is_first = |holds: u64, whole: bool| {
+        let mut uploads = uploads(3);
+        let ask = |uploads: &mut Uploads, peer, group, holds| {
+            let request = IncomingRequest {
+                whole,
+                holds,
+                ..request(1, group)
+            };
+            uploads
+                .handle_request(at(0), PeerKey(peer), request)
+                .expect("room");
+        };
+        ask(&mut uploads, 2, 8, 200);
+        assert_eq!(drain(&mut uploads, 0), [(2, 8)]);
+        ask(&mut uploads, 0, 100, 200);
+        ask(&mut uploads, 1, 8, holds);
+        drain(&mut uploads, 2_000)[0].0 == 1
+    };
+    assert!(is_first(150, false));
+    assert!(!is_first(195, false), "hardly behind");
+    assert!(!is_first(150, true), "a seeder sends what others lack");
+}
+
+#[test]
 fn shares_are_fair_between_peers_with_equally_rare_wishes() {
     let mut uploads = uploads(2);
     for id in 0..100 {
