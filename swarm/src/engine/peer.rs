@@ -115,6 +115,8 @@ pub struct Peer {
     pub took: Instant,
     /// Its connection is being closed.
     pub leaving: bool,
+    /// It told its status.
+    pub told_status: bool,
     /// Where it listens, as it says.
     pub listening: Vec<SocketAddr>,
     /// Records of its that are being checked, and reads of records for it that are under way.
@@ -164,6 +166,7 @@ impl Peer {
             gave: now,
             took: now,
             leaving: false,
+            told_status: false,
             listening: Vec::new(),
             offers: 0,
             record_reads: 0,

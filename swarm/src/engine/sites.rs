@@ -23,8 +23,9 @@ use crate::protocol;
 const MAX_NETWORKS: usize = 64;
 /// How often they are looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(10);
-/// How long a connection to another site stays in any case.
+/// How long a connection to another site stays in any case, and how long at most without use.
 const SPARED_FOR: Duration = Duration::from_secs(30);
+const TURNS_AFTER: Duration = Duration::from_secs(600);
 
 /// Where this node is.
 #[derive(Debug)]
@@ -184,10 +185,18 @@ impl Engine {
         peers.filter(|peer| peer.class == Class::Within).count()
     }
 
-    /// How many connections to other sites are lacking.
+    /// How many connections to other sites are lacking. Those that others opened do not count: whoever opens one to every node of a site
+    /// must not cut it off from the rest.
     pub(super) fn lacking_beyond(&self) -> usize {
-        let has = self.peers.len() - self.near() + self.connector.dialling();
+        let has = self.own_beyond().count() + self.connector.dialling();
         self.wanted_beyond().saturating_sub(has)
+    }
+
+    /// The connections to other sites that this node opened, and keeps.
+    fn own_beyond(&self) -> impl Iterator<Item = (PeerKey, &Peer)> {
+        let own = |peer: &Peer| peer.class == Class::Beyond && peer.dialled && !peer.leaving;
+        let peers = self.peers.iter().map(|(key, peer)| (*key, peer));
+        peers.filter(move |(_, peer)| own(peer))
     }
 
     /// How many connections to other sites this node wants. Each costs a dear link something, so it is one, by which what is new becomes
@@ -225,21 +234,18 @@ impl Engine {
         self.site.searches = self.transfers.keys().any(searches_for);
     }
 
-    /// Lets one connection to another site go that this node asked for, where there are more than it wants: one that is good for nothing
-    /// just now, and has been there for some time.
+    /// Lets one connection to another site go that this node opened and that is good for nothing just now: where there are more than it
+    /// wants, and where one is old, so that another takes its place, and no group of sites stays apart from the others.
     fn let_go_beyond(&mut self, now: Instant) {
-        let stays = |peer: &&Peer| peer.class == Class::Beyond && !peer.leaving;
-        if self.peers.values().filter(stays).count() <= self.wanted_beyond() {
-            return;
-        }
-        let fetched = || self.transfers.keys();
-        let spare = self.peers.iter_mut().find(|(_, peer)| {
-            stays(&&**peer)
-                && peer.dialled
-                && now - peer.since >= SPARED_FOR
-                && peer.good_for(now, fetched()) == Use::Idle
+        let too_many = self.own_beyond().count() > self.wanted_beyond();
+        let turns = self.near() > 0;
+        let spare = self.own_beyond().find(|(_, peer)| {
+            let age = now - peer.since;
+            (too_many && age >= SPARED_FOR || turns && age >= TURNS_AFTER)
+                && peer.good_for(now, self.transfers.keys()) == Use::Idle
         });
-        if let Some((_, peer)) = spare {
+        let Some((key, _)) = spare else { return };
+        if let Some(peer) = self.peers.get_mut(&key) {
             tracing::debug!(peer = %peer.id, "let go: one fewer between sites");
             // Closed at the next tick.
             peer.leaving = true;

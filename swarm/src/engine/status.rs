@@ -23,6 +23,8 @@ const MAX_MEMBERS: usize = 4096;
 /// other minute. Newcomers are told by those that they are connected to.
 const STATUS_EVERY: Duration = Duration::from_secs(300);
 const STATUS_EVERY_MEMBER: Duration = Duration::from_secs(120);
+/// At most so many members count for that.
+const MAX_COUNTED: usize = 240;
 /// The same after a failure.
 const STATUS_RETRY: Duration = Duration::from_secs(3);
 /// A status waits so long for further changes.
@@ -57,7 +59,8 @@ impl Statuses {
     }
 
     fn is_due(&self, now: Instant) -> bool {
-        let again = STATUS_EVERY_MEMBER.saturating_mul(self.heard.len() as u32);
+        let members = self.heard.len().min(MAX_COUNTED);
+        let again = STATUS_EVERY_MEMBER.saturating_mul(members as u32);
         let again = self.gossiped + again.max(STATUS_EVERY).mul_f64(self.jitter);
         now >= self.due.map_or(again, |due| due.min(again))
     }
@@ -121,9 +124,15 @@ impl Engine {
         }
     }
 
-    /// A peer told its status.
+    /// A peer told its status, as it does once, on connecting.
     pub(super) fn on_status_told(&mut self, key: PeerKey, status: Status) {
-        let source = self.peers.get(&key).map(|peer| peer.id);
+        let Some(peer) = self.peers.get_mut(&key) else {
+            return;
+        };
+        if std::mem::replace(&mut peer.told_status, true) {
+            return self.fault(key, "it told its status again");
+        }
+        let source = Some(peer.id);
         if matches!(self.on_status(source, status), MessageAcceptance::Reject) {
             self.fault(key, "it told the status of another machine");
         }

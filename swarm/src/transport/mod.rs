@@ -67,7 +67,12 @@ fn keep_alive(socket: &tcp::tokio::TcpStream) -> std::io::Result<()> {
         .with_time(ASK_AFTER)
         .with_interval(ASK_EVERY)
         .with_retries(ASKED);
-    SockRef::from(&socket.0).set_tcp_keepalive(&keep_alive)
+    let socket = SockRef::from(&socket.0);
+    socket.set_tcp_keepalive(&keep_alive)?;
+    // It does not ask while something sent is not acknowledged.
+    #[cfg(target_os = "linux")]
+    socket.set_tcp_user_timeout(Some(ASK_AFTER + ASK_EVERY * ASKED))?;
+    Ok(())
 }
 
 async fn upgrade<S>(

@@ -93,10 +93,15 @@ impl<'a> Fleet<'a> {
         }
         let others = lab.real();
         fleet.start_all(&others[1..], true)?;
-        let peers = PEERS.min(others.len() - 1);
+        // In their sites, that is: with other sites nodes have few connections.
+        let site = |number: usize| lab.network.hosts[number].site;
+        let enough = |number: usize| {
+            let near = others.iter().filter(|other| site(**other) == site(number));
+            (near.count() - 1).clamp(1, PEERS)
+        };
         until("all nodes have found others", || {
-            let found = fleet.statuses()?;
-            Ok(found.values().all(|status| status.peers >= peers))
+            let mut found = fleet.statuses()?.into_iter();
+            Ok(found.all(|(number, status)| status.peers >= enough(number)))
         })?;
         Ok(fleet)
     }
