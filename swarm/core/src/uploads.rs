@@ -54,7 +54,8 @@ const HEAD_START: f64 = 1.0 / 64.0;
 /// The provider's side: decides which request is served next.
 ///
 /// Of all requests that wait, over all peers: those that somebody waits for (demand) first; then, within fair
-/// shares, those of peers that have fallen behind the others, unless this node holds all of the blob; then those for the least-sent piece, so that a publisher sends distinct pieces to different peers, who pass
+/// shares, those of peers that have fallen behind the others, unless this node holds all of the blob; then those for
+/// the least-sent piece, so that a publisher sends distinct pieces to different peers, who pass
 /// them on; then those of the peer that was served least (start-time fair queueing, of the same family as deficit
 /// round robin, but with the choice of the piece as the first key). Fair shares: a peer that is 8 MiB ahead of
 /// another that waits comes after it in any case. What is served to peers that hold less of their blob than others counts less.
@@ -120,7 +121,8 @@ impl Queue {
     }
 }
 
-/// What is compared between requests; the least is served.
+/// What is compared between requests; the least is served: not demanded, ahead of its share, not behind the others,
+/// copies sent, bytes served.
 type Rank = (bool, bool, bool, u64, u64);
 
 impl Uploads {
@@ -304,8 +306,8 @@ impl Uploads {
         if self.counted_in_flight(now) >= bound {
             return None;
         }
-        let (peer, at) = self.choose(now, bound)?;
         let furthest = self.furthest();
+        let (peer, at) = self.choose(now, bound, furthest)?;
         let queue = self.peers.get_mut(&peer)?;
         let Waiting {
             request,
@@ -387,7 +389,7 @@ impl Uploads {
     }
 
     /// The peer and the place in its queue of the request to serve next.
-    fn choose(&mut self, now: Time, bound: u64) -> Option<(PeerKey, usize)> {
+    fn choose(&mut self, now: Time, bound: u64, furthest: f64) -> Option<(PeerKey, usize)> {
         let waits = |queue: &&Queue| !queue.waiting.is_empty();
         let lone = self.peers.values().filter(waits).count() == 1;
         let credit = |queue: &&Queue| queue.in_flight() < if lone { bound } else { PEER_IN_FLIGHT };
@@ -399,7 +401,6 @@ impl Uploads {
             .map(|queue| queue.served)
             .min()?;
         self.virtual_time = self.virtual_time.max(least);
-        let furthest = self.furthest();
         let mut best: Option<(Rank, PeerKey, usize)> = None;
         for (&peer, queue) in self.peers.iter().filter(|(_, queue)| credit(queue)) {
             let ahead = queue.served > least + SLACK;
@@ -408,8 +409,8 @@ impl Uploads {
                     self.wake_at = earliest(self.wake_at, Some(end));
                     continue;
                 }
-                let copies = self.sent.copies(waiting.log, &waiting.request.groups);
                 let request = &waiting.request;
+                let copies = self.sent.copies(waiting.log, &request.groups);
                 let behind = !request.whole && progress(request) + BEHIND < furthest;
                 let rank = (!request.demand, ahead, !behind, copies, queue.served);
                 if best.as_ref().is_none_or(|(other, ..)| rank < *other) {

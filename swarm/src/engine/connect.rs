@@ -161,13 +161,13 @@ impl Engine {
                 Ok(_) => near_left > 0,
                 Err(_) => near_left > 0 || beyond_left > 0 && near == self.peers.len() && fetching,
             };
-            let due = connector.directory.due_bootstrap(
+            let ways_in = connector.directory.due_bootstrap(
                 since_start,
                 near_left.max(beyond_left),
                 connected,
                 is_wanted,
             );
-            targets.extend(due);
+            targets.extend(ways_in);
         }
         if lacking > 0 && connector.searched.is_none_or(|at| now - at >= SEARCH_EVERY) {
             connector.searched = Some(now);

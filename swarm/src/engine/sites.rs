@@ -1,4 +1,4 @@
-//! Which peers are of this node's site, how many of other sites it wants, and what a site's gateways say to each other.
+//! Which peers are of this node's site, how many of other sites it wants and keeps, and what a site's gateways say to each other.
 //!
 //! A site is configured as a label, or else what shares a LAN's prefix. Who asks beyond it, and for what, is the scheduler's
 //! business.
@@ -220,6 +220,10 @@ impl Engine {
     /// it at each tick, and tells the others what it finds. And who fetches for its site searches for somebody who has all: others
     /// beyond fetch it from the same source, over the same links.
     fn tick_search(&mut self) {
+        if self.transfers.is_empty() {
+            self.site.searches = false;
+            return;
+        }
         let members = self.near() as f64 + 1.0;
         let begins = self.site.searches || self.connector.rng().random_bool(1.0 / members);
         let peers = || self.peers.values();

@@ -19,8 +19,8 @@ use crate::transport::peer_id_of;
 
 /// Members whose newest status is remembered.
 const MAX_MEMBERS: usize = 4096;
-/// When the status is gossiped again though nothing changed: at least, and for each member, so that the fleet as a whole does it every
-/// other minute. Newcomers are told by those that they are connected to.
+/// When the status is gossiped again though nothing changed: after so long at least, and so long for each member, so that the fleet as a
+/// whole does it every other minute. Newcomers are told by those that they are connected to.
 const STATUS_EVERY: Duration = Duration::from_secs(300);
 const STATUS_EVERY_MEMBER: Duration = Duration::from_secs(120);
 /// At most so many members count for that.

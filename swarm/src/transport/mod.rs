@@ -29,8 +29,8 @@ const MAX_STREAMS: usize = 32;
 /// Time for a stranger's TLS handshake, of the whole that `admission` allows: who says nothing soon gives its place up.
 const TLS_PATIENCE: Duration = Duration::from_secs(5);
 
-/// Silence after which TCP asks whether the other end is there, how often it asks again, and how many times: an idle connection to a
-/// machine that is gone ends after three and a half minutes, and costs a packet and its answer in three.
+/// Silence after which TCP asks whether the other end is there, how often it asks again, and how many times. So an idle connection to a
+/// machine that is gone ends after three and a half minutes; to one that is there it costs a packet and its answer in three, from either end.
 const ASK_AFTER: Duration = Duration::from_secs(180);
 const ASK_EVERY: Duration = Duration::from_secs(10);
 const ASKED: u32 = 3;
