@@ -67,21 +67,23 @@ async fn about_one_copy_comes_into_each_site() {
         within(fetch.done()).await.unwrap();
     }
     for site in &sites {
-        let mut into_site = 0;
-        let mut gateways = 0;
+        let mut crossed_to = Vec::new();
         for node in site {
             assert_eq!(node.store.content(&tree.root).unwrap(), data);
-            let bytes = crossed(node).await;
-            into_site += bytes;
-            gateways += usize::from(bytes > 0);
+            crossed_to.push(crossed(node).await);
         }
-        let copies = into_site as f64 / tree.size as f64;
+        let copies = crossed_to.iter().sum::<u64>() as f64 / tree.size as f64;
         // Two, where all goes by the clock; here nodes share cores, and may hear of each other late. Figures are the simulations' business.
         assert!(
             copies < 1.6,
-            "{copies:.3} copies came into a site, by {gateways} nodes"
+            "{copies:.3} copies came into a site: {crossed_to:?}"
         );
-        assert!(gateways < 4, "all asked beyond");
+        // Who hears late of the gateways has asked once or twice by then; without any, each would fetch a quarter.
+        assert!(
+            crossed_to.iter().any(|&bytes| bytes < tree.size / 10),
+            "all went on asking beyond: {crossed_to:?} of {}",
+            tree.size
+        );
     }
 }
 
