@@ -28,7 +28,8 @@ const MAX_UNINTERESTING: usize = 4096;
 pub struct AnnounceConfig {
     /// Least time between two deltas of one blob. Short: while a blob spreads, every hop waits for it.
     pub min_interval: Duration,
-    /// Time between two deltas when the budget is used up: deltas then are larger, and cheaper by the group.
+    /// Time between two deltas when the budget is used up: deltas then are larger, and cheaper by the group. On the way there it grows
+    /// by and by, or those that are told much at the start would hear nothing for a while after.
     pub max_interval: Duration,
     /// What deltas may cost, as a part of the bytes received.
     pub budget: f64,
@@ -44,6 +45,15 @@ impl Default for AnnounceConfig {
             budget: 0.005,
             advance: 64 << 10,
         }
+    }
+}
+
+impl AnnounceConfig {
+    /// Time between two deltas when so much of the advance is left: the less, the longer.
+    fn wait(&self, credit: f64) -> Duration {
+        let used = 1.0 - (credit / self.advance as f64).clamp(0.0, 1.0);
+        let longer = self.max_interval.saturating_sub(self.min_interval);
+        self.min_interval + longer.mul_f64(used * used)
     }
 }
 
@@ -73,8 +83,8 @@ pub struct Announce {
 
 /// Decides which haves are announced to whom, and when.
 ///
-/// A new peer is told all that is held. Then every peer is told of what comes, in batches: 20 ms apart while the
-/// cost stays within 0.5 % of the bytes received, else 500 ms apart; except of blobs in which it has no interest
+/// A new peer is told all that is held. Then every peer is told of what comes, in batches: from 20 ms apart, at first, to 500 ms, such that
+/// their cost stays within 0.5 % of the bytes received; except of blobs in which it has no interest
 /// ([`set_interested`](Self::set_interested), for peers that hold all of it), of which it is told on completion only. What came from a publisher
 /// ([`hurry`](Self::hurry)) does not wait for its batch. What goes is told
 /// at once, so that nobody asks in vain. Other sites are told less, see [`peer_connected`](Self::peer_connected).
@@ -155,11 +165,7 @@ impl Announcements {
         holding.held.union_with(&fresh);
         holding.fresh.union_with(&fresh);
         let complete = holding.held.contains_run(&(0..group_count(size)));
-        let wait = if self.credit > 0.0 {
-            self.config.min_interval
-        } else {
-            self.config.max_interval
-        };
+        let wait = self.config.wait(self.credit);
         let due = match holding.told {
             Some(told) if !complete => (told + wait).max(now),
             // The first groups, and the last, are told at once.

@@ -48,13 +48,15 @@ const LEAST_COUNTED: f64 = 0.25;
 /// Who is behind the one that has come furthest by more than this part of the blob is served first, sent often or not; but not by who
 /// holds all of it, as what only that one has must get out.
 const BEHIND: f64 = 0.04;
+/// And until it is so many bytes ahead of the one that was served least: anybody can say that it lacks everything.
+const BEHIND_SLACK: u64 = 1 << 20;
 /// Progress that everybody is given, so that the first pieces decide nothing.
 const HEAD_START: f64 = 1.0 / 64.0;
 
 /// The provider's side: decides which request is served next.
 ///
 /// Of all requests that wait, over all peers: those that somebody waits for (demand) first; then, within fair
-/// shares, those of peers that have fallen behind the others, unless this node holds all of the blob; then those for
+/// shares, those of peers that have fallen behind the others with their blob, unless this node holds all of it; then those for
 /// the least-sent piece, so that a publisher sends distinct pieces to different peers, who pass
 /// them on; then those of the peer that was served least (start-time fair queueing, of the same family as deficit
 /// round robin, but with the choice of the piece as the first key). Fair shares: a peer that is 8 MiB ahead of
@@ -307,14 +309,14 @@ impl Uploads {
             return None;
         }
         let furthest = self.furthest();
-        let (peer, at) = self.choose(now, bound, furthest)?;
+        let (peer, at) = self.choose(now, bound, &furthest)?;
         let queue = self.peers.get_mut(&peer)?;
         let Waiting {
             request,
             bytes,
             log,
         } = queue.waiting.remove(at);
-        let part = (progress(&request) / furthest).powi(PROGRESS_POWER);
+        let part = (progress(&request) / furthest[&log]).powi(PROGRESS_POWER);
         queue.served += (bytes as f64 * part.clamp(LEAST_COUNTED, 1.0)) as u64;
         let (id, groups) = (request.id, request.groups);
         self.sent.count(log, &groups, peer, now);
@@ -389,7 +391,12 @@ impl Uploads {
     }
 
     /// The peer and the place in its queue of the request to serve next.
-    fn choose(&mut self, now: Time, bound: u64, furthest: f64) -> Option<(PeerKey, usize)> {
+    fn choose(
+        &mut self,
+        now: Time,
+        bound: u64,
+        furthest: &BTreeMap<usize, f64>,
+    ) -> Option<(PeerKey, usize)> {
         let waits = |queue: &&Queue| !queue.waiting.is_empty();
         let lone = self.peers.values().filter(waits).count() == 1;
         let credit = |queue: &&Queue| queue.in_flight() < if lone { bound } else { PEER_IN_FLIGHT };
@@ -404,6 +411,7 @@ impl Uploads {
         let mut best: Option<(Rank, PeerKey, usize)> = None;
         for (&peer, queue) in self.peers.iter().filter(|(_, queue)| credit(queue)) {
             let ahead = queue.served > least + SLACK;
+            let may_be_first = queue.served <= least + BEHIND_SLACK;
             for (at, waiting) in queue.waiting.iter().enumerate() {
                 if let Some(end) = self.kept_back(peer, waiting).filter(|&end| now < end) {
                     self.wake_at = earliest(self.wake_at, Some(end));
@@ -411,7 +419,9 @@ impl Uploads {
                 }
                 let request = &waiting.request;
                 let copies = self.sent.copies(waiting.log, &request.groups);
-                let behind = !request.whole && progress(request) + BEHIND < furthest;
+                let behind = may_be_first
+                    && !request.whole
+                    && progress(request) + BEHIND < furthest[&waiting.log];
                 let rank = (!request.demand, ahead, !behind, copies, queue.served);
                 if best.as_ref().is_none_or(|(other, ..)| rank < *other) {
                     best = Some((rank, peer, at));
@@ -421,12 +431,14 @@ impl Uploads {
         best.map(|(_, peer, at)| (peer, at))
     }
 
-    /// How far the peer of those that wait has come that has come furthest.
-    fn furthest(&self) -> f64 {
-        let waiting = self.peers.values().flat_map(|queue| queue.waiting.first());
-        waiting
-            .map(|waiting| progress(&waiting.request))
-            .fold(HEAD_START, f64::max)
+    /// How far the peer has come that has come furthest, of those that wait; by blob.
+    fn furthest(&self) -> BTreeMap<usize, f64> {
+        let mut furthest = BTreeMap::new();
+        for waiting in self.peers.values().flat_map(|queue| &queue.waiting) {
+            let most = furthest.entry(waiting.log).or_insert(HEAD_START);
+            *most = progress(&waiting.request).max(*most);
+        }
+        furthest
     }
 
     /// Until when a request is kept back, as another peer was just sent the same.

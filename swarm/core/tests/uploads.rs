@@ -135,6 +135,29 @@ fn who_has_fallen_behind_comes_before_rare_pieces_but_not_at_a_seeder() {
 }
 
 #[test]
+fn who_says_that_it_lacks_everything_does_not_shut_out_the_others() {
+    let mut uploads = uploads(3);
+    // A mebibyte each: one the same again and again, the others what was sent less often.
+    for id in 0..60 {
+        for (peer, first, holds) in [(0, 0, 0), (1, 64, 200), (2, 128, 200)] {
+            let request = IncomingRequest {
+                whole: false,
+                groups: first..first + 64,
+                holds,
+                ..request(id, 0)
+            };
+            uploads
+                .handle_request(at(0), PeerKey(peer), request)
+                .expect("room");
+        }
+    }
+    let served = drain(&mut uploads, 1);
+    let others = served[..30].iter().filter(|(peer, _)| *peer != 0).count();
+    // A quarter of what it is served counts, so it gets twice as much as both others, but no more.
+    assert!((8..=14).contains(&others), "{others}");
+}
+
+#[test]
 fn shares_are_fair_between_peers_with_equally_rare_wishes() {
     let mut uploads = uploads(2);
     for id in 0..100 {

@@ -8,7 +8,7 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use capsule_proto::wire::Control;
-use capsule_swarm_core::PeerKey;
+use capsule_swarm_core::{Class, PeerKey};
 use libp2p::PeerId;
 use libp2p::core::transport::TransportError;
 use libp2p::swarm::dial_opts::{DialOpts, PeerCondition};
@@ -46,7 +46,8 @@ const MAX_REFUSALS: usize = 256;
 /// State of connecting.
 pub(super) struct Connector {
     pub(super) directory: Directory,
-    dials: HashMap<ConnectionId, Target>,
+    /// With whether they lead to another site, where that is known.
+    dials: HashMap<ConnectionId, (Target, Option<bool>)>,
     /// Names being looked up.
     pub(super) resolving: JoinSet<(Target, Vec<SocketAddr>)>,
     search: watch::Sender<u64>,
@@ -78,9 +79,10 @@ impl Connector {
         }
     }
 
-    /// How many connections are on their way; it is not known where their other ends are.
-    pub(super) fn dialling(&self) -> usize {
-        self.dials.len() + self.resolving.len()
+    /// How many connections are on their way, to other sites or within this one, or where that is not known.
+    pub(super) fn dialling(&self, beyond: bool) -> usize {
+        let may_be = |leads: &&(Target, Option<bool>)| leads.1.is_none_or(|leads| leads == beyond);
+        self.dials.values().filter(may_be).count() + self.resolving.len()
     }
 
     pub(super) fn rng(&mut self) -> &mut SmallRng {
@@ -128,9 +130,9 @@ impl Engine {
         let now = Instant::now();
         let since_start = now - self.start;
         let (near, lacking_beyond) = (self.near(), self.lacking_beyond());
-        let (keys, site, fetching) = (&self.keys, &self.site, !self.transfers.is_empty());
+        let (keys, site) = (&self.keys, &self.site);
         let connector = &mut self.connector;
-        let busy = near + connector.dialling();
+        let busy = near + connector.dialling(false);
         let lacking = self
             .limits
             .connections_wanted
@@ -143,23 +145,26 @@ impl Engine {
             let is_beyond = |label: &str, addresses: &[SocketAddr]| {
                 site.is_beyond(label, addresses.iter().map(SocketAddr::ip))
             };
-            let is_near = |label: &str, addresses: &[SocketAddr]| !is_beyond(label, addresses);
-            let mut due = |count: usize, such: &dyn Fn(&str, &[SocketAddr]) -> bool| {
-                let due = connector
-                    .directory
-                    .due_peers(since_start, count, connected, such);
+            let mut due = |count: usize, beyond: bool| {
+                let due =
+                    connector
+                        .directory
+                        .due_peers(since_start, count, connected, |label, at| {
+                            is_beyond(label, at) == beyond
+                        });
                 let found = due.len();
-                targets.extend(due);
+                targets.extend(due.into_iter().map(|target| (target, Some(beyond))));
                 count - found
             };
-            let (near_left, beyond_left) =
-                (due(lacking, &is_near), due(lacking_beyond, &is_beyond));
-            // Whoever all know as the way in is asked last, or it would have no peace. Where a name leads is not known: to another site
-            // as well, perhaps, if none is connected and something is to be fetched.
-            let is_wanted = |host: &str| match host.parse() {
-                Ok(ip) if site.is_beyond("", [ip]) => beyond_left > 0,
-                Ok(_) => near_left > 0,
-                Err(_) => near_left > 0 || beyond_left > 0 && near == self.peers.len() && fetching,
+            let (near_left, beyond_left) = (due(lacking, false), due(lacking_beyond, true));
+            // Whoever all know as the way in is asked last, or it would have no peace. Where a name leads is known once somebody answered.
+            let is_wanted = |host: &str, beyond: Option<bool>| {
+                let by_address = || Some(site.is_beyond("", [host.parse().ok()?]));
+                match beyond.or_else(by_address) {
+                    Some(true) => beyond_left > 0,
+                    Some(false) => near_left > 0,
+                    None => near_left + beyond_left > 0,
+                }
             };
             let ways_in = connector.directory.due_bootstrap(
                 since_start,
@@ -167,13 +172,15 @@ impl Engine {
                 connected,
                 is_wanted,
             );
-            targets.extend(ways_in);
+            targets.extend(ways_in.into_iter().map(|target| (target, None)));
         }
         if lacking > 0 && connector.searched.is_none_or(|at| now - at >= SEARCH_EVERY) {
             connector.searched = Some(now);
             connector.search.send_modify(|round| *round += 1);
         }
-        targets.into_iter().for_each(|target| self.resolve(target));
+        targets
+            .into_iter()
+            .for_each(|(target, beyond)| self.resolve(target, beyond));
         if now - self.connector.exchanged >= EXCHANGE_EVERY {
             self.connector.exchanged = now;
             if let Some(key) = self.connector.choose(self.peers.keys()) {
@@ -183,16 +190,16 @@ impl Engine {
         }
     }
 
-    fn resolve(&mut self, target: Target) {
+    fn resolve(&mut self, target: Target, beyond: Option<bool>) {
         let place = match &target {
             Target::Peer(_, addresses) => {
                 let addresses = addresses.clone();
-                return self.dial(target, addresses);
+                return self.dial(target, addresses, beyond);
             }
             Target::Bootstrap(_, place) => place.clone(),
         };
         if let Ok(ip) = place.host.parse() {
-            return self.dial(target, vec![SocketAddr::new(ip, place.port)]);
+            return self.dial(target, vec![SocketAddr::new(ip, place.port)], beyond);
         }
         self.connector.resolving.spawn(async move {
             let found = tokio::net::lookup_host((place.host.as_str(), place.port)).await;
@@ -200,8 +207,13 @@ impl Engine {
         });
     }
 
-    /// Dials a target at addresses that are known by now.
-    pub(super) fn dial(&mut self, target: Target, addresses: Vec<SocketAddr>) {
+    /// Dials a target at addresses that are known by now, in another site or not.
+    pub(super) fn dial(
+        &mut self,
+        target: Target,
+        addresses: Vec<SocketAddr>,
+        beyond: Option<bool>,
+    ) {
         let options = match &target {
             Target::Peer(peer, _) => DialOpts::peer_id(*peer)
                 .condition(PeerCondition::DisconnectedAndNotDialing)
@@ -220,7 +232,7 @@ impl Engine {
             }
         };
         let id = options.connection_id();
-        self.connector.dials.insert(id, target);
+        self.connector.dials.insert(id, (target, beyond));
         if let Err(error) = self.swarm.dial(options) {
             self.on_dial_failed(id, &error);
         }
@@ -234,15 +246,21 @@ impl Engine {
     }
 
     pub(super) fn on_dialled(&mut self, id: ConnectionId, reached: PeerId) {
-        if let Some(target) = self.connector.dials.remove(&id) {
+        if let Some((target, _)) = self.connector.dials.remove(&id) {
             self.connector
                 .directory
                 .dialled(self.start.elapsed(), &target, Some(reached));
+            let there = self.keys.get(&reached).and_then(|key| self.peers.get(key));
+            if let Some(class) = there.map(|peer| peer.class) {
+                self.connector
+                    .directory
+                    .is_beyond(&reached, class == Class::Beyond);
+            }
         }
     }
 
     pub(super) fn on_dial_failed(&mut self, id: ConnectionId, error: &DialError) {
-        let Some(target) = self.connector.dials.remove(&id) else {
+        let Some((target, _)) = self.connector.dials.remove(&id) else {
             return;
         };
         self.connector
@@ -307,6 +325,9 @@ impl Engine {
             return self.swarm.behaviour_mut().peers.close(key);
         }
         tracing::debug!(peer = %id, address = %connected.address, ?class, "connected");
+        self.connector
+            .directory
+            .is_beyond(&id, class == Class::Beyond);
         self.uploads.peer_connected(now, key);
         self.announcements.peer_connected(now, key, class);
         if let Some(address) = address::to_socket(&connected.address).filter(|_| connected.dialled)

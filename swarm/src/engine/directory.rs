@@ -47,8 +47,9 @@ struct Bootstrap {
     place: HostPort,
     attempts: Attempts,
     dialling: bool,
-    /// Who answered there last.
+    /// Who answered there last, and whether that was in another site.
     peer: Option<PeerId>,
+    beyond: Option<bool>,
 }
 
 /// Something to dial.
@@ -115,6 +116,7 @@ impl Directory {
             attempts,
             dialling: false,
             peer: None,
+            beyond: None,
         });
         true
     }
@@ -151,17 +153,22 @@ impl Directory {
         self.peers.remove(peer);
     }
 
-    /// Up to `count` bootstrap addresses to dial now: those that do not lead to a peer that is connected, and whose host is such.
+    /// Up to `count` bootstrap addresses to dial now: those that do not lead to a peer that is connected, and that are such by their hosts,
+    /// and by whether who answered last was in another site.
     pub fn due_bootstrap(
         &mut self,
         now: Duration,
         count: usize,
         connected: impl Fn(&PeerId) -> bool,
-        such: impl Fn(&str) -> bool,
+        such: impl Fn(&str, Option<bool>) -> bool,
     ) -> Vec<Target> {
         let due = |(number, entry): (usize, &mut Bootstrap)| {
             let there = entry.peer.as_ref().is_some_and(&connected);
-            if there || entry.dialling || entry.attempts.next > now || !such(&entry.place.host) {
+            if there
+                || entry.dialling
+                || entry.attempts.next > now
+                || !such(&entry.place.host, entry.beyond)
+            {
                 return None;
             }
             entry.dialling = true;
@@ -238,6 +245,15 @@ impl Directory {
         }
     }
 
+    /// Whether the peer that answers at a bootstrap address is in another site.
+    pub fn is_beyond(&mut self, peer: &PeerId, beyond: bool) {
+        let there = |entry: &&mut Bootstrap| entry.peer.as_ref() == Some(peer);
+        self.bootstrap
+            .iter_mut()
+            .filter(there)
+            .for_each(|entry| entry.beyond = Some(beyond));
+    }
+
     /// A bootstrap address turned out to be this node's own: it is not tried again.
     pub fn is_myself(&mut self, target: &Target) {
         if let Target::Bootstrap(number, _) = target {
@@ -286,7 +302,7 @@ mod tests {
         assert!(directory.add_bootstrap("10.0.0.1:1") && !directory.add_bootstrap("nonsense"));
         let mut tries = Vec::new();
         for now in (0..3600 * 10).map(|tenths| Duration::from_millis(tenths * 100)) {
-            for target in directory.due_bootstrap(now, 9, |_| false, |_| true) {
+            for target in directory.due_bootstrap(now, 9, |_| false, |_, _| true) {
                 tries.push(now);
                 directory.dialled(now, &target, None);
             }
@@ -304,11 +320,11 @@ mod tests {
         let mut directory = directory();
         directory.add_bootstrap("10.0.0.1:1");
         let target = directory
-            .due_bootstrap(seconds(0), 9, |_| false, |_| true)
+            .due_bootstrap(seconds(0), 9, |_| false, |_, _| true)
             .remove(0);
         assert!(
             directory
-                .due_bootstrap(seconds(0), 9, |_| false, |_| true)
+                .due_bootstrap(seconds(0), 9, |_| false, |_, _| true)
                 .is_empty(),
             "being dialled"
         );
@@ -316,11 +332,11 @@ mod tests {
         directory.dialled(seconds(0), &target, Some(peer));
         assert!(
             directory
-                .due_bootstrap(seconds(9), 9, |id| *id == peer, |_| true)
+                .due_bootstrap(seconds(9), 9, |id| *id == peer, |_, _| true)
                 .is_empty()
         );
         assert_eq!(
-            directory.due_bootstrap(seconds(9), 9, |_| false, |_| true),
+            directory.due_bootstrap(seconds(9), 9, |_| false, |_, _| true),
             [target]
         );
     }

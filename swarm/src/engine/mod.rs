@@ -208,7 +208,7 @@ impl Engine {
                 Some(found) = self.found.recv() => self.on_found(found),
                 Some(resolved) = self.connector.resolving.join_next() => {
                     if let Ok((target, addresses)) = resolved {
-                        self.dial(target, addresses);
+                        self.dial(target, addresses, None);
                     }
                 }
                 () = self.dropped.notified() => self.reap_transfers(),

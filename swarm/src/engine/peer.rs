@@ -34,13 +34,6 @@ pub struct Claim {
     pub groups: GroupRanges,
 }
 
-impl Claim {
-    /// Whether that is all of it.
-    pub fn is_whole(&self) -> bool {
-        self.groups == GroupRanges::all(self.size)
-    }
-}
-
 /// What became of an announcement.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Claimed {

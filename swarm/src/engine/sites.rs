@@ -14,7 +14,7 @@ use libp2p::Multiaddr;
 use rand::RngExt;
 
 use super::Engine;
-use super::peer::{Claim, Peer};
+use super::peer::Peer;
 use super::turnover::Use;
 use crate::address;
 use crate::protocol;
@@ -188,7 +188,7 @@ impl Engine {
     /// How many connections to other sites are lacking. Those that others opened do not count: whoever opens one to every node of a site
     /// must not cut it off from the rest.
     pub(super) fn lacking_beyond(&self) -> usize {
-        let has = self.own_beyond().count() + self.connector.dialling();
+        let has = self.own_beyond().count() + self.connector.dialling(true);
         self.wanted_beyond().saturating_sub(has)
     }
 
@@ -217,23 +217,20 @@ impl Engine {
     }
 
     /// Decides whether this node searches other sites. Where none of its peers has what it fetches, about one node of the site begins with
-    /// it at each tick, and tells the others what it finds. And who fetches for its site searches for somebody who has all: others
-    /// beyond fetch it from the same source, over the same links.
+    /// it at each tick, and tells the others what it finds; gateways do for themselves.
     fn tick_search(&mut self) {
         if self.transfers.is_empty() {
             self.site.searches = false;
             return;
         }
-        let members = self.near() as f64 + 1.0;
+        let (now, members) = (self.now(), self.near() as f64 + 1.0);
         let begins = self.site.searches || self.connector.rng().random_bool(1.0 / members);
         let peers = || self.peers.values();
+        // Before its size is known a blob is not yet the scheduler's.
+        let is_unknown = |root: &RootHash| !peers().any(|peer| peer.claims.contains_key(root));
         let searches_for = |root: &RootHash| {
-            if self.downloads.is_gateway(root) {
-                let mut beyond = peers().filter(|peer| peer.class == Class::Beyond);
-                !beyond.any(|peer| peer.claims.get(root).is_some_and(Claim::is_whole))
-            } else {
-                begins && !peers().any(|peer| peer.claims.contains_key(root))
-            }
+            let seeks = self.downloads.seeks_beyond(now, root);
+            seeks.unwrap_or_else(|| is_unknown(root)) && (begins || self.downloads.is_gateway(root))
         };
         self.site.searches = self.transfers.keys().any(searches_for);
     }

@@ -213,6 +213,36 @@ impl Downloads {
         blob.is_some_and(|blob| blob.crossing.is_gateway())
     }
 
+    /// Whether more peers of other sites had better be found for a blob: somebody there who holds all of it, for who fetches it on behalf
+    /// of this site, as others there fetch it over the same links; for everybody else, somebody who holds what nobody connected does, if
+    /// nobody holds anything, or nothing came for long. `None`: it is not being fetched.
+    pub fn seeks_beyond(&self, now: Time, root: &RootHash) -> Option<bool> {
+        let blob = self.blobs[*self.roots.get(root)?].as_ref()?;
+        let answering = |slot: usize| {
+            let peer = self.peers[slot].as_ref();
+            peer.filter(|peer| !peer.banned && peer.backoff_until().is_none())
+        };
+        let holders = || {
+            let providers = blob.providers().filter(|(_, view)| !view.have().is_empty());
+            providers.filter_map(|(slot, view)| Some((answering(slot)?, view)))
+        };
+        Some(if !blob.is_active() {
+            false
+        } else if blob.crossing.is_gateway() {
+            !holders().any(|(peer, view)| peer.is_beyond() && view.is_seeder())
+        } else if holders().next().is_none() {
+            true
+        } else if blob.crossing.is_forsaken(now) {
+            let mut lacking = blob.map.lacking().clone();
+            for (_, view) in holders() {
+                lacking = lacking.difference(view.have());
+            }
+            !lacking.is_empty()
+        } else {
+            false
+        })
+    }
+
     /// Whether there are peers within the site and beyond it.
     pub(super) fn is_divided(&self) -> bool {
         self.beyond > 0 && self.beyond < self.slots.len()
