@@ -31,6 +31,10 @@ const PEER_IN_FLIGHT: u64 = 64 << 10;
 /// A response that takes longer than twice what our own rate explains, and this, is held up by the receiver: until
 /// one is not, what is in flight to that receiver does not keep others from being served.
 const HELD_UP: Duration = Duration::from_millis(200);
+/// A response that is held up for so long is not taken at all.
+const TAKES_NOTHING: Duration = Duration::from_secs(10);
+/// [`HELD_UP`] before our own rate is known: two responses at 1 Mbit/s.
+const UNKNOWN_HELD_UP: Duration = Duration::from_secs(1);
 /// Weight of one announcement in the mean time from sending a piece to hearing that its receiver has it.
 const HEARD_WEIGHT: f64 = 0.125;
 /// A second copy is kept back for so many of these mean times: most announcements have come by then.
@@ -366,15 +370,21 @@ impl Uploads {
 
     /// How long a response may take before the receiver counts as slow, when so many bytes are sent at once.
     fn held_up(&self, bytes: u64) -> Duration {
-        let rate = self.meter.rate().unwrap_or(f64::INFINITY).max(1.0);
-        HELD_UP + Duration::from_secs_f64((2.0 * bytes as f64 / rate).min(60.0))
+        let Some(rate) = self.meter.rate() else {
+            return UNKNOWN_HELD_UP;
+        };
+        HELD_UP + Duration::from_secs_f64((2.0 * bytes as f64 / rate.max(1.0)).min(60.0))
     }
 
     /// Bytes in flight, without those that receivers hold up.
     fn counted_in_flight(&mut self, now: Time) -> u64 {
-        // What is held up already takes nothing of our rate.
-        let moving = self.peers.values().filter(|queue| !queue.slow);
-        let held_up = self.held_up(moving.map(Queue::in_flight).sum());
+        // Who takes nothing takes nothing of our rate; who is only slow does.
+        let takes = |queue: &&Queue| {
+            let long = |sending: &Sending| now - sending.since > TAKES_NOTHING;
+            !(queue.slow && queue.sending.iter().any(long))
+        };
+        let taking = self.peers.values().filter(takes);
+        let held_up = self.held_up(taking.map(Queue::in_flight).sum());
         let mut counted = 0;
         for queue in self.peers.values_mut() {
             let Some(oldest) = queue.sending.iter().map(|sending| sending.since).min() else {

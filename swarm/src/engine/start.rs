@@ -30,7 +30,7 @@ use crate::api::{BlobStore, Event, NetworkConfig, NetworkHandle, RecordStore, St
 use crate::discovery::dns::FleetTag;
 use crate::discovery::lan::{self, Beacon, Found};
 use crate::protocol::{self, Buffers, Pace};
-use crate::transport::{self, Gatekeeper};
+use crate::transport::{self, Gatekeeper, Sockets};
 
 /// Commands that may wait for the engine; more make their senders wait.
 const MAX_COMMANDS: usize = 1024;
@@ -70,7 +70,9 @@ impl Network {
         let inbound = Buffers::new(half.max(2 * protocol::MAX_CONTENT_FRAME));
         let outbound = Buffers::new(half.max(2 * protocol::MAX_CONTENT_FRAME));
         let pace = Pace::new();
-        let transport = transport::build(&identity, gatekeeper.clone()).map_err(StartError::Tls)?;
+        let sockets = Arc::new(Sockets::default());
+        let transport = transport::build(&identity, gatekeeper.clone(), sockets.clone())
+            .map_err(StartError::Tls)?;
         let topics = gossip::Topics::new();
         let limits = ConnectionLimits::default()
             .with_max_pending_incoming(Some(MAX_PENDING))
@@ -83,6 +85,7 @@ impl Network {
                 gatekeeper.clone(),
                 inbound.clone(),
                 pace.clone(),
+                sockets,
             ),
         };
         let swarm_config =

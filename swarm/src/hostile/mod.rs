@@ -21,7 +21,7 @@ use self::node::{Machine, NOW, Records, within};
 use crate::address;
 use crate::engine::NEVER_IDLE;
 use crate::protocol::{self, Behaviour, Buffers, Event, Pace};
-use crate::transport::{self, Gatekeeper};
+use crate::transport::{self, Gatekeeper, Sockets};
 
 /// A member under the test's control.
 struct Raw {
@@ -43,9 +43,10 @@ impl Raw {
             String::new(),
             [],
         ));
-        let transport = transport::build(&identity, gatekeeper.clone()).unwrap();
+        let sockets = Arc::new(Sockets::default());
+        let transport = transport::build(&identity, gatekeeper.clone(), sockets.clone()).unwrap();
         // No content fits: it stops reading at the first.
-        let behaviour = Behaviour::new(local, gatekeeper, Buffers::new(0), Pace::new());
+        let behaviour = Behaviour::new(local, gatekeeper, Buffers::new(0), Pace::new(), sockets);
         let config = Config::with_tokio_executor().with_idle_connection_timeout(NEVER_IDLE);
         let mut swarm = Swarm::new(transport, behaviour, local, config);
         swarm.dial(address::to_multiaddr(to)).unwrap();

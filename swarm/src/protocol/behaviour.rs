@@ -28,7 +28,7 @@ use super::frame::{Arriving, LaneError, Response};
 use super::handler::{FromBehaviour, Handler, ToBehaviour};
 use super::pace::{Lanes, Pace};
 use crate::address;
-use crate::transport::Gatekeeper;
+use crate::transport::{Gatekeeper, Sockets};
 
 /// Connections of one peer this close together were opened by both sides at once.
 const SIMULTANEOUS: Duration = Duration::from_secs(5);
@@ -117,6 +117,7 @@ pub struct Behaviour {
     gatekeeper: Arc<Gatekeeper>,
     inbound: Arc<Buffers>,
     pace: Arc<Pace>,
+    sockets: Arc<Sockets>,
     next_key: u64,
     links: HashMap<ConnectionId, Link>,
     /// The connection in use of each peer.
@@ -134,12 +135,14 @@ impl Behaviour {
         gatekeeper: Arc<Gatekeeper>,
         inbound: Arc<Buffers>,
         pace: Arc<Pace>,
+        sockets: Arc<Sockets>,
     ) -> Self {
         Self {
             local,
             gatekeeper,
             inbound,
             pace,
+            sockets,
             next_key: 0,
             links: HashMap::new(),
             active: HashMap::new(),
@@ -188,7 +191,12 @@ impl Behaviour {
         }
     }
 
-    fn new_handler(&mut self, id: ConnectionId, peer: PeerId) -> Result<Handler, ConnectionDenied> {
+    fn new_handler(
+        &mut self,
+        id: ConnectionId,
+        peer: PeerId,
+        address: &Multiaddr,
+    ) -> Result<Handler, ConnectionDenied> {
         if self.gatekeeper.admitted(&peer).is_none() {
             return Err(ConnectionDenied::new(NotAdmitted));
         }
@@ -203,7 +211,13 @@ impl Behaviour {
             established: None,
         };
         self.links.insert(id, link);
-        Ok(Handler::new(self.inbound.clone(), arriving, lanes))
+        let outgoing = self.sockets.of(address::to_socket(address));
+        Ok(Handler::new(
+            self.inbound.clone(),
+            arriving,
+            lanes,
+            outgoing,
+        ))
     }
 
     fn established(&mut self, event: ConnectionEstablished<'_>) {
@@ -313,21 +327,21 @@ impl NetworkBehaviour for Behaviour {
         id: ConnectionId,
         peer: PeerId,
         _local: &Multiaddr,
-        _remote: &Multiaddr,
+        remote: &Multiaddr,
     ) -> Result<Handler, ConnectionDenied> {
         self.arrivals.remove(&id);
-        self.new_handler(id, peer)
+        self.new_handler(id, peer, remote)
     }
 
     fn handle_established_outbound_connection(
         &mut self,
         id: ConnectionId,
         peer: PeerId,
-        _address: &Multiaddr,
+        address: &Multiaddr,
         _role: Endpoint,
         _port: PortUse,
     ) -> Result<Handler, ConnectionDenied> {
-        self.new_handler(id, peer)
+        self.new_handler(id, peer, address)
     }
 
     fn on_swarm_event(&mut self, event: FromSwarm<'_>) {

@@ -31,6 +31,7 @@ use libp2p::swarm::{Stream, SubstreamProtocol};
 use super::buffers::{Buffer, Buffers};
 use super::frame::{self, Arriving, LaneError, Response};
 use super::pace::Lanes;
+use crate::transport::Outgoing;
 
 /// Bytes of control messages that may wait for a peer: more, and it does not read (the news of a large node is some 100 KiB, the longest message 1 MiB).
 const MAX_QUEUED: usize = 8 << 20;
@@ -40,6 +41,8 @@ const EVENTS_READY: usize = 4;
 const FRAMES_AHEAD: usize = 1;
 /// Bytes written between two reports of how far a response has got, where no cap makes them fewer.
 const REPORT_EVERY: usize = 256 << 10;
+/// What may wait of a response that is reported as sent: the next one is chosen and read meanwhile.
+const LEFT_BEHIND: usize = 16 << 10;
 /// Read-ahead of the control lane, so that small messages come several to a read.
 const CONTROL_READ_AHEAD: usize = 8 << 10;
 
@@ -103,11 +106,17 @@ pub struct Handler {
     buffers: Arc<Buffers>,
     arriving: Arriving,
     lanes: Lanes,
+    outgoing: Arc<Outgoing>,
 }
 
 impl Handler {
     /// A connection that takes its buffers for content from `buffers`, notes progress in `arriving`, and sends as `lanes` lets it.
-    pub fn new(buffers: Arc<Buffers>, arriving: Arriving, lanes: Lanes) -> Self {
+    pub fn new(
+        buffers: Arc<Buffers>,
+        arriving: Arriving,
+        lanes: Lanes,
+        outgoing: Arc<Outgoing>,
+    ) -> Self {
         let (events_in, events_out) = mpsc::channel(EVENTS_READY);
         let outbound = LANES.map(|_| Outbound {
             opening: false,
@@ -126,6 +135,7 @@ impl Handler {
             buffers,
             arriving,
             lanes,
+            outgoing,
         }
     }
 
@@ -139,7 +149,8 @@ impl Handler {
     fn outbound_opened(&mut self, lane: Lane, stream: Stream) {
         let (sender, receiver) = mpsc::channel(FRAMES_AHEAD);
         let events = self.events_in.clone();
-        let task = write_lane(stream, receiver, events, self.lanes.clone()).boxed();
+        let (lanes, outgoing) = (self.lanes.clone(), self.outgoing.clone());
+        let task = write_lane(stream, receiver, events, lanes, outgoing).boxed();
         let outbound = &mut self.outbound[lane as usize];
         outbound.writer = Some(sender);
         outbound.task = Some(task);
@@ -212,12 +223,14 @@ async fn write_lane(
     mut frames: mpsc::Receiver<FromBehaviour>,
     mut events: mpsc::Sender<ToBehaviour>,
     lanes: Lanes,
+    outgoing: Arc<Outgoing>,
 ) -> LaneError {
     let mut write = async || -> Result<(), LaneError> {
         while let Some(frame) = frames.next().await {
             match frame {
                 FromBehaviour::Control(bytes) => {
                     lanes.count(bytes.len());
+                    outgoing.given(bytes.len());
                     frame::write_moving(&mut stream, &bytes).await?;
                 }
                 FromBehaviour::Content {
@@ -229,7 +242,9 @@ async fn write_lane(
                         // By what the cap is now: it may have changed since the last step.
                         let bytes = lanes.step(REPORT_EVERY).min(content.len() - at);
                         lanes.pass(bytes).await;
+                        outgoing.given(bytes);
                         frame::write_moving(&mut stream, &content[at..at + bytes]).await?;
+                        outgoing.drained(LEFT_BEHIND).await;
                         at += bytes;
                         if at == content.len() {
                             break bytes;

@@ -4,6 +4,7 @@
 //! round trips.
 
 mod admission;
+mod outgoing;
 mod refusal;
 mod tls;
 
@@ -21,6 +22,7 @@ use libp2p::{PeerId, Transport, tcp, yamux};
 use socket2::{SockRef, TcpKeepalive};
 
 pub use admission::{Gatekeeper, peer_id_of};
+pub use outgoing::{Outgoing, Sockets};
 pub use refusal::AdmissionError;
 use tls::Tls;
 
@@ -35,6 +37,11 @@ const ASK_AFTER: Duration = Duration::from_secs(180);
 const ASK_EVERY: Duration = Duration::from_secs(10);
 const ASKED: u32 = 3;
 
+/// Bytes that the system may hold for a connection before it has sent them: else it takes whole responses at once, on dozens of connections, which
+/// is more than thin links carry in a second; then nothing can be chosen late any more, and what is said waits behind all of it.
+#[cfg(target_os = "linux")]
+const UNSENT: u32 = 16 << 10;
+
 /// Bytes asked of the socket at once: rustls by itself asks for 4 KiB, a quarter of a record.
 const READ_AHEAD: usize = 128 << 10;
 /// Bytes gathered before they are encrypted, unless the multiplexer flushes: it writes each frame's header by itself, which
@@ -45,11 +52,14 @@ const WRITE_BEHIND: usize = 64 << 10;
 pub fn build(
     identity: &Keypair,
     gatekeeper: Arc<Gatekeeper>,
+    sockets: Arc<Sockets>,
 ) -> Result<Boxed<(PeerId, StreamMuxerBox)>, String> {
     let tls = Tls::new(identity)?;
     let tcp = tcp::tokio::Transport::new(tcp::Config::default().nodelay(true));
     let upgraded = tcp.and_then(move |socket, endpoint| async move {
-        keep_alive(&socket).map_err(AdmissionError::Socket)?;
+        tune(&socket).map_err(AdmissionError::Socket)?;
+        let leads_to = socket.0.peer_addr().ok();
+        let socket = sockets.count(socket, leads_to);
         let upgrade = upgrade(socket, endpoint, tls, gatekeeper);
         tokio::time::timeout(admission::TIMEOUT, upgrade)
             .await
@@ -61,17 +71,20 @@ pub fn build(
         .boxed())
 }
 
-/// Has the system find out whether the other end is still there, where nothing is said for long.
-fn keep_alive(socket: &tcp::tokio::TcpStream) -> std::io::Result<()> {
+/// Has the system find out whether the other end is still there, where nothing is said for long; and take no more than it can soon send.
+fn tune(socket: &tcp::tokio::TcpStream) -> std::io::Result<()> {
     let keep_alive = TcpKeepalive::new()
         .with_time(ASK_AFTER)
         .with_interval(ASK_EVERY)
         .with_retries(ASKED);
     let socket = SockRef::from(&socket.0);
     socket.set_tcp_keepalive(&keep_alive)?;
-    // It does not ask while something sent is not acknowledged.
     #[cfg(target_os = "linux")]
-    socket.set_tcp_user_timeout(Some(ASK_AFTER + ASK_EVERY * ASKED))?;
+    {
+        // It does not ask while something sent is not acknowledged.
+        socket.set_tcp_user_timeout(Some(ASK_AFTER + ASK_EVERY * ASKED))?;
+        socket.set_tcp_notsent_lowat(UNSENT)?;
+    }
     Ok(())
 }
 

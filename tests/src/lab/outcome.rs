@@ -26,6 +26,8 @@ pub struct Outcome {
     pub sites: Vec<Carried>,
     /// What part of the machine's CPU time all that runs on it used meanwhile.
     pub machine_busy: f64,
+    /// Where there is a cap: what came to the only puller in each ten seconds, in bytes a second, headers included.
+    pub windows: Vec<f64>,
 }
 
 /// A node's figures.
@@ -224,6 +226,7 @@ mod tests {
             nodes,
             sites: vec![],
             machine_busy: 0.0,
+            windows: vec![],
         }
     }
 

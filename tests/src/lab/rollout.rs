@@ -3,8 +3,9 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::mpsc;
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
 use capsule_node::control::{CapsuleRef, Client, Export, Ls, Publish};
@@ -23,6 +24,8 @@ use crate::data;
 
 /// What is published, as people would name it.
 const NAME: &str = "lab:1";
+/// In which spans caps are to hold.
+const WINDOW: Duration = Duration::from_secs(10);
 /// Nodes whose copies are looked at, at a time.
 const CHECKING: usize = 4;
 
@@ -101,7 +104,7 @@ impl Lab {
         let before = fleet.all_figures()?;
         let carried = self.network.counters()?;
         let (start, machine) = (Instant::now(), Machine::watch());
-        let (went, carried_after) = self.pull(&mut fleet, start)?;
+        let (went, carried_after, windows) = self.pull(&mut fleet, start)?;
         let machine_busy = machine.busy();
         drop(foes);
         let after = fleet.all_figures()?;
@@ -140,6 +143,7 @@ impl Lab {
                 .map(|(after, before)| after.since(*before))
                 .collect(),
             machine_busy,
+            windows,
         })
     }
 
@@ -170,8 +174,12 @@ impl Lab {
         numbers.iter().map(address).collect()
     }
 
-    /// All pull, and what is to happen happens.
-    fn pull(&self, fleet: &mut Fleet, start: Instant) -> Result<(Vec<Went>, Counters)> {
+    /// All pull, and what is to happen happens. Returns also what came in each window, where there is a cap.
+    fn pull(
+        &self,
+        fleet: &mut Fleet,
+        start: Instant,
+    ) -> Result<(Vec<Went>, Counters, Vec<f64>)> {
         let deadline = start + self.scenario.patience();
         let steps = self.scenario.steps()?;
         let puller = |number: usize| Puller {
@@ -188,6 +196,11 @@ impl Lab {
                 .iter()
                 .map(|puller| scope.spawn(|| puller.run()))
                 .collect();
+            let (over, is_over) = mpsc::channel::<()>();
+            let watching = scope.spawn(move || match self.scenario.cap() {
+                Some(_) => self.windows(&is_over),
+                None => Ok(vec![]),
+            });
             for step in &steps {
                 let at = start + step.after();
                 thread::sleep(at.saturating_duration_since(Instant::now()));
@@ -197,8 +210,26 @@ impl Lab {
             for (number, pulling) in numbers.iter().zip(pulling) {
                 went[*number] = pulling.join().map_err(|_| anyhow!("a puller panicked"))?;
             }
-            Ok((went, self.network.counters()?))
+            let carried = self.network.counters()?;
+            drop(over);
+            let windows = watching.join().map_err(|_| anyhow!("a watcher panicked"))??;
+            Ok((went, carried, windows))
         })
+    }
+
+    /// What comes to the last node in each window until it is over, in bytes a second; of the last window, which is cut short, nothing.
+    fn windows(&self, is_over: &mpsc::Receiver<()>) -> Result<Vec<f64>> {
+        let came = || -> Result<(Instant, u64)> {
+            let carried = self.network.counters()?;
+            Ok((Instant::now(), carried.hosts.last().map_or(0, |host| host.down)))
+        };
+        let (mut windows, mut before) = (vec![], came()?);
+        while is_over.recv_timeout(WINDOW) == Err(mpsc::RecvTimeoutError::Timeout) {
+            let now = came()?;
+            windows.push((now.1 - before.1) as f64 / (now.0 - before.0).as_secs_f64());
+            before = now;
+        }
+        Ok(windows)
     }
 
     fn happen(&self, step: &Step, fleet: &mut Fleet, deadline: Instant) -> Result<()> {

@@ -15,7 +15,8 @@
 //! ```
 //!
 //! Nodes are numbered through all sites in order; number 0 publishes, and all others pull. Some of these may be `hostile` instead, or
-//! lack the room for what they pull (`disk_mib`): the first are programs of their own, the others have to end with a clear error.
+//! lack the room for what they pull (`disk_mib`): the first are programs of their own, the others have to end with a clear error. Of two
+//! nodes each may have caps (`cap_up`, `cap_down`), to which what its link carries is held.
 
 use std::ops::Range;
 use std::path::Path;
@@ -35,6 +36,8 @@ const MAX_SITES: usize = 100;
 const MAX_MIB: u64 = 4096;
 /// Rates that shaping keeps to, in Mbit/s.
 const RATES: Range<f64> = 0.05..10_000.0;
+/// Caps, in Mbit/s: of less nodes want nothing to hear.
+const CAPS: Range<f64> = 0.1..10_000.0;
 /// Smallest disk of a node, in MiB: a home takes about one.
 const LEAST_DISK: u64 = 4;
 /// Longest run, in seconds.
@@ -96,6 +99,10 @@ pub struct Group {
     pub percent: u8,
     /// The size of their disks, in MiB, where that is too small for what they pull.
     pub disk_mib: Option<u64>,
+    /// Caps that they are given, in Mbit/s: of what they send, and of what they receive.
+    pub cap_up: Option<f64>,
+    /// See `cap_up`.
+    pub cap_down: Option<f64>,
 }
 
 /// A link's rates, in Mbit/s.
@@ -190,6 +197,26 @@ impl Scenario {
         Ok(Some(other))
     }
 
+    /// The least cap on what the only puller gets, if there is one; in bytes a second.
+    pub fn cap(&self) -> Option<f64> {
+        let groups = self.groups();
+        let (first, last) = (groups.first()?, groups.last()?);
+        let caps = first.cap_up.into_iter().chain(last.cap_down);
+        caps.min_by(f64::total_cmp).map(|mbit| mbit * 1e6 / 8.0)
+    }
+
+    /// The same without caps, where these are above what the links carry, so that they should cost nothing.
+    pub fn without_caps(&self) -> Option<Self> {
+        let link = self.groups().iter().map(|group| group.rate().down).fold(f64::INFINITY, f64::min);
+        self.cap().filter(|cap| *cap > link * 1e6 / 8.0)?;
+        let mut other = self.clone();
+        for group in other.sites.iter_mut().flat_map(|site| &mut site.nodes) {
+            (group.cap_up, group.cap_down) = (None, None);
+        }
+        other.title = format!("{} (without the cap)", self.title);
+        Some(other)
+    }
+
     /// The nodes of a site.
     pub fn nodes_of(&self, site: usize) -> Range<usize> {
         let count = |site: &Site| site.nodes.iter().map(|group| group.count).sum::<usize>();
@@ -259,6 +286,10 @@ impl Scenario {
             !self.honest_pullers().is_empty(),
             "give nodes that are not hostile and have room"
         );
+        ensure!(
+            self.cap().is_none() || self.nodes() == 2,
+            "caps are for one that publishes and one that pulls"
+        );
         self.check_events()
     }
 
@@ -309,6 +340,13 @@ impl Group {
         ensure!(
             self.disk_mib.is_none() || self.hostile.is_none(),
             "give one of `hostile` and `disk_mib`"
+        );
+        let caps = [self.cap_up, self.cap_down];
+        ensure!(
+            caps.into_iter().flatten().all(|cap| CAPS.contains(&cap)),
+            "caps are {} to {} Mbit/s",
+            CAPS.start,
+            CAPS.end
         );
         Ok(())
     }
@@ -379,6 +417,8 @@ mod tests {
             ("\"cut\"", "\"burn\"", "unknown variant"),
             ("\"cut\"", "\"kill\"", "cut and joined"),
             ("count = 1", "hostile = \"lie\", count = 1", "publishes"),
+            ("count = 1", "cap_up = 5, count = 1", "one that pulls"),
+            ("count = 1", "cap_up = 0, count = 1", "caps are 0.1"),
             ("count = 2", "disk_mib = 4, count = 2", "`disk_mib`"),
             (
                 "count = 2",
@@ -400,6 +440,21 @@ mod tests {
         assert_eq!(scenario.with_nodes(1).unwrap().nodes(), 2);
         assert!(scenario.with_nodes(0).is_err());
         assert!(Scenario::parse(TWO).unwrap().with_nodes(3).is_err());
+    }
+
+    #[test]
+    fn caps_above_the_links_can_be_left_out() {
+        let two = |cap: &str| {
+            let text = format!(
+                "title = \"t\"\nmib = 4\n[[sites]]\nlabel = \"a\"\nnodes = [{{ count = 1, mbit = 20 }}, {{ count = 1, mbit = 20, {cap} }}]"
+            );
+            Scenario::parse(&text).unwrap()
+        };
+        assert_eq!(two("cap_down = 8").cap(), Some(1e6));
+        assert_eq!(two("cap_up = 8").cap(), None, "it sends nothing");
+        assert!(two("cap_down = 8").without_caps().is_none());
+        let without = two("cap_down = 40").without_caps().unwrap();
+        assert_eq!((without.cap(), without.nodes()), (None, 2));
     }
 
     #[test]

@@ -35,6 +35,8 @@ pub struct Found {
     pub machine_busy: f64,
     /// What came into the sites other than the publisher's.
     pub links: Vec<Link>,
+    /// Where there is a cap: what came in each window of ten seconds, by the cap.
+    pub by_cap: Vec<f64>,
 }
 
 /// A site's link, inwards.
@@ -77,6 +79,9 @@ impl Found {
             duplicates: Some(summary.duplicates),
             beyond_tcp: summary.beyond_tcp,
             links: links(lab, outcome.bytes, &outcome.sites),
+            by_cap: lab.scenario.cap().map_or_else(Vec::new, |cap| {
+                outcome.windows.iter().map(|came| came / cap).collect()
+            }),
             ..Self::timed(lab, outcome.bytes, seconds, used)
         })
     }
@@ -122,6 +127,7 @@ impl Found {
             cpu_seconds: used.cpu_seconds,
             machine_busy: used.machine_busy,
             links: vec![],
+            by_cap: vec![],
         }
     }
 
@@ -133,6 +139,12 @@ impl Found {
     /// The same by what the links are set to.
     pub fn part_of_nominal(&self) -> f64 {
         self.nominal_bound_seconds / self.times.last
+    }
+
+    /// By how much a window is away from the cap, of all that of which it is most; not known where no window was seen.
+    pub fn off_cap(&self) -> f64 {
+        let off = self.by_cap.iter().map(|part| (part - 1.0).abs());
+        off.max_by(f64::total_cmp).unwrap_or(f64::NAN)
     }
 
     /// How far apart nodes are.
@@ -191,6 +203,7 @@ pub mod tests {
             cpu_seconds: 3.0,
             machine_busy: 0.5,
             links: vec![link(1.0, 1.07), link(1.02, 1.05)],
+            by_cap: vec![1.01, 0.96, 1.03],
         }
     }
 
@@ -202,5 +215,6 @@ pub mod tests {
         assert_eq!(found.spread(), 1.25);
         assert_eq!(found.content_into_sites(), 1.02);
         assert_eq!(found.interface_into_sites(), 1.07);
+        assert!((found.off_cap() - 0.04).abs() < 1e-9);
     }
 }

@@ -71,7 +71,7 @@ impl Tool {
         match self {
             Self::Capsule => true,
             // What goes wrong is done to our nodes alone.
-            _ if !scenario.goes_well() => false,
+            _ if !scenario.goes_well() || scenario.cap().is_some() => false,
             // Multicast does not leave its network.
             Self::Udpcast => scenario.sites.len() == 1,
             _ => true,
@@ -141,13 +141,31 @@ pub fn without_slower(
     tools: &[Tool],
 ) -> Result<Option<Series<Found>>> {
     let other = scenario.without_slower()?;
-    let Some(other) = other.filter(|_| tools.contains(&Tool::Capsule)) else {
+    ours_in(setting, other, tools, "capsule, without the slower")
+}
+
+/// Ours without caps, where a scenario has some that should cost nothing.
+pub fn without_caps(
+    setting: &Setting,
+    scenario: &Scenario,
+    tools: &[Tool],
+) -> Result<Option<Series<Found>>> {
+    ours_in(setting, scenario.without_caps(), tools, "capsule, without the cap")
+}
+
+fn ours_in(
+    setting: &Setting,
+    scenario: Option<Scenario>,
+    tools: &[Tool],
+    name: &str,
+) -> Result<Option<Series<Found>>> {
+    let Some(scenario) = scenario.filter(|_| tools.contains(&Tool::Capsule)) else {
         return Ok(None);
     };
-    let legs = compare(setting, &other, &[Tool::Capsule])?;
+    let legs = compare(setting, &scenario, &[Tool::Capsule])?;
     let mut legs = legs.into_iter().map(|(_, series)| series);
     Ok(legs.next().map(|mut series| {
-        series.name = "capsule, without the slower".into();
+        series.name = name.into();
         series
     }))
 }

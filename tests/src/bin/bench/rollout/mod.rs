@@ -44,7 +44,7 @@ const SWEEP_RSYNC: usize = 2;
 pub struct Options {
     /// Only these: names in tests/scenarios without their ending, or TOML files; `sweep` for several numbers of nodes, `idle` for nodes
     /// that have nothing to do.
-    #[arg(long, value_delimiter = ',', default_values_t = ["equal-32", "small-update", "sites-3x10", "slow-quarter", "adversity-32", SWEEP, IDLE].map(String::from))]
+    #[arg(long, value_delimiter = ',', default_values_t = ["equal-32", "small-update", "sites-3x10", "slow-quarter", "adversity-32", "cap-upload", "cap-download", "cap-above", SWEEP, IDLE].map(String::from))]
     only: Vec<String>,
     /// Who carries the scenarios.
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Tool::Capsule, Tool::Aria2, Tool::Transmission, Tool::Udpcast, Tool::Rsync])]
@@ -159,8 +159,10 @@ impl Work {
         match self {
             Self::Scenario(name, scenario) => {
                 let legs = legs::compare(setting, scenario, &options.tools)?;
-                let without = legs::without_slower(setting, scenario, &options.tools)?;
-                Ok(table::scenario(name, scenario, &legs, without.as_ref()))
+                let slower = legs::without_slower(setting, scenario, &options.tools)?;
+                let caps = legs::without_caps(setting, scenario, &options.tools)?;
+                let without = table::Without { slower, caps };
+                Ok(table::scenario(name, scenario, &legs, &without))
             }
             Self::Sweep(scenarios) => {
                 let mut numbers = vec![];
@@ -204,9 +206,9 @@ mod tests {
             options: Options,
         }
         let work = Args::parse_from(["bench"]).options.work().unwrap();
-        assert_eq!(work.len(), 7);
-        let Work::Sweep(numbers) = &work[5] else {
-            panic!("the sixth is the sweep");
+        assert_eq!(work.len(), 10);
+        let Work::Sweep(numbers) = &work[8] else {
+            panic!("the last but one is the sweep");
         };
         assert_eq!(numbers.last().map(|(_, lab)| lab.nodes()), Some(65));
         let wrong = Args::parse_from(["bench", "--only", "nowhere"]).options;

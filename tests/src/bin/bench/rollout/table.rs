@@ -33,13 +33,16 @@ const SITES: [Column; 3] = [
 /// From which part of its CPU time on the machine may be what holds a rollout up.
 const BUSY: f64 = 0.9;
 
-/// All legs of a scenario, and ours with its slower nodes left out, if it has some.
-pub fn scenario(
-    name: &str,
-    scenario: &Scenario,
-    legs: &Legs,
-    without_slower: Option<&Series<Found>>,
-) -> Table {
+/// Ours with something of a scenario left out, where it has that.
+pub struct Without {
+    /// Its slower nodes.
+    pub slower: Option<Series<Found>>,
+    /// Its caps, which should cost nothing.
+    pub caps: Option<Series<Found>>,
+}
+
+/// All legs of a scenario, and ours with some of it left out.
+pub fn scenario(name: &str, scenario: &Scenario, legs: &Legs, without: &Without) -> Table {
     let sites = scenario.sites.len() > 1;
     let columns = if sites {
         [&COLUMNS[..], &SITES].concat()
@@ -49,13 +52,20 @@ pub fn scenario(
     let mut table = Table::new(&scenario.title, &columns);
     rows(&mut table, legs, sites);
     let mut targets = targets::of(name, legs);
-    if let Some(without) = without_slower {
+    if let Some(without) = &without.slower {
         row(&mut table, without, None, sites);
         targets.extend(targets::beside_slower(legs, without));
+    }
+    if let Some(without) = &without.caps {
+        row(&mut table, without, None, sites);
+        targets.extend(targets::beside_cap(legs, without));
     }
     targets.into_iter().for_each(|target| table.target(target));
     notes(&mut table, legs.iter().map(|(_, series)| series));
     table.note(options(legs));
+    if scenario.cap().is_some() {
+        table.note("windows: what the link carried in each ten seconds but the last, headers included");
+    }
     if sites {
         table.note(
             "into a site: into the one into which most came, in copies of what a node receives, by its link's packets without and with their headers",

@@ -72,11 +72,22 @@ const SITES: &[Goal] = &[
     },
     MEMORY,
 ];
+const CAP: &[Goal] = &[
+    Goal {
+        what: "the window furthest from the cap, by which part of it",
+        figure: |found| 100.0 * found.off_cap(),
+        limit: Limit::AtMost(5.0),
+        unit: "%",
+    },
+    MEMORY,
+];
 const ANY: &[Goal] = &[MEMORY];
 /// The slowest number of nodes, by the fastest.
 const SWEEP: f64 = 1.15;
 /// Fast nodes beside slow ones, by the same without these.
 const BESIDE_SLOWER: f64 = 1.1;
+/// Nodes with a cap above their link, by the same without it.
+const BESIDE_CAP: f64 = 1.02;
 
 const fn last_at_least(percent: f64) -> Goal {
     Goal {
@@ -94,6 +105,7 @@ fn goals(scenario: &str) -> &'static [Goal] {
         "small-update" => SMALL,
         "adversity-32" => ADVERSITY,
         "sites-3x10" => SITES,
+        "cap-upload" | "cap-download" => CAP,
         _ => ANY,
     }
 }
@@ -138,6 +150,18 @@ pub fn of_sweep(numbers: &[Legs]) -> Vec<Target> {
         },
     );
     targets
+}
+
+/// What a cap costs that is above the link.
+pub fn beside_cap(legs: &Legs, without: &Series<Found>) -> Option<Target> {
+    let with = leg(legs, Tool::Capsule)?.median(|found| found.times.last);
+    let without = without.median(|found| found.times.last);
+    Some(Target {
+        what: "last node, by the same without the cap".into(),
+        found: with.zip(without).map(|(with, without)| with / without),
+        limit: Limit::Below(BESIDE_CAP),
+        unit: "",
+    })
 }
 
 /// What slower nodes cost the others.
