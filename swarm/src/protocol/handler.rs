@@ -41,8 +41,6 @@ const EVENTS_READY: usize = 4;
 const FRAMES_AHEAD: usize = 1;
 /// Bytes written between two reports of how far a response has got, where no cap makes them fewer.
 const REPORT_EVERY: usize = 256 << 10;
-/// What may wait of a response that is reported as sent: the next one is chosen and read meanwhile.
-const LEFT_BEHIND: usize = 16 << 10;
 /// Read-ahead of the control lane, so that small messages come several to a read.
 const CONTROL_READ_AHEAD: usize = 8 << 10;
 
@@ -218,6 +216,31 @@ fn feed(
     fed
 }
 
+/// Something that was written, and is reported once it has left.
+struct Leaving {
+    end: u64,
+    report: ToBehaviour,
+}
+
+/// The next frame to write; until it comes, reports what has left.
+async fn next_frame(
+    frames: &mut mpsc::Receiver<FromBehaviour>,
+    leaving: &mut VecDeque<Leaving>,
+    events: &mut mpsc::Sender<ToBehaviour>,
+    outgoing: &Outgoing,
+) -> Option<FromBehaviour> {
+    while let Some(first) = leaving.front() {
+        tokio::select! {
+            () = outgoing.has_left(first.end) => {}
+            frame = frames.next() => return frame,
+        }
+        if let Some(first) = leaving.pop_front() {
+            let _gone = events.send(first.report).await;
+        }
+    }
+    frames.next().await
+}
+
 async fn write_lane(
     mut stream: Stream,
     mut frames: mpsc::Receiver<FromBehaviour>,
@@ -225,8 +248,9 @@ async fn write_lane(
     lanes: Lanes,
     outgoing: Arc<Outgoing>,
 ) -> LaneError {
+    let mut leaving = VecDeque::new();
     let mut write = async || -> Result<(), LaneError> {
-        while let Some(frame) = frames.next().await {
+        while let Some(frame) = next_frame(&mut frames, &mut leaving, &mut events, &outgoing).await {
             match frame {
                 FromBehaviour::Control(bytes) => {
                     lanes.count(bytes.len());
@@ -238,32 +262,28 @@ async fn write_lane(
                     frame: content,
                 } => {
                     let mut at = 0;
-                    let last = loop {
+                    while at < content.len() {
                         // By what the cap is now: it may have changed since the last step.
                         let bytes = lanes.step(REPORT_EVERY).min(content.len() - at);
                         lanes.pass(bytes).await;
-                        outgoing.given(bytes);
+                        let end = outgoing.given(bytes);
                         frame::write_moving(&mut stream, &content[at..at + bytes]).await?;
-                        outgoing.drained(LEFT_BEHIND).await;
                         at += bytes;
-                        if at == content.len() {
-                            break bytes;
+                        leaving.push_back(Leaving {
+                            end,
+                            report: ToBehaviour::Sent {
+                                request,
+                                bytes,
+                                finished: at == content.len(),
+                            },
+                        });
+                        while let Some(first) = leaving.front()
+                            && outgoing.has_left(first.end).now_or_never().is_some()
+                            && let Some(first) = leaving.pop_front()
+                        {
+                            let _gone = events.send(first.report).await;
                         }
-                        let sent = ToBehaviour::Sent {
-                            request,
-                            bytes,
-                            finished: false,
-                        };
-                        let _gone = events.send(sent).await;
-                    };
-                    // First, so that its memory is there for the next response when this one is reported.
-                    drop(content);
-                    let sent = ToBehaviour::Sent {
-                        request,
-                        bytes: last,
-                        finished: true,
-                    };
-                    let _gone = events.send(sent).await;
+                    }
                 }
             }
         }

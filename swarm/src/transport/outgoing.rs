@@ -1,11 +1,12 @@
-//! How much of what a connection was given to send has not left for the network yet.
+//! How much of what a connection was given to send has left for the network.
 //!
-//! The multiplexer takes what it is given at once, half a megabyte of it, and buffers below it take more. Whoever counted that as sent
-//! would begin with responses to all peers at the same time, over thin links each of them for seconds, and could not choose any more
-//! what comes next. So it is counted how much the system took from the connection, encrypted, and the rest is what waits.
+//! The multiplexer takes what it is given at once, half a megabyte of it, and buffers below it and the system's take more. Whoever counted that as
+//! sent would begin with responses to all peers at the same time, over thin links each of them for seconds, and could not choose any more what
+//! comes next. So it is counted how much the system took from the connection, encrypted; and the system says when it has hardly anything left
+//! of that, other than what is on its way.
 
 use std::collections::HashMap;
-use std::io::{IoSlice, Result};
+use std::io::{ErrorKind, IoSlice, Result};
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -13,72 +14,100 @@ use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 
 use futures::{AsyncRead, AsyncWrite};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use tokio::io::Interest;
+use tokio::net::TcpStream;
 
 /// Where nothing leaves for so long, nobody reads, or the count is not what it should be: then it begins again.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// What the system took after a response shows that this is on its way, as it holds no more.
+const HELD: u64 = 64 << 10;
 
 /// One connection's count.
 #[derive(Debug, Default)]
-pub struct Outgoing(Mutex<State>);
+pub struct Outgoing {
+    count: Mutex<Count>,
+    /// The socket once more, to be asked; none where nothing is counted.
+    socket: Option<TcpStream>,
+}
 
 #[derive(Debug, Default)]
-struct State {
-    /// Bytes given that have not left. What others send over the connection, and what encryption adds, makes it less than it is, but never
-    /// more; whenever nothing waits it is right again.
-    waiting: usize,
-    /// The socket is open; else nothing is counted.
-    open: bool,
+struct Count {
+    given: u64,
+    /// Never more than was given. What others send over the connection, and what encryption adds, makes it more than it is; whenever all has
+    /// left it is right again.
+    left: u64,
+    closed: bool,
     waker: Option<Waker>,
 }
 
 impl Outgoing {
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    fn count(&self) -> MutexGuard<'_, Count> {
+        self.count.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The connection is given so many bytes.
-    pub fn given(&self, bytes: usize) {
-        let mut state = self.state();
-        if state.open {
-            state.waiting += bytes;
-        }
+    /// The connection is given so many bytes; says where they end.
+    pub fn given(&self, bytes: usize) -> u64 {
+        let mut count = self.count();
+        count.given += bytes as u64;
+        count.given
     }
 
-    fn left(&self, bytes: usize) {
-        let mut state = self.state();
-        state.waiting = state.waiting.saturating_sub(bytes);
-        if let Some(waker) = state.waker.take() {
+    /// The system took so many.
+    fn took(&self, bytes: usize) {
+        self.change(|count| count.left = count.given.min(count.left + bytes as u64));
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Count)) {
+        let mut count = self.count();
+        change(&mut count);
+        if let Some(waker) = count.waker.take() {
             waker.wake();
         }
     }
 
-    fn close(&self) {
-        let mut state = self.state();
-        (state.open, state.waiting) = (false, 0);
-        if let Some(waker) = state.waker.take() {
-            waker.wake();
+    /// Waits until what ends there is on its way. One task may do so.
+    pub async fn has_left(&self, end: u64) {
+        let Some(socket) = &self.socket else { return };
+        let leaves = async {
+            self.reaches(end).await;
+            tokio::select! {
+                () = is_sent(socket) => {}
+                () = self.reaches(end + HELD) => {}
+            }
+        };
+        if tokio::time::timeout(PATIENCE, leaves).await.is_err() {
+            self.change(|count| count.left = count.given);
         }
     }
 
-    /// Waits until at most so many bytes wait. One task may do so.
-    pub async fn drained(&self, most: usize) {
-        loop {
-            let before = self.state().waiting;
-            let moves = std::future::poll_fn(|context| {
-                let mut state = self.state();
-                if state.waiting <= most || state.waiting < before {
-                    return Poll::Ready(());
-                }
-                state.waker = Some(context.waker().clone());
-                Poll::Pending
-            });
-            if tokio::time::timeout(PATIENCE, moves).await.is_err() {
-                self.state().waiting = 0;
-                return;
+    /// Waits until the system took so much.
+    async fn reaches(&self, end: u64) {
+        std::future::poll_fn(|context| {
+            let mut count = self.count();
+            if count.left >= end || count.closed {
+                return Poll::Ready(());
             }
-            if self.state().waiting <= most {
-                return;
-            }
+            count.waker = Some(context.waker().clone());
+            Poll::Pending
+        })
+        .await;
+    }
+}
+
+/// Waits until the system has little left that it has not sent (`transport::UNSENT`).
+async fn is_sent(socket: &TcpStream) {
+    let look = || {
+        let mut asked = [PollFd::new(socket, PollFlags::OUT)];
+        match poll(&mut asked, Some(&Timespec::default())) {
+            Ok(0) => Err(ErrorKind::WouldBlock.into()),
+            _ => Ok(()),
+        }
+    };
+    // What is known of it may be old: so it is asked, and where that says no, it tells when that changes.
+    while socket.writable().await.is_ok() {
+        if socket.try_io(Interest::WRITABLE, look).is_ok() {
+            return;
         }
     }
 }
@@ -92,11 +121,18 @@ impl Sockets {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A socket that counts, if it is known where it leads.
-    pub(super) fn count<S>(&self, socket: S, leads_to: Option<SocketAddr>) -> Counted<S> {
-        let outgoing = Arc::new(Outgoing::default());
+    /// A socket that counts, if it is known where it leads; `again` is the same socket.
+    pub(super) fn count<S>(
+        &self,
+        socket: S,
+        leads_to: Option<SocketAddr>,
+        again: Option<TcpStream>,
+    ) -> Counted<S> {
+        let outgoing = Arc::new(Outgoing {
+            count: Mutex::default(),
+            socket: again,
+        });
         if let Some(address) = leads_to {
-            outgoing.state().open = true;
             let mut all = self.all();
             all.retain(|_, other| other.strong_count() > 0);
             all.insert(address, Arc::downgrade(&outgoing));
@@ -120,7 +156,7 @@ pub(super) struct Counted<S> {
 
 impl<S> Drop for Counted<S> {
     fn drop(&mut self) {
-        self.outgoing.close();
+        self.outgoing.change(|count| count.closed = true);
     }
 }
 
@@ -141,7 +177,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Counted<S> {
         bytes: &[u8],
     ) -> Poll<Result<usize>> {
         let took = ready!(Pin::new(&mut self.socket).poll_write(context, bytes))?;
-        self.outgoing.left(took);
+        self.outgoing.took(took);
         Poll::Ready(Ok(took))
     }
 
@@ -151,7 +187,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Counted<S> {
         bytes: &[IoSlice<'_>],
     ) -> Poll<Result<usize>> {
         let took = ready!(Pin::new(&mut self.socket).poll_write_vectored(context, bytes))?;
-        self.outgoing.left(took);
+        self.outgoing.took(took);
         Poll::Ready(Ok(took))
     }
 
