@@ -292,7 +292,8 @@ fn what_is_held_up_is_not_taken_for_our_own_rate() {
     take_nothing(&mut uploads, 1000, 1);
     for id in 200..230 {
         let waited = served_after(&mut uploads, 1000 + (id - 199) * 2000, id);
-        assert!(waited.is_some_and(|ms| ms < 500), "{waited:?}");
+        // A second until our own rate is known.
+        assert!(waited.is_some_and(|ms| ms < 1_000), "{waited:?}");
     }
     take_nothing(&mut uploads, 70_000, 3);
     let waited = served_after(&mut uploads, 70_001, 230);
@@ -308,8 +309,8 @@ fn bytes_in_flight_are_bounded() {
             .expect("room");
     }
     let served = std::iter::from_fn(|| uploads.poll_serve(at(0))).count();
-    assert_eq!(served, 8);
-    assert_eq!(uploads.stats().in_flight, 128 << 10);
+    assert_eq!(served, 16);
+    assert_eq!(uploads.stats().in_flight, 256 << 10);
     uploads.handle_sent(at(1), PeerKey(0), RequestId(0), 1 << 30);
     assert_eq!(std::iter::from_fn(|| uploads.poll_serve(at(1))).count(), 1);
 }

@@ -250,7 +250,8 @@ async fn write_lane(
 ) -> LaneError {
     let mut leaving = VecDeque::new();
     let mut write = async || -> Result<(), LaneError> {
-        while let Some(frame) = next_frame(&mut frames, &mut leaving, &mut events, &outgoing).await {
+        while let Some(frame) = next_frame(&mut frames, &mut leaving, &mut events, &outgoing).await
+        {
             match frame {
                 FromBehaviour::Control(bytes) => {
                     lanes.count(bytes.len());

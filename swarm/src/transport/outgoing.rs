@@ -199,3 +199,52 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Counted<S> {
         Pin::new(&mut self.socket).poll_close(context)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use futures::{AsyncReadExt, AsyncWriteExt, FutureExt};
+    use libp2p::tcp::tokio::TcpStream as Socket;
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn what_nobody_reads_has_not_left() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (near, far) = tokio::join!(TcpStream::connect(address), listener.accept());
+        let (near, mut far) = (near.unwrap(), Socket(far.unwrap().0));
+        let again = socket2::SockRef::from(&near).try_clone().unwrap();
+        let again = TcpStream::from_std(again.into()).unwrap();
+        let sockets = Sockets::default();
+        let mut socket = sockets.count(Socket(near), Some(address), Some(again));
+        let outgoing = sockets.of(Some(address));
+
+        let little = outgoing.given(1000);
+        assert!(outgoing.has_left(little).now_or_never().is_none());
+        socket.write_all(&[7; 1000]).await.unwrap();
+        outgoing.has_left(little).await;
+        // More than any system holds for a connection.
+        let much = 64 << 20;
+        let end = outgoing.given(much);
+        let writing = tokio::spawn(async move {
+            socket.write_all(&vec![7; much]).await.unwrap();
+            socket
+        });
+        let soon = Duration::from_millis(200);
+        let leaves = tokio::time::timeout(soon, outgoing.has_left(end)).await;
+        assert!(leaves.is_err(), "nobody reads");
+        let reading = tokio::spawn(async move {
+            let mut all = vec![0; 1000 + much];
+            far.read_exact(&mut all).await.unwrap();
+            far
+        });
+        outgoing.has_left(end).await;
+        let (socket, _far) = (writing.await.unwrap(), reading.await.unwrap());
+        // What never comes is not waited for, once the connection is gone.
+        let never = outgoing.given(1);
+        drop(socket);
+        outgoing.has_left(never).await;
+        assert!(sockets.of(None).has_left(1).now_or_never().is_some());
+    }
+}

@@ -175,11 +175,7 @@ impl Lab {
     }
 
     /// All pull, and what is to happen happens. Returns also what came in each window, where there is a cap.
-    fn pull(
-        &self,
-        fleet: &mut Fleet,
-        start: Instant,
-    ) -> Result<(Vec<Went>, Counters, Vec<f64>)> {
+    fn pull(&self, fleet: &mut Fleet, start: Instant) -> Result<(Vec<Went>, Counters, Vec<f64>)> {
         let deadline = start + self.scenario.patience();
         let steps = self.scenario.steps()?;
         let puller = |number: usize| Puller {
@@ -212,7 +208,9 @@ impl Lab {
             }
             let carried = self.network.counters()?;
             drop(over);
-            let windows = watching.join().map_err(|_| anyhow!("a watcher panicked"))??;
+            let windows = watching
+                .join()
+                .map_err(|_| anyhow!("a watcher panicked"))??;
             Ok((went, carried, windows))
         })
     }
@@ -221,7 +219,10 @@ impl Lab {
     fn windows(&self, is_over: &mpsc::Receiver<()>) -> Result<Vec<f64>> {
         let came = || -> Result<(Instant, u64)> {
             let carried = self.network.counters()?;
-            Ok((Instant::now(), carried.hosts.last().map_or(0, |host| host.down)))
+            Ok((
+                Instant::now(),
+                carried.hosts.last().map_or(0, |host| host.down),
+            ))
         };
         let (mut windows, mut before) = (vec![], came()?);
         while is_over.recv_timeout(WINDOW) == Err(mpsc::RecvTimeoutError::Timeout) {

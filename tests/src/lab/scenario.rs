@@ -207,7 +207,11 @@ impl Scenario {
 
     /// The same without caps, where these are above what the links carry, so that they should cost nothing.
     pub fn without_caps(&self) -> Option<Self> {
-        let link = self.groups().iter().map(|group| group.rate().down).fold(f64::INFINITY, f64::min);
+        let link = self
+            .groups()
+            .iter()
+            .map(|group| group.rate().down)
+            .fold(f64::INFINITY, f64::min);
         self.cap().filter(|cap| *cap > link * 1e6 / 8.0)?;
         let mut other = self.clone();
         for group in other.sites.iter_mut().flat_map(|site| &mut site.nodes) {

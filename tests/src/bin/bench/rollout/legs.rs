@@ -150,7 +150,12 @@ pub fn without_caps(
     scenario: &Scenario,
     tools: &[Tool],
 ) -> Result<Option<Series<Found>>> {
-    ours_in(setting, scenario.without_caps(), tools, "capsule, without the cap")
+    ours_in(
+        setting,
+        scenario.without_caps(),
+        tools,
+        "capsule, without the cap",
+    )
 }
 
 fn ours_in(

@@ -64,7 +64,9 @@ pub fn scenario(name: &str, scenario: &Scenario, legs: &Legs, without: &Without)
     notes(&mut table, legs.iter().map(|(_, series)| series));
     table.note(options(legs));
     if scenario.cap().is_some() {
-        table.note("windows: what the link carried in each ten seconds but the last, headers included");
+        table.note(
+            "windows: what the link carried in each ten seconds but the last, headers included",
+        );
     }
     if sites {
         table.note(
