@@ -227,7 +227,7 @@ impl Drop for Network {
             orders += &format!("link delete v{number}\nnetns delete n{number}\n");
         }
         for site in 0..self.sites {
-            orders += &format!("link delete b{site}\n");
+            orders += &format!("link delete b{site}\nlink delete p{site}\n");
             if self.sites > 1 {
                 orders += &format!("link delete w{site}\n");
             }
