@@ -150,11 +150,12 @@ fn among(manner: Manner, bad: usize) -> Plan {
 
 #[test]
 fn peers_that_announce_everything_and_serve_nothing_hold_nobody_up() {
-    // That a peer stalls is noticed after 5 s, which is most of this run: from 0.77 to 0.82, by the seed.
+    // That a peer stalls is noticed after 5 s, which is most of this run: from 0.77 to 0.82, by the seed. Of ten seeds, dripping peers left
+    // 0.80 to 0.91, and refusing ones too, mostly 0.91.
     for (manner, efficiency) in [
         (Manner::Stalls, 0.75),
-        (Manner::Drips, 0.8),
-        (Manner::Refuses, 0.8),
+        (Manner::Drips, 0.78),
+        (Manner::Refuses, 0.78),
     ] {
         let report = run(&format!("{manner:?}"), among(manner, 3));
         reaches(&report, efficiency, 1.2, 0.01, 0.02);
