@@ -371,7 +371,9 @@ impl Uploads {
     /// How long a response may take before the receiver counts as slow, when so many bytes are sent at once.
     fn held_up(&self, bytes: u64) -> Duration {
         let Some(rate) = self.meter.rate() else {
-            return UNKNOWN_HELD_UP;
+            // Patience that one member used up is not there for the next: many that do not read would add it up.
+            let slow = self.peers.values().any(|queue| queue.slow);
+            return if slow { HELD_UP } else { UNKNOWN_HELD_UP };
         };
         HELD_UP + Duration::from_secs_f64((2.0 * bytes as f64 / rate.max(1.0)).min(60.0))
     }
