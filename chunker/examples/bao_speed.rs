@@ -8,6 +8,7 @@ use std::time::Instant;
 use capsule_chunker::bao::{
     Change, TreeHasher, decode_range, encode_range, tree_of, update, verify,
 };
+use capsule_proto::ranges::Height;
 use capsule_proto::{GROUP_LEN, GroupRanges};
 
 /// Bytes hashed, and bytes in an encoded run.
@@ -80,23 +81,49 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     time("encode 1 MiB runs, from memory", SIZE, || {
         for run in &runs {
             out.clear();
-            encode_range(&tree, run.clone(), &data, &outboard, &mut out).expect("whole");
+            encode_range(&tree, run.clone(), Height::ROOT, &data, &outboard, &mut out)
+                .expect("whole");
         }
     });
     time("encode 1 MiB runs, from files", SIZE, || {
         for run in &runs {
             out.clear();
-            encode_range(&tree, run.clone(), &file, &outboard_file, &mut out).expect("whole");
+            encode_range(
+                &tree,
+                run.clone(),
+                Height::ROOT,
+                &file,
+                &outboard_file,
+                &mut out,
+            )
+            .expect("whole");
         }
     });
     let last = runs[runs.len() - 1].clone();
     time("encode the same 1 MiB run", RUN * GROUP_LEN, || {
         out.clear();
-        encode_range(&tree, last.clone(), &data, &outboard, &mut out).expect("whole");
+        encode_range(
+            &tree,
+            last.clone(),
+            Height::ROOT,
+            &data,
+            &outboard,
+            &mut out,
+        )
+        .expect("whole");
     });
     time("decode a 1 MiB run", RUN * GROUP_LEN, || {
         let mut groups = 0;
-        decode_range(&tree, last.clone(), &out, |_, _| {}, |_, _| groups += 1).expect("right");
+        decode_range(
+            &tree,
+            last.clone(),
+            Height::ROOT,
+            &Vec::new(),
+            &out,
+            |_, _| {},
+            |_, _| groups += 1,
+        )
+        .expect("right");
         assert_eq!(groups, RUN);
     });
     time("verify, from files", SIZE, || {

@@ -3,8 +3,8 @@
 //! Content is a row of 16 KiB chunk groups; above them stands BLAKE3's binary tree, whose top is the
 //! root hash. The *outboard* is that tree without its root and leaves: one 64-byte pair of chaining
 //! values an inner node, in pre-order. A *range encoding* is what a provider sends: the pairs and the
-//! groups that a run of groups needs to be checked against the root, in the same order. Both are
-//! byte for byte those of bao-tree 0.17 with `BlockSize::from_chunk_log(4)`; `docs/tree.md` specifies them.
+//! groups that a run of groups needs to be checked against the root, in the same order; or against a node below it, whose hash
+//! the receiver has. Both are byte for byte those of bao-tree 0.17 with `BlockSize::from_chunk_log(4)`; `docs/tree.md` specifies them.
 //!
 //! The code is our own, over [`blake3::hazmat`], because the callers want slices instead of streams,
 //! sparse outboards, and recomputation of what changed; bao-tree is the oracle of the tests.

@@ -10,7 +10,7 @@ use capsule_chunker::bao::{
     UpdateError, ZERO_SPAN, decode_range, encode_range, encoded_len, outboard_len, tree_of, update,
     verify,
 };
-use capsule_proto::ranges::{MAX_CONTENT_LEN, group_bytes, group_count};
+use capsule_proto::ranges::{Height, MAX_CONTENT_LEN, group_bytes, group_count};
 use capsule_proto::{GROUP_LEN, GroupRanges, RootHash};
 use positioned_io::{RandomAccessFile, WriteAt};
 use proptest::prelude::*;
@@ -60,6 +60,9 @@ fn oracle(content: &[u8]) -> (Tree, Vec<u8>) {
     )
 }
 
+/// An outboard of which nothing is there.
+const NOTHING: Vec<u8> = Vec::new();
+
 /// The oracle's encoding of a run of groups.
 fn oracle_encoding(content: &[u8], groups: &Range<u64>) -> Vec<u8> {
     let outboard = PreOrderMemOutboard::create(content, BlockSize::from_chunk_log(4));
@@ -76,7 +79,7 @@ fn encode(
     outboard: &[u8],
 ) -> Result<Vec<u8>, EncodeError> {
     let mut out = b"before".to_vec();
-    let result = encode_range(tree, groups, &content, &outboard, &mut out);
+    let result = encode_range(tree, groups, Height::ROOT, &content, &outboard, &mut out);
     let encoded = out.split_off(6);
     assert_eq!(out, b"before");
     assert!(result.is_ok() || encoded.is_empty());
@@ -101,7 +104,15 @@ fn decode(
             .for_each(|(to, from)| *to = Some(*from));
     };
     (
-        decode_range(tree, groups, encoded, parents, leaves),
+        decode_range(
+            tree,
+            groups,
+            Height::ROOT,
+            &NOTHING,
+            encoded,
+            parents,
+            leaves,
+        ),
         outboard,
         content,
     )
@@ -220,7 +231,15 @@ fn runs_outside_the_content_are_refused() {
             encode(&tree, groups.clone(), &content, &outboard),
             Err(EncodeError::OutOfRange { size, .. }) if size == tree.size
         ));
-        let result = decode_range(&tree, groups, &[], |_, _| {}, |_, _| {});
+        let result = decode_range(
+            &tree,
+            groups,
+            Height::ROOT,
+            &NOTHING,
+            &[],
+            |_, _| {},
+            |_, _| {},
+        );
         assert!(matches!(result, Err(DecodeError::OutOfRange { .. })));
     }
     // A size from nowhere does not overflow anything.
@@ -228,7 +247,15 @@ fn runs_outside_the_content_are_refused() {
         size: u64::MAX,
         ..tree
     };
-    let result = decode_range(&huge, 0..1, &[], |_, _| {}, |_, _| {});
+    let result = decode_range(
+        &huge,
+        0..1,
+        Height::ROOT,
+        &NOTHING,
+        &[],
+        |_, _| {},
+        |_, _| {},
+    );
     assert!(matches!(result, Err(DecodeError::OutOfRange { .. })));
 }
 
@@ -271,7 +298,7 @@ proptest! {
         let (tree, outboard) = tree_of(&content);
         let encoded = encode(&tree, groups.clone(), &content, &outboard).unwrap();
         prop_assert_eq!(&encoded, &oracle_encoding(&content, &groups));
-        prop_assert_eq!(encoded.len() as u64, encoded_len(size, &groups));
+        prop_assert_eq!(encoded.len() as u64, encoded_len(size, &groups, Height::ROOT));
         let (result, sparse, decoded) = decode(&tree, groups.clone(), &encoded);
         prop_assert_eq!(result, Ok(()));
         // What was decoded is enough to serve the same run, and each part of it, again.
@@ -317,6 +344,52 @@ proptest! {
         prop_assert!(data.iter().zip(&content).all(|(got, right)| got.is_none_or(|got| got == *right)));
     }
 
+    /// Who holds some groups needs fewer pairs for others, and none twice; without what came with those it accepts nothing.
+    #[test]
+    fn what_is_known_is_left_out(
+        (size, groups) in size_and_run(), held in prop::collection::vec(any::<prop::sample::Index>(), 0..8), bit in any::<prop::sample::Index>(),
+    ) {
+        let content = content(size, 3);
+        let (tree, outboard) = tree_of(&content);
+        let mut known = vec![0; outboard_len(size) as usize];
+        let mut ranges = GroupRanges::new();
+        for at in held {
+            let group = at.index(group_count(size) as usize) as u64;
+            ranges.insert(group..group + 1);
+            let encoded = oracle_encoding(&content, &(group..group + 1));
+            let parents = |offset: u64, pair: &[u8; PAIR_LEN]| known[offset as usize..][..PAIR_LEN].copy_from_slice(pair);
+            decode_range(&tree, group..group + 1, Height::ROOT, &NOTHING, &encoded, parents, |_, _| {}).unwrap();
+        }
+        let height = Height::known(size, &groups, &ranges);
+        prop_assert!(height.spans(&groups));
+        let mut encoded = Vec::new();
+        encode_range(&tree, groups.clone(), height, &&content[..], &&outboard[..], &mut encoded).unwrap();
+        let whole = oracle_encoding(&content, &groups);
+        prop_assert_eq!(encoded.len() as u64, encoded_len(size, &groups, height));
+        // What is left out is what came before: the pairs at the head.
+        let left_out = (whole.len() - encoded.len()) / PAIR_LEN;
+        prop_assert_eq!(&whole[left_out * PAIR_LEN..], &encoded[..]);
+        let mut fresh = 0;
+        let count = |offset: u64, _: &[u8; PAIR_LEN]| {
+            fresh += u64::from(known[offset as usize..][..PAIR_LEN] == [0; PAIR_LEN]);
+        };
+        decode_range(&tree, groups.clone(), height, &known, &encoded, count, |_, _| {}).unwrap();
+        if groups.end - groups.start == 1 && !ranges.contains_run(&groups) {
+            prop_assert_eq!(fresh as usize * PAIR_LEN + group_bytes(&groups, size).count(), encoded.len());
+        }
+        if left_out > 0 {
+            let lost = decode_range(&tree, groups.clone(), height, &NOTHING, &encoded, |_, _| panic!("a pair"), |_, _| panic!("data"));
+            prop_assert_eq!(lost, Err(DecodeError::Unknown { groups: groups.clone() }));
+        }
+        if !encoded.is_empty() {
+            let at = bit.index(encoded.len());
+            encoded[at] ^= 1;
+            let wrong = decode_range(&tree, groups, height, &known, &encoded, |_, _| {}, |_, _| {});
+            let is_found = matches!(wrong, Err(DecodeError::Pair { .. } | DecodeError::Mismatch { .. }));
+            prop_assert!(is_found, "{wrong:?}");
+        }
+    }
+
     #[test]
     fn encodings_of_another_length_are_refused_whole((size, groups) in size_and_run(), cut in 1usize..200) {
         let content = content(size, 2);
@@ -324,7 +397,7 @@ proptest! {
         let mut encoded = encode(&tree, groups.clone(), &content, &outboard).unwrap();
         let expected = encoded.len() as u64;
         let nothing = |encoded: &[u8]| {
-            decode_range(&tree, groups.clone(), encoded, |_, _| panic!("a pair"), |_, _| panic!("data")).unwrap_err()
+            decode_range(&tree, groups.clone(), Height::ROOT, &NOTHING, encoded, |_, _| panic!("a pair"), |_, _| panic!("data")).unwrap_err()
         };
         if let Some(found) = encoded.len().checked_sub(cut) {
             prop_assert_eq!(
@@ -497,7 +570,15 @@ fn a_file_serves_as_storage_and_is_updated_in_place() {
     assert_eq!(new, expected);
     let all = 0..group_count(new.size);
     let mut encoded = Vec::new();
-    encode_range(&new, all.clone(), &data, &outboard, &mut encoded).unwrap();
+    encode_range(
+        &new,
+        all.clone(),
+        Height::ROOT,
+        &data,
+        &outboard,
+        &mut encoded,
+    )
+    .unwrap();
     assert_eq!(encoded, oracle_encoding(&data, &all));
 }
 

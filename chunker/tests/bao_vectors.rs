@@ -7,6 +7,7 @@ use bao_tree::io::sync::encode_ranges_validated;
 use bao_tree::{BlockSize, ChunkNum, ChunkRanges};
 use capsule_chunker::bao::{decode_range, encode_range, tree_of};
 use capsule_proto::RootHash;
+use capsule_proto::ranges::Height;
 
 const DOC: &str = include_str!("../docs/tree.md");
 
@@ -69,6 +70,7 @@ fn the_documents_vectors_hold() {
         encode_range(
             &tree,
             vector.groups.clone(),
+            Height::ROOT,
             &content,
             &outboard,
             &mut encoded,
@@ -80,7 +82,16 @@ fn the_documents_vectors_hold() {
             "{}",
             vector.size
         );
-        decode_range(&tree, vector.groups, &encoded, |_, _| {}, |_, _| {}).unwrap();
+        decode_range(
+            &tree,
+            vector.groups,
+            Height::ROOT,
+            &Vec::new(),
+            &encoded,
+            |_, _| {},
+            |_, _| {},
+        )
+        .unwrap();
     }
 }
 

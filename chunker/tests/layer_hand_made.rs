@@ -284,7 +284,42 @@ proptest! {
         let (restored, root) = restore_all(&content, 2).unwrap();
         prop_assert!(restored == making.target);
         prop_assert_eq!(root, header.target);
+        prop_assert!(!content.is_its_pack().unwrap() || making.pack.starts_with(&making.target));
     }
+}
+
+#[test]
+fn a_layer_of_stored_frames_in_order_is_its_pack() {
+    let is_its_pack = |codecs: &[u8], order: &[u32], skip: u32| {
+        let mut making = Making::new();
+        let frames = codecs.iter().zip(1u64..);
+        frames.for_each(|(codec, seed)| making.new_frame(*codec, &[], seed, 10_000));
+        let (content, pack) = (std::mem::take(&mut making.frames), making.pack.clone());
+        let mut index = IndexBuilder::new();
+        let packed = Index::decode(&std::mem::take(&mut making.builder).finish(&making.header()));
+        let packed = packed.unwrap();
+        packed.frames.into_iter().for_each(|frame| {
+            index.push_frame(frame).unwrap();
+        });
+        making.builder = index;
+        making.target.clear();
+        for id in order {
+            let from = RunFrom::Frame {
+                id: *id,
+                offset: skip,
+            };
+            making.run(from, &content[*id as usize].0[skip as usize..]);
+        }
+        let (header, sources) = (making.header(), making.contents());
+        let index = std::mem::take(&mut making.builder).finish(&header);
+        open(index, pack, sources).unwrap().is_its_pack().unwrap()
+    };
+    assert!(is_its_pack(&[0, 0, 0], &[0, 1, 2], 0));
+    assert!(!is_its_pack(&[0, 0, 0], &[0, 2, 1], 0), "another order");
+    assert!(!is_its_pack(&[0, 0, 0], &[1, 2], 0), "not from its start");
+    assert!(!is_its_pack(&[0, 0, 0], &[0, 1, 2], 5), "parts of frames");
+    assert!(!is_its_pack(&[0, 1, 0], &[0, 1, 2], 0), "compressed");
+    assert!(!is_its_pack(&[0, 0, 0], &[0, 1, 1], 0), "one of them twice");
 }
 
 // The content of one layer is the parent of the next.

@@ -8,7 +8,7 @@ use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use capsule_chunker::bao::{DecodeError, Tree, decode_range};
-use capsule_proto::ranges::group_count;
+use capsule_proto::ranges::{Height, group_count};
 use capsule_proto::{GroupRanges, RootHash};
 use capsule_swarm::{BlobStore, ServeError, StoreError};
 
@@ -63,10 +63,11 @@ impl BlobStore for Blobs {
         &self,
         root: &RootHash,
         groups: Range<u64>,
+        height: Height,
         out: &mut Vec<u8>,
     ) -> Result<(), ServeError> {
         self.store
-            .read_encoded(root, groups, out)
+            .read_encoded(root, groups, height, out)
             .map_err(|error| match error {
                 ReadError::Damaged { root, groups } => ServeError::Damaged {
                     root,
@@ -91,6 +92,7 @@ impl BlobStore for Blobs {
         root: &RootHash,
         size: u64,
         groups: Range<u64>,
+        height: Height,
         encoded: &[u8],
     ) -> Result<(), StoreError> {
         // Under another size nothing of an honest peer's would verify: that is no reason to ban it.
@@ -100,13 +102,26 @@ impl BlobStore for Blobs {
             return Err(StoreError::Io(std::io::Error::other(message)));
         }
         let first = groups.start;
-        let written = match self.store.write_encoded(root, groups.clone(), encoded) {
+        let write = || {
+            self.store
+                .write_encoded(root, groups.clone(), height, encoded)
+        };
+        let written = match write() {
             // A size that a peer claims is noted only when it is proved, which the last group does: its length and its
             // place in the tree are in the hash.
             Err(WriteError::Unknown(_)) => {
                 let tree = Tree { root: *root, size };
-                decode_range(&tree, groups.clone(), encoded, |_, _| {}, |_, _| {})
-                    .map_err(|e| invalid(&e, first))?;
+                let run = groups.clone();
+                decode_range(
+                    &tree,
+                    run,
+                    height,
+                    &Vec::new(),
+                    encoded,
+                    |_, _| {},
+                    |_, _| {},
+                )
+                .map_err(|e| invalid(&e, first))?;
                 if groups.end != group_count(size) {
                     let message = format!("the size of {root} is not proved");
                     return Err(StoreError::Io(std::io::Error::other(message)));
@@ -117,7 +132,7 @@ impl BlobStore for Blobs {
                     .copied()
                     .unwrap_or(BlobKind::Other);
                 let made = self.store.create_partial(root, size, kind);
-                made.and_then(|()| self.store.write_encoded(root, groups, encoded))
+                made.and_then(|()| write())
             }
             written => written,
         };
@@ -130,6 +145,9 @@ impl BlobStore for Blobs {
 }
 
 fn invalid(error: &DecodeError, first: u64) -> StoreError {
+    if matches!(error, DecodeError::Unknown { .. }) {
+        return StoreError::Unknown;
+    }
     let group = match error {
         DecodeError::Mismatch { group } => *group,
         _ => first,
@@ -175,6 +193,7 @@ mod tests {
             encode_range(
                 &self.tree,
                 groups,
+                Height::ROOT,
                 &self.content,
                 &self.outboard,
                 &mut encoded,
@@ -187,7 +206,7 @@ mod tests {
         fn write(&self, size: u64, groups: Range<u64>) -> Result<(), StoreError> {
             let encoded = self.encoded(groups.clone());
             self.blobs
-                .write_encoded(&self.tree.root, size, groups, &encoded)
+                .write_encoded(&self.tree.root, size, groups, Height::ROOT, &encoded)
         }
     }
 
@@ -211,9 +230,11 @@ mod tests {
         );
         assert_eq!(set.store.blobs()[0].kind, BlobKind::Manifest);
         let mut out = Vec::new();
-        set.blobs.read_encoded(&root, 5..7, &mut out).unwrap();
+        set.blobs
+            .read_encoded(&root, 5..7, Height::ROOT, &mut out)
+            .unwrap();
         assert!(out == set.encoded(5..7));
-        let absent = set.blobs.read_encoded(&root, 0..1, &mut out);
+        let absent = set.blobs.read_encoded(&root, 0..1, Height::ROOT, &mut out);
         assert!(matches!(absent, Err(ServeError::Missing { .. })));
     }
 

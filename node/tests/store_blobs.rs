@@ -11,6 +11,7 @@ use capsule_chunker::bao::TreeHasher;
 use capsule_node::store::{
     BlobKind, Damage, OpenError, ReadError, Store, StoreOptions, WriteError,
 };
+use capsule_proto::ranges::Height;
 use capsule_proto::{GROUP_LEN, GroupRanges, RootHash};
 use positioned_io::ReadAt;
 use proptest::prelude::*;
@@ -138,7 +139,7 @@ fn nothing_unverified_is_written() {
         let root = sample.root();
         let groups = 0..sample.count().min(4);
         let good = sample.encoded(groups.clone());
-        let unknown = store.write_encoded(&root, groups.clone(), &good);
+        let unknown = store.write_encoded(&root, groups.clone(), Height::ROOT, &good);
         assert!(
             matches!(unknown, Err(WriteError::Unknown(_))),
             "{unknown:?}"
@@ -157,7 +158,7 @@ fn nothing_unverified_is_written() {
             Sample::groups(9, 4).encoded(0..4),
         ]);
         for bytes in bad {
-            let refused = store.write_encoded(&root, groups.clone(), &bytes);
+            let refused = store.write_encoded(&root, groups.clone(), Height::ROOT, &bytes);
             assert!(
                 matches!(refused, Err(WriteError::Invalid { .. })),
                 "{refused:?}"
@@ -168,7 +169,7 @@ fn nothing_unverified_is_written() {
             2..2,
             sample.count()..sample.count() + 1,
         ] {
-            let refused = store.write_encoded(&root, beyond, &good);
+            let refused = store.write_encoded(&root, beyond, Height::ROOT, &good);
             assert!(
                 matches!(refused, Err(WriteError::OutOfRange { .. })),
                 "{refused:?}"
@@ -180,7 +181,9 @@ fn nothing_unverified_is_written() {
             files,
             "a file was made for bytes that do not verify"
         );
-        store.write_encoded(&root, groups, &good).unwrap();
+        store
+            .write_encoded(&root, groups, Height::ROOT, &good)
+            .unwrap();
     }
 }
 
@@ -215,7 +218,7 @@ fn presence_is_at_once_and_durability_by_flush() {
     );
     assert!(ranges(store.durable(&sample.root())).is_empty());
     assert_eq!(read(&store, &sample.root(), 3..5), sample.encoded(3..5));
-    let absent = store.read_encoded(&sample.root(), 3..6, &mut Vec::new());
+    let absent = store.read_encoded(&sample.root(), 3..6, Height::ROOT, &mut Vec::new());
     assert!(
         matches!(absent, Err(ReadError::Absent { .. })),
         "{absent:?}"
@@ -318,6 +321,7 @@ fn many_threads_write_and_read_one_blob() {
                         .write_encoded(
                             &sample.root(),
                             groups.clone(),
+                            Height::ROOT,
                             &sample.encoded(groups.clone()),
                         )
                         .unwrap();
@@ -354,7 +358,7 @@ fn damage_is_found_reported_and_repaired() {
             listener.lock().unwrap().push(damage.clone())
         }));
         disk.damage(&file_of(&sample.root(), extension), offset);
-        let found = store.read_encoded(&sample.root(), 0..8, &mut Vec::new());
+        let found = store.read_encoded(&sample.root(), 0..8, Height::ROOT, &mut Vec::new());
         let Err(ReadError::Damaged { groups, .. }) = found else {
             panic!("{found:?}")
         };

@@ -8,6 +8,7 @@ use capsule_node::store::{
     BlobKind, ComponentProvider, ComponentRecipe, Full, GcMode, GcReport, LayerBlobs, ReadError,
     RemoveError, Store, StoreOptions, WriteError,
 };
+use capsule_proto::ranges::Height;
 use capsule_proto::{GROUP_LEN, GroupRanges, RootHash};
 use positioned_io::ReadAt;
 use store_sim::content::{Sample, Samples};
@@ -20,7 +21,12 @@ fn the_quota_holds_and_says_the_way_out() {
     write(&store, &sample, 0..10);
     store.set_quota(Some(store.usage().used + 2 * GROUP_LEN));
     let refused = store
-        .write_encoded(&sample.root(), 10..14, &sample.encoded(10..14))
+        .write_encoded(
+            &sample.root(),
+            10..14,
+            Height::ROOT,
+            &sample.encoded(10..14),
+        )
         .unwrap_err();
     assert!(
         matches!(refused, WriteError::Full(Full::Quota { .. })),
@@ -273,7 +279,7 @@ fn a_component_is_served_through_its_provider() {
     assert!(matches!(register(), Err(WriteError::Unknown(missing)) if missing == pack.root()));
     write(&store, &pack, 0..6);
     register().unwrap();
-    let unprovided = store.read_encoded(&root, 0..3, &mut Vec::new());
+    let unprovided = store.read_encoded(&root, 0..3, Height::ROOT, &mut Vec::new());
     assert!(
         matches!(unprovided, Err(ReadError::Component { .. })),
         "{unprovided:?}"
@@ -290,7 +296,7 @@ fn a_component_is_served_through_its_provider() {
     drifted.bytes[11 * GROUP_LEN as usize] ^= 1;
     let provider: Arc<dyn ComponentProvider> = Arc::new(Samples(vec![drifted]));
     store.set_component_provider(&provider);
-    let found = store.read_encoded(&root, 8..20, &mut Vec::new());
+    let found = store.read_encoded(&root, 8..20, Height::ROOT, &mut Vec::new());
     assert!(
         matches!(&found, Err(ReadError::Damaged { groups, .. }) if *groups == GroupRanges::from(11..12)),
         "{found:?}"

@@ -11,6 +11,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use capsule_node::store::{ComponentProvider, GcMode, PinOrigin, Store};
+use capsule_proto::ranges::Height;
 use store_sim::content::{Sample, Samples};
 use store_sim::script::{Blob, Cast, Expected, SCRIPT, open, write};
 use store_sim::{EIO, ENOSPC, Fault, SimDisk, choose};
@@ -81,7 +82,9 @@ fn check_blob(store: &Store, sample: &Sample, expected: Blob) {
     );
     for run in durable.difference(&expected.damaged).runs() {
         let mut out = Vec::new();
-        store.read_encoded(&root, run.clone(), &mut out).unwrap();
+        store
+            .read_encoded(&root, run.clone(), Height::ROOT, &mut out)
+            .unwrap();
         assert_eq!(
             out,
             sample.encoded(run.clone()),
@@ -105,7 +108,7 @@ fn check_component(cast: &Cast, store: &Store) {
     if store.component(&cast.disk.root()).is_some() {
         let mut out = Vec::new();
         store
-            .read_encoded(&cast.disk.root(), 1..9, &mut out)
+            .read_encoded(&cast.disk.root(), 1..9, Height::ROOT, &mut out)
             .unwrap();
         assert_eq!(out, cast.disk.encoded(1..9));
     }

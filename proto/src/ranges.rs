@@ -17,6 +17,67 @@ pub const MAX_CONTENT_LEN: u64 = 1 << 50;
 /// Most runs that a set decoded from outside may have; a longer one is refused.
 pub const MAX_RUNS: usize = 1 << 16;
 
+/// Height of a node of a content's hash tree: it stands above the 2^height groups of an aligned run, or what of them there is.
+///
+/// Who holds the hash of such a node needs nothing of what stands above it to verify groups below it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Height(u8);
+
+impl Height {
+    /// Of the root, of whatever content.
+    pub const ROOT: Self = Self(36);
+
+    /// Of the node above so many groups, at least one of them.
+    pub const fn of(groups: u64) -> Self {
+        let height = groups.next_power_of_two().trailing_zeros() as u8;
+        if height < Self::ROOT.0 {
+            Self(height)
+        } else {
+            Self::ROOT
+        }
+    }
+
+    /// By its number; none where it is more than the root's.
+    pub const fn new(height: u8) -> Option<Self> {
+        if height <= Self::ROOT.0 {
+            Some(Self(height))
+        } else {
+            None
+        }
+    }
+
+    /// Its number.
+    pub const fn get(self) -> u8 {
+        self.0
+    }
+
+    /// Most groups below a node of that height.
+    pub const fn groups(self) -> u64 {
+        1 << self.0
+    }
+
+    /// Of the lowest node above a run of groups whose hash is known to whoever holds verified groups of the content: any of them came
+    /// with the two hashes below each node above it.
+    pub fn known(size: u64, run: &Range<u64>, held: &GroupRanges) -> Self {
+        let mut known = Self::ROOT;
+        let mut height = Self::of(group_count(size));
+        while height.0 > 0 && Self(height.0 - 1).spans(run) {
+            let first = run.start >> height.0 << height.0;
+            if !held.intersects(&(first..first + height.groups())) {
+                break;
+            }
+            height = Self(height.0 - 1);
+            known = height;
+        }
+        known
+    }
+
+    /// Whether one node of that height stands above the whole run.
+    pub const fn spans(self, run: &Range<u64>) -> bool {
+        run.start < run.end && run.start >> self.0 == (run.end - 1) >> self.0
+    }
+}
+
 /// Number of chunk groups of `size` bytes of content. Empty content has one (empty) group, as it has a hash.
 pub const fn group_count(size: u64) -> u64 {
     if size == 0 {

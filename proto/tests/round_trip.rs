@@ -9,7 +9,7 @@ use capsule_proto::index::Space;
 use capsule_proto::listing::{Entry, EntryKind, EntryPath, Listing, Metadata};
 use capsule_proto::manifest::{Component, ComponentKind, Machine, Manifest};
 use capsule_proto::name::{Channel, Version};
-use capsule_proto::ranges::{MAX_CONTENT_LEN, group_count};
+use capsule_proto::ranges::{Height, MAX_CONTENT_LEN, group_count};
 use capsule_proto::record::{
     BlobRef, Body, Layer, Name, Prefetch, Record, RecordId, Release, SignedRecord,
 };
@@ -327,10 +327,13 @@ fn control() -> impl Strategy<Value = Control> {
         request.prop_map(|(id, root, size, first, count, demand, compress)| {
             let first = first % group_count(size);
             let groups = first..(first + count).min(group_count(size));
+            let heights = (0..=Height::ROOT.get()).filter_map(Height::new);
+            let spanning: Vec<_> = heights.filter(|height| height.spans(&groups)).collect();
             Control::Request(Request {
                 id,
                 root,
                 size,
+                height: spanning[id as usize % spanning.len()],
                 groups,
                 demand,
                 compress,

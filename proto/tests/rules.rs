@@ -5,6 +5,7 @@ use capsule_proto::credential::{
 };
 use capsule_proto::index::Space;
 use capsule_proto::manifest::{Component, ComponentKind, Manifest};
+use capsule_proto::ranges::Height;
 use capsule_proto::record::{
     BlobRef, Body, Layer, MAX_CLOCK_SKEW, Name, Prefetch, Record, RecordError, Release,
     SignedRecord,
@@ -307,10 +308,25 @@ fn requests_and_drops_say_what_they_mean() {
             groups,
             demand: false,
             compress: false,
+            height: Height::ROOT,
         };
         Control::decode(&Control::Request(request).encode())
     };
     assert!(request(0..64).is_ok() && request(36..100).is_ok());
+    let below = |groups, height| {
+        let request = Request {
+            id: 1,
+            root: root("b"),
+            size: 100 << 14,
+            groups,
+            demand: false,
+            compress: false,
+            height: Height::new(height).unwrap(),
+        };
+        Control::decode(&Control::Request(request).encode())
+    };
+    assert!(below(8..16, 3).is_ok() && below(8..16, 36).is_ok());
+    assert!(below(7..9, 3).is_err() && below(8..10, 0).is_err());
     assert!(request(0..65).is_err() && request(37..101).is_err() && request(5..5).is_err());
     // Taking nothing back is not taking all back.
     let none = Control::Drop {

@@ -1,10 +1,11 @@
 //! What a daemon does around the scheduler: carries messages between its three parts and the network.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::rc::Rc;
 
 use capsule_proto::hash::RootHash;
-use capsule_proto::ranges::GroupRanges;
+use capsule_proto::ranges::{GroupRanges, Height};
 use capsule_swarm_core::{
     Announce, AnnounceConfig, Announcements, BlobSpec, Change, Class, DownloadConfig, Downloads,
     Failure, GatewayNotice, IncomingRequest, NodeId, Output, PeerKey, PieceGeometry, Refusal,
@@ -25,6 +26,8 @@ pub enum Message {
         groups: Range<u64>,
         /// Whether somebody waits for it.
         demand: bool,
+        /// Up to where the response proves them.
+        height: Height,
     },
     /// Takes a request back.
     Cancel {
@@ -100,6 +103,8 @@ pub struct Node {
     announcements: Announcements,
     /// What came unspoilt and is committed: what the scheduler may count as held, and what outlives a restart.
     pub stored: GroupRanges,
+    /// Up to where responses prove their groups, by connection and request.
+    heights: BTreeMap<(u64, RequestId), Height>,
     /// Its connections.
     pub neighbours: Vec<Neighbour>,
     /// Whether it runs.
@@ -150,6 +155,7 @@ impl Node {
             } else {
                 GroupRanges::new()
             },
+            heights: BTreeMap::new(),
             neighbours: Vec::new(),
             alive: false,
             starts: 0,
@@ -243,12 +249,19 @@ impl Node {
     pub(crate) fn handle(&mut self, now: Time, connection: u64, message: Message) {
         let peer = PeerKey(connection);
         match message {
-            Message::Request { id, groups, demand } => {
-                self.handle_request(now, connection, id, groups, demand)
+            Message::Request {
+                id,
+                groups,
+                demand,
+                height,
+            } => {
+                self.heights.insert((connection, id), height);
+                self.handle_request(now, connection, id, groups, demand);
             }
             Message::Cancel { id } => {
                 if self.member.manner != Manner::Stalls && self.uploads.handle_cancel(now, peer, id)
                 {
+                    self.heights.remove(&(connection, id));
                     let failure = Failure::Cancelled;
                     self.outbox
                         .push((connection, Message::Failed { id, failure }));
@@ -388,8 +401,14 @@ impl Node {
                 } => {
                     self.requests += 1;
                     self.check_window(peer);
-                    self.outbox
-                        .push((peer.0, Message::Request { id, groups, demand }));
+                    let size = self.geometry.size();
+                    let request = Message::Request {
+                        id,
+                        height: Height::known(size, &groups, &self.stored),
+                        groups,
+                        demand,
+                    };
+                    self.outbox.push((peer.0, request));
                 }
                 Output::Cancel { peer, id } => self.outbox.push((peer.0, Message::Cancel { id })),
                 Output::Complete { .. } => {
@@ -450,15 +469,11 @@ impl Node {
             )));
         }
         let groups = serve.groups.end - serve.groups.start;
-        // Parents within the run, and on the path from the root to it.
-        let depth = u64::from(
-            self.geometry
-                .groups()
-                .div_ceil(groups)
-                .next_power_of_two()
-                .trailing_zeros(),
-        );
-        let wire = self.geometry.bytes(&serve.groups) + 64 * (groups - 1 + depth);
+        // Parents within the run, and on the path to it from the highest that the requester lacks.
+        let height = self.heights.remove(&(serve.peer.0, serve.id));
+        let top = Height::of(self.geometry.groups()).min(height.unwrap_or(Height::ROOT));
+        let path = top.get().saturating_sub(Height::of(groups).get());
+        let wire = self.geometry.bytes(&serve.groups) + 64 * (groups - 1 + u64::from(path));
         let response = Response {
             id: serve.id,
             groups: serve.groups,

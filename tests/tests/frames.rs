@@ -4,7 +4,7 @@ use std::fs;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use capsule_proto::ranges::{GroupRanges, group_count};
+use capsule_proto::ranges::{GroupRanges, Height, group_count};
 use capsule_proto::record::RecordId;
 use capsule_proto::wire::{Control, DataHeader, FrameKind, MAX_CONTROL_LEN, Request};
 use capsule_proto::{GROUP_LEN, RootHash};
@@ -58,6 +58,7 @@ impl Scene {
             groups: first..first + count,
             demand: false,
             compress: false,
+            height: Height::ROOT,
         })
     }
 

@@ -4,17 +4,19 @@
 
 use std::ops::Range;
 
-use capsule_proto::ranges::group_bytes;
+use capsule_proto::ranges::{Height, group_bytes};
+use positioned_io::ReadAt;
 use thiserror::Error;
 
 use super::cv::{self, Cv};
 use super::geometry::{Node, encoded_len, is_run_of};
+use super::pairs::PairReader;
 use super::{PAIR_LEN, Tree};
 
 /// Why an encoding was not accepted.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum DecodeError {
-    /// The run is empty or reaches beyond the content, so that nothing can be its encoding.
+    /// The run is empty, reaches beyond the content, or does not lie below one node of the height, so that nothing can be its encoding.
     #[error("groups {groups:?} are not a run of groups of content of {size} bytes")]
     OutOfRange {
         /// The run asked for.
@@ -40,6 +42,13 @@ pub enum DecodeError {
         /// Bytes too many.
         extra: u64,
     },
+    /// The hash of the node that the encoding goes up to is not in the outboard, which is damaged or has lost it: an encoding that
+    /// goes up to the root is needed.
+    #[error("the hash above groups {groups:?} is not known: ask for an encoding up to the root")]
+    Unknown {
+        /// The run asked for.
+        groups: Range<u64>,
+    },
     /// A pair of hashes is wrong; what came before it was accepted.
     #[error("wrong hashes above groups {groups:?}: drop the provider and ask another")]
     Pair {
@@ -54,7 +63,8 @@ pub enum DecodeError {
     },
 }
 
-/// Verifies the encoding of a run of groups of a tree's content, and hands out what it holds.
+/// Verifies the encoding of a run of groups of a tree's content up to a node of some height, and hands out what it holds. The hash of
+/// that node is taken from the outboard, itself verified from the root on.
 ///
 /// `parents` gets each verified pair with its offset in the outboard, `leaves` each verified group (the last one
 /// of the content may be short; that of empty content is empty) with its offset in the content. Both are called in order
@@ -63,15 +73,17 @@ pub enum DecodeError {
 pub fn decode_range<'a>(
     tree: &Tree,
     groups: Range<u64>,
+    height: Height,
+    outboard: &(impl ReadAt + ?Sized),
     encoded: &'a [u8],
     parents: impl FnMut(u64, &'a [u8; PAIR_LEN]),
     leaves: impl FnMut(u64, &'a [u8]),
 ) -> Result<(), DecodeError> {
     let size = tree.size;
-    if !is_run_of(&groups, size) {
+    if !is_run_of(&groups, size) || !height.spans(&groups) {
         return Err(DecodeError::OutOfRange { groups, size });
     }
-    let (expected, found) = (encoded_len(size, &groups), encoded.len() as u64);
+    let (expected, found) = (encoded_len(size, &groups, height), encoded.len() as u64);
     if found < expected {
         return Err(DecodeError::Truncated {
             groups,
@@ -85,6 +97,7 @@ pub fn decode_range<'a>(
             extra: found - expected,
         });
     }
+    let (top, hash) = known(tree, &groups, height, outboard)?;
     Decoder {
         size,
         groups,
@@ -92,7 +105,31 @@ pub fn decode_range<'a>(
         parents,
         leaves,
     }
-    .node(&Node::root(size), &cv::of_root(&tree.root))
+    .node(&top, &hash)
+}
+
+/// The node of that height above a run, and its hash.
+fn known(
+    tree: &Tree,
+    groups: &Range<u64>,
+    height: Height,
+    outboard: &(impl ReadAt + ?Sized),
+) -> Result<(Node, Cv), DecodeError> {
+    let (mut node, mut hash) = (Node::root(tree.size), cv::of_root(&tree.root));
+    let mut pairs = PairReader::new(outboard, tree.size);
+    while node.count > height.groups() {
+        let unknown = |_| DecodeError::Unknown {
+            groups: groups.clone(),
+        };
+        let (left, right) = cv::halves(&pairs.load(&node, &hash).map_err(unknown)?);
+        let children = node.split();
+        (node, hash) = if groups.start < children.1.first {
+            (children.0, left)
+        } else {
+            (children.1, right)
+        };
+    }
+    Ok((node, hash))
 }
 
 struct Decoder<'a, P, L> {

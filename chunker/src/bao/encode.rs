@@ -5,7 +5,7 @@
 use std::io;
 use std::ops::Range;
 
-use capsule_proto::ranges::group_bytes;
+use capsule_proto::ranges::{Height, group_bytes};
 use positioned_io::ReadAt;
 use thiserror::Error;
 
@@ -17,7 +17,7 @@ use super::{Tree, read_some};
 /// Why a run could not be encoded.
 #[derive(Debug, Error)]
 pub enum EncodeError {
-    /// The run is empty or reaches beyond the content.
+    /// The run is empty, reaches beyond the content, or does not lie below one node of the height.
     #[error("groups {groups:?} are not a run of groups of content of {size} bytes")]
     OutOfRange {
         /// The run asked for.
@@ -68,27 +68,30 @@ impl From<PairFault> for EncodeError {
     }
 }
 
-/// Appends the encoding of a run of groups of a tree's content to `out`: [`encoded_len`] bytes.
+/// Appends the encoding of a run of groups of a tree's content to `out`: [`encoded_len`] bytes. It goes up to the node of that
+/// height above the run, whose hash the receiver has.
 ///
 /// Of the outboard only the pairs above the run need to be there, of the content only the run. All of it is
 /// verified; on error `out` is as it was.
 pub fn encode_range(
     tree: &Tree,
     groups: Range<u64>,
+    height: Height,
     data: &(impl ReadAt + ?Sized),
     outboard: &(impl ReadAt + ?Sized),
     out: &mut Vec<u8>,
 ) -> Result<(), EncodeError> {
     let size = tree.size;
-    if !is_run_of(&groups, size) {
+    if !is_run_of(&groups, size) || !height.spans(&groups) {
         return Err(EncodeError::OutOfRange { groups, size });
     }
     let start = out.len();
-    let len = encoded_len(size, &groups) as usize;
+    let len = encoded_len(size, &groups, height) as usize;
     out.reserve_exact(len);
     let mut encoder = Encoder {
         size,
         groups,
+        height,
         data,
         pairs: PairReader::new(outboard, size),
         out: &mut *out,
@@ -104,6 +107,7 @@ pub fn encode_range(
 struct Encoder<'a, D: ?Sized, O: ?Sized> {
     size: u64,
     groups: Range<u64>,
+    height: Height,
     data: &'a D,
     pairs: PairReader<'a, O>,
     /// Grows piecemeal: what it grows by is then in the cache for the read and the hash that follow.
@@ -120,7 +124,9 @@ impl<D: ReadAt + ?Sized, O: ReadAt + ?Sized> Encoder<'_, D, O> {
             return check(node, data, expected);
         }
         let pair = self.pairs.load(node, expected)?;
-        self.out.extend_from_slice(&pair);
+        if node.count <= self.height.groups() {
+            self.out.extend_from_slice(&pair);
+        }
         let ((left, right), (left_hash, right_hash)) = (node.split(), cv::halves(&pair));
         if node.count == 2
             && self.groups.contains(&left.first)

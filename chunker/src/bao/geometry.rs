@@ -4,7 +4,7 @@
 
 use std::ops::Range;
 
-use capsule_proto::ranges::{MAX_CONTENT_LEN, group_bytes, group_count};
+use capsule_proto::ranges::{Height, MAX_CONTENT_LEN, group_bytes, group_count};
 
 /// Bytes of a pair: the chaining values of a node's left and right child.
 pub const PAIR_LEN: usize = 64;
@@ -16,12 +16,19 @@ pub const fn outboard_len(size: u64) -> u64 {
     (group_count(size) - 1) * PAIR_LEN as u64
 }
 
-/// Bytes of the encoding of a run of groups: its content, and the pairs of all nodes above any of it.
+/// Bytes of the encoding of a run of groups: its content, and the pairs of all nodes above any of it, up to that height.
 ///
-/// Groups beyond the content count for nothing. `size` is at most [`MAX_CONTENT_LEN`].
-pub fn encoded_len(size: u64, groups: &Range<u64>) -> u64 {
+/// Groups beyond the content count for nothing. `size` is at most [`MAX_CONTENT_LEN`], and one node of that height spans the run.
+pub fn encoded_len(size: u64, groups: &Range<u64>, height: Height) -> u64 {
     let bytes = group_bytes(groups, size);
-    (bytes.end - bytes.start) + Node::root(size).pairs_above(groups) * PAIR_LEN as u64
+    let mut node = Node::root(size);
+    while node.count > height.groups() {
+        node = match node.towards(groups) {
+            Some(child) => child,
+            None => break,
+        };
+    }
+    (bytes.end - bytes.start) + node.pairs_above(groups) * PAIR_LEN as u64
 }
 
 /// Whether this is a run of at least one group, all of them in content of `size` bytes.
@@ -103,6 +110,18 @@ impl Node {
                 is_root: false,
             },
         )
+    }
+
+    /// Its child above all of the groups; none where they lie below both.
+    fn towards(&self, groups: &Range<u64>) -> Option<Self> {
+        let (left, right) = self.split();
+        if groups.end <= left.end() {
+            Some(left)
+        } else if groups.start >= right.first {
+            Some(right)
+        } else {
+            None
+        }
     }
 
     /// How many inner nodes of its subtree stand above any of the groups.

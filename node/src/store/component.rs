@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use capsule_chunker::bao::{Tree, VerifyError, encode_range, outboard_len, verify};
 use capsule_chunker::content::Content;
+use capsule_proto::ranges::Height;
 use capsule_proto::{GroupRanges, RootHash};
 use positioned_io::ReadAt;
 
@@ -251,6 +252,7 @@ impl Inner {
         root: &RootHash,
         entry: &ComponentEntry,
         groups: Range<u64>,
+        height: Height,
         out: &mut Vec<u8>,
     ) -> Result<(), ReadError> {
         if groups.is_empty() || !lock(&entry.ranges).contains_run(&groups) {
@@ -265,7 +267,7 @@ impl Inner {
             size: entry.component.size,
         };
         let before = out.len();
-        encode_range(&tree, groups.clone(), &content, &outboard, out).or_else(|error| {
+        encode_range(&tree, groups.clone(), height, &content, &outboard, out).or_else(|error| {
             out.truncate(before);
             match classify(error) {
                 Trouble::Damage => {

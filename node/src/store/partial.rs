@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use capsule_chunker::bao::{DecodeError, decode_range};
-use capsule_proto::ranges::group_count;
+use capsule_proto::ranges::{Height, group_count};
 use capsule_proto::{GROUP_LEN, GroupRanges, RootHash};
 
 use super::blob::{Blob, BlobFiles, BlobState, Part, dir_of, lock, path_of};
@@ -36,7 +36,7 @@ impl Store {
         self.inner.entry(root, size, kind).map(drop)
     }
 
-    /// Verifies an encoded run of groups (bao, see [`decode_range`]) and writes it.
+    /// Verifies an encoded run of groups (bao, see [`decode_range`]) and writes it. The encoding goes up to the node of that height.
     ///
     /// Thread-safe, many at once for one blob; blocking. Nothing is written unless all of it verifies.
     /// What was written counts as [`present`](Store::present) at once, and as
@@ -47,10 +47,11 @@ impl Store {
         &self,
         root: &RootHash,
         groups: Range<u64>,
+        height: Height,
         encoded: &[u8],
     ) -> Result<(), WriteError> {
         let blob = self.inner.blob(root).ok_or(WriteError::Unknown(*root))?;
-        let (pairs, leaves) = verified(&blob, &groups, encoded)?;
+        let (pairs, leaves) = self.inner.verified(&blob, &groups, height, encoded)?;
         if blob.is_small() {
             self.inner.keep_small(&blob, leaves.concat())?;
         } else {
@@ -81,29 +82,36 @@ impl Store {
 /// Verified parts of an encoding: pairs by offset in the outboard, and the content in order.
 type Verified<'a> = (Vec<(u64, &'a [u8; 64])>, Vec<&'a [u8]>);
 
-fn verified<'a>(
-    blob: &Blob,
-    groups: &Range<u64>,
-    encoded: &'a [u8],
-) -> Result<Verified<'a>, WriteError> {
-    let (root, count) = (blob.root, group_count(blob.size));
-    if groups.is_empty() || groups.end > count {
-        return Err(WriteError::OutOfRange {
-            root,
-            groups: groups.clone(),
-            count,
-        });
-    }
-    let (mut pairs, mut leaves) = (Vec::new(), Vec::new());
-    let parent = |offset, pair| pairs.push((offset, pair));
-    decode_range(&blob.tree(), groups.clone(), encoded, parent, |_, leaf| {
-        leaves.push(leaf)
-    })
-    .map_err(|source: DecodeError| WriteError::Invalid { root, source })?;
-    Ok((pairs, leaves))
-}
-
 impl Inner {
+    fn verified<'a>(
+        &self,
+        blob: &Blob,
+        groups: &Range<u64>,
+        height: Height,
+        encoded: &'a [u8],
+    ) -> Result<Verified<'a>, WriteError> {
+        let (root, count) = (blob.root, group_count(blob.size));
+        if groups.is_empty() || groups.end > count {
+            return Err(WriteError::OutOfRange {
+                root,
+                groups: groups.clone(),
+                count,
+            });
+        }
+        let (mut pairs, mut leaves) = (Vec::new(), Vec::new());
+        let (tree, run) = (blob.tree(), groups.clone());
+        let parent = |offset, pair| pairs.push((offset, pair));
+        let leaf = |_, leaf| leaves.push(leaf);
+        let decoded = if height.groups() >= count {
+            decode_range(&tree, run, height, &Vec::new(), encoded, parent, leaf)
+        } else {
+            let files = self.files_to_write(blob)?;
+            decode_range(&tree, run, height, &files.tree, encoded, parent, leaf)
+        };
+        decoded.map_err(|source: DecodeError| WriteError::Invalid { root, source })?;
+        Ok((pairs, leaves))
+    }
+
     /// The blob's entry, made if there is none; waits while an older one is being removed.
     pub(super) fn entry(
         &self,

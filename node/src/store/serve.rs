@@ -8,7 +8,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use capsule_chunker::bao::{EncodeError, encode_range};
-use capsule_proto::ranges::group_count;
+use capsule_proto::ranges::{Height, group_count};
 use capsule_proto::{GROUP_LEN, GroupRanges, RootHash};
 use positioned_io::ReadAt;
 
@@ -63,7 +63,7 @@ impl Store {
         Some(Presence::new(blob.size, ranges))
     }
 
-    /// Appends the encoding of a run of groups of a blob or component, verified while it is made.
+    /// Appends the encoding of a run of groups of a blob or component, up to the node of that height, verified while it is made.
     ///
     /// On error `out` is as it was. Groups found damaged are taken out of what is present, durably, and
     /// reported ([`Store::on_damage`]).
@@ -71,6 +71,7 @@ impl Store {
         &self,
         root: &RootHash,
         groups: Range<u64>,
+        height: Height,
         out: &mut Vec<u8>,
     ) -> Result<(), ReadError> {
         let blob = self.inner.blob(root);
@@ -78,10 +79,12 @@ impl Store {
             && blob.state().present.contains_run(&groups)
             && !groups.is_empty()
         {
-            return self.inner.encode_blob(blob, groups, out);
+            return self.inner.encode_blob(blob, groups, height, out);
         }
         if let Some(component) = self.inner.component_entry(root) {
-            return self.inner.encode_component(root, &component, groups, out);
+            return self
+                .inner
+                .encode_component(root, &component, groups, height, out);
         }
         match blob {
             Some(_) => Err(ReadError::Absent {
@@ -263,6 +266,7 @@ impl Inner {
         &self,
         blob: &Arc<Blob>,
         groups: Range<u64>,
+        height: Height,
         out: &mut Vec<u8>,
     ) -> Result<(), ReadError> {
         if blob.is_small() {
@@ -285,7 +289,8 @@ impl Inner {
             Err(fault) => return Err(fault.into()),
         };
         let before = out.len();
-        encode_range(&blob.tree(), groups.clone(), &files.data, &files.tree, out).or_else(|error| {
+        let (tree, run) = (blob.tree(), groups.clone());
+        encode_range(&tree, run, height, &files.data, &files.tree, out).or_else(|error| {
             out.truncate(before);
             match classify(error) {
                 Trouble::Damage => Err(self.condemn(blob, &GroupRanges::from(groups))?),

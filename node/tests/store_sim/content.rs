@@ -6,7 +6,7 @@ use std::sync::Arc;
 use capsule_chunker::bao::{Tree, encode_range, tree_of};
 use capsule_chunker::content::{Content, ReadError};
 use capsule_node::store::{Component, ComponentProvider};
-use capsule_proto::ranges::group_count;
+use capsule_proto::ranges::{Height, group_count};
 use capsule_proto::{GROUP_LEN, RootHash};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
@@ -52,7 +52,15 @@ impl Sample {
     /// What a provider sends for a run of groups.
     pub fn encoded(&self, groups: Range<u64>) -> Vec<u8> {
         let mut out = Vec::new();
-        encode_range(&self.tree, groups, &self.bytes, &self.outboard, &mut out).unwrap();
+        encode_range(
+            &self.tree,
+            groups,
+            Height::ROOT,
+            &self.bytes,
+            &self.outboard,
+            &mut out,
+        )
+        .unwrap();
         out
     }
 }

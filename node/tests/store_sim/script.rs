@@ -15,6 +15,7 @@ use capsule_node::store::{
     Ban, BlobKind, ComponentRecipe, Follow, GcMode, HeldCapsule, LayerBlobs, OpenError, PinOrigin,
     ReadError, Store, StoreOptions,
 };
+use capsule_proto::ranges::Height;
 use capsule_proto::{CapsuleId, GROUP_LEN, GroupRanges, RootHash};
 
 use super::SimDisk;
@@ -158,7 +159,12 @@ pub fn import(store: &Store, sample: &Sample, kind: BlobKind) -> Outcome {
 
 pub fn write(store: &Store, sample: &Sample, groups: Range<u64>) -> Outcome {
     store.create_partial(&sample.root(), sample.size(), BlobKind::Pack)?;
-    Ok(store.write_encoded(&sample.root(), groups.clone(), &sample.encoded(groups))?)
+    Ok(store.write_encoded(
+        &sample.root(),
+        groups.clone(),
+        Height::ROOT,
+        &sample.encoded(groups),
+    )?)
 }
 
 /// One step of the script. A step may be run again after it failed.
@@ -272,7 +278,7 @@ pub const SCRIPT: &[(&str, Step)] = &[
             disk.damage(&cast.data_path(&cast.pack), 77);
             expected.blob(&cast.pack).damaged = bad.clone();
         }
-        match store.read_encoded(&cast.pack.root(), 0..2, &mut Vec::new()) {
+        match store.read_encoded(&cast.pack.root(), 0..2, Height::ROOT, &mut Vec::new()) {
             Err(ReadError::Damaged { groups, .. }) => assert_eq!(groups, bad),
             // Found before, by a try that failed to commit it.
             Err(ReadError::Absent { .. }) => drop(store.verify(&cast.pack.root())?),

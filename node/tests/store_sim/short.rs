@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use capsule_node::store::{BlobKind, Store, StoreOptions};
 use capsule_proto::RootHash;
+use capsule_proto::ranges::Height;
 
 use super::SimDisk;
 use super::content::Sample;
@@ -26,14 +27,21 @@ pub fn write(store: &Store, sample: &Sample, groups: Range<u64>) {
         .create_partial(&sample.root(), sample.size(), BlobKind::Pack)
         .unwrap();
     store
-        .write_encoded(&sample.root(), groups.clone(), &sample.encoded(groups))
+        .write_encoded(
+            &sample.root(),
+            groups.clone(),
+            Height::ROOT,
+            &sample.encoded(groups),
+        )
         .unwrap();
 }
 
 pub fn read(store: &Store, root: &RootHash, groups: Range<u64>) -> Vec<u8> {
     // What is there stays.
     let mut out = b"before".to_vec();
-    store.read_encoded(root, groups, &mut out).unwrap();
+    store
+        .read_encoded(root, groups, Height::ROOT, &mut out)
+        .unwrap();
     assert_eq!(&out[..6], b"before");
     out.split_off(6)
 }

@@ -10,7 +10,7 @@ use super::gossip::{PeerAddress, Status, machine};
 use super::{MAX_GREETING_LEN, WireError, bounded, cut, decode_message, hash, text};
 use crate::RootHash;
 use crate::credential::{MAX_CREDENTIAL_LEN, MAX_MACHINE_NAME_LEN, MachineId};
-use crate::ranges::{GROUP_LEN, GroupRanges, MAX_CONTENT_LEN, group_count};
+use crate::ranges::{GROUP_LEN, GroupRanges, Height, MAX_CONTENT_LEN, group_count};
 use crate::record::{MAX_RECORD_LEN, RecordId};
 
 /// Most runs in one `Have` or `Drop`; more are told in several.
@@ -149,6 +149,8 @@ pub struct Request {
     pub demand: bool,
     /// Leaves may come zstd-compressed.
     pub compress: bool,
+    /// Up to where the answer proves the groups: the requester has the hash of the node of that height above them.
+    pub height: Height,
 }
 
 /// Word that a request will not be answered.
@@ -274,6 +276,10 @@ impl Control {
                 count: request.groups.end - request.groups.start,
                 demand: request.demand,
                 compress: request.compress,
+                known: match request.height {
+                    Height::ROOT => 0,
+                    height => u32::from(height.get()) + 1,
+                },
             }),
             Self::Cancel { id } => Kind::Cancel(pb::Cancel { id: *id }),
             Self::Reject(reject) => Kind::Reject(pb::Reject {
@@ -440,6 +446,16 @@ impl TryFrom<pb::Request> for Request {
                 why: "its groups lie within the blob, 1 to 64 of them",
             });
         }
+        let height = match request.known.checked_sub(1) {
+            None => Some(Height::ROOT),
+            Some(height) => u8::try_from(height).ok().and_then(Height::new),
+        };
+        let Some(height) = height.filter(|height| height.spans(&groups)) else {
+            return Err(WireError::Invalid {
+                what: "request",
+                why: "its groups lie below one node of the height that it names",
+            });
+        };
         let root = hash("request", &request.root)?;
         Ok(Self {
             id: request.id,
@@ -448,6 +464,7 @@ impl TryFrom<pb::Request> for Request {
             groups,
             demand: request.demand,
             compress: request.compress,
+            height,
         })
     }
 }

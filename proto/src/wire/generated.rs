@@ -115,6 +115,9 @@ pub struct Request {
     /// leaves may come zstd-compressed
     #[prost(bool, tag = "7")]
     pub compress: bool,
+    /// 1 + height of the node above the groups whose hash the requester has; 0: the root
+    #[prost(uint32, tag = "8")]
+    pub known: u32,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Cancel {

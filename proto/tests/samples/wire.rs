@@ -1,6 +1,7 @@
 //! Handshake, frames, control messages and status.
 
 use capsule_proto::credential::MachineId;
+use capsule_proto::ranges::Height;
 use capsule_proto::record::RecordId;
 use capsule_proto::wire::{
     Control, DataHeader, FrameHeader, FrameKind, Gateway, Greeting, HeldCapsule, PeerAddress,
@@ -143,6 +144,7 @@ fn controls() -> Vec<(&'static str, Control)> {
         groups: 64..128,
         demand: true,
         compress: true,
+        height: Height::of(128),
     };
     vec![
         (

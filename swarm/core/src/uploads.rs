@@ -20,7 +20,8 @@ pub use api::*;
 use sent::SentLog;
 
 /// Bytes handed to the transport, and not on their way yet, are bounded by this much of the measured rate: enough that reading the next
-/// response leaves no gap (at 0.05 nine nodes of 50 Mbit/s were slower by a quarter), little enough that what comes next is chosen late.
+/// response leaves no gap (with a third of it, and half the least, nine nodes of 50 Mbit/s took a fifth longer), little enough that what comes
+/// next is chosen late.
 const IN_FLIGHT_SECONDS: f64 = 0.15;
 /// Least bound of bytes in flight: four requests to peers of unknown rate.
 const MIN_IN_FLIGHT: u64 = 256 << 10;
@@ -382,8 +383,8 @@ impl Uploads {
     fn counted_in_flight(&mut self, now: Time) -> u64 {
         // Who takes nothing takes nothing of our rate; who is only slow does.
         let takes = |queue: &&Queue| {
-            let long = |sending: &Sending| now - sending.since > TAKES_NOTHING;
-            !(queue.slow && queue.sending.iter().any(long))
+            let lately = |sending: &Sending| now - sending.since <= TAKES_NOTHING;
+            !queue.slow || queue.sending.iter().all(lately)
         };
         let taking = self.peers.values().filter(takes);
         let held_up = self.held_up(taking.map(Queue::in_flight).sum());

@@ -4,6 +4,7 @@ use std::io;
 use std::ops::Range;
 
 use capsule_proto::credential::Revoked;
+use capsule_proto::ranges::Height;
 pub use capsule_proto::record::RecordId;
 use capsule_proto::{GroupRanges, RootHash};
 use thiserror::Error;
@@ -44,6 +45,9 @@ pub enum StoreError {
         /// The first group that does not match.
         group: u64,
     },
+    /// The hash that the encoding goes up to is not here: nobody's fault, it is asked for again up to the root.
+    #[error("the hashes above what came are not in the store")]
+    Unknown,
     /// No room: the disk or the quota is full. Our fault; the fetch ends.
     #[error("no room for more content: free space, raise the quota or run `capsule gc`")]
     Full,
@@ -58,21 +62,23 @@ pub trait BlobStore: Send + Sync + 'static {
     /// Size and held groups of a blob; `None` if nothing of it is known.
     fn presence(&self, root: &RootHash) -> Option<(u64, GroupRanges)>;
 
-    /// Appends the bao encoding of a run of groups to `out` (see `capsule_chunker::bao::encode_range`).
+    /// Appends the bao encoding of a run of groups, up to that height, to `out` (see `capsule_chunker::bao::encode_range`).
     fn read_encoded(
         &self,
         root: &RootHash,
         groups: Range<u64>,
+        height: Height,
         out: &mut Vec<u8>,
     ) -> Result<(), ServeError>;
 
-    /// Verifies the bao encoding of a run of groups and stores it. The blob may be new to the store:
+    /// Verifies the bao encoding of a run of groups, up to that height, and stores it. The blob may be new to the store:
     /// nothing is kept of it before something verified.
     fn write_encoded(
         &self,
         root: &RootHash,
         size: u64,
         groups: Range<u64>,
+        height: Height,
         encoded: &[u8],
     ) -> Result<(), StoreError>;
 }

@@ -1,11 +1,12 @@
 //! What the engine knows of one connected peer.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{HashMap, VecDeque};
 use std::net::SocketAddr;
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use capsule_proto::credential::Member;
+use capsule_proto::ranges::Height;
 use capsule_proto::{GroupRanges, RootHash};
 use capsule_swarm_core::Class;
 use libp2p::{Multiaddr, PeerId};
@@ -53,6 +54,8 @@ pub struct Asked {
     pub groups: Range<u64>,
     /// Made to learn a blob's size, not by the scheduler.
     pub probe: bool,
+    /// Up to where its answer is proved.
+    pub height: Height,
     /// The transfer that it was made for.
     pub transfer: u64,
 }
@@ -95,7 +98,7 @@ pub struct Peer {
     pub greeting: Option<(usize, usize)>,
     pub asked: HashMap<u64, Asked>,
     /// Its requests that are neither answered nor refused yet.
-    pub open: HashSet<u64>,
+    pub open: HashMap<u64, Height>,
     pub serving: HashMap<u64, Serving>,
     /// Memory for one response to it, which no other peer can use up.
     pub place: Place,
@@ -150,7 +153,7 @@ impl Peer {
             asking: Asking::default(),
             greeting: Some((0, 0)),
             asked: HashMap::new(),
-            open: HashSet::new(),
+            open: HashMap::new(),
             serving: HashMap::new(),
             place: Place::new(MAX_CONTENT_FRAME),
             delayed: VecDeque::new(),

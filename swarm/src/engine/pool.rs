@@ -9,6 +9,7 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 use capsule_proto::GroupRanges;
 use capsule_proto::RootHash;
+use capsule_proto::ranges::Height;
 use capsule_proto::wire::DataHeader;
 use capsule_swarm_core::PeerKey;
 use libp2p::PeerId;
@@ -33,6 +34,8 @@ pub struct Part {
     pub root: RootHash,
     pub size: u64,
     pub groups: Range<u64>,
+    /// Up to where it is proved.
+    pub height: Height,
     /// The transfer that asked for it; of no meaning for what is served.
     pub transfer: u64,
 }
@@ -182,7 +185,8 @@ fn carry_out(job: Job, store: &dyn BlobStore, records: &dyn RecordStore) -> Done
         },
         Job::Read { part, mut frame } => {
             protocol::reserve_content_header(&mut frame);
-            let result = store.read_encoded(&part.root, part.groups.clone(), &mut frame);
+            let result =
+                store.read_encoded(&part.root, part.groups.clone(), part.height, &mut frame);
             let groups = (part.groups.end - part.groups.start) as u32;
             let header = DataHeader {
                 request: part.request,
@@ -196,7 +200,13 @@ fn carry_out(job: Job, store: &dyn BlobStore, records: &dyn RecordStore) -> Done
             Done::Read { part, result }
         }
         Job::Write { part, encoded } => {
-            let result = store.write_encoded(&part.root, part.size, part.groups.clone(), &encoded);
+            let result = store.write_encoded(
+                &part.root,
+                part.size,
+                part.groups.clone(),
+                part.height,
+                &encoded,
+            );
             Done::Write { part, result }
         }
         Job::RecordIds => {

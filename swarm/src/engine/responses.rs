@@ -43,6 +43,7 @@ impl Engine {
             root: asked.root,
             size: asked.size,
             groups: groups.clone(),
+            height: asked.height,
             transfer: asked.transfer,
         };
         asked.groups.start = groups.end;
@@ -61,6 +62,14 @@ impl Engine {
                 self.downloads.handle_failed(now, key, id, Failure::Corrupt);
                 // Also where the scheduler no longer knows the request, or never did.
                 self.ban_id(part.peer_id, "it sent content that does not match its hash");
+                self.probe_failed(part.root, key);
+            }
+            Err(StoreError::Unknown) => {
+                if let Some(transfer) = self.transfers.get_mut(&part.root) {
+                    transfer.from_root = true;
+                }
+                self.downloads
+                    .handle_failed(now, key, id, Failure::Cancelled);
                 self.probe_failed(part.root, key);
             }
             Err(error) => {

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use capsule_proto::ranges::group_bytes;
+use capsule_proto::ranges::{Height, group_bytes};
 use capsule_proto::wire::{Control, MAX_RUNS_PER_HAVE, Reject, RejectReason, Request};
 use capsule_proto::{GroupRanges, RootHash};
 use capsule_swarm_core::{Change, IncomingRequest, PeerKey, Refusal, RequestId};
@@ -100,7 +100,7 @@ impl Engine {
         match self.uploads.handle_request(now, key, incoming) {
             Ok(()) => {
                 if let Some(peer) = self.peers.get_mut(&key) {
-                    peer.open.insert(request.id);
+                    peer.open.insert(request.id, request.height);
                 }
             }
             Err(Refusal::Busy | Refusal::UnknownPeer) => {
@@ -151,6 +151,7 @@ impl Engine {
                     bytes,
                 },
             );
+            let height = peer.open.get(&serve.id.0).copied();
             peer.delayed.push_back(Part {
                 peer: serve.peer,
                 peer_id: peer.id,
@@ -158,6 +159,7 @@ impl Engine {
                 root: serve.root,
                 size: serve.size,
                 groups: serve.groups,
+                height: height.unwrap_or(Height::ROOT),
                 transfer: 0,
             });
             self.read_delayed_of(serve.peer);
@@ -179,7 +181,7 @@ impl Engine {
             return;
         };
         while let Some(part) = peer.delayed.front() {
-            let encoded = capsule_chunker::bao::encoded_len(part.size, &part.groups);
+            let encoded = capsule_chunker::bao::encoded_len(part.size, &part.groups, part.height);
             let len = protocol::CONTENT_HEADER + encoded as usize;
             let Some(frame) = self.outbound.try_empty(&peer.place, len) else {
                 return;

@@ -6,7 +6,7 @@
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
-use capsule_proto::ranges::{group_bytes, group_count};
+use capsule_proto::ranges::{Height, group_bytes, group_count};
 use capsule_proto::wire::Request;
 use capsule_proto::{GroupRanges, RootHash};
 use capsule_swarm_core::{MAX_REQUEST_GROUPS, PeerKey};
@@ -60,6 +60,7 @@ impl Engine {
                 groups,
                 demand: true,
                 compress: false,
+                height: Height::ROOT,
             },
             true,
         );

@@ -4,9 +4,10 @@
 //! size is not known: see `sizing`. *Active*: the scheduler has it.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 use std::time::Instant;
 
-use capsule_proto::ranges::MAX_CONTENT_LEN;
+use capsule_proto::ranges::{Height, MAX_CONTENT_LEN};
 use capsule_proto::wire::{Control, Request};
 use capsule_proto::{GroupRanges, RootHash};
 use capsule_swarm_core::{AddBlobError, BanReason, BlobSpec, Output, PeerKey};
@@ -45,6 +46,8 @@ pub(super) struct Transfer {
     pub(super) probe: Option<(PeerKey, Instant)>,
     /// Peers that did not prove their claim when asked.
     pub(super) unproved: BTreeSet<PeerKey>,
+    /// The store turned out to lack hashes that it should have: answers are to prove groups from the root on.
+    pub(super) from_root: bool,
     /// When peers were last asked who has it.
     pub(super) inquired: Instant,
 }
@@ -183,6 +186,7 @@ impl Engine {
             demanded: GroupRanges::new(),
             probe: None,
             unproved: BTreeSet::new(),
+            from_root: false,
             inquired: Instant::now(),
         };
         self.transfers.insert(root, transfer);
@@ -243,6 +247,7 @@ impl Engine {
                 root,
                 size,
                 groups: groups.clone(),
+                height: request.height,
                 probe,
                 transfer,
             },
@@ -326,6 +331,17 @@ impl Engine {
         }
     }
 
+    /// Up to where an answer has to prove groups of a blob: what stands above came with those that are here.
+    fn height_above(&self, root: &RootHash, size: u64, groups: &Range<u64>) -> Height {
+        let is_lost = |transfer: &Transfer| transfer.from_root;
+        match self.held.get(root) {
+            Some(held) if !self.transfers.get(root).is_some_and(is_lost) => {
+                Height::known(size, groups, &held.groups)
+            }
+            _ => Height::ROOT,
+        }
+    }
+
     /// Carries out what the scheduler wants of others.
     pub(super) fn pump_downloads(&mut self) {
         let now = self.now();
@@ -341,6 +357,7 @@ impl Engine {
                 } => {
                     let request = Request {
                         id: id.0,
+                        height: self.height_above(&root, size, &groups),
                         root,
                         size,
                         groups,
@@ -414,6 +431,7 @@ impl Engine {
         self.downloads.remove_blob(now, &root);
         let again = || match &error {
             StoreError::Full => StoreError::Full,
+            StoreError::Unknown => StoreError::Unknown,
             StoreError::Io(error) => {
                 StoreError::Io(std::io::Error::new(error.kind(), error.to_string()))
             }

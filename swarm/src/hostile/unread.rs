@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use capsule_proto::ranges::Height;
 use capsule_proto::wire::{Control, Reject, RejectReason, Request};
 use capsule_swarm_core::MAX_REQUEST_GROUPS;
 use tokio::time::timeout;
@@ -28,6 +29,7 @@ async fn many_that_do_not_read_do_not_keep_others_from_being_served() {
                 groups: start..start + MAX_REQUEST_GROUPS,
                 demand: true,
                 compress: false,
+                height: Height::ROOT,
             });
         }
         greedy.push(raw.live());
@@ -60,6 +62,7 @@ async fn open_requests_are_bounded_though_they_are_for_next_to_nothing() {
             groups: 0..1,
             demand: true,
             compress: false,
+            height: Height::ROOT,
         });
         if id % 100 == 0 {
             while let Ok(heard) = timeout(Duration::from_millis(1), raw.hear()).await {

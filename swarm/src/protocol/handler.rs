@@ -222,6 +222,19 @@ struct Leaving {
     report: ToBehaviour,
 }
 
+/// Reports what has left by now.
+async fn report_left(
+    leaving: &mut VecDeque<Leaving>,
+    events: &mut mpsc::Sender<ToBehaviour>,
+    outgoing: &Outgoing,
+) {
+    while let Some(first) =
+        leaving.pop_front_if(|first| outgoing.has_left(first.end).now_or_never().is_some())
+    {
+        let _gone = events.send(first.report).await;
+    }
+}
+
 /// The next frame to write; until it comes, reports what has left.
 async fn next_frame(
     frames: &mut mpsc::Receiver<FromBehaviour>,
@@ -264,6 +277,7 @@ async fn write_lane(
                 } => {
                     let mut at = 0;
                     while at < content.len() {
+                        report_left(&mut leaving, &mut events, &outgoing).await;
                         // By what the cap is now: it may have changed since the last step.
                         let bytes = lanes.step(REPORT_EVERY).min(content.len() - at);
                         lanes.pass(bytes).await;
@@ -278,13 +292,8 @@ async fn write_lane(
                                 finished: at == content.len(),
                             },
                         });
-                        while let Some(first) = leaving.front()
-                            && outgoing.has_left(first.end).now_or_never().is_some()
-                            && let Some(first) = leaving.pop_front()
-                        {
-                            let _gone = events.send(first.report).await;
-                        }
                     }
+                    // Its memory is there for the next response before the last of this one is reported.
                 }
             }
         }

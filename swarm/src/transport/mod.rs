@@ -58,11 +58,7 @@ pub fn build(
     let tcp = tcp::tokio::Transport::new(tcp::Config::default().nodelay(true));
     let upgraded = tcp.and_then(move |socket, endpoint| async move {
         tune(&socket).map_err(AdmissionError::Socket)?;
-        let leads_to = socket.0.peer_addr().ok();
-        let again = SockRef::from(&socket.0).try_clone();
-        let again = again.and_then(|again| tokio::net::TcpStream::from_std(again.into()));
-        let socket = sockets.count(socket, leads_to, again.ok());
-        let upgrade = upgrade(socket, endpoint, tls, gatekeeper);
+        let upgrade = upgrade(sockets.count(socket), endpoint, tls, gatekeeper);
         tokio::time::timeout(admission::TIMEOUT, upgrade)
             .await
             .unwrap_or(Err(AdmissionError::Timeout))

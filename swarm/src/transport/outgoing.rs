@@ -14,9 +14,12 @@ use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 
 use futures::{AsyncRead, AsyncWrite};
+use libp2p::tcp::tokio::TcpStream as Socket;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use socket2::SockRef;
 use tokio::io::Interest;
 use tokio::net::TcpStream;
+use tokio::time::timeout;
 
 /// Where nothing leaves for so long, nobody reads, or the count is not what it should be: then it begins again.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -69,15 +72,21 @@ impl Outgoing {
     /// Waits until what ends there is on its way. One task may do so.
     pub async fn has_left(&self, end: u64) {
         let Some(socket) = &self.socket else { return };
-        let leaves = async {
+        let leaves = async || {
             self.reaches(end).await;
             tokio::select! {
                 () = is_sent(socket) => {}
                 () = self.reaches(end + HELD) => {}
             }
         };
-        if tokio::time::timeout(PATIENCE, leaves).await.is_err() {
-            self.change(|count| count.left = count.given);
+        let mut before = self.count().left;
+        while timeout(PATIENCE, leaves()).await.is_err() {
+            let mut count = self.count();
+            if count.left == before {
+                count.left = count.given;
+                return;
+            }
+            before = count.left;
         }
     }
 
@@ -121,18 +130,15 @@ impl Sockets {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A socket that counts, if it is known where it leads; `again` is the same socket.
-    pub(super) fn count<S>(
-        &self,
-        socket: S,
-        leads_to: Option<SocketAddr>,
-        again: Option<TcpStream>,
-    ) -> Counted<S> {
+    /// A socket that counts; one that cannot be asked, or of which it is not known where it leads, is not waited for.
+    pub(super) fn count(&self, socket: Socket) -> Counted {
+        let again = SockRef::from(&socket.0).try_clone();
+        let again = again.and_then(|again| TcpStream::from_std(again.into()));
         let outgoing = Arc::new(Outgoing {
             count: Mutex::default(),
-            socket: again,
+            socket: again.ok(),
         });
-        if let Some(address) = leads_to {
+        if let Ok(address) = socket.0.peer_addr() {
             let mut all = self.all();
             all.retain(|_, other| other.strong_count() > 0);
             all.insert(address, Arc::downgrade(&outgoing));
@@ -149,18 +155,18 @@ impl Sockets {
 }
 
 /// A socket that counts what it takes.
-pub(super) struct Counted<S> {
-    socket: S,
+pub(super) struct Counted {
+    socket: Socket,
     outgoing: Arc<Outgoing>,
 }
 
-impl<S> Drop for Counted<S> {
+impl Drop for Counted {
     fn drop(&mut self) {
         self.outgoing.change(|count| count.closed = true);
     }
 }
 
-impl<S: AsyncRead + Unpin> AsyncRead for Counted<S> {
+impl AsyncRead for Counted {
     fn poll_read(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
@@ -170,7 +176,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Counted<S> {
     }
 }
 
-impl<S: AsyncWrite + Unpin> AsyncWrite for Counted<S> {
+impl AsyncWrite for Counted {
     fn poll_write(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
@@ -203,7 +209,6 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Counted<S> {
 #[cfg(test)]
 mod tests {
     use futures::{AsyncReadExt, AsyncWriteExt, FutureExt};
-    use libp2p::tcp::tokio::TcpStream as Socket;
     use tokio::net::TcpListener;
 
     use super::*;
@@ -214,10 +219,8 @@ mod tests {
         let address = listener.local_addr().unwrap();
         let (near, far) = tokio::join!(TcpStream::connect(address), listener.accept());
         let (near, mut far) = (near.unwrap(), Socket(far.unwrap().0));
-        let again = socket2::SockRef::from(&near).try_clone().unwrap();
-        let again = TcpStream::from_std(again.into()).unwrap();
         let sockets = Sockets::default();
-        let mut socket = sockets.count(Socket(near), Some(address), Some(again));
+        let mut socket = sockets.count(Socket(near));
         let outgoing = sockets.of(Some(address));
 
         let little = outgoing.given(1000);
@@ -232,7 +235,7 @@ mod tests {
             socket
         });
         let soon = Duration::from_millis(200);
-        let leaves = tokio::time::timeout(soon, outgoing.has_left(end)).await;
+        let leaves = timeout(soon, outgoing.has_left(end)).await;
         assert!(leaves.is_err(), "nobody reads");
         let reading = tokio::spawn(async move {
             let mut all = vec![0; 1000 + much];

@@ -37,6 +37,22 @@ async fn a_liar_is_banned_and_the_transfer_goes_on() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_lost_hashes_asks_for_them_again() {
+    let fleet = Fleet::new(1);
+    let provider = Start::new(fleet.enrol()).go().await;
+    let data = content(1, 4 << 20);
+    let tree = provider.share(&data).await;
+    let puller = Start::new(fleet.enrol()).to(&provider).go().await;
+    puller.store.faults.forgets.store(true, Ordering::Relaxed);
+    let done = puller.pull(tree.root, Some(tree.size)).await;
+    assert_eq!(
+        done.by_peer,
+        [(provider.net.local_peer(), tree.size)],
+        "nobody is blamed"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_wrong_size_is_the_claimants_fault() {
     let fleet = Fleet::new(1);
     let liar = Start::new(fleet.enrol()).go().await;

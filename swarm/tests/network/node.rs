@@ -12,6 +12,7 @@ use capsule_proto::credential::{
     Channels, Credential, FleetKey, Grant, MachineKey, Revoked, Roles, Token, TokenId,
 };
 use capsule_proto::index::Space;
+use capsule_proto::ranges::Height;
 use capsule_proto::record::{BlobRef, Body, Layer, Record, RecordError, RecordId, SignedRecord};
 use capsule_proto::{GroupRanges, RootHash};
 use capsule_swarm::{
@@ -117,6 +118,8 @@ pub struct Faults {
     pub stalls: AtomicBool,
     /// Has no room.
     pub full: AtomicBool,
+    /// Lost the hashes above what it holds.
+    pub forgets: AtomicBool,
     stall: (Mutex<()>, Condvar),
 }
 
@@ -186,6 +189,7 @@ impl BlobStore for Memory {
         &self,
         root: &RootHash,
         groups: Range<u64>,
+        height: Height,
         out: &mut Vec<u8>,
     ) -> Result<(), ServeError> {
         if self.faults.stalls.load(Ordering::Relaxed) {
@@ -203,7 +207,8 @@ impl BlobStore for Memory {
             root: *root,
             size: blob.size,
         };
-        bao::encode_range(&tree, groups, &blob.data, &blob.outboard, out).map_err(|_| missing())?;
+        bao::encode_range(&tree, groups, height, &blob.data, &blob.outboard, out)
+            .map_err(|_| missing())?;
         if self.faults.lies.load(Ordering::Relaxed) {
             *out.last_mut().unwrap() ^= 1;
         }
@@ -215,22 +220,32 @@ impl BlobStore for Memory {
         root: &RootHash,
         size: u64,
         groups: Range<u64>,
+        height: Height,
         encoded: &[u8],
     ) -> Result<(), StoreError> {
         if self.faults.full.load(Ordering::Relaxed) {
             return Err(StoreError::Full);
         }
+        if self.faults.forgets.load(Ordering::Relaxed) && height != Height::ROOT {
+            return Err(StoreError::Unknown);
+        }
         let tree = Tree { root: *root, size };
         let (mut parents, mut leaves) = (Vec::new(), Vec::new());
+        let outboard = |blob: &Blob| blob.outboard.clone();
+        let outboard = self.blobs.lock().unwrap().get(root).map(outboard);
+        let outboard = outboard.unwrap_or_default();
         let decoded = bao::decode_range(
             &tree,
             groups.clone(),
+            height,
+            &outboard,
             encoded,
             |offset, pair| parents.push((offset as usize, pair)),
             |offset, leaf| leaves.push((offset as usize, leaf)),
         );
         decoded.map_err(|error| match error {
             DecodeError::Mismatch { group } => StoreError::Invalid { group },
+            DecodeError::Unknown { .. } => StoreError::Unknown,
             _ => StoreError::Invalid {
                 group: groups.start,
             },

@@ -165,7 +165,7 @@ impl Trouble {
             compressed: false,
         };
         let mut payload = header.encode().to_vec();
-        blob.encode(request.groups.clone(), &mut payload);
+        blob.encode(request.groups.clone(), request.height, &mut payload);
         rogue::frame(FrameKind::Data, &payload)
     }
 

@@ -17,6 +17,7 @@ use capsule_chunker::bao::{self, Tree};
 use capsule_proto::RootHash;
 use capsule_proto::credential::Revoked;
 use capsule_proto::ranges::GroupRanges;
+use capsule_proto::ranges::Height;
 use capsule_proto::record::RecordId;
 use capsule_swarm::{
     BlobStore, Limits, Network, NetworkConfig, NetworkHandle, Offer, RecordStore, ServeError,
@@ -116,11 +117,12 @@ impl Held {
         }
     }
 
-    /// Appends a run of groups as the wire has it.
-    pub fn encode(&self, groups: Range<u64>, out: &mut Vec<u8>) {
+    /// Appends a run of groups as the wire has it, proved up to that height.
+    pub fn encode(&self, groups: Range<u64>, height: Height, out: &mut Vec<u8>) {
         bao::encode_range(
             &self.tree,
             groups,
+            height,
             &&self.content[..],
             &&self.outboard[..],
             out,
@@ -280,22 +282,23 @@ impl BlobStore for HostileStore {
         &self,
         root: &RootHash,
         groups: Range<u64>,
+        height: Height,
         out: &mut Vec<u8>,
     ) -> Result<(), ServeError> {
         self.asked.fetch_add(1, Ordering::Relaxed);
         let held = &self.blobs[root];
         match self.vice {
-            Vice::Honest => held.encode(groups, out),
+            Vice::Honest => held.encode(groups, height, out),
             Vice::Corrupts { percent } => {
                 let start = out.len();
-                held.encode(groups, out);
+                held.encode(groups, height, out);
                 if self.hits(percent) {
                     let last = out.len() - 1;
                     out[start + (last - start) / 2] ^= 4;
                 }
             }
             Vice::Lies { percent } if self.hits(percent) => {
-                let len = bao::encoded_len(held.tree.size, &groups);
+                let len = bao::encoded_len(held.tree.size, &groups, height);
                 out.extend(data::noise(groups.start, len as usize));
             }
             Vice::Lies { .. } => return Err(ServeError::Missing { root: *root }),
@@ -314,6 +317,7 @@ impl BlobStore for HostileStore {
         _: &RootHash,
         _: u64,
         _: Range<u64>,
+        _: Height,
         _: &[u8],
     ) -> Result<(), StoreError> {
         Err(StoreError::Full)

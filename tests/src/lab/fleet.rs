@@ -93,20 +93,20 @@ impl<'a> Fleet<'a> {
         }
         let others = lab.real();
         fleet.start_all(&others[1..], true)?;
+        for (node, group) in fleet.nodes.iter().zip(&groups) {
+            let caps = [("--upload", group.cap_up), ("--download", group.cap_down)];
+            for (option, cap) in caps {
+                if let Some(mbit) = cap {
+                    node.ok(&["rates", option, &format!("{mbit} Mbit/s")]);
+                }
+            }
+        }
         // In their sites, that is: with other sites nodes have few connections.
         let site = |number: usize| lab.network.hosts[number].site;
         let enough = |number: usize| {
             let near = others.iter().filter(|other| site(**other) == site(number));
             (near.count() - 1).clamp(1, PEERS)
         };
-        for (number, group) in groups.iter().enumerate() {
-            let caps = [("--upload", group.cap_up), ("--download", group.cap_down)];
-            for (option, cap) in caps {
-                if let Some(mbit) = cap {
-                    fleet.nodes[number].ok(&["rates", option, &format!("{mbit} Mbit/s")]);
-                }
-            }
-        }
         until("all nodes have found others", || {
             let mut found = fleet.statuses()?.into_iter();
             Ok(found.all(|(number, status)| status.peers >= enough(number)))

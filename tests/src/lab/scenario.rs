@@ -36,7 +36,7 @@ const MAX_SITES: usize = 100;
 const MAX_MIB: u64 = 4096;
 /// Rates that shaping keeps to, in Mbit/s.
 const RATES: Range<f64> = 0.05..10_000.0;
-/// Caps, in Mbit/s: of less nodes want nothing to hear.
+/// Caps, in Mbit/s; nodes refuse less than 0.064.
 const CAPS: Range<f64> = 0.1..10_000.0;
 /// Smallest disk of a node, in MiB: a home takes about one.
 const LEAST_DISK: u64 = 4;
@@ -291,7 +291,7 @@ impl Scenario {
             "give nodes that are not hostile and have room"
         );
         ensure!(
-            self.cap().is_none() || self.nodes() == 2,
+            self.nodes() == 2 || !self.groups().iter().any(|group| group.is_capped()),
             "caps are for one that publishes and one that pulls"
         );
         self.check_events()
@@ -345,14 +345,18 @@ impl Group {
             self.disk_mib.is_none() || self.hostile.is_none(),
             "give one of `hostile` and `disk_mib`"
         );
-        let caps = [self.cap_up, self.cap_down];
+        let mut caps = self.cap_up.into_iter().chain(self.cap_down);
         ensure!(
-            caps.into_iter().flatten().all(|cap| CAPS.contains(&cap)),
+            caps.all(|cap| CAPS.contains(&cap)),
             "caps are {} to {} Mbit/s",
             CAPS.start,
             CAPS.end
         );
         Ok(())
+    }
+
+    fn is_capped(&self) -> bool {
+        self.cap_up.is_some() || self.cap_down.is_some()
     }
 
     /// The links' rates.
@@ -423,6 +427,7 @@ mod tests {
             ("count = 1", "hostile = \"lie\", count = 1", "publishes"),
             ("count = 1", "cap_up = 5, count = 1", "one that pulls"),
             ("count = 1", "cap_up = 0, count = 1", "caps are 0.1"),
+            ("count = 3", "cap_up = 5, count = 3", "one that pulls"),
             ("count = 2", "disk_mib = 4, count = 2", "`disk_mib`"),
             (
                 "count = 2",

@@ -141,7 +141,7 @@ impl Found {
         self.nominal_bound_seconds / self.times.last
     }
 
-    /// By how much a window is away from the cap, of all that of which it is most; not known where no window was seen.
+    /// How far the window is from the cap that is furthest from it, as a part of the cap; not known where no window was seen.
     pub fn off_cap(&self) -> f64 {
         let off = self.by_cap.iter().map(|part| (part - 1.0).abs());
         off.max_by(f64::total_cmp).unwrap_or(f64::NAN)

@@ -154,24 +154,42 @@ pub fn of_sweep(numbers: &[Legs]) -> Vec<Target> {
 
 /// What a cap costs that is above the link.
 pub fn beside_cap(legs: &Legs, without: &Series<Found>) -> Option<Target> {
-    let with = leg(legs, Tool::Capsule)?.median(|found| found.times.last);
-    let without = without.median(|found| found.times.last);
-    Some(Target {
-        what: "last node, by the same without the cap".into(),
-        found: with.zip(without).map(|(with, without)| with / without),
-        limit: Limit::Below(BESIDE_CAP),
-        unit: "",
-    })
+    let what = "last node, by the same without the cap";
+    beside(
+        legs,
+        |found| found.times.last,
+        without,
+        what,
+        Limit::Below(BESIDE_CAP),
+    )
 }
 
 /// What slower nodes cost the others.
 pub fn beside_slower(legs: &Legs, without: &Series<Found>) -> Option<Target> {
-    let with = leg(legs, Tool::Capsule)?.median(|found| found.fastest.last);
+    let what = "last of the fastest nodes, by the same without the slower";
+    beside(
+        legs,
+        |found| found.fastest.last,
+        without,
+        what,
+        Limit::AtMost(BESIDE_SLOWER),
+    )
+}
+
+/// A figure of ours, by when the last node was done where something was left out.
+fn beside(
+    legs: &Legs,
+    figure: fn(&Found) -> f64,
+    without: &Series<Found>,
+    what: &str,
+    limit: Limit,
+) -> Option<Target> {
+    let with = leg(legs, Tool::Capsule)?.median(figure);
     let without = without.median(|found| found.times.last);
     Some(Target {
-        what: "last of the fastest nodes, by the same without the slower".into(),
+        what: what.into(),
         found: with.zip(without).map(|(with, without)| with / without),
-        limit: Limit::AtMost(BESIDE_SLOWER),
+        limit,
         unit: "",
     })
 }
