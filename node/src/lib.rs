@@ -5,6 +5,7 @@
 //! | `home`, `control` | the directory; the way from the command line to the daemon |
 //! | `daemon`, `node` | starting, stopping, what happens by itself; what the parts share |
 //! | `publish`, `transfer`, `export`, `verify`, `keep`, `follow`, `report` | the commands |
+//! | `paging`, `nbd` | capsules that are read while they come; as network block devices |
 //! | `records`, `held`, `graph`, `layers`, `encoding`, `rehash` | what the fleet says; what is here; ways to components; reading, making and hashing them |
 //! | `needs`, `materialise` | what of packs is read; what is dear to read is encoded anew |
 //! | `store`, `blobs` | bytes on the disk, and as the network sees them |
@@ -24,8 +25,10 @@ pub mod home;
 pub mod keep;
 pub mod layers;
 mod materialise;
+mod nbd;
 mod needs;
 pub mod node;
+mod paging;
 pub mod publish;
 pub mod rates;
 pub mod records;

@@ -47,10 +47,19 @@ impl Reach {
     ///
     /// The same layers give the same answer everywhere: what one machine keeps is what another asks for.
     pub fn of(top: &LayerContent, progress: &dyn Progress) -> Result<Self, LayerError> {
+        Self::of_range(top, 0..top.len(), progress)
+    }
+
+    /// The same for a range of the component, which lies within it.
+    pub fn of_range(
+        top: &LayerContent,
+        range: Range<u64>,
+        progress: &dyn Progress,
+    ) -> Result<Self, LayerError> {
         let (mut reach, mut left) = (Self::default(), Left::new());
-        let mut all = Wanted::default();
-        all.add(0..top.len());
-        left.insert(top.key(0).0, (top, all));
+        let mut wanted = Wanted::default();
+        wanted.add(range);
+        left.insert(top.key(0).0, (top, wanted));
         // What a layer reads was opened before it, so the last of those left is wanted by none of them.
         while let Some((number, (layer, wanted))) = left.pop_last() {
             let mut steps = Steps { progress, taken: 0 };

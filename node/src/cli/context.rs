@@ -110,6 +110,40 @@ impl Context {
             (Err(error), None) => Err(error.into()),
         }
     }
+
+    /// Has the daemon do something until Ctrl-C; `ready` hears when it does it.
+    ///
+    /// # Errors
+    /// No daemon, what it says, or what `ready` says.
+    pub fn serve<C: Command>(
+        &self,
+        command: C,
+        output: Output,
+        mut ready: impl FnMut(&C::Answer) -> Result<(), Exit>,
+    ) -> Result<(), Exit> {
+        let client = Client::connect(&self.home)?;
+        let canceller = client
+            .canceller()
+            .map_err(|error| Exit::failed(format!("the node's socket: {error}")))?;
+        let interrupt = Interrupt::catch(true, move || canceller.cancel())?;
+        let display = std::cell::RefCell::new(Display::stderr(output.json));
+        let mut told = Ok(());
+        let ended = client.serve(
+            command,
+            |progress| display.borrow_mut().progress(&progress),
+            |notice| display.borrow_mut().notice(&notice),
+            |answer| {
+                display.borrow_mut().clear();
+                told = ready(&answer);
+            },
+        );
+        display.into_inner().clear();
+        told?;
+        match (ended, interrupt.signal()) {
+            (Ok(_), _) | (Err(_), Some(_)) => Ok(()),
+            (Err(error), None) => Err(error.into()),
+        }
+    }
 }
 
 /// The time, in seconds since 1970: for ages and dates.

@@ -24,6 +24,7 @@ pub mod interrupt;
 mod keep;
 mod layers;
 mod list;
+mod nbd;
 mod node;
 pub mod output;
 pub mod progress;
@@ -80,6 +81,7 @@ enum Command {
     Follow(pull::FollowArgs),
     Unfollow(pull::UnfollowArgs),
     Export(export::ExportArgs),
+    Nbd(nbd::NbdArgs),
     Verify(verify::VerifyArgs),
     Status(status::StatusArgs),
     Peers(status::PeersArgs),
@@ -124,6 +126,7 @@ pub fn run(cli: Cli) -> Result<(), Exit> {
         Command::Follow(args) => pull::follow(args, &context),
         Command::Unfollow(args) => pull::unfollow(args, &context),
         Command::Export(args) => export::run(args, &context),
+        Command::Nbd(args) => nbd::run(args, &context),
         Command::Verify(args) => verify::run(args, &context),
         Command::Status(args) => status::status(args, &context),
         Command::Peers(args) => status::peers(args, &context),

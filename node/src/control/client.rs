@@ -90,8 +90,19 @@ impl Client {
     pub fn run<C: Command>(
         self,
         command: C,
+        on_progress: impl FnMut(Progress),
+        on_notice: impl FnMut(String),
+    ) -> Result<C::Answer, ClientError> {
+        self.serve(command, on_progress, on_notice, drop)
+    }
+
+    /// The same for a request that goes on until the client goes away: `on_ready` hears when it runs.
+    pub fn serve<C: Command>(
+        self,
+        command: C,
         mut on_progress: impl FnMut(Progress),
         mut on_notice: impl FnMut(String),
+        mut on_ready: impl FnMut(C::Answer),
     ) -> Result<C::Answer, ClientError> {
         let mut line = serde_json::to_vec(&command.into_request())
             .map_err(|e| ClientError::Protocol(e.to_string()))?;
@@ -104,6 +115,7 @@ impl Client {
             match read_reply::<C::Answer>(&mut lines)? {
                 Reply::Progress(progress) => on_progress(progress),
                 Reply::Notice(text) => on_notice(text),
+                Reply::Ready(answer) => on_ready(answer),
                 Reply::Done(answer) => return Ok(answer),
                 Reply::Failed(failure) => return Err(failure.into()),
             }

@@ -12,6 +12,8 @@ pub enum Reply<A> {
     Progress(Progress),
     /// Something a person should know, such as that a device is mounted.
     Notice(String),
+    /// It runs from now on, until the client goes away: the answer, ahead of the end.
+    Ready(A),
     /// It succeeded. The last line.
     Done(A),
     /// It failed. The last line.

@@ -1,5 +1,6 @@
 //! Requests: one type a command, each with the type of its answer.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use capsule_chunker::layer::encode::Effort;
@@ -195,6 +196,25 @@ pub struct Export {
     pub force: bool,
 }
 
+/// Serves a disk of a capsule as a network block device, until the client goes away.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Nbd {
+    /// Which.
+    pub capsule: CapsuleRef,
+    /// At which Unix socket, an absolute path; or
+    #[serde(default, with = "super::path::option")]
+    pub socket: Option<PathBuf>,
+    /// at which address and port.
+    #[serde(default)]
+    pub listen: Option<SocketAddr>,
+    /// Which component, where the capsule has several.
+    #[serde(default)]
+    pub component: Option<String>,
+    /// How long to wait for the name, and for somebody who has the manifest, in seconds; a default where absent.
+    #[serde(default)]
+    pub wait: Option<u64>,
+}
+
 /// Reads everything held again and compares it with its hashes.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct Verify {
@@ -313,6 +333,7 @@ commands! {
     Follow => Followed,
     Unfollow => Unfollowed,
     Export => Exported,
+    Nbd => Serving,
     Verify => Verified,
     Status => NodeStatus,
     Peers => PeerList,

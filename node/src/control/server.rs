@@ -68,6 +68,13 @@ impl Reporter {
         let _ = self.replies.try_send(Reply::Progress(progress));
     }
 
+    /// Tells that what was asked for runs, and what it is.
+    pub fn ready(&self, answer: &impl Serialize) {
+        if let Ok(answer) = serde_json::to_value(answer) {
+            let _ = self.replies.try_send(Reply::Ready(answer));
+        }
+    }
+
     /// Tells a person something; dropped only where the client is slow or gone.
     pub fn notice(&self, text: impl Into<String>) {
         let _ = self.replies.try_send(Reply::Notice(text.into()));

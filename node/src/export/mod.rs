@@ -106,7 +106,8 @@ pub async fn export(
     })
 }
 
-fn pick<'a>(
+/// The component that is meant.
+pub fn pick<'a>(
     manifest: &'a Manifest,
     wanted: Option<&str>,
     name: &str,

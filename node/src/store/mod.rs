@@ -63,7 +63,7 @@ pub use rows::{
     Ban, BlobKind, Component, ComponentRecipe, Follow, HeldCapsule, LayerBlobs, MAX_LAYERS,
     MAX_REASON_LEN, PinOrigin, read_layers, write_layers,
 };
-pub use serve::{BlobReader, Presence};
+pub use serve::{BlobReader, ComingReader, Presence};
 pub use space::Usage;
 pub use tables::{MAX_BANS, MAX_PEER_LEN, MAX_RECORDS, MAX_VALUE_LEN};
 

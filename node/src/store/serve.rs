@@ -145,6 +145,17 @@ impl Store {
         }))
     }
 
+    /// Opens a blob that may be coming: what is here when it is read can be read, and the rest fails.
+    pub fn open_coming(&self, root: &RootHash) -> Result<Arc<ComingReader>, ReadError> {
+        let guard = self.guard([*root]);
+        let blob = self.inner.blob(root).ok_or(ReadError::Unknown(*root))?;
+        Ok(Arc::new(ComingReader {
+            inner: Arc::clone(&self.inner),
+            blob,
+            _guard: guard,
+        }))
+    }
+
     /// Opens the hash tree of a complete blob, or of a component. Who reads it verifies it.
     pub fn open_outboard(
         &self,
@@ -241,11 +252,47 @@ impl ReadAt for PartialReader {
         let groups = offset / GROUP_LEN..end.div_ceil(GROUP_LEN);
         let absent = |here: &GroupRanges| offset < end && !here.contains_run(&groups);
         if self.here.as_ref().is_some_and(absent) {
-            let message = format!("bytes {offset}..{end} of the blob are not here");
-            return Err(io::Error::new(io::ErrorKind::NotFound, message));
+            return Err(not_here(offset..end));
         }
         self.reader.read_at(offset, buf)
     }
+}
+
+/// Reads what has come of a blob, committed or not.
+pub struct ComingReader {
+    inner: Arc<Inner>,
+    blob: Arc<Blob>,
+    _guard: ActiveGuard,
+}
+
+impl ReadAt for ComingReader {
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<usize> {
+        let blob = &self.blob;
+        let end = blob.size.min(offset.saturating_add(buf.len() as u64));
+        if offset >= end {
+            return Ok(0);
+        }
+        let groups = offset / GROUP_LEN..end.div_ceil(GROUP_LEN);
+        if !blob.state().present.contains_run(&groups) {
+            return Err(not_here(offset..end));
+        }
+        let buf = &mut buf[..(end - offset) as usize];
+        if blob.is_small() {
+            let bytes = self.inner.small_bytes(blob).map_err(io::Error::other)?;
+            return bytes.as_slice().read_at(offset, buf);
+        }
+        let (disk, handles) = (&*self.inner.disk, &self.inner.handles);
+        let files = handles.get(disk, &blob.root, OpenMode::Existing);
+        files.map_err(io::Error::other)?.data.read_at(offset, buf)
+    }
+}
+
+fn not_here(bytes: Range<u64>) -> io::Error {
+    let message = format!(
+        "bytes {}..{} of the blob are not here",
+        bytes.start, bytes.end
+    );
+    io::Error::new(io::ErrorKind::NotFound, message)
 }
 
 impl Inner {

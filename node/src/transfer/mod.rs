@@ -152,7 +152,7 @@ pub fn patience(wait: Option<u64>) -> Duration {
 }
 
 /// Waits until a reference means something.
-async fn find(
+pub async fn find(
     node: &Arc<Node>,
     reference: &CapsuleRef,
     wait: Option<u64>,

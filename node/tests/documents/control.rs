@@ -90,6 +90,16 @@ fn requests_and_answers_have_the_keys_that_the_document_names() {
         samples::exported,
     );
     commands.add(
+        |full| Nbd {
+            capsule: which(),
+            socket: full.then(|| "/sample".into()),
+            listen: full.then(|| "127.0.0.1:10809".parse().unwrap()),
+            component: full.then(|| "disk".into()),
+            wait: full.then_some(1),
+        },
+        samples::serving,
+    );
+    commands.add(
         |full| Verify {
             capsule: full.then(which),
             repair: true,

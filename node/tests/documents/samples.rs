@@ -241,6 +241,15 @@ pub fn exported(full: bool) -> Exported {
     }
 }
 
+pub fn serving(full: bool) -> Serving {
+    Serving {
+        capsule: capsule(),
+        name: full.then(text),
+        component: component(),
+        uri: text(),
+    }
+}
+
 pub fn verified(_full: bool) -> Verified {
     let damage = DamageInfo {
         root: root(),

@@ -178,6 +178,19 @@ pub struct Exported {
     pub warnings: Vec<String>,
 }
 
+/// Answer to `nbd`, as soon as clients can come.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Serving {
+    /// The capsule.
+    pub capsule: CapsuleId,
+    /// Its name, if it was asked for by one.
+    pub name: Option<String>,
+    /// The component.
+    pub component: ComponentInfo,
+    /// Where clients find it.
+    pub uri: String,
+}
+
 /// Answer to `verify`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Verified {

@@ -1,0 +1,208 @@
+//! `capsule nbd`: a disk of a capsule at a socket, until whoever asked for it goes away.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpListener, UnixListener};
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+
+use super::{Export, serve};
+use crate::control::{Failure, FailureCode, Nbd, Reporter, Serving};
+use crate::held::component_info;
+use crate::node::{Node, spelled};
+use crate::paging::{self, Opened};
+
+/// Clients of one disk at a time.
+const MAX_CLIENTS: usize = 16;
+/// Before the next is accepted where that fails, as for want of descriptors.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// Serves a disk of a capsule; does not end by itself.
+pub async fn nbd(node: &Arc<Node>, request: Nbd, reporter: &Reporter) -> Result<Serving, Failure> {
+    // What is in the way is known before anything is fetched.
+    let listener = Listener::bind(request.socket.as_deref(), request.listen).await?;
+    let Opened {
+        resolution,
+        component,
+        content,
+    } = paging::open(
+        node,
+        &request.capsule,
+        request.component.as_deref(),
+        request.wait,
+        reporter,
+    )
+    .await?;
+    let name = spelled(&resolution);
+    let serving = Serving {
+        capsule: resolution.capsule,
+        name: resolution.name.as_ref().map(ToString::to_string),
+        component: component_info(&component),
+        uri: listener.uri(),
+    };
+    let export = Arc::new(Export {
+        name: format!("{name}/{}", component.name),
+        description: format!("component {} of capsule {name}", component.name),
+        disk: content,
+    });
+    reporter.ready(&serving);
+    listener.run(&export).await;
+    Ok(serving)
+}
+
+/// Where clients come.
+enum Listener {
+    Unix(UnixListener, RemoveOnDrop),
+    Tcp(TcpListener, SocketAddr),
+}
+
+/// A socket's file, which goes with it.
+struct RemoveOnDrop(PathBuf);
+
+impl Drop for RemoveOnDrop {
+    fn drop(&mut self) {
+        let _gone = std::fs::remove_file(&self.0);
+    }
+}
+
+impl Listener {
+    async fn bind(socket: Option<&Path>, listen: Option<SocketAddr>) -> Result<Self, Failure> {
+        match (socket, listen) {
+            (Some(path), None) if path.is_absolute() => {
+                let failed = |e: std::io::Error| failed(&path.display().to_string(), &e);
+                let listener = UnixListener::bind(path).map_err(failed)?;
+                let file = RemoveOnDrop(path.to_owned());
+                use std::os::unix::fs::PermissionsExt;
+                std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))
+                    .map_err(failed)?;
+                Ok(Self::Unix(listener, file))
+            }
+            (Some(path), None) => {
+                let message = format!("{} is not an absolute path", path.display());
+                Err(Failure::new(FailureCode::Invalid, message))
+            }
+            (None, Some(at)) => {
+                let failed = |e: std::io::Error| failed(&at.to_string(), &e);
+                let listener = TcpListener::bind(at).await.map_err(failed)?;
+                let at = listener.local_addr().map_err(failed)?;
+                Ok(Self::Tcp(listener, at))
+            }
+            _ => {
+                let message = "where to serve it is not said: a socket's path, or an address";
+                Err(Failure::new(FailureCode::Invalid, message))
+            }
+        }
+    }
+
+    /// As clients write it: <https://github.com/NetworkBlockDevice/nbd/blob/master/doc/uri.md>.
+    fn uri(&self) -> String {
+        match self {
+            Self::Unix(_, RemoveOnDrop(path)) => format!("nbd+unix:///?socket={}", escaped(path)),
+            Self::Tcp(_, at) => format!("nbd://{at}"),
+        }
+    }
+
+    async fn run(&self, export: &Arc<Export>) {
+        let places = Arc::new(Semaphore::new(MAX_CLIENTS));
+        // They end with it.
+        let mut clients = JoinSet::new();
+        loop {
+            let Ok(place) = places.clone().acquire_owned().await else {
+                return;
+            };
+            let accepted = match self {
+                Self::Unix(listener, _) => listener
+                    .accept()
+                    .await
+                    .map(|(stream, _)| Box::pin(stream) as Stream),
+                Self::Tcp(listener, _) => listener.accept().await.map(|(stream, _)| {
+                    // Replies are small, and waited for.
+                    let _as_it_is = stream.set_nodelay(true);
+                    Box::pin(stream) as Stream
+                }),
+            };
+            while clients.try_join_next().is_some() {}
+            match accepted {
+                Ok(stream) => {
+                    let export = export.clone();
+                    clients.spawn(async move {
+                        if let Err(error) = serve(stream, &export).await {
+                            tracing::debug!(%error, export = export.name, "an NBD client is gone");
+                        }
+                        drop(place);
+                    });
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "no NBD client could be accepted");
+                    tokio::time::sleep(PAUSE).await;
+                }
+            }
+        }
+    }
+}
+
+trait Both: AsyncRead + AsyncWrite + Send {}
+impl<S: AsyncRead + AsyncWrite + Send> Both for S {}
+type Stream = std::pin::Pin<Box<dyn Both>>;
+
+fn failed(at: &str, error: &std::io::Error) -> Failure {
+    use std::io::ErrorKind::{AddrInUse, PermissionDenied};
+    let failure = |code| Failure::new(code, format!("cannot serve at {at}: {error}"));
+    match error.kind() {
+        AddrInUse => failure(FailureCode::Exists).hint(
+            "something is there: remove the file if nothing uses it, or choose another place",
+        ),
+        PermissionDenied => failure(FailureCode::Io).hint(
+            "the node makes the socket, not this command: choose a place that it may write to",
+        ),
+        _ => failure(FailureCode::Io),
+    }
+}
+
+/// A path in a URI.
+fn escaped(path: &Path) -> String {
+    use std::os::unix::ffi::OsStrExt;
+    let keep = |byte: u8| byte.is_ascii_alphanumeric() || b"/-._~".contains(&byte);
+    let mut text = String::new();
+    for byte in path.as_os_str().as_bytes() {
+        match keep(*byte) {
+            true => text.push(char::from(*byte)),
+            false => text.push_str(&format!("%{byte:02X}")),
+        }
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_are_escaped_in_uris() {
+        assert_eq!(escaped(Path::new("/tmp/a b?c")), "/tmp/a%20b%3Fc");
+    }
+
+    #[tokio::test]
+    async fn a_socket_is_this_users_and_goes_with_its_listener() {
+        use std::os::unix::fs::PermissionsExt;
+        let temp = tempfile::tempdir().unwrap();
+        let path = temp.path().join("disk.sock");
+        let listener = Listener::bind(Some(&path), None).await.unwrap();
+        let mode = std::fs::metadata(&path).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        let Err(failure) = Listener::bind(Some(&path), None).await else {
+            panic!("it is taken")
+        };
+        assert_eq!(failure.code, FailureCode::Exists);
+        drop(listener);
+        assert!(!path.exists());
+        for (socket, listen) in [(None, None), (Some(Path::new("disk.sock")), None)] {
+            let refused = Listener::bind(socket, listen).await;
+            assert!(refused.is_err_and(|e| e.code == FailureCode::Invalid));
+        }
+    }
+}
