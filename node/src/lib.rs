@@ -5,7 +5,7 @@
 //! | `home`, `control` | the directory; the way from the command line to the daemon |
 //! | `daemon`, `node` | starting, stopping, what happens by itself; what the parts share |
 //! | `publish`, `transfer`, `export`, `verify`, `keep`, `follow`, `report` | the commands |
-//! | `paging`, `nbd` | capsules that are read while they come; as network block devices |
+//! | `paging`, `disk`, `nbd`, `mount` | capsules that are read while they come; as network block devices, as files |
 //! | `records`, `held`, `graph`, `layers`, `encoding`, `rehash` | what the fleet says; what is here; ways to components; reading, making and hashing them |
 //! | `needs`, `materialise` | what of packs is read; what is dear to read is encoded anew |
 //! | `store`, `blobs` | bytes on the disk, and as the network sees them |
@@ -15,6 +15,7 @@ pub mod blobs;
 pub mod clock;
 pub mod control;
 pub mod daemon;
+mod disk;
 mod encoding;
 pub mod export;
 mod failure;
@@ -25,6 +26,7 @@ pub mod home;
 pub mod keep;
 pub mod layers;
 mod materialise;
+mod mount;
 mod nbd;
 mod needs;
 pub mod node;

@@ -27,7 +27,7 @@ use crate::records::{KnownName, Records, Resolution, ResolveError};
 use crate::store::{DatabaseError, Store};
 use crate::transfer::Transfers;
 use crate::work::Works;
-use crate::{export, keep, nbd, publish, rates, report, transfer, verify};
+use crate::{export, keep, mount, nbd, publish, rates, report, transfer, verify};
 
 /// Troubles remembered for `status`.
 const MAX_TROUBLES: usize = 32;
@@ -324,6 +324,7 @@ impl Handler for Answers {
                 Request::Pull(request) => json(transfer::pull(&node, request, &reporter).await),
                 Request::Export(request) => json(export::export(&node, request, &reporter).await),
                 Request::Nbd(request) => json(nbd::nbd(&node, request, &reporter).await),
+                Request::Mount(request) => json(mount::mount(&node, request, &reporter).await),
                 Request::Verify(request) => json(verify::verify(&node, request, &reporter).await),
                 Request::Follow(request) => json(crate::follow::follow(&node, request).await),
                 Request::Unfollow(request) => json(crate::follow::unfollow(&node, request).await),

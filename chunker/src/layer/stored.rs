@@ -66,8 +66,8 @@ pub fn stored_index(
 }
 
 impl LayerContent {
-    /// Whether reading through this layer gives its pack as it lies, by the index alone: whoever has verified the pack has verified
-    /// what it says then.
+    /// Whether reading through this layer gives its pack as it lies, by the index alone. Whoever has verified the pack then knows the
+    /// content; whether the frames' hashes are right is another question.
     pub fn is_its_pack(&self) -> Result<bool, LayerError> {
         let size = self.header().target_size;
         let mut parts = self.parts(0..size);

@@ -125,6 +125,9 @@ impl Context {
         let canceller = client
             .canceller()
             .map_err(|error| Exit::failed(format!("the node's socket: {error}")))?;
+        let stop = client
+            .canceller()
+            .map_err(|error| Exit::failed(format!("the node's socket: {error}")))?;
         let interrupt = Interrupt::catch(true, move || canceller.cancel())?;
         let display = std::cell::RefCell::new(Display::stderr(output.json));
         let mut told = Ok(());
@@ -135,6 +138,9 @@ impl Context {
             |answer| {
                 display.borrow_mut().clear();
                 told = ready(&answer);
+                if told.is_err() {
+                    stop.cancel();
+                }
             },
         );
         display.into_inner().clear();

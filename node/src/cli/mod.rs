@@ -24,6 +24,7 @@ pub mod interrupt;
 mod keep;
 mod layers;
 mod list;
+mod mount;
 mod nbd;
 mod node;
 pub mod output;
@@ -82,6 +83,7 @@ enum Command {
     Unfollow(pull::UnfollowArgs),
     Export(export::ExportArgs),
     Nbd(nbd::NbdArgs),
+    Mount(mount::MountArgs),
     Verify(verify::VerifyArgs),
     Status(status::StatusArgs),
     Peers(status::PeersArgs),
@@ -127,6 +129,7 @@ pub fn run(cli: Cli) -> Result<(), Exit> {
         Command::Unfollow(args) => pull::unfollow(args, &context),
         Command::Export(args) => export::run(args, &context),
         Command::Nbd(args) => nbd::run(args, &context),
+        Command::Mount(args) => mount::run(args, &context),
         Command::Verify(args) => verify::run(args, &context),
         Command::Status(args) => status::status(args, &context),
         Command::Peers(args) => status::peers(args, &context),

@@ -215,6 +215,22 @@ pub struct Nbd {
     pub wait: Option<u64>,
 }
 
+/// Shows a capsule as files in a directory, until the client goes away.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Mount {
+    /// Which.
+    pub capsule: CapsuleRef,
+    /// Absolute path of the directory.
+    #[serde(with = "super::path")]
+    pub at: PathBuf,
+    /// Only this component, where the capsule has several.
+    #[serde(default)]
+    pub component: Option<String>,
+    /// How long to wait for the name, and for somebody who has the manifest, in seconds; a default where absent.
+    #[serde(default)]
+    pub wait: Option<u64>,
+}
+
 /// Reads everything held again and compares it with its hashes.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct Verify {
@@ -334,6 +350,7 @@ commands! {
     Unfollow => Unfollowed,
     Export => Exported,
     Nbd => Serving,
+    Mount => Mounted,
     Verify => Verified,
     Status => NodeStatus,
     Peers => PeerList,

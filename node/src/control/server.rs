@@ -69,9 +69,10 @@ impl Reporter {
     }
 
     /// Tells that what was asked for runs, and what it is.
-    pub fn ready(&self, answer: &impl Serialize) {
+    pub async fn ready(&self, answer: &(impl Serialize + Sync)) {
         if let Ok(answer) = serde_json::to_value(answer) {
-            let _ = self.replies.try_send(Reply::Ready(answer));
+            // Fails only where the client is gone.
+            let _ = self.replies.send(Reply::Ready(answer)).await;
         }
     }
 

@@ -1,10 +1,15 @@
 //! `capsule nbd`: a disk of a capsule at a socket, until whoever asked for it goes away.
 
+use std::fs::Permissions;
 use std::net::SocketAddr;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use capsule_proto::manifest::ComponentKind;
+use rustix::fs::{CWD, RenameFlags, renameat_with};
+use socket2::SockRef;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::Semaphore;
@@ -12,9 +17,10 @@ use tokio::task::JoinSet;
 
 use super::{Export, serve};
 use crate::control::{Failure, FailureCode, Nbd, Reporter, Serving};
+use crate::export::pick;
 use crate::held::component_info;
-use crate::node::{Node, spelled};
-use crate::paging::{self, Opened};
+use crate::node::Node;
+use crate::paging;
 
 /// Clients of one disk at a time.
 const MAX_CLIENTS: usize = 16;
@@ -25,19 +31,16 @@ const PAUSE: Duration = Duration::from_millis(100);
 pub async fn nbd(node: &Arc<Node>, request: Nbd, reporter: &Reporter) -> Result<Serving, Failure> {
     // What is in the way is known before anything is fetched.
     let listener = Listener::bind(request.socket.as_deref(), request.listen).await?;
-    let Opened {
-        resolution,
-        component,
-        content,
-    } = paging::open(
-        node,
-        &request.capsule,
-        request.component.as_deref(),
-        request.wait,
-        reporter,
-    )
-    .await?;
-    let name = spelled(&resolution);
+    let opened = paging::open(node, &request.capsule, request.wait, reporter).await?;
+    let name = opened.name();
+    let component = pick(opened.manifest(), request.component.as_deref(), &name)?.clone();
+    if component.kind == ComponentKind::Tree {
+        let message = format!("component {} of {name} is a directory tree", component.name);
+        return Err(Failure::new(FailureCode::Invalid, message)
+            .hint(format!("`capsule mount {name} DIR` shows its files")));
+    }
+    let content = opened.stream(&component).await?;
+    let resolution = &opened.resolution;
     let serving = Serving {
         capsule: resolution.capsule,
         name: resolution.name.as_ref().map(ToString::to_string),
@@ -47,9 +50,9 @@ pub async fn nbd(node: &Arc<Node>, request: Nbd, reporter: &Reporter) -> Result<
     let export = Arc::new(Export {
         name: format!("{name}/{}", component.name),
         description: format!("component {} of capsule {name}", component.name),
-        disk: content,
+        disk: Arc::new(content),
     });
-    reporter.ready(&serving);
+    reporter.ready(&serving).await;
     listener.run(&export).await;
     Ok(serving)
 }
@@ -60,12 +63,41 @@ enum Listener {
     Tcp(TcpListener, SocketAddr),
 }
 
-/// A socket's file, which goes with it.
-struct RemoveOnDrop(PathBuf);
+/// A socket's file, which goes with it, unless another has its name by then.
+struct RemoveOnDrop {
+    path: PathBuf,
+    inode: u64,
+}
 
 impl Drop for RemoveOnDrop {
     fn drop(&mut self) {
-        let _gone = std::fs::remove_file(&self.0);
+        let found = std::fs::symlink_metadata(&self.path);
+        if found.is_ok_and(|found| found.ino() == self.inode) {
+            let _gone = std::fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// Listens at a path at which nothing is: under another name first, until only this user may connect.
+fn bind(path: &Path) -> std::io::Result<(UnixListener, RemoveOnDrop)> {
+    let mut hidden = path.as_os_str().to_owned();
+    hidden.push(".new");
+    let hidden = PathBuf::from(hidden);
+    let listener = UnixListener::bind(&hidden)?;
+    let named = std::fs::set_permissions(&hidden, Permissions::from_mode(0o600)).and_then(|()| {
+        let inode = std::fs::symlink_metadata(&hidden)?.ino();
+        renameat_with(CWD, &hidden, CWD, path, RenameFlags::NOREPLACE)?;
+        Ok(inode)
+    });
+    match named {
+        Ok(inode) => {
+            let path = path.to_owned();
+            Ok((listener, RemoveOnDrop { path, inode }))
+        }
+        Err(error) => {
+            let _gone = std::fs::remove_file(&hidden);
+            Err(error)
+        }
     }
 }
 
@@ -74,11 +106,7 @@ impl Listener {
         match (socket, listen) {
             (Some(path), None) if path.is_absolute() => {
                 let failed = |e: std::io::Error| failed(&path.display().to_string(), &e);
-                let listener = UnixListener::bind(path).map_err(failed)?;
-                let file = RemoveOnDrop(path.to_owned());
-                use std::os::unix::fs::PermissionsExt;
-                std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))
-                    .map_err(failed)?;
+                let (listener, file) = bind(path).map_err(failed)?;
                 Ok(Self::Unix(listener, file))
             }
             (Some(path), None) => {
@@ -101,7 +129,7 @@ impl Listener {
     /// As clients write it: <https://github.com/NetworkBlockDevice/nbd/blob/master/doc/uri.md>.
     fn uri(&self) -> String {
         match self {
-            Self::Unix(_, RemoveOnDrop(path)) => format!("nbd+unix:///?socket={}", escaped(path)),
+            Self::Unix(_, file) => format!("nbd+unix:///?socket={}", escaped(&file.path)),
             Self::Tcp(_, at) => format!("nbd://{at}"),
         }
     }
@@ -120,8 +148,9 @@ impl Listener {
                     .await
                     .map(|(stream, _)| Box::pin(stream) as Stream),
                 Self::Tcp(listener, _) => listener.accept().await.map(|(stream, _)| {
-                    // Replies are small, and waited for.
+                    // Replies are small, and waited for; who is gone without a word is noticed.
                     let _as_it_is = stream.set_nodelay(true);
+                    let _as_it_is = SockRef::from(&stream).set_keepalive(true);
                     Box::pin(stream) as Stream
                 }),
             };
@@ -150,10 +179,10 @@ impl<S: AsyncRead + AsyncWrite + Send> Both for S {}
 type Stream = std::pin::Pin<Box<dyn Both>>;
 
 fn failed(at: &str, error: &std::io::Error) -> Failure {
-    use std::io::ErrorKind::{AddrInUse, PermissionDenied};
+    use std::io::ErrorKind::{AddrInUse, AlreadyExists, PermissionDenied};
     let failure = |code| Failure::new(code, format!("cannot serve at {at}: {error}"));
     match error.kind() {
-        AddrInUse => failure(FailureCode::Exists).hint(
+        AddrInUse | AlreadyExists => failure(FailureCode::Exists).hint(
             "something is there: remove the file if nothing uses it, or choose another place",
         ),
         PermissionDenied => failure(FailureCode::Io).hint(

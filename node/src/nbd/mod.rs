@@ -10,13 +10,16 @@ mod transmission;
 mod wire;
 
 use std::io;
-use std::ops::Range;
 use std::sync::Arc;
+use std::time::Duration;
 
-use capsule_chunker::content::ReadError;
-use futures::future::BoxFuture;
+use crate::disk::Disk;
 pub use listen::nbd;
 use tokio::io::{AsyncRead, AsyncWrite, BufReader};
+use tokio::time::timeout;
+
+/// So long a client may take until it reads.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// What is served.
 pub struct Export {
@@ -26,22 +29,6 @@ pub struct Export {
     pub description: String,
     /// The bytes.
     pub disk: Arc<dyn Disk>,
-}
-
-/// What is read as a disk.
-pub trait Disk: Send + Sync {
-    /// Its bytes.
-    fn len(&self) -> u64;
-
-    /// Whether a range is known to be zeros without reading it. May read an index.
-    fn is_zero(&self, range: Range<u64>) -> bool;
-
-    /// Appends a range, which lies within it, to what is there already. Takes as long as it takes for the bytes to come; dropped, it ends.
-    fn read(
-        self: Arc<Self>,
-        range: Range<u64>,
-        into: Vec<u8>,
-    ) -> BoxFuture<'static, Result<Vec<u8>, ReadError>>;
 }
 
 /// Serves one client until it leaves.
@@ -54,7 +41,8 @@ where
 {
     let (read, mut write) = tokio::io::split(stream);
     let mut read = BufReader::new(read);
-    match handshake::negotiate(&mut read, &mut write, export).await? {
+    let agreed = handshake::negotiate(&mut read, &mut write, export);
+    match timeout(PATIENCE, agreed).await?? {
         Some(agreed) => transmission::run(read, write, export, agreed).await,
         None => Ok(()),
     }

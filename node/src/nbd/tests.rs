@@ -1,5 +1,9 @@
 //! A client by hand: what real ones do is tested with them.
 
+use std::ops::Range;
+
+use capsule_chunker::content::ReadError;
+use futures::future::BoxFuture;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
 
 use super::wire::{

@@ -3,28 +3,32 @@
 use std::io::{self, ErrorKind};
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Duration;
 
 use capsule_chunker::content::ReadError;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::{Mutex, Semaphore};
 use tokio::task::JoinSet;
+use tokio::time::timeout;
 
+use super::Export;
 use super::handshake::{Agreed, CONTEXT};
 use super::wire::{HOLE_ZERO, REQUEST, SIMPLE_REPLY, STRUCTURED_REPLY, chunk, command, error};
-use super::{Disk, Export};
+use crate::disk::Disk;
 
 /// Longest read: what clients assume where nothing is said.
 pub const MAX_READ: u32 = 32 << 20;
 /// Bytes that requests of one client may hold in memory.
-const MEMORY: u32 = 64 << 20;
-/// Requests of one client at a time.
+const MEMORY: u32 = 32 << 20;
+/// Requests of one client that are worked on at a time, and that wait for that.
 const AT_ONCE: usize = 64;
+const MAX_OPEN: usize = 1024;
+/// How long who has left is still answered.
+const LEAVING: Duration = Duration::from_secs(5);
 /// What a request takes of the memory in any case.
 const LEAST: u32 = 64 << 10;
 /// Zeros are told of in pieces of so many bytes, at offsets that are multiples of it.
 const PIECE: u64 = 64 << 10;
-/// Pieces that one block status looks at: 64 GiB. Clients ask for the rest.
-const MAX_PIECES: u64 = 1 << 20;
 /// Extents in one block status.
 const MAX_EXTENTS: usize = 4096;
 /// Bytes that are prefetched at once.
@@ -82,56 +86,86 @@ where
     R: AsyncRead + Unpin,
     W: AsyncWrite + Unpin + Send + 'static,
 {
-    let write = Arc::new(Mutex::new(write));
-    let (memory, places) = (
-        Arc::new(Semaphore::new(MEMORY as usize)),
-        Arc::new(Semaphore::new(AT_ONCE)),
-    );
-    // What is being answered ends with the client.
+    let shared = Arc::new(Shared {
+        export: export.clone(),
+        agreed,
+        write: Mutex::new(write),
+        memory: Semaphore::new(MEMORY as usize),
+        places: Semaphore::new(AT_ONCE),
+    });
+    // What is being answered ends with the client: so it is read from without waiting for anything else, and its end is seen.
     let mut answers: JoinSet<io::Result<()>> = JoinSet::new();
-    loop {
+    while let Some(request) = next(&mut read).await? {
         while let Some(answered) = answers.try_join_next() {
             answered.unwrap_or_else(|panic| Err(io::Error::other(panic)))?;
         }
-        let mut bytes = [0; Request::LEN];
-        match read.read_exact(&mut bytes).await {
-            Err(e) if e.kind() == ErrorKind::UnexpectedEof => return Ok(()),
-            came => came?,
-        };
-        let Some(request) = Request::parse(&bytes) else {
-            let why = "the client sends no request where one is due";
+        if answers.len() >= MAX_OPEN {
+            let why = "the client does not wait for answers";
             return Err(io::Error::new(ErrorKind::InvalidData, why));
-        };
-        match request.kind {
-            command::DISC => return Ok(()),
-            // Its bytes come at once, wanted or not.
-            command::WRITE => {
-                let mut payload = (&mut read).take(request.len.into());
-                tokio::io::copy(&mut payload, &mut tokio::io::sink()).await?;
-            }
-            _ => {}
         }
-        let takes = request.len.clamp(LEAST, MAX_READ);
-        let closed = |_| io::Error::from(ErrorKind::BrokenPipe);
-        let place = places.clone().acquire_owned().await.map_err(closed)?;
-        let room = memory.clone().acquire_many_owned(takes).await;
-        let room = room.map_err(closed)?;
-        let (export, write) = (export.clone(), write.clone());
-        answers.spawn(async move {
-            let bytes = answer(&export, agreed, &request).await;
-            let mut write = write.lock().await;
-            write.write_all(&bytes).await?;
-            write.flush().await?;
-            drop((place, room));
-            Ok(())
-        });
+        answers.spawn(reply(shared.clone(), request));
     }
+    // Who has said all it wanted hears what is left, unless that takes too long.
+    let rest = async { while answers.join_next().await.is_some() {} };
+    let _rest = timeout(LEAVING, rest).await;
+    Ok(())
+}
+
+/// What all answers to one client share.
+struct Shared<W> {
+    export: Arc<Export>,
+    agreed: Agreed,
+    write: Mutex<W>,
+    memory: Semaphore,
+    places: Semaphore,
+}
+
+/// The next request; none where the client leaves.
+async fn next(read: &mut (impl AsyncRead + Unpin)) -> io::Result<Option<Request>> {
+    let mut bytes = [0; Request::LEN];
+    match read.read_exact(&mut bytes).await {
+        Err(e) if e.kind() == ErrorKind::UnexpectedEof => return Ok(None),
+        came => came?,
+    };
+    let Some(request) = Request::parse(&bytes) else {
+        let why = "the client sends no request where one is due";
+        return Err(io::Error::new(ErrorKind::InvalidData, why));
+    };
+    if request.kind == command::WRITE {
+        // Its bytes come at once, wanted or not.
+        let mut payload = read.take(request.len.into());
+        tokio::io::copy(&mut payload, &mut tokio::io::sink()).await?;
+    }
+    Ok((request.kind != command::DISC).then_some(request))
+}
+
+async fn reply<W: AsyncWrite + Unpin>(shared: Arc<Shared<W>>, request: Request) -> io::Result<()> {
+    let takes = match request.kind {
+        command::READ => request.len.clamp(LEAST, MAX_READ),
+        _ => CACHED_AT_ONCE as u32,
+    };
+    let closed = |_| io::Error::from(ErrorKind::BrokenPipe);
+    let _place = shared.places.acquire().await.map_err(closed)?;
+    let _room = shared.memory.acquire_many(takes).await.map_err(closed)?;
+    let bytes = answer(&shared.export, shared.agreed, &request).await;
+    let mut write = shared.write.lock().await;
+    write.write_all(&bytes).await?;
+    write.flush().await
 }
 
 /// The reply to a request.
 async fn answer(export: &Export, agreed: Agreed, request: &Request) -> Vec<u8> {
     let disk = &export.disk;
+    let known = match request.kind {
+        command::READ => command::DF,
+        command::BLOCK_STATUS => command::REQ_ONE,
+        _ => 0,
+    };
     let done = match request.kind {
+        _ if request.flags & !known != 0 => Err(Refusal {
+            code: error::EINVAL,
+            why: "this server does not know the request's flags".to_owned(),
+        }),
         command::READ => read(disk, agreed, request).await,
         command::CACHE => prefetch(disk, request)
             .await
@@ -177,7 +211,7 @@ async fn read(disk: &Arc<dyn Disk>, agreed: Agreed, request: &Request) -> Result
     check(&**disk, request)?;
     if request.len > MAX_READ {
         return Err(Refusal {
-            code: error::EOVERFLOW,
+            code: error::EINVAL,
             why: format!("reads are of {MAX_READ} bytes at most"),
         });
     }
@@ -230,10 +264,7 @@ fn status(disk: &dyn Disk, request: &Request) -> Result<Vec<u8>, Refusal> {
     };
     let mut extents: Vec<(u32, u32)> = Vec::new();
     let Range { mut start, end } = request.range();
-    for _ in 0..MAX_PIECES {
-        if start == end {
-            break;
-        }
+    while start < end {
         let next = ((start / PIECE + 1) * PIECE).min(end);
         let flags = if disk.is_zero(start..next) {
             HOLE_ZERO

@@ -54,6 +54,8 @@ pub mod command {
     pub const CACHE: u16 = 5;
     pub const WRITE_ZEROES: u16 = 6;
     pub const BLOCK_STATUS: u16 = 7;
+    /// Flag of a read: in one chunk, as all are here.
+    pub const DF: u16 = 1 << 2;
     /// Flag of a block status: one extent.
     pub const REQ_ONE: u16 = 1 << 3;
 }
@@ -71,7 +73,6 @@ pub mod error {
     pub const EPERM: u32 = 1;
     pub const EIO: u32 = 5;
     pub const EINVAL: u32 = 22;
-    pub const EOVERFLOW: u32 = 75;
 }
 
 /// The one metadata context, and the flags of its extents: a hole that reads as zeros.

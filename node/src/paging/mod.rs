@@ -1,43 +1,44 @@
 //! Capsules that are read while they come: planned like a pull, and then fetched as far as somebody reads.
 //!
-//! `paged` is such content; here a reference becomes one. What serves it to programs is `nbd`.
+//! `paged` is such content; here a reference becomes one. What serves it to programs is `nbd` and `mount`.
 
 mod paged;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Instant;
 
-use capsule_proto::manifest::{Component, ComponentKind};
-use capsule_proto::record::BlobRef;
+use capsule_proto::credential::MachineId;
+use capsule_proto::listing::{Listing, MAX_LISTING_LEN};
+use capsule_proto::manifest::{Component, Manifest};
+use capsule_proto::record::{BlobRef, Layer};
+use capsule_proto::{CapsuleId, RootHash};
 use capsule_swarm::Priority;
 
 use crate::control::{CapsuleRef, Failure, FailureCode};
-use crate::export::pick;
-use crate::node::Node;
-use crate::records::Resolution;
-use crate::store::BlobKind;
+use crate::disk::Disk;
+use crate::held::HeldWay;
+use crate::node::{Node, spelled};
+use crate::records::{KnownLayer, Resolution};
+use crate::store::{BlobKind, LayerBlobs};
 use crate::transfer::patience::Patience;
-use crate::transfer::prepare::{Excluded, Prepared, prepare};
+use crate::transfer::prepare::{Excluded, MAX_TRIES, Prepared, not_as_recorded, prepare};
 use crate::transfer::{find, manner, patience};
 use crate::work::{Tell, blocking};
 pub use paged::Paged;
 
-/// A component that can be read.
+/// A capsule that can be read: its manifest and indexes are here.
 pub struct Opened {
-    /// Of what it is.
+    node: Arc<Node>,
+    /// Which it is.
     pub resolution: Resolution,
-    /// What it is.
-    pub component: Component,
-    /// Its bytes.
-    pub content: Arc<Paged>,
+    prepared: Arc<Prepared>,
 }
 
-/// Opens a stream of a capsule, wherever it is. Its manifest and indexes are fetched, and nothing else.
+/// Opens a capsule, wherever it is. Its manifest and indexes are fetched, and nothing else.
 pub async fn open(
     node: &Arc<Node>,
     capsule: &CapsuleRef,
-    component: Option<&str>,
     wait: Option<u64>,
     tell: &dyn Tell,
 ) -> Result<Opened, Failure> {
@@ -50,61 +51,202 @@ pub async fn open(
         like: true,
         ..Excluded::default()
     };
-    let prepared = prepare(node, &resolution, &manner, &asked, tell, &mut excluded).await?;
-    let component = pick(&prepared.manifest, component, &manner.name)?.clone();
-    if component.kind == ComponentKind::Tree {
+    for _ in 0..MAX_TRIES {
+        let prepared = prepare(node, &resolution, &manner, &asked, tell, &mut excluded).await?;
+        let (shared, capsule) = (node.clone(), resolution.capsule);
+        let layers = prepared.components.iter().flat_map(|plan| &plan.layers);
+        let layers: Vec<Layer> = layers.cloned().collect();
+        let foreign = blocking(move || foreign(&shared, capsule, layers)).await?;
+        if foreign.is_empty() {
+            return Ok(Opened {
+                node: node.clone(),
+                resolution,
+                prepared: Arc::new(prepared),
+            });
+        }
+        excluded.layers.extend(foreign);
         let message = format!(
-            "component {} of {} is a directory tree",
-            component.name, manner.name
-        );
-        return Err(Failure::new(FailureCode::Invalid, message).hint(format!(
-            "write it with `capsule export {} --to DIR`",
+            "the layers known for {} are not by machines that publish in its channel, and a disk that is read while it comes cannot be compared with its hash",
             manner.name
-        )));
+        );
+        let hint = format!(
+            "`capsule pull {}` fetches all of it and compares",
+            manner.name
+        );
+        excluded.failure = Some(Failure::new(FailureCode::Refused, message).hint(hint));
     }
-    let (shared, opened) = (node.clone(), component.clone());
-    let content = blocking(move || content(&shared, &opened, prepared)).await?;
-    Ok(Opened {
-        resolution,
-        component,
-        content: Arc::new(content),
-    })
+    Err(not_as_recorded(&manner.name))
 }
 
-/// The content of a component that was planned, which it keeps from removal. Blocks.
-fn content(node: &Arc<Node>, component: &Component, prepared: Prepared) -> Result<Paged, Failure> {
-    let plan = prepared.components.iter().find(|plan| {
-        plan.component.root == component.root && plan.component.name == component.name
-    });
-    let plan = plan.ok_or_else(|| {
-        Failure::new(
-            FailureCode::Internal,
-            "a component of the manifest was not planned",
-        )
-    })?;
-    let way = plan.way.clone();
-    // What one component takes is listed with the first that takes it.
-    let mut packs: BTreeMap<_, u64> = BTreeMap::new();
-    for plan in &prepared.components {
-        packs.extend(plan.blobs.iter().map(|(root, (size, _))| (*root, *size)));
-    }
-    for root in way.blobs() {
-        if let Some(here) = node.store.durable(&root) {
-            packs.insert(root, here.size);
+/// Layers by machines that never named a version of a channel that has the capsule. A pull compares what layers make with the root; who reads while it
+/// comes cannot, and so trusts who names the capsule, and nobody else. Blocks.
+fn foreign(node: &Node, capsule: CapsuleId, layers: Vec<Layer>) -> Result<Vec<Layer>, Failure> {
+    let names = node.records.all_names()?;
+    let of_it = names.iter().filter(|name| name.capsule == capsule);
+    let channels: BTreeSet<_> = of_it.map(|name| name.name.channel.clone()).collect();
+    let named_there = names
+        .iter()
+        .filter(|name| channels.contains(&name.name.channel));
+    let trusted: BTreeSet<MachineId> = named_there.map(|name| name.signer).collect();
+    let mut foreign = Vec::new();
+    for layer in layers {
+        let known = node.records.layers_to(&layer.target)?;
+        let vouches = |known: &KnownLayer| known.layer == layer && trusted.contains(&known.signer);
+        if !known.iter().any(vouches) {
+            foreign.push(layer);
         }
     }
-    let packs: BTreeMap<_, _> = packs
-        .into_iter()
-        .map(|(root, size)| (root, BlobRef { root, size }))
-        .collect();
-    for blob in packs.values() {
-        let kind = match blob.root == component.root {
-            true => BlobKind::Other,
-            false => BlobKind::Pack,
+    Ok(foreign)
+}
+
+impl Opened {
+    /// What it consists of.
+    pub fn manifest(&self) -> &Manifest {
+        &self.prepared.manifest
+    }
+
+    /// How it is called.
+    pub fn name(&self) -> String {
+        spelled(&self.resolution)
+    }
+
+    /// A stream among its components.
+    pub async fn stream(&self, component: &Component) -> Result<Paged, Failure> {
+        let size = component.size;
+        match self.way(component)? {
+            HeldWay::Layers(layers) => self.paged(component, layers, size).await,
+            _ => self.blob(component, BlobKind::Other).await,
+        }
+    }
+
+    /// A tree among its components: its listing, which is fetched whole, and what its files hold, where they hold anything.
+    pub async fn tree(&self, component: &Component) -> Result<(Listing, Option<Paged>), Failure> {
+        let HeldWay::Tree(way) = self.way(component)? else {
+            let message = format!("component {} was planned as a stream", component.name);
+            return Err(Failure::new(FailureCode::Internal, message));
         };
-        if node.store.durable(&blob.root).is_none() {
-            node.store.create_partial(&blob.root, blob.size, kind)?;
+        let holdings = self.node.holdings.clone();
+        let listing = if holdings.is_complete(&component.root) {
+            let component = component.clone();
+            blocking(move || holdings.listing(&component)).await?
+        } else if way.listing.is_empty() {
+            let paged = self.blob(component, BlobKind::Listing).await?;
+            listing(component, paged).await?
+        } else {
+            let paged = self.paged(component, way.listing, component.size).await?;
+            listing(component, paged).await?
+        };
+        if listing.content_size() != component.content_size {
+            return Err(wrong(component, "its files do not add up to its size"));
         }
+        let contents = match component.content_size {
+            0 => None,
+            size => Some(self.paged(component, way.contents, size).await?),
+        };
+        Ok((listing, contents))
     }
-    Paged::open(node, component, &way, &packs, prepared)
+
+    /// What lies under the component's own root.
+    async fn blob(&self, component: &Component, kind: BlobKind) -> Result<Paged, Failure> {
+        let (node, prepared) = (self.node.clone(), self.prepared.clone());
+        let (root, size) = (component.root, component.size);
+        let blob = BlobRef { root, size };
+        blocking(move || {
+            expect(&node, &blob, kind)?;
+            Paged::of_blob(&node, blob, prepared)
+        })
+        .await
+    }
+
+    fn way(&self, component: &Component) -> Result<HeldWay, Failure> {
+        let mut plans = self.prepared.components.iter();
+        let plan = plans.find(|plan| plan.component == *component);
+        let plan = plan.ok_or_else(|| {
+            let message = format!("component {} was not planned", component.name);
+            Failure::new(FailureCode::Internal, message)
+        })?;
+        Ok(plan.way.clone())
+    }
+
+    async fn paged(
+        &self,
+        component: &Component,
+        layers: Vec<LayerBlobs>,
+        size: u64,
+    ) -> Result<Paged, Failure> {
+        let (node, prepared) = (self.node.clone(), self.prepared.clone());
+        let component = component.clone();
+        blocking(move || {
+            let packs = packs(&node, &prepared, &layers);
+            for pack in packs.values() {
+                expect(&node, pack, BlobKind::Pack)?;
+            }
+            let paged = Paged::of_layers(&node, &layers, &packs, prepared)?;
+            match paged.len() == size {
+                true => Ok(paged),
+                false => Err(wrong(&component, "its layers make another length")),
+            }
+        })
+        .await
+    }
+}
+
+/// The packs of layers, with their sizes.
+fn packs(node: &Node, prepared: &Prepared, layers: &[LayerBlobs]) -> BTreeMap<RootHash, BlobRef> {
+    // What one component takes is listed with the first that takes it.
+    let planned = |root: &RootHash| {
+        let mut sizes = prepared.components.iter().map(|plan| plan.blobs.get(root));
+        sizes.find_map(|found| found.map(|(size, _)| *size))
+    };
+    // Of a pack of which nothing is read nobody need know the size.
+    let size = |root: &RootHash| match node.store.durable(root) {
+        Some(here) => Some(here.size),
+        None => planned(root).filter(|size| *size > 0),
+    };
+    let packs = layers.iter().filter_map(|layer| layer.pack);
+    packs
+        .filter_map(|root| {
+            Some((
+                root,
+                BlobRef {
+                    root,
+                    size: size(&root)?,
+                },
+            ))
+        })
+        .collect()
+}
+
+/// Makes room in the books for a blob that may come.
+fn expect(node: &Node, blob: &BlobRef, kind: BlobKind) -> Result<(), Failure> {
+    match node.store.durable(&blob.root) {
+        Some(_) => Ok(()),
+        None => Ok(node.store.create_partial(&blob.root, blob.size, kind)?),
+    }
+}
+
+fn wrong(component: &Component, why: &str) -> Failure {
+    let message = format!(
+        "component {} is not what the manifest says: {why}",
+        component.name
+    );
+    Failure::new(FailureCode::Damaged, message)
+        .hint("its publisher made it wrong: tell them to publish it again")
+}
+
+/// A listing that comes as content: all of it is read, and compared with its root.
+async fn listing(component: &Component, paged: Paged) -> Result<Listing, Failure> {
+    if component.size > MAX_LISTING_LEN as u64 {
+        return Err(wrong(component, "its listing is longer than any may be"));
+    }
+    let bytes = Arc::new(paged).read(0..component.size, Vec::new()).await?;
+    let component = component.clone();
+    blocking(move || {
+        if RootHash::of(&bytes) != component.root {
+            return Err(wrong(&component, "its listing has another hash"));
+        }
+        Listing::decode(&bytes)
+            .map_err(|error| wrong(&component, &format!("its listing is malformed: {error}")))
+    })
+    .await
 }

@@ -2,29 +2,29 @@
 //! peers, and the read is tried again: so nothing is looked up for reads that need nothing, and one read asks for all that it lacks at once.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
+use capsule_chunker::bao::{Tree, decode_range};
 use capsule_chunker::content::{Content, ReadError, check_range};
 use capsule_chunker::layer::Storage;
 use capsule_chunker::layer::reach::Reach;
 use capsule_chunker::layer::read::{LayerCache, LayerContent, ReadOptions};
-use capsule_proto::manifest::Component;
-use capsule_proto::ranges::groups_touching;
+use capsule_proto::ranges::{Height, groups_touching};
 use capsule_proto::record::BlobRef;
 use capsule_proto::{GroupRanges, RootHash};
 use capsule_swarm::{FetchError, FetchSpec, Priority};
 use futures::FutureExt;
 use futures::future::{BoxFuture, try_join_all};
-use positioned_io::ReadAt;
+use tokio::sync::Semaphore;
 
-use crate::control::{Failure, FailureCode};
-use crate::held::HeldWay;
+use crate::control::Failure;
+use crate::disk::Disk;
 use crate::layers::{no_pack, open_all};
-use crate::nbd::Disk;
 use crate::node::Node;
-use crate::store::{ComingReader, LayerBlobs};
+use crate::store::LayerBlobs;
 use crate::transfer::prepare::Prepared;
 
 /// Decoded frames that are kept: what readers come back to, such as a file system's tables.
@@ -34,78 +34,74 @@ const PAUSE: Duration = Duration::from_millis(50);
 /// How often a read is tried that fails though nothing seems to be missing: what it lacked may just have come.
 const TRIES: u32 = 3;
 
+/// Chunk groups of a blob that are verified at a time.
+const VERIFIED_AT_ONCE: u64 = 16;
+/// Attempts at a time, of all that is read: each decodes on a thread of those that all of the node shares.
+static ATTEMPTS: Semaphore = Semaphore::const_new(6);
+
 /// See the module.
 pub struct Paged {
     node: Arc<Node>,
     body: Body,
     /// Keeps all of it from removal.
-    _prepared: Prepared,
+    _prepared: Arc<Prepared>,
 }
 
 enum Body {
     /// Read through layers, the last of which is the component; by each its pack.
     Layers(Vec<(Arc<LayerContent>, Option<BlobRef>)>),
-    /// A blob of its own.
-    Blob(Arc<ComingReader>, BlobRef),
+    /// A blob of its own, kept from removal with the rest.
+    Blob(BlobRef),
 }
 
 /// What is missing, by blob.
 type Missing = Vec<(BlobRef, GroupRanges)>;
 
 impl Paged {
-    /// Opens what was planned; the indexes are here. Blocks.
-    pub(super) fn open(
+    /// Content that is read through layers, whose indexes are here. Blocks.
+    pub(super) fn of_layers(
         node: &Arc<Node>,
-        component: &Component,
-        way: &HeldWay,
-        blobs: &BTreeMap<RootHash, BlobRef>,
-        prepared: Prepared,
+        layers: &[LayerBlobs],
+        packs: &BTreeMap<RootHash, BlobRef>,
+        prepared: Arc<Prepared>,
     ) -> Result<Self, Failure> {
         let store = &node.store;
-        let body = match way {
-            HeldWay::Layers(layers) => {
-                let cache = LayerCache::new(&ReadOptions { cache_len: CACHE });
-                let pack = |layer: &LayerBlobs| match &layer.pack {
-                    Some(pack) => Ok(store.open_coming(pack)? as Storage),
-                    None => no_pack(layer),
-                };
-                let as_it_is = |_: &LayerBlobs, content| Ok(content);
-                let all = open_all(store, layers, &cache, &pack, &as_it_is)?;
-                let packs = layers
-                    .iter()
-                    .map(|layer| layer.pack.and_then(|pack| blobs.get(&pack).cloned()));
-                Body::Layers(all.into_iter().zip(packs).collect())
-            }
-            _ => {
-                let blob = BlobRef {
-                    root: component.root,
-                    size: component.size,
-                };
-                Body::Blob(store.open_coming(&blob.root)?, blob)
-            }
+        let cache = LayerCache::new(&ReadOptions { cache_len: CACHE });
+        let known = |pack: &RootHash| packs.contains_key(pack);
+        let pack = |layer: &LayerBlobs| match layer.pack.filter(known) {
+            Some(pack) => Ok(store.open_coming(&pack)? as Storage),
+            None => no_pack(layer),
         };
-        let paged = Self {
+        let as_it_is = |_: &LayerBlobs, content| Ok(content);
+        let all = open_all(store, layers, &cache, &pack, &as_it_is)?;
+        let packs = layers.iter().map(|layer| {
+            let pack = layer.pack.as_ref();
+            pack.and_then(|pack| packs.get(pack).copied())
+        });
+        Ok(Self {
             node: node.clone(),
-            body,
+            body: Body::Layers(all.into_iter().zip(packs).collect()),
             _prepared: prepared,
-        };
-        if paged.size() != component.size {
-            let message = format!(
-                "component {} has {} bytes by its layers, and {} by the manifest",
-                component.name,
-                paged.size(),
-                component.size
-            );
-            return Err(Failure::new(FailureCode::Damaged, message)
-                .hint("its publisher made it wrong: tell them to publish it again"));
-        }
-        Ok(paged)
+        })
+    }
+
+    /// Content that is a blob of its own. Blocks.
+    pub(super) fn of_blob(
+        node: &Arc<Node>,
+        blob: BlobRef,
+        prepared: Arc<Prepared>,
+    ) -> Result<Self, Failure> {
+        Ok(Self {
+            node: node.clone(),
+            body: Body::Blob(blob),
+            _prepared: prepared,
+        })
     }
 
     fn size(&self) -> u64 {
         match &self.body {
             Body::Layers(layers) => layers.last().map_or(0, |(top, _)| top.len()),
-            Body::Blob(_, blob) => blob.size,
+            Body::Blob(blob) => blob.size,
         }
     }
 
@@ -121,9 +117,9 @@ impl Paged {
                     Err(error) => error,
                 }
             }
-            Body::Blob(reader, blob) => {
+            Body::Blob(blob) => {
                 check_range(blob.size, range.start, into.len())?;
-                match reader.read_exact_at(range.start, into) {
+                match self.read_blob(blob, range, into) {
                     Ok(()) => return Ok(Missing::new()),
                     Err(error) => ReadError::io("a blob of the store", range.start, error),
                 }
@@ -136,13 +132,44 @@ impl Paged {
         }
     }
 
+    /// Reads from a blob, and compares with its hash: nothing else would tell that the disk has damaged it. Blocks.
+    fn read_blob(&self, blob: &BlobRef, range: &Range<u64>, into: &mut [u8]) -> io::Result<()> {
+        let tree = Tree {
+            root: blob.root,
+            size: blob.size,
+        };
+        let touched = groups_touching(range);
+        let mut encoded = Vec::new();
+        for first in touched.clone().step_by(VERIFIED_AT_ONCE as usize) {
+            let run = first..(first + VERIFIED_AT_ONCE).min(touched.end);
+            encoded.clear();
+            let (store, height) = (&self.node.store, Height::ROOT);
+            let read = store.read_encoded(&blob.root, run.clone(), height, &mut encoded);
+            read.map_err(io::Error::other)?;
+            let leaf = |offset: u64, leaf: &[u8]| {
+                let (from, to) = (
+                    offset.max(range.start),
+                    range.end.min(offset + leaf.len() as u64),
+                );
+                if from < to {
+                    let bytes = &leaf[(from - offset) as usize..(to - offset) as usize];
+                    let at = (from - range.start) as usize;
+                    into[at..at + bytes.len()].copy_from_slice(bytes);
+                }
+            };
+            decode_range(&tree, run, height, &Vec::new(), &encoded, |_, _| {}, leaf)
+                .map_err(io::Error::other)?;
+        }
+        Ok(())
+    }
+
     /// What a range takes that is not here. Blocks.
     fn missing(&self, range: &Range<u64>) -> Result<Missing, ReadError> {
         let lacking = |blob: &BlobRef, groups: &GroupRanges| {
             let here = self.node.store.present(&blob.root);
             let here = here.map(|here| here.ranges).unwrap_or_default();
             let lacking = groups.difference(&here);
-            (!lacking.is_empty()).then(|| (*blob, lacking))
+            (!lacking.is_empty()).then_some((*blob, lacking))
         };
         Ok(match &self.body {
             Body::Layers(layers) => {
@@ -158,7 +185,7 @@ impl Paged {
                 each.filter_map(|(layer, pack)| lacking(pack.as_ref()?, &reach.groups(layer)))
                     .collect()
             }
-            Body::Blob(_, blob) => lacking(blob, &groups_touching(range).into())
+            Body::Blob(blob) => lacking(blob, &groups_touching(range).into())
                 .into_iter()
                 .collect(),
         })
@@ -185,7 +212,7 @@ impl Paged {
         try_join_all(missing.into_iter().map(fetch)).await.map(drop)
     }
 
-    async fn read(
+    async fn fill(
         self: Arc<Self>,
         range: Range<u64>,
         mut into: Vec<u8>,
@@ -195,20 +222,27 @@ impl Paged {
         let failed = |error: String| ReadError::Io {
             path: "the network".into(),
             offset: range.start,
-            source: std::io::Error::other(error),
+            source: io::Error::other(error),
         };
-        let mut tries = 0;
+        let (mut tries, mut fetched) = (0, false);
         loop {
+            let place = ATTEMPTS.acquire().await;
+            let place = place.map_err(|closed| failed(closed.to_string()))?;
             let (paged, wanted) = (self.clone(), range.clone());
             let attempt = tokio::task::spawn_blocking(move || {
                 let missing = paged.attempt(&wanted, &mut into[start..]);
                 (missing, into)
             });
             let (missing, bytes) = attempt.await.map_err(|panic| failed(panic.to_string()))?;
+            drop(place);
             into = bytes;
             match missing {
                 Ok(missing) if missing.is_empty() => return Ok(into),
                 Ok(missing) => {
+                    // What came may be gone again, damaged or collected: not as fast as it can be tried.
+                    if std::mem::replace(&mut fetched, true) {
+                        tokio::time::sleep(PAUSE).await;
+                    }
                     let came = self.come(missing).await;
                     came.map_err(|error| failed(error.to_string()))?;
                 }
@@ -231,7 +265,7 @@ impl Drop for Paged {
                 let packs = layers.iter().filter_map(|(_, pack)| pack.as_ref());
                 packs.map(|pack| pack.root).collect()
             }
-            Body::Blob(_, blob) => vec![blob.root],
+            Body::Blob(blob) => vec![blob.root],
         };
         let store = self.node.store.clone();
         let flush = move || {
@@ -256,7 +290,7 @@ impl Disk for Paged {
     fn is_zero(&self, range: Range<u64>) -> bool {
         match &self.body {
             Body::Layers(layers) => layers.last().is_some_and(|(top, _)| top.is_zero(range)),
-            Body::Blob(..) => false,
+            Body::Blob(_) => false,
         }
     }
 
@@ -265,6 +299,6 @@ impl Disk for Paged {
         range: Range<u64>,
         into: Vec<u8>,
     ) -> BoxFuture<'static, Result<Vec<u8>, ReadError>> {
-        Self::read(self, range, into).boxed()
+        self.fill(range, into).boxed()
     }
 }

@@ -105,9 +105,18 @@ impl Inner {
         let decoded = if height.groups() >= count {
             decode_range(&tree, run, height, &Vec::new(), encoded, parent, leaf)
         } else {
-            let files = self.files_to_write(blob)?;
-            decode_range(&tree, run, height, &files.tree, encoded, parent, leaf)
+            // Neither made nor removed meanwhile.
+            let _within = blob.gate_shared();
+            match self.files_here(blob)? {
+                Some(files) => decode_range(&tree, run, height, &files.tree, encoded, parent, leaf),
+                None => decode_range(&tree, run, height, &Vec::new(), encoded, parent, leaf),
+            }
         };
+        if matches!(decoded, Err(DecodeError::Unknown { .. })) {
+            // What is thought to be written is not: the pairs that come with the next encoding are to be.
+            self.handles.forget(&blob.root);
+            blob.state().files = None;
+        }
         decoded.map_err(|source: DecodeError| WriteError::Invalid { root, source })?;
         Ok((pairs, leaves))
     }
@@ -226,6 +235,25 @@ impl Inner {
         self.note_dirty(blob, &mut state, added.bytes(blob.size));
         state.files = Some(files);
         Ok(added)
+    }
+
+    /// The files of a blob, if it has any.
+    fn files_here(&self, blob: &Blob) -> Result<Option<Arc<BlobFiles>>, WriteError> {
+        {
+            let state = blob.state();
+            if state.gone {
+                return Err(WriteError::Unknown(blob.root));
+            }
+            if let Some(files) = &state.files {
+                return Ok(Some(Arc::clone(files)));
+            }
+        }
+        let existing = OpenMode::Existing;
+        match self.handles.get(&*self.disk, &blob.root, existing) {
+            Ok(files) => Ok(Some(files)),
+            Err(fault) if fault.source.kind() == ErrorKind::NotFound => Ok(None),
+            Err(fault) => Err(WriteError::io(fault)),
+        }
     }
 
     fn files_to_write(&self, blob: &Blob) -> Result<Arc<BlobFiles>, WriteError> {

@@ -357,7 +357,7 @@ async fn tallied(
 }
 
 /// All layers that are known turned out wrong.
-pub(super) fn not_as_recorded(name: &str) -> Failure {
+pub fn not_as_recorded(name: &str) -> Failure {
     let message = format!("{name}: the layers known for it are not what their records say");
     Failure::new(FailureCode::Damaged, message)
         .hint("its publisher made them wrong: tell them to publish it again")

@@ -100,6 +100,15 @@ fn requests_and_answers_have_the_keys_that_the_document_names() {
         samples::serving,
     );
     commands.add(
+        |full| Mount {
+            capsule: which(),
+            at: "/sample".into(),
+            component: full.then(|| "disk".into()),
+            wait: full.then_some(1),
+        },
+        samples::mounted,
+    );
+    commands.add(
         |full| Verify {
             capsule: full.then(which),
             repair: true,
@@ -186,9 +195,10 @@ impl Commands<'_> {
 
 /// What a connection sends, line by line.
 fn replies(comparison: &mut Comparison<'_>) {
-    let all: [Reply<u8>; 4] = [
+    let all: [Reply<u8>; 5] = [
         Reply::Progress(samples::progress(true)),
         Reply::Notice("sample".into()),
+        Reply::Ready(1),
         Reply::Done(1),
         Reply::Failed(samples::failure(true)),
     ];

@@ -250,6 +250,15 @@ pub fn serving(full: bool) -> Serving {
     }
 }
 
+pub fn mounted(full: bool) -> Mounted {
+    Mounted {
+        capsule: capsule(),
+        name: full.then(text),
+        components: vec![component()],
+        at: "/sample".into(),
+    }
+}
+
 pub fn verified(_full: bool) -> Verified {
     let damage = DamageInfo {
         root: root(),

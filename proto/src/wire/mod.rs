@@ -25,7 +25,7 @@ use thiserror::Error;
 use crate::credential::{MAX_ADDRESS_LEN, MAX_ADDRESSES};
 
 /// Version of the protocol; peers of another version refuse each other with a reason.
-pub const PROTOCOL: u32 = 1;
+pub const PROTOCOL: u32 = 2;
 /// Longest greeting or verdict, in bytes: a credential and a revocation record.
 pub const MAX_GREETING_LEN: usize = 256 << 10;
 

@@ -335,7 +335,7 @@ impl Engine {
     fn height_above(&self, root: &RootHash, size: u64, groups: &Range<u64>) -> Height {
         let is_lost = |transfer: &Transfer| transfer.from_root;
         match self.held.get(root) {
-            Some(held) if !self.transfers.get(root).is_some_and(is_lost) => {
+            Some(held) if held.size == size && !self.transfers.get(root).is_some_and(is_lost) => {
                 Height::known(size, groups, &held.groups)
             }
             _ => Height::ROOT,

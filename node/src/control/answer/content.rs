@@ -191,6 +191,20 @@ pub struct Serving {
     pub uri: String,
 }
 
+/// Answer to `mount`, as soon as the files are there.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Mounted {
+    /// The capsule.
+    pub capsule: CapsuleId,
+    /// Its name, if it was asked for by one.
+    pub name: Option<String>,
+    /// The components that are shown.
+    pub components: Vec<ComponentInfo>,
+    /// Where.
+    #[serde(with = "crate::control::path")]
+    pub at: PathBuf,
+}
+
 /// Answer to `verify`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Verified {

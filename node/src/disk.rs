@@ -1,0 +1,23 @@
+//! What programs read piece by piece, through `nbd` or `mount`.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use capsule_chunker::content::ReadError;
+use futures::future::BoxFuture;
+
+/// Bytes of a known length that may have to come first.
+pub trait Disk: Send + Sync {
+    /// Its bytes.
+    fn len(&self) -> u64;
+
+    /// Whether a range is known to be zeros without reading it; briefly, by an index that is here.
+    fn is_zero(&self, range: Range<u64>) -> bool;
+
+    /// Appends a range, which lies within it, to what is there already. Takes as long as it takes for the bytes to come; dropped, it ends.
+    fn read(
+        self: Arc<Self>,
+        range: Range<u64>,
+        into: Vec<u8>,
+    ) -> BoxFuture<'static, Result<Vec<u8>, ReadError>>;
+}
