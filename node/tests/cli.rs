@@ -243,6 +243,8 @@ fn help_lists_every_command_and_completions_know_them() {
         "follow",
         "unfollow",
         "export",
+        "nbd",
+        "mount",
         "verify",
         "status",
         "peers",

@@ -7,6 +7,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
+use capsule_proto::RootHash;
+use capsule_proto::index::Space;
+use capsule_tests::shelf::{Shelf, encoded};
 use capsule_tests::short::{number, run, text};
 use capsule_tests::{Fleet, Node, data};
 use rustix::process::{Pid, Signal, kill_process};
@@ -165,6 +168,38 @@ fn reads_wait_until_somebody_has_what_is_read() {
     fleet[0].start_on(&address);
     reader.join().unwrap();
     assert!(reading.elapsed() < PATIENCE);
+    same(&image, &copy);
+    served.stop();
+}
+
+/// Any publisher may say that a layer leads somewhere. Where a pull finds out that it does not, who reads while it comes would not.
+#[test]
+fn layers_of_who_publishes_elsewhere_are_not_read() {
+    let mut fleet = Fleet::new();
+    let token = fleet.invite(&["--channel", "lab"]);
+    fleet.join(&token);
+    let image = fleet.path("disk.img");
+    fs::write(&image, data::noise(5, 300_000)).unwrap();
+    let published = fleet[1].json(&["publish", text(&image), "--name", "lab:1"]);
+    let root: RootHash = published["components"][0]["root"]
+        .as_str()
+        .unwrap()
+        .parse()
+        .unwrap();
+    let token = fleet.invite(&["--channel", "other"]);
+    let mut shelf = Shelf::of(&token, 7);
+    // Far smaller than the right one.
+    let target = (Space::Stream, root, 300_000);
+    shelf.layer(target, encoded(&[7; 300_000], root));
+    let _foreign = shelf.open();
+    let deadline = Instant::now() + PATIENCE;
+    while number(&fleet[0].json(&["plan", "lab:1"]), "fetch_bytes") > 100_000 {
+        assert!(Instant::now() < deadline, "its record does not come");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    let served = Served::start(&fleet[0], &["lab:1"], &fleet.path("sock"));
+    let copy = fleet.path("copy");
+    run("nbdcopy", &[served.uri(), text(&copy)]);
     same(&image, &copy);
     served.stop();
 }
