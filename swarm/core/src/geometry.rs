@@ -14,8 +14,7 @@ pub const MAX_REQUEST_GROUPS: u64 = (1 << 20) / GROUP_LEN;
 
 /// Pieces aimed at: the piece length is the smallest power of two that gives no more than these.
 ///
-/// More pieces spread sooner; but each costs a have to every peer (about 6 bytes) and a path of hashes from
-/// the root with every response (64 bytes a level), which at 16 KiB would be 5 % of the traffic.
+/// More pieces spread sooner, up to a point; but each costs a have to every peer (about 6 bytes), a request and a response.
 const TARGET_PIECES: u64 = 2048;
 /// Longest piece: 16 MiB, unless the blob would have more than [`MAX_PIECES`] of them.
 const MAX_PIECE_GROUPS: u64 = (16 << 20) / GROUP_LEN;

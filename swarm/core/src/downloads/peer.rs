@@ -30,8 +30,8 @@ const MAX_REQUESTS: usize = 64;
 pub(crate) const MAX_OPEN: usize = 2 * MAX_REQUESTS;
 /// A request is about this many seconds of the peer's rate: a response is verified and passed on as a whole.
 const REQUEST_SECONDS: f64 = 0.5;
-/// Up to this length a request may take longer (but not above [`SLOW_REQUEST_SECONDS`]): its path of hashes
-/// would be too large a part of it otherwise.
+/// Up to this length a request may take longer (but not above [`SLOW_REQUEST_SECONDS`]): what goes with each, messages and at first a path of
+/// hashes, would be too large a part of it otherwise.
 const SHORT_REQUEST: f64 = (64 << 10) as f64;
 /// Longest time that a short request may take.
 const SLOW_REQUEST_SECONDS: f64 = 4.0;
