@@ -11,7 +11,7 @@ pub trait Disk: Send + Sync {
     /// Its bytes.
     fn len(&self) -> u64;
 
-    /// Whether a range is known to be zeros without reading it; briefly, by an index that is here.
+    /// Whether a range is known to be zeros without reading it. Blocks briefly: by an index that is here.
     fn is_zero(&self, range: Range<u64>) -> bool;
 
     /// Appends a range, which lies within it, to what is there already. Takes as long as it takes for the bytes to come; dropped, it ends.

@@ -15,6 +15,7 @@ pub mod member;
 pub mod network;
 pub mod node;
 pub mod rogue;
+pub mod serving;
 pub mod shelf;
 pub mod short;
 pub mod small_disk;

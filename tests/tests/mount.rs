@@ -1,54 +1,36 @@
 //! `capsule mount`: capsules as files that are read while they come, by the programs that people have.
 
 use std::fs;
-use std::io::{BufRead, BufReader};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
-use capsule_tests::short::{number, run, text};
+use capsule_tests::serving::{Serving, packs};
+use capsule_tests::short::{run, text};
 use capsule_tests::{Fleet, Node, data};
-use rustix::process::{Pid, Signal, kill_process};
-use serde_json::Value;
 
 /// No step of a test takes longer.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A capsule that is mounted, until it is dropped.
 struct Mounted {
-    child: Child,
-    answer: Value,
+    serving: Serving,
     at: PathBuf,
 }
 
 impl Mounted {
     fn start(node: &Node, name: &str, at: &Path) -> Self {
         fs::create_dir_all(at).unwrap();
-        let mut command = node.command(&["mount", name, text(at), "--json"]);
-        let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
-        let mut line = String::new();
-        let mut stdout = BufReader::new(child.stdout.take().unwrap());
-        stdout.read_line(&mut line).unwrap();
         Self {
-            child,
-            answer: serde_json::from_str(&line).unwrap_or_else(|e| panic!("{e} in {line:?}")),
+            serving: Serving::start(node, &["mount", name, text(at)]),
             at: at.to_owned(),
         }
     }
 
     /// Ends it as Ctrl-C does.
     fn stop(mut self) {
-        kill_process(Pid::from_child(&self.child), Signal::INT).unwrap();
-        assert_eq!(self.child.wait().unwrap().code(), Some(0));
+        self.serving.stop();
         is_gone(&self.at);
-    }
-}
-
-impl Drop for Mounted {
-    fn drop(&mut self) {
-        let _ended = self.child.kill();
-        let _reaped = self.child.wait();
     }
 }
 
@@ -61,14 +43,6 @@ fn is_gone(at: &Path) {
         assert!(Instant::now() < deadline, "it stays mounted");
         std::thread::sleep(Duration::from_millis(10));
     }
-}
-
-/// What a node holds of packs, in bytes.
-fn packs(node: &Node) -> u64 {
-    let held = node.json(&["hashes"]);
-    let held = held["hashes"].as_array().unwrap();
-    let packs = held.iter().filter(|blob| blob["kind"] == "pack");
-    packs.map(|blob| number(blob, "have")).sum()
 }
 
 /// A tree with some of all.
@@ -96,7 +70,7 @@ fn a_tree_that_is_elsewhere_is_shown_as_it_is() {
     tree(&source);
     fleet[0].ok(&["publish", text(&source), "--name", "home:1"]);
     let mounted = Mounted::start(&fleet[1], "home", &at);
-    assert_eq!(mounted.answer["name"], "home:1");
+    assert_eq!(mounted.serving.answer["name"], "home:1");
     // Names, owners, modes, times, lengths: without a byte of any file.
     let list = ["-printf", "%P %y %m %U %G %n %s %l %T@\n"];
     let sorted = |at: &Path| {
@@ -138,7 +112,9 @@ fn a_disk_is_shown_as_a_file_until_somebody_unmounts_it() {
     fs::write(&image, data::noise(3, 20 << 20)).unwrap();
     fleet[0].ok(&["publish", text(&image), "--name", "lab:1", "--as", "disk"]);
     let mut mounted = Mounted::start(&fleet[1], "lab:1", &at);
-    let name = mounted.answer["components"][0]["name"].as_str().unwrap();
+    let name = mounted.serving.answer["components"][0]["name"]
+        .as_str()
+        .unwrap();
     let shown = at.join(name);
     assert_eq!(fs::metadata(&shown).unwrap().len(), 20 << 20);
     assert_eq!(packs(&fleet[1]), 0, "nobody read anything");
@@ -154,7 +130,7 @@ fn a_disk_is_shown_as_a_file_until_somebody_unmounts_it() {
     run("umount", &[text(&at)]);
     is_gone(&at);
     let deadline = Instant::now() + PATIENCE;
-    while mounted.child.try_wait().unwrap().is_none() {
+    while !mounted.serving.is_over() {
         assert!(Instant::now() < deadline, "the command goes on");
         std::thread::sleep(Duration::from_millis(10));
     }

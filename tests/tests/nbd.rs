@@ -1,18 +1,16 @@
 //! `capsule nbd`: disks that are read while they come, by the clients that people have.
 
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
 use capsule_proto::RootHash;
 use capsule_proto::index::Space;
+use capsule_tests::serving::{Serving, packs};
 use capsule_tests::shelf::{Shelf, encoded};
 use capsule_tests::short::{number, run, text};
 use capsule_tests::{Fleet, Node, data};
-use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 const MIB: u64 = 1 << 20;
@@ -34,55 +32,31 @@ fn disk(path: &Path) {
 
 /// A disk that is served, until it is dropped.
 struct Served {
-    child: Child,
-    answer: Value,
+    serving: Serving,
     socket: PathBuf,
 }
 
 impl Served {
-    fn start(node: &Node, args: &[&str], socket: &Path) -> Self {
-        let all = [&["nbd"], args, &["--socket", text(socket), "--json"]].concat();
-        let mut command = node.command(&all);
-        let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
-        let mut line = String::new();
-        let mut stdout = BufReader::new(child.stdout.take().unwrap());
-        stdout.read_line(&mut line).unwrap();
+    fn start(node: &Node, name: &str, socket: &Path) -> Self {
         Self {
-            child,
-            answer: serde_json::from_str(&line).unwrap_or_else(|e| panic!("{e} in {line:?}")),
+            serving: Serving::start(node, &["nbd", name, "--socket", text(socket)]),
             socket: socket.to_owned(),
         }
     }
 
     fn uri(&self) -> &str {
-        self.answer["uri"].as_str().unwrap()
+        self.serving.answer["uri"].as_str().unwrap()
     }
 
     /// Ends it as Ctrl-C does.
     fn stop(mut self) {
-        kill_process(Pid::from_child(&self.child), Signal::INT).unwrap();
-        assert_eq!(self.child.wait().unwrap().code(), Some(0));
+        self.serving.stop();
         let deadline = Instant::now() + PATIENCE;
         while self.socket.exists() {
             assert!(Instant::now() < deadline, "the socket stays");
             std::thread::sleep(Duration::from_millis(10));
         }
     }
-}
-
-impl Drop for Served {
-    fn drop(&mut self) {
-        let _ended = self.child.kill();
-        let _reaped = self.child.wait();
-    }
-}
-
-/// What a node holds of packs, in bytes.
-fn packs(node: &Node) -> u64 {
-    let held = node.json(&["hashes"]);
-    let held = held["hashes"].as_array().unwrap();
-    let packs = held.iter().filter(|blob| blob["kind"] == "pack");
-    packs.map(|blob| number(blob, "have")).sum()
 }
 
 fn same(one: &Path, other: &Path) {
@@ -99,9 +73,9 @@ fn a_disk_that_is_elsewhere_is_read_as_it_comes() {
     let published = fleet[0].json(&[&publish[..], &["--frame-max", "65536"]].concat());
     let all = number(&published, "pack_bytes");
     let socket = fleet.path("disk sock");
-    let served = Served::start(&fleet[1], &["lab:1"], &socket);
-    assert_eq!(served.answer["name"], "lab:1");
-    assert_eq!(served.answer["component"]["size"], DISK);
+    let served = Served::start(&fleet[1], "lab:1", &socket);
+    assert_eq!(served.serving.answer["name"], "lab:1");
+    assert_eq!(served.serving.answer["component"]["size"], DISK);
     assert_eq!(packs(&fleet[1]), 0, "nobody read anything");
     let size = run("nbdinfo", &["--size", served.uri()]);
     assert_eq!(size.trim(), DISK.to_string());
@@ -143,7 +117,7 @@ fn a_disk_that_is_elsewhere_is_read_as_it_comes() {
     // What is held is read without anybody.
     let mut fleet = fleet;
     fleet[0].stop();
-    let served = Served::start(&fleet[1], &["lab:1"], &fleet.path("again"));
+    let served = Served::start(&fleet[1], "lab:1", &fleet.path("again"));
     let again = fleet.path("copy3");
     run("nbdcopy", &[served.uri(), text(&again)]);
     same(&image, &again);
@@ -156,7 +130,7 @@ fn reads_wait_until_somebody_has_what_is_read() {
     let image = fleet.path("disk.img");
     disk(&image);
     fleet[0].json(&["publish", text(&image), "--name", "lab:1", "--as", "disk"]);
-    let served = Served::start(&fleet[1], &["lab:1"], &fleet.path("sock"));
+    let served = Served::start(&fleet[1], "lab:1", &fleet.path("sock"));
     let address = fleet[0].address().to_owned();
     fleet[0].stop();
     let uri = served.uri().to_owned();
@@ -197,7 +171,7 @@ fn layers_of_who_publishes_elsewhere_are_not_read() {
         assert!(Instant::now() < deadline, "its record does not come");
         std::thread::sleep(Duration::from_millis(100));
     }
-    let served = Served::start(&fleet[0], &["lab:1"], &fleet.path("sock"));
+    let served = Served::start(&fleet[0], "lab:1", &fleet.path("sock"));
     let copy = fleet.path("copy");
     run("nbdcopy", &[served.uri(), text(&copy)]);
     same(&image, &copy);

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use capsule_node::control::{Client, Command};
+use capsule_node::control::{Client, ClientError, Command};
 use clap::Args;
 use serde::Serialize;
 
@@ -53,6 +53,9 @@ impl Output {
     }
 }
 
+/// How a request ended.
+type Ended<C> = Result<<C as Command>::Answer, ClientError>;
+
 /// The home that the commands act on.
 #[derive(Debug, Clone)]
 pub struct Context {
@@ -89,19 +92,7 @@ impl Context {
         output: Output,
         stopped: &'static str,
     ) -> Result<C::Answer, Exit> {
-        let client = Client::connect(&self.home)?;
-        let canceller = client
-            .canceller()
-            .map_err(|error| Exit::failed(format!("the node's socket: {error}")))?;
-        let interrupt = Interrupt::catch(true, move || canceller.cancel())?;
-        let display = std::cell::RefCell::new(Display::stderr(output.json));
-        let answer = client.run(
-            command,
-            |progress| display.borrow_mut().progress(&progress),
-            |notice| display.borrow_mut().notice(&notice),
-        );
-        display.into_inner().clear();
-        match (answer, interrupt.signal()) {
+        match self.converse(command, output, |_| Ok(()))? {
             (Ok(answer), _) => Ok(answer),
             (Err(_), Some(signal)) => Err(Exit::Interrupted {
                 signal,
@@ -119,16 +110,28 @@ impl Context {
         &self,
         command: C,
         output: Output,
-        mut ready: impl FnMut(&C::Answer) -> Result<(), Exit>,
+        ready: impl FnMut(&C::Answer) -> Result<(), Exit>,
     ) -> Result<(), Exit> {
+        match self.converse(command, output, ready)? {
+            (Ok(_), _) | (Err(_), Some(_)) => Ok(()),
+            (Err(error), None) => Err(error.into()),
+        }
+    }
+
+    /// How a request ended, and the signal that came meanwhile, if one did. Where `ready` fails, the request ends and that is the error.
+    fn converse<C: Command>(
+        &self,
+        command: C,
+        output: Output,
+        mut ready: impl FnMut(&C::Answer) -> Result<(), Exit>,
+    ) -> Result<(Ended<C>, Option<i32>), Exit> {
         let client = Client::connect(&self.home)?;
-        let canceller = client
-            .canceller()
-            .map_err(|error| Exit::failed(format!("the node's socket: {error}")))?;
-        let stop = client
-            .canceller()
-            .map_err(|error| Exit::failed(format!("the node's socket: {error}")))?;
-        let interrupt = Interrupt::catch(true, move || canceller.cancel())?;
+        let canceller = || {
+            let canceller = client.canceller();
+            canceller.map_err(|error| Exit::failed(format!("the node's socket: {error}")))
+        };
+        let (on_signal, on_failure) = (canceller()?, canceller()?);
+        let interrupt = Interrupt::catch(true, move || on_signal.cancel())?;
         let display = std::cell::RefCell::new(Display::stderr(output.json));
         let mut told = Ok(());
         let ended = client.serve(
@@ -139,17 +142,25 @@ impl Context {
                 display.borrow_mut().clear();
                 told = ready(&answer);
                 if told.is_err() {
-                    stop.cancel();
+                    on_failure.cancel();
                 }
             },
         );
         display.into_inner().clear();
         told?;
-        match (ended, interrupt.signal()) {
-            (Ok(_), _) | (Err(_), Some(_)) => Ok(()),
-            (Err(error), None) => Err(error.into()),
-        }
+        Ok((ended, interrupt.signal()))
     }
+}
+
+/// What of a capsule is read while it comes, and how long is waited for it.
+#[derive(Debug, Args)]
+pub struct Wanted {
+    /// Only this component, of a capsule that has several
+    #[arg(long, value_name = "NAME")]
+    pub component: Option<String>,
+    /// Wait so many seconds for the name, and for somebody who has the manifest
+    #[arg(long, value_name = "SECONDS")]
+    pub wait: Option<u64>,
 }
 
 /// The time, in seconds since 1970: for ages and dates.

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use capsule_node::control::{CapsuleRef, Mount, Mounted};
 use clap::Args;
 
-use super::context::{Context, Output, absolute};
+use super::context::{Context, Output, Wanted, absolute};
 use super::exit::{Exit, shell_word};
 use super::format::size;
 use super::style::Style;
@@ -23,12 +23,8 @@ pub struct MountArgs {
     /// Where: a directory that there is
     #[arg(value_name = "DIR")]
     at: PathBuf,
-    /// Only this component, of a capsule that has several
-    #[arg(long, value_name = "NAME")]
-    component: Option<String>,
-    /// Wait so many seconds for the name, and for somebody who has the manifest
-    #[arg(long, value_name = "SECONDS")]
-    wait: Option<u64>,
+    #[command(flatten)]
+    wanted: Wanted,
     #[command(flatten)]
     output: Output,
 }
@@ -38,8 +34,8 @@ pub fn run(args: MountArgs, context: &Context) -> Result<(), Exit> {
     let command = Mount {
         capsule: CapsuleRef(args.capsule),
         at: absolute(&args.at)?,
-        component: args.component,
-        wait: args.wait,
+        component: args.wanted.component,
+        wait: args.wanted.wait,
     };
     let output = args.output;
     context.serve(command, output, |mounted| output.print(mounted, render))

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use capsule_node::control::{CapsuleRef, Nbd, Serving};
 use clap::Args;
 
-use super::context::{Context, Output, absolute};
+use super::context::{Context, Output, Wanted, absolute};
 use super::exit::Exit;
 use super::format::size;
 use super::style::Style;
@@ -27,12 +27,8 @@ pub struct NbdArgs {
     /// At this address and port instead; whoever can connect to it can read the disk
     #[arg(long, value_name = "ADDRESS", conflicts_with = "socket")]
     listen: Option<SocketAddr>,
-    /// Which component, of a capsule that has several
-    #[arg(long, value_name = "NAME")]
-    component: Option<String>,
-    /// Wait so many seconds for the name, and for somebody who has the manifest
-    #[arg(long, value_name = "SECONDS")]
-    wait: Option<u64>,
+    #[command(flatten)]
+    wanted: Wanted,
     #[command(flatten)]
     output: Output,
 }
@@ -43,8 +39,8 @@ pub fn run(args: NbdArgs, context: &Context) -> Result<(), Exit> {
         capsule: CapsuleRef(args.capsule),
         socket: args.socket.as_deref().map(absolute).transpose()?,
         listen: args.listen,
-        component: args.component,
-        wait: args.wait,
+        component: args.wanted.component,
+        wait: args.wanted.wait,
     };
     let output = args.output;
     context.serve(command, output, |serving| output.print(serving, render))

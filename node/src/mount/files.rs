@@ -4,7 +4,6 @@
 //! fetched keeps no other waiting.
 
 use std::ffi::OsStr;
-use std::sync::Arc;
 use std::time::Duration;
 
 use fuser::{
@@ -29,7 +28,7 @@ const GENERATION: Generation = Generation(0);
 /// See the module.
 pub struct Files {
     /// What there is.
-    pub names: Arc<Names>,
+    pub names: Names,
     /// Where reads wait.
     pub runtime: Handle,
     /// Ends when the capsule is no longer shown: then no read waits.

@@ -63,7 +63,7 @@ pub async fn mount(
     let name = opened.name();
     let session = blocking(move || {
         let files = Files {
-            names: Arc::new(Names::new(shown, owner())),
+            names: Names::new(shown, owner()),
             runtime,
             shown: is_shown,
         };

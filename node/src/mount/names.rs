@@ -228,20 +228,20 @@ impl Tree {
         for (at, entry) in listing.entries().iter().enumerate() {
             let (at, depth) = (at as u32, entry.path.names().count());
             open.truncate(depth);
-            if let Some(parent) = open.last() {
-                children.entry(*parent).or_default().push(at);
-                parents.insert(at, *parent);
+            let parent = open.last().copied();
+            if let Some(parent) = parent {
+                children.entry(parent).or_default().push(at);
             }
             match &entry.kind {
                 EntryKind::Directory => {
                     children.entry(at).or_default();
+                    parents.extend(parent.map(|parent| (at, parent)));
                     open.push(at);
                 }
                 EntryKind::HardLink { to } => *links.entry(*to).or_insert(1) += 1,
                 _ => {}
             }
         }
-        parents.retain(|at, _| children.contains_key(at));
         let entries = listing.entries();
         for names in children.values_mut() {
             names.sort_by_key(|child| entries[*child as usize].path.name());

@@ -173,13 +173,8 @@ async fn answer(export: &Export, agreed: Agreed, request: &Request) -> Vec<u8> {
         command::FLUSH => Ok(nothing(agreed, request)),
         command::BLOCK_STATUS if agreed.structured && agreed.allocation => {
             let (disk, request) = (disk.clone(), *request);
-            let look = tokio::task::spawn_blocking(move || status(&*disk, &request));
-            look.await.unwrap_or_else(|panic| {
-                Err(Refusal {
-                    code: error::EIO,
-                    why: panic.to_string(),
-                })
-            })
+            let look = blocking(move || status(&*disk, &request));
+            look.await.and_then(|status| status)
         }
         command::WRITE | command::TRIM | command::WRITE_ZEROES => Err(Refusal {
             code: error::EPERM,
@@ -191,6 +186,17 @@ async fn answer(export: &Export, agreed: Agreed, request: &Request) -> Vec<u8> {
         }),
     };
     done.unwrap_or_else(|refusal| refused(agreed, request, &refusal))
+}
+
+/// Looks into what lies on the disk.
+async fn blocking<T: Send + 'static>(
+    look: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, Refusal> {
+    let looked = tokio::task::spawn_blocking(look).await;
+    looked.map_err(|panic| Refusal {
+        code: error::EIO,
+        why: panic.to_string(),
+    })
 }
 
 fn check(disk: &dyn Disk, request: &Request) -> Result<(), Refusal> {
@@ -215,7 +221,9 @@ async fn read(disk: &Arc<dyn Disk>, agreed: Agreed, request: &Request) -> Result
             why: format!("reads are of {MAX_READ} bytes at most"),
         });
     }
-    if agreed.structured && disk.is_zero(request.range()) {
+    let (looked, range) = (disk.clone(), request.range());
+    let is_zero = move || looked.is_zero(range);
+    if agreed.structured && blocking(is_zero).await? {
         let mut bytes = head(request, chunk::OFFSET_HOLE, chunk::DONE, 12);
         bytes.extend(request.offset.to_be_bytes());
         bytes.extend(request.len.to_be_bytes());

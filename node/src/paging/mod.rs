@@ -153,7 +153,7 @@ impl Opened {
         let blob = BlobRef { root, size };
         blocking(move || {
             expect(&node, &blob, kind)?;
-            Paged::of_blob(&node, blob, prepared)
+            Ok(Paged::of_blob(&node, blob, prepared))
         })
         .await
     }
@@ -204,17 +204,8 @@ fn packs(node: &Node, prepared: &Prepared, layers: &[LayerBlobs]) -> BTreeMap<Ro
         None => planned(root).filter(|size| *size > 0),
     };
     let packs = layers.iter().filter_map(|layer| layer.pack);
-    packs
-        .filter_map(|root| {
-            Some((
-                root,
-                BlobRef {
-                    root,
-                    size: size(&root)?,
-                },
-            ))
-        })
-        .collect()
+    let sized = |root: RootHash| size(&root).map(|size| (root, BlobRef { root, size }));
+    packs.filter_map(sized).collect()
 }
 
 /// Makes room in the books for a blob that may come.

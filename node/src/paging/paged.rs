@@ -20,7 +20,7 @@ use futures::FutureExt;
 use futures::future::{BoxFuture, try_join_all};
 use tokio::sync::Semaphore;
 
-use crate::control::Failure;
+use crate::control::{Failure, FailureCode};
 use crate::disk::Disk;
 use crate::layers::{no_pack, open_all};
 use crate::node::Node;
@@ -48,8 +48,11 @@ pub struct Paged {
 }
 
 enum Body {
-    /// Read through layers, the last of which is the component; by each its pack.
-    Layers(Vec<(Arc<LayerContent>, Option<BlobRef>)>),
+    /// Read through layers, the top one of which is the component; by each its pack.
+    Layers {
+        top: Arc<LayerContent>,
+        all: Vec<(Arc<LayerContent>, Option<BlobRef>)>,
+    },
     /// A blob of its own, kept from removal with the rest.
     Blob(BlobRef),
 }
@@ -74,49 +77,40 @@ impl Paged {
         };
         let as_it_is = |_: &LayerBlobs, content| Ok(content);
         let all = open_all(store, layers, &cache, &pack, &as_it_is)?;
+        let top = all.last().cloned().ok_or_else(|| {
+            let message = "a component without layers cannot be read";
+            Failure::new(FailureCode::Internal, message)
+        })?;
         let packs = layers.iter().map(|layer| {
             let pack = layer.pack.as_ref();
             pack.and_then(|pack| packs.get(pack).copied())
         });
         Ok(Self {
             node: node.clone(),
-            body: Body::Layers(all.into_iter().zip(packs).collect()),
+            body: Body::Layers {
+                top,
+                all: all.into_iter().zip(packs).collect(),
+            },
             _prepared: prepared,
         })
     }
 
-    /// Content that is a blob of its own. Blocks.
-    pub(super) fn of_blob(
-        node: &Arc<Node>,
-        blob: BlobRef,
-        prepared: Arc<Prepared>,
-    ) -> Result<Self, Failure> {
-        Ok(Self {
+    /// Content that is a blob of its own.
+    pub(super) fn of_blob(node: &Arc<Node>, blob: BlobRef, prepared: Arc<Prepared>) -> Self {
+        Self {
             node: node.clone(),
             body: Body::Blob(blob),
             _prepared: prepared,
-        })
-    }
-
-    fn size(&self) -> u64 {
-        match &self.body {
-            Body::Layers(layers) => layers.last().map_or(0, |(top, _)| top.len()),
-            Body::Blob(blob) => blob.size,
         }
     }
 
     /// Reads what is here; or tells what is missing. Blocks.
     fn attempt(&self, range: &Range<u64>, into: &mut [u8]) -> Result<Missing, ReadError> {
         let error = match &self.body {
-            Body::Layers(layers) => {
-                let Some((top, _)) = layers.last() else {
-                    return Ok(Missing::new());
-                };
-                match top.read_at(range.start, into) {
-                    Ok(()) => return Ok(Missing::new()),
-                    Err(error) => error,
-                }
-            }
+            Body::Layers { top, .. } => match top.read_at(range.start, into) {
+                Ok(()) => return Ok(Missing::new()),
+                Err(error) => error,
+            },
             Body::Blob(blob) => {
                 check_range(blob.size, range.start, into.len())?;
                 match self.read_blob(blob, range, into) {
@@ -172,16 +166,13 @@ impl Paged {
             (!lacking.is_empty()).then_some((*blob, lacking))
         };
         Ok(match &self.body {
-            Body::Layers(layers) => {
-                let Some((top, _)) = layers.last() else {
-                    return Ok(Missing::new());
-                };
+            Body::Layers { top, all } => {
                 let reach = Reach::of_range(top, range.clone(), &());
                 let reach = reach.map_err(|error| ReadError::Decode {
                     offset: range.start,
                     source: Box::new(error),
                 })?;
-                let each = layers.iter();
+                let each = all.iter();
                 each.filter_map(|(layer, pack)| lacking(pack.as_ref()?, &reach.groups(layer)))
                     .collect()
             }
@@ -261,8 +252,8 @@ impl Drop for Paged {
     /// Makes what came durable: later it need not come again.
     fn drop(&mut self) {
         let blobs: Vec<RootHash> = match &self.body {
-            Body::Layers(layers) => {
-                let packs = layers.iter().filter_map(|(_, pack)| pack.as_ref());
+            Body::Layers { all, .. } => {
+                let packs = all.iter().filter_map(|(_, pack)| pack.as_ref());
                 packs.map(|pack| pack.root).collect()
             }
             Body::Blob(blob) => vec![blob.root],
@@ -284,12 +275,15 @@ impl Drop for Paged {
 
 impl Disk for Paged {
     fn len(&self) -> u64 {
-        self.size()
+        match &self.body {
+            Body::Layers { top, .. } => top.len(),
+            Body::Blob(blob) => blob.size,
+        }
     }
 
     fn is_zero(&self, range: Range<u64>) -> bool {
         match &self.body {
-            Body::Layers(layers) => layers.last().is_some_and(|(top, _)| top.is_zero(range)),
+            Body::Layers { top, .. } => top.is_zero(range),
             Body::Blob(_) => false,
         }
     }

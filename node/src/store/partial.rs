@@ -82,6 +82,15 @@ impl Store {
 /// Verified parts of an encoding: pairs by offset in the outboard, and the content in order.
 type Verified<'a> = (Vec<(u64, &'a [u8; 64])>, Vec<&'a [u8]>);
 
+/// The files that a blob's unsynced data keeps open.
+fn open_files(blob: &Blob) -> Result<Option<Arc<BlobFiles>>, WriteError> {
+    let state = blob.state();
+    match state.gone {
+        true => Err(WriteError::Unknown(blob.root)),
+        false => Ok(state.files.clone()),
+    }
+}
+
 impl Inner {
     fn verified<'a>(
         &self,
@@ -239,14 +248,8 @@ impl Inner {
 
     /// The files of a blob, if it has any.
     fn files_here(&self, blob: &Blob) -> Result<Option<Arc<BlobFiles>>, WriteError> {
-        {
-            let state = blob.state();
-            if state.gone {
-                return Err(WriteError::Unknown(blob.root));
-            }
-            if let Some(files) = &state.files {
-                return Ok(Some(Arc::clone(files)));
-            }
+        if let Some(files) = open_files(blob)? {
+            return Ok(Some(files));
         }
         let existing = OpenMode::Existing;
         match self.handles.get(&*self.disk, &blob.root, existing) {
@@ -257,14 +260,8 @@ impl Inner {
     }
 
     fn files_to_write(&self, blob: &Blob) -> Result<Arc<BlobFiles>, WriteError> {
-        {
-            let state = blob.state();
-            if state.gone {
-                return Err(WriteError::Unknown(blob.root));
-            }
-            if let Some(files) = &state.files {
-                return Ok(Arc::clone(files));
-            }
+        if let Some(files) = open_files(blob)? {
+            return Ok(files);
         }
         self.handles
             .get(&*self.disk, &blob.root, OpenMode::Create)

@@ -16,8 +16,7 @@ use std::time::Duration;
 use capsule_chunker::bao::{self, Tree};
 use capsule_proto::RootHash;
 use capsule_proto::credential::Revoked;
-use capsule_proto::ranges::GroupRanges;
-use capsule_proto::ranges::Height;
+use capsule_proto::ranges::{GroupRanges, Height};
 use capsule_proto::record::RecordId;
 use capsule_swarm::{
     BlobStore, Limits, Network, NetworkConfig, NetworkHandle, Offer, RecordStore, ServeError,
