@@ -15,6 +15,7 @@ use capsule_chunker::tree::{RestoreError as TreeRestoreError, ScanError};
 use capsule_swarm::{FetchError, NetworkClosed, StoreError};
 
 use crate::control::{Failure, FailureCode as Code};
+use crate::home::Fault;
 use crate::store::{DatabaseError, Full, ReadError, RemoveError, WriteError};
 
 impl From<WriteError> for Failure {
@@ -39,6 +40,16 @@ impl From<ReadError> for Failure {
             ReadError::Io(_) | ReadError::Database(_) => Code::Io,
         };
         Self::new(code, error.to_string())
+    }
+}
+
+impl From<Fault> for Failure {
+    fn from(fault: Fault) -> Self {
+        let code = match &fault {
+            Fault::Io { source, .. } => io_code(source),
+            Fault::Damaged { .. } => Code::Damaged,
+        };
+        Self::new(code, fault.to_string())
     }
 }
 

@@ -24,6 +24,7 @@ pub fn origin_word(origin: &PinOrigin) -> String {
         PinOrigin::User => "user".to_owned(),
         PinOrigin::Publication => "publication".to_owned(),
         PinOrigin::Follow(channel) => format!("follow:{channel}"),
+        PinOrigin::Machine(name) => format!("machine:{name}"),
     }
 }
 
@@ -37,17 +38,22 @@ pub fn pins_of(node: &Node, capsule: &CapsuleId) -> Result<Vec<String>, Database
         .collect())
 }
 
-/// Pins a capsule for the user.
+/// Pins a capsule for the user, or for a machine that stands on it.
 pub async fn pin(node: &Arc<Node>, request: Pin) -> Result<Pinned, Failure> {
-    change_pins(node, request.capsule, |node, capsule| {
-        node.store.pin(capsule, &PinOrigin::User)
+    let origin = request.machine.map_or(PinOrigin::User, PinOrigin::Machine);
+    change_pins(node, request.capsule, move |node, capsule| {
+        node.store.pin(capsule, &origin)
     })
     .await
 }
 
-/// Takes the user's pin and the publication's away; a followed channel keeps its own.
+/// Takes the user's pin and the publication's away, or a machine's; a followed channel keeps its own.
 pub async fn unpin(node: &Arc<Node>, request: Unpin) -> Result<Pinned, Failure> {
-    change_pins(node, request.capsule, |node, capsule| {
+    let machine = request.machine.map(PinOrigin::Machine);
+    change_pins(node, request.capsule, move |node, capsule| {
+        if let Some(machine) = machine {
+            return node.store.unpin(capsule, &machine);
+        }
         let user = node.store.unpin(capsule, &PinOrigin::User)?;
         Ok(node.store.unpin(capsule, &PinOrigin::Publication)? || user)
     })
@@ -69,6 +75,18 @@ async fn change_pins(
         })
     })
     .await
+}
+
+/// Takes away the pins of machines that were removed while no node ran.
+pub fn unpin_gone_machines(node: &Node) -> Result<(), Failure> {
+    for (capsule, origin) in node.store.pins()? {
+        if let PinOrigin::Machine(name) = &origin
+            && !node.home.machines_dir().join(name).exists()
+        {
+            node.store.unpin(&capsule, &origin)?;
+        }
+    }
+    Ok(())
 }
 
 /// Removes what nobody pins.

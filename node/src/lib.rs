@@ -6,6 +6,7 @@
 //! | `daemon`, `node` | starting, stopping, what happens by itself; what the parts share |
 //! | `publish`, `transfer`, `export`, `verify`, `keep`, `follow`, `report` | the commands |
 //! | `paging`, `disk`, `nbd`, `mount` | capsules that are read while they come; as network block devices, as files |
+//! | `machine` | machines that run from capsules, and are captured |
 //! | `records`, `held`, `graph`, `layers`, `encoding`, `rehash` | what the fleet says; what is here; ways to components; reading, making and hashing them |
 //! | `needs`, `materialise` | what of packs is read; what is dear to read is encoded anew |
 //! | `store`, `blobs` | bytes on the disk, and as the network sees them |
@@ -25,6 +26,7 @@ pub mod held;
 pub mod home;
 pub mod keep;
 pub mod layers;
+pub mod machine;
 mod materialise;
 mod mount;
 mod nbd;

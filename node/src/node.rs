@@ -27,7 +27,7 @@ use crate::records::{KnownName, Records, Resolution, ResolveError};
 use crate::store::{DatabaseError, Store};
 use crate::transfer::Transfers;
 use crate::work::Works;
-use crate::{export, keep, mount, nbd, publish, rates, report, transfer, verify};
+use crate::{export, keep, mount, nbd, paging, publish, rates, report, transfer, verify};
 
 /// Troubles remembered for `status`.
 const MAX_TROUBLES: usize = 32;
@@ -308,6 +308,8 @@ impl From<ResolveError> for Failure {
 pub struct Answers(pub Arc<Node>);
 
 impl Handler for Answers {
+    type Request = Request;
+
     fn handle(
         &self,
         request: Request,
@@ -318,6 +320,9 @@ impl Handler for Answers {
             match request {
                 Request::Publish(request) => {
                     json(publish::publish(&node, request, &reporter).await)
+                }
+                Request::Capture(request) => {
+                    json(publish::capture(&node, request, &reporter).await)
                 }
                 Request::Rebase(request) => json(publish::rebase(&node, request, &reporter).await),
                 Request::Plan(request) => json(transfer::plan(&node, request, &reporter).await),
@@ -339,12 +344,17 @@ impl Handler for Answers {
                 Request::Peers(request) => json(report::peers(&node, request).await),
                 Request::Hashes(_) => json(report::hashes(&node).await),
                 Request::Rates(request) => json(rates::rates(&node, request).await),
+                Request::Describe(request) => {
+                    json(paging::describe(&node, request, &reporter).await)
+                }
+                Request::Prefetch(request) => json(publish::prefetch(&node, request).await),
             }
         }
     }
 }
 
-fn json<A: Serialize>(answer: Result<A, Failure>) -> Result<serde_json::Value, Failure> {
+/// An answer as it travels.
+pub fn json<A: Serialize>(answer: Result<A, Failure>) -> Result<serde_json::Value, Failure> {
     serde_json::to_value(answer?).map_err(|e| Failure::new(FailureCode::Internal, e.to_string()))
 }
 

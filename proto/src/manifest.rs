@@ -3,6 +3,8 @@
 //! A manifest holds no time, name or layer unless the machine's state includes them, so that the same content gives the
 //! same capsule id. Late facts (names, layers) live in records. Byte-level description: `proto/docs/manifest.md`.
 
+use serde::{Deserialize, Serialize};
+
 use crate::codec::{DecodeError, Reader, Writer};
 use crate::hash::{CapsuleId, RootHash};
 use crate::listing::MAX_LISTING_LEN;
@@ -45,7 +47,8 @@ pub struct Component {
 }
 
 /// What a component is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum ComponentKind {
     /// A stream: a disk, as the machine sees it.
     Disk,
@@ -62,7 +65,7 @@ pub enum ComponentKind {
 /// A machine as it was captured: enough to start one like it and go on.
 ///
 /// Values are QEMU's own spellings where there are any.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Machine {
     /// Versioned machine type, such as `pc-q35-7.2`.
     pub machine_type: String,
@@ -95,7 +98,7 @@ pub struct Machine {
 }
 
 /// A device of a machine.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Device {
     /// Driver, such as `virtio-blk-pci`.
     pub driver: String,
@@ -110,7 +113,7 @@ pub struct Device {
 }
 
 /// A kernel that the emulator loads itself.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DirectBoot {
     /// Component that holds the kernel.
     pub kernel: String,

@@ -54,6 +54,7 @@ fn what_is_published_beside_collections_is_all_there_afterwards() {
                     node,
                     Unpin {
                         capsule: CapsuleRef(name.clone()),
+                        machine: None,
                     },
                 );
                 publish(node, &source(n), &name);

@@ -7,7 +7,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use capsule_node::control::{ClientError, FailureCode};
+use capsule_node::control::{ClientError, Failure, FailureCode};
 
 use super::style::{Style, printable};
 
@@ -117,19 +117,23 @@ impl From<anyhow::Error> for Exit {
     }
 }
 
+impl From<Failure> for Exit {
+    fn from(failure: Failure) -> Self {
+        let hint = failure
+            .hint
+            .or_else(|| way_out(failure.code).map(str::to_owned));
+        Self::Failed {
+            message: failure.message,
+            hint,
+        }
+    }
+}
+
 impl From<ClientError> for Exit {
     fn from(error: ClientError) -> Self {
         match error {
             ClientError::NoDaemon { home } => Self::NoDaemon { home },
-            ClientError::Failed(failure) => {
-                let hint = failure
-                    .hint
-                    .or_else(|| way_out(failure.code).map(str::to_owned));
-                Self::Failed {
-                    message: failure.message,
-                    hint,
-                }
-            }
+            ClientError::Failed(failure) => failure.into(),
             other => Self::failed(other.to_string()),
         }
     }

@@ -59,6 +59,7 @@ pub fn pin(args: PinArgs, context: &Context) -> Result<(), Exit> {
     output.print(
         &context.ask(Pin {
             capsule: CapsuleRef(capsule),
+            machine: None,
         })?,
         render_pinned,
     )
@@ -70,6 +71,7 @@ pub fn unpin(args: UnpinArgs, context: &Context) -> Result<(), Exit> {
     output.print(
         &context.ask(Unpin {
             capsule: CapsuleRef(capsule),
+            machine: None,
         })?,
         render_unpinned,
     )

@@ -24,6 +24,7 @@ pub mod interrupt;
 mod keep;
 mod layers;
 mod list;
+mod machine;
 mod mount;
 mod nbd;
 mod node;
@@ -84,6 +85,8 @@ enum Command {
     Export(export::ExportArgs),
     Nbd(nbd::NbdArgs),
     Mount(mount::MountArgs),
+    #[command(subcommand)]
+    Machine(machine::MachineCommand),
     Verify(verify::VerifyArgs),
     Status(status::StatusArgs),
     Peers(status::PeersArgs),
@@ -130,6 +133,7 @@ pub fn run(cli: Cli) -> Result<(), Exit> {
         Command::Export(args) => export::run(args, &context),
         Command::Nbd(args) => nbd::run(args, &context),
         Command::Mount(args) => mount::run(args, &context),
+        Command::Machine(command) => machine::run(command, &context),
         Command::Verify(args) => verify::run(args, &context),
         Command::Status(args) => status::status(args, &context),
         Command::Peers(args) => status::peers(args, &context),

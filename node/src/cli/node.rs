@@ -39,6 +39,18 @@ pub struct NodeArgs {
 
 /// Runs the command.
 pub fn run(args: NodeArgs, context: &Context) -> Result<(), Exit> {
+    log_to_stderr();
+    let options = NodeOptions {
+        listen: args.listen,
+        bootstrap: args.bootstrap,
+        lan_discovery: args.no_lan_discovery.then_some(false),
+    };
+    daemon::run(Home::new(context.home()), options, announce)
+        .map_err(|error| Exit::failed(error.to_string()))
+}
+
+/// Has this process log to standard error, as much as `RUST_LOG` says.
+pub fn log_to_stderr() {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(DEFAULT_LOG));
     let colours = std::io::stderr().is_terminal() && super::style::colours_wanted();
     tracing_subscriber::fmt()
@@ -48,13 +60,6 @@ pub fn run(args: NodeArgs, context: &Context) -> Result<(), Exit> {
         .with_writer(std::io::stderr)
         .with_ansi(colours)
         .init();
-    let options = NodeOptions {
-        listen: args.listen,
-        bootstrap: args.bootstrap,
-        lan_discovery: args.no_lan_discovery.then_some(false),
-    };
-    daemon::run(Home::new(context.home()), options, announce)
-        .map_err(|error| Exit::failed(error.to_string()))
 }
 
 fn announce(ready: &Ready) {

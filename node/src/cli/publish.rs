@@ -87,13 +87,27 @@ enum Kind {
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
-enum Strength {
+pub enum Strength {
     Fast,
     Default,
     Max,
 }
 
-fn versioned_name(text: &str) -> Result<CapsuleName, String> {
+impl From<Strength> for Effort {
+    fn from(strength: Strength) -> Self {
+        match strength {
+            Strength::Fast => Self::Fast,
+            Strength::Default => Self::Default,
+            Strength::Max => Self::Max,
+        }
+    }
+}
+
+/// A name with its version.
+///
+/// # Errors
+/// It is none.
+pub fn versioned_name(text: &str) -> Result<CapsuleName, String> {
     let name: CapsuleName = text.parse().map_err(|error| format!("{error}"))?;
     match name.version {
         Some(_) => Ok(name),
@@ -112,11 +126,7 @@ fn frame_max(text: &str) -> Result<u32, String> {
 
 /// Runs the command.
 pub fn run(args: PublishArgs, context: &Context) -> Result<(), Exit> {
-    let effort = match args.effort {
-        Strength::Fast => Effort::Fast,
-        Strength::Default => Effort::Default,
-        Strength::Max => Effort::Max,
-    };
+    let effort = args.effort.into();
     if let Some(capsule) = args.rebase {
         let command = Rebase {
             capsule: CapsuleRef(capsule),

@@ -81,6 +81,12 @@ impl Client {
         }
     }
 
+    /// Connects to whoever listens at a path.
+    pub fn at(path: &Path) -> io::Result<Self> {
+        let stream = UnixStream::connect(path)?;
+        Ok(Self { stream })
+    }
+
     /// What stops the request: for a signal handler's thread.
     pub fn canceller(&self) -> io::Result<Canceller> {
         self.stream.try_clone().map(Canceller)

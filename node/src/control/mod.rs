@@ -21,6 +21,7 @@ mod answer;
 mod client;
 mod error;
 mod event;
+mod machine;
 mod path;
 mod request;
 mod server;
@@ -29,7 +30,9 @@ pub use answer::*;
 pub use client::{Canceller, Client, ClientError};
 pub use error::{Failure, FailureCode};
 pub use event::{Phase, Progress, Reply};
+pub use machine::{Base, Capture, Captured, Describe, Described, Patch, Prefetch, Prefetched};
 pub use request::*;
+pub(crate) use request::{commands, effort, text};
 pub use server::{Handler, MAX_CLIENTS, Reporter, ServerError, listen, serve};
 
 /// Longest request line in bytes: the longest holds two paths and a name.

@@ -11,13 +11,16 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::answer::*;
+use super::machine::{Capture, Describe, Described, Prefetch, Prefetched};
 
 /// A request type and what it is answered with.
 pub trait Command: Serialize {
     /// What comes back on success.
     type Answer: DeserializeOwned + Serialize;
+    /// Any request to whoever answers it.
+    type Request: Serialize;
     /// The request as it travels.
-    fn into_request(self) -> Request;
+    fn into_request(self) -> Self::Request;
 }
 
 /// A capsule as people write it: `CHANNEL`, `CHANNEL:VERSION`, or an id: 64 hex digits, or a beginning of 8 or more of them
@@ -263,13 +266,19 @@ pub struct Hashes {}
 pub struct Pin {
     /// Which; it must be known, not necessarily held.
     pub capsule: CapsuleRef,
+    /// For this machine, which stands on it; for the user where absent.
+    #[serde(default)]
+    pub machine: Option<String>,
 }
 
-/// Takes the user's pin, and that of having published it, away.
+/// Takes the user's pin, and that of having published it, away; or a machine's.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Unpin {
     /// Which.
     pub capsule: CapsuleRef,
+    /// Only this machine's.
+    #[serde(default)]
+    pub machine: Option<String>,
 }
 
 /// Removes what no pinned capsule needs.
@@ -321,26 +330,32 @@ pub struct Rates {
     pub peers: Option<PeersWhere>,
 }
 
+/// The requests that somebody answers, in one type as they travel, and what each is answered with.
 macro_rules! commands {
-    ($($name:ident => $answer:ident),* $(,)?) => {
-        /// Any request, as it travels: an object with the command's name as its only key.
-        #[derive(Debug, Clone, Serialize, Deserialize)]
+    ($(#[$doc:meta])* $requests:ident { $($name:ident => $answer:ident),* $(,)? }) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, serde::Serialize, serde::Deserialize)]
         #[serde(rename_all = "kebab-case")]
-        pub enum Request {
+        pub enum $requests {
             $(#[doc = concat!("See [`", stringify!($name), "`].")] $name($name),)*
         }
 
-        $(impl Command for $name {
+        $(impl $crate::control::Command for $name {
             type Answer = $answer;
-            fn into_request(self) -> Request {
-                Request::$name(self)
+            type Request = $requests;
+            fn into_request(self) -> $requests {
+                $requests::$name(self)
             }
         })*
     };
 }
+pub(crate) use commands;
 
 commands! {
+    /// Any request to the daemon: an object with the command's name as its only key.
+    Request {
     Publish => Published,
+    Capture => Published,
     Rebase => Rebased,
     Ls => Listed,
     Show => Shown,
@@ -361,10 +376,13 @@ commands! {
     Rm => Removed,
     Layers => LayerList,
     Rates => RateList,
+    Describe => Described,
+    Prefetch => Prefetched,
+    }
 }
 
 /// A value with one text form, as that text.
-mod text {
+pub(crate) mod text {
     use std::fmt::Display;
     use std::str::FromStr;
 
@@ -410,7 +428,7 @@ mod text {
 }
 
 /// The effort's word.
-mod effort {
+pub(crate) mod effort {
     use super::{Deserialize, Deserializer, Effort, Serializer};
 
     pub fn serialize<S: Serializer>(effort: &Effort, serializer: S) -> Result<S::Ok, S::Error> {

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde::Serialize;
+use serde::de::DeserializeOwned;
 use thiserror::Error;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixListener;
@@ -16,7 +17,6 @@ use tokio::sync::{Semaphore, mpsc};
 
 use super::error::{Failure, FailureCode};
 use super::event::{Progress, Reply};
-use super::request::Request;
 use super::{MAX_REPLY_LEN, MAX_REQUEST_LEN};
 
 /// Clients served at once: people and scripts of one machine.
@@ -30,10 +30,13 @@ const WRITE_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Answers requests.
 pub trait Handler: Send + Sync + 'static {
+    /// What it is asked.
+    type Request: DeserializeOwned + Send;
+
     /// Works on a request until its answer, which is dropped when the client goes away.
     fn handle(
         &self,
-        request: Request,
+        request: Self::Request,
         reporter: Reporter,
     ) -> impl Future<Output = Result<serde_json::Value, Failure>> + Send;
 }
@@ -175,7 +178,9 @@ async fn serve_client(read: OwnedReadHalf, mut write: OwnedWriteHalf, handler: &
     let _ = send(&mut write, &last).await;
 }
 
-async fn read_request(read: &mut BufReader<OwnedReadHalf>) -> Result<Option<Request>, Failure> {
+async fn read_request<R: DeserializeOwned>(
+    read: &mut BufReader<OwnedReadHalf>,
+) -> Result<Option<R>, Failure> {
     let mut line = Vec::new();
     let invalid = |why: String| {
         Failure::new(
@@ -224,7 +229,7 @@ mod tests {
     use std::sync::atomic::{AtomicBool, Ordering};
 
     use super::*;
-    use crate::control::{CapsuleRef, Client, ClientError, Hashes, Phase, Pin, Pull};
+    use crate::control::{CapsuleRef, Client, ClientError, Hashes, Phase, Pin, Pull, Request};
     use crate::home::socket;
 
     /// Echoes a pin, refuses hashes, and pulls for ever.
@@ -244,6 +249,8 @@ mod tests {
     }
 
     impl Handler for Fake {
+        type Request = Request;
+
         async fn handle(
             &self,
             request: Request,
@@ -308,6 +315,7 @@ mod tests {
         let mut notices = Vec::new();
         let pin = Pin {
             capsule: CapsuleRef(id.clone()),
+            machine: None,
         };
         let pinned = Client::connect(temp.path())
             .unwrap()

@@ -262,6 +262,7 @@ impl Daemon {
         });
         rates::apply(&node).await?;
         mark_lacking(&node).await?;
+        node.while_keeping(crate::keep::unpin_gone_machines).await?;
         announce_all(&node).await?;
         follow::resume(&node).await?;
         let clients = control::listen(&socket)?;

@@ -58,13 +58,13 @@ impl Fault {
 
 /// Who may read a file.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum Mode {
+pub(crate) enum Mode {
     /// The owner alone.
     Private,
 }
 
 /// Makes a directory that only the owner uses; one that exists stays as it is.
-pub(super) fn make_private_dir(dir: &Path) -> Result<(), Fault> {
+pub(crate) fn make_private_dir(dir: &Path) -> Result<(), Fault> {
     fs::DirBuilder::new()
         .recursive(true)
         .mode(0o700)
@@ -73,7 +73,7 @@ pub(super) fn make_private_dir(dir: &Path) -> Result<(), Fault> {
 }
 
 /// Reads a JSON file, if there is one; with what to do if it is damaged.
-pub(super) fn read_json<T: DeserializeOwned>(
+pub(crate) fn read_json<T: DeserializeOwned>(
     path: &Path,
     way_out: &'static str,
 ) -> Result<Option<T>, Fault> {
@@ -95,7 +95,7 @@ pub(super) fn read_json<T: DeserializeOwned>(
 }
 
 /// Replaces a JSON file.
-pub(super) fn write_json(path: &Path, value: &impl Serialize, mode: Mode) -> Result<(), Fault> {
+pub(crate) fn write_json(path: &Path, value: &impl Serialize, mode: Mode) -> Result<(), Fault> {
     let mut bytes = serde_json::to_vec_pretty(value)
         .map_err(io::Error::from)
         .map_err(Fault::io("writing", path))?;

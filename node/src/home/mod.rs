@@ -9,6 +9,7 @@
 //! | `listening.json` | addresses that the node listened on last, for `fleet invite` | 0600 |
 //! | `rates.json` | caps of rates, once `capsule rates` has set any | 0600 |
 //! | `store/` | blobs and database (`crate::store`) | 0700 |
+//! | `machines/` | machines, a directory each (`crate::machine`) | 0700 |
 //! | `control.sock` | the control socket (`socket`) | 0600 |
 //!
 //! Every file is written whole, beside its place, synced and renamed: a crash leaves the old one or the new one. Joining
@@ -33,11 +34,12 @@ use thiserror::Error;
 pub use address::check_address;
 pub use expiry::{DEFAULT_EXPIRY, ExpiryError, parse_expiry};
 pub use files::Fault;
+pub(crate) use files::{Mode, make_private_dir, read_json, write_json};
 pub use fleet::{Entropy, Founded, Invitation, InviteOptions, JoinOptions, Joined, system_entropy};
 pub use rates::Rates;
 pub use settings::{DEFAULT_LISTEN, Membership, Settings};
 
-use files::{Mode, read_json, read_secret, write_json};
+use files::read_secret;
 use settings::Listening;
 
 const HOME_FILE: &str = "home.json";
@@ -47,6 +49,7 @@ const MEMBERSHIP: &str = "membership.json";
 const LISTENING: &str = "listening.json";
 const RATES: &str = "rates.json";
 const STORE: &str = "store";
+const MACHINES: &str = "machines";
 
 // What to do where one of them is damaged.
 const CORRECT_SETTINGS: &str = "correct that, or move the file away to have the defaults";
@@ -171,6 +174,11 @@ impl Home {
     /// Where the store lies.
     pub fn store_dir(&self) -> PathBuf {
         self.dir.join(STORE)
+    }
+
+    /// Where machines lie, a directory each.
+    pub fn machines_dir(&self) -> PathBuf {
+        self.dir.join(MACHINES)
     }
 
     /// Whether a daemon answers for this home.

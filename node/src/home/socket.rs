@@ -29,7 +29,7 @@ pub fn find(home: &Path) -> PathBuf {
 }
 
 /// The user's runtime directory, or a private directory below the temporary one.
-fn runtime_dir() -> PathBuf {
+pub fn runtime_dir() -> PathBuf {
     let given = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
     let short = |dir: &PathBuf| {
         dir.is_absolute() && dir.as_os_str().len() + 50 <= MAX_SOCKET_PATH && dir.is_dir()

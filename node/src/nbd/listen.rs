@@ -57,6 +57,15 @@ pub async fn nbd(node: &Arc<Node>, request: Nbd, reporter: &Reporter) -> Result<
     Ok(serving)
 }
 
+/// Serves a disk at a Unix socket for as long as what comes back is waited for; clients may come at once.
+pub async fn serve_at(
+    socket: &Path,
+    export: Arc<Export>,
+) -> Result<impl Future<Output = ()> + Send + use<>, Failure> {
+    let listener = Listener::bind(Some(socket), None).await?;
+    Ok(async move { listener.run(&export).await })
+}
+
 /// Where clients come.
 enum Listener {
     Unix(UnixListener, RemoveOnDrop),

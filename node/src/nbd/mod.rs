@@ -4,6 +4,7 @@
 //! replies, and the metadata context `base:allocation`, by which clients pass over zeros. Not here: TLS (the socket is this user's), writing,
 //! and where the content comes from.
 
+pub mod client;
 mod handshake;
 mod listen;
 mod transmission;
@@ -14,7 +15,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::disk::Disk;
-pub use listen::nbd;
+pub use listen::{nbd, serve_at};
 use tokio::io::{AsyncRead, AsyncWrite, BufReader};
 use tokio::time::timeout;
 

@@ -15,9 +15,9 @@ use capsule_proto::record::{BlobRef, Layer};
 use capsule_proto::{CapsuleId, RootHash};
 use capsule_swarm::Priority;
 
-use crate::control::{CapsuleRef, Failure, FailureCode};
+use crate::control::{CapsuleRef, Describe, Described, Failure, FailureCode};
 use crate::disk::Disk;
-use crate::held::HeldWay;
+use crate::held::{HeldWay, component_info};
 use crate::node::{Node, spelled};
 use crate::records::{KnownLayer, Resolution};
 use crate::store::{BlobKind, LayerBlobs};
@@ -76,6 +76,35 @@ pub async fn open(
         excluded.failure = Some(Failure::new(FailureCode::Refused, message).hint(hint));
     }
     Err(not_as_recorded(&manner.name))
+}
+
+/// Tells what a capsule is.
+pub async fn describe(
+    node: &Arc<Node>,
+    request: Describe,
+    tell: &dyn Tell,
+) -> Result<Described, Failure> {
+    let opened = open(node, &request.capsule, request.wait, tell).await?;
+    let (shared, manifest) = (node.clone(), opened.manifest().clone());
+    let resolution = opened.resolution.clone();
+    blocking(move || {
+        let mut prefetch = BTreeMap::new();
+        for component in &manifest.components {
+            if let Some(found) = shared.records.prefetch_of(&component.root)? {
+                let fits = |(start, len): &(u64, u64)| start + len <= component.size;
+                let ranges = found.ranges.into_iter().filter(fits).collect();
+                prefetch.insert(component.name.clone(), ranges);
+            }
+        }
+        Ok(Described {
+            capsule: resolution.capsule,
+            name: resolution.name.as_ref().map(ToString::to_string),
+            components: manifest.components.iter().map(component_info).collect(),
+            machine: manifest.machine,
+            prefetch,
+        })
+    })
+    .await
 }
 
 /// Layers by machines that never named a version of a channel that has the capsule. A pull compares what layers make with the root; who reads while it

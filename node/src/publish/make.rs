@@ -29,21 +29,49 @@ use crate::work::Work;
 /// A capsule that is made, but not kept yet: nothing refers to what it wrote.
 pub(super) struct Draft {
     pub manifest: Manifest,
+    /// Its components.
+    pub parts: Vec<DraftComponent>,
+    pub trimming: Trimming,
+    /// Under which the path is to be remembered as having this content.
+    pub notes: Vec<RootHash>,
+    pub warnings: Vec<String>,
+}
+
+/// A component in the making.
+pub(super) struct DraftComponent {
+    pub component: Component,
     /// The layers that were made; none of what the parent has as it is.
     pub layers: Vec<DraftLayer>,
-    /// How the component is read when they are kept.
+    /// How it is read when they are kept.
     pub way: HeldWay,
     /// A tree's listing.
     pub listing: Option<Vec<u8>>,
     /// A stream's hash tree.
     pub outboard: Option<Scratch>,
     pub stats: EncodeStats,
-    pub trimming: Trimming,
     /// Bytes that were not read, as the source told that they are the parent's.
     pub unread: u64,
-    /// Under which the path is to be remembered as having this content.
-    pub notes: Vec<RootHash>,
-    pub warnings: Vec<String>,
+}
+
+impl DraftComponent {
+    /// A stream of which the layer is made.
+    pub fn stream(name: &str, kind: ComponentKind, made: MadeLayer) -> Self {
+        Self {
+            component: Component {
+                name: name.to_owned(),
+                kind,
+                root: made.tree.root,
+                size: made.tree.size,
+                content_size: made.tree.size,
+            },
+            layers: made.layer.into_iter().collect(),
+            way: HeldWay::Layers(made.way),
+            listing: None,
+            outboard: made.outboard,
+            stats: made.stats,
+            unread: made.unread,
+        }
+    }
 }
 
 /// What making a draft works with.
@@ -143,23 +171,12 @@ impl Making<'_> {
                 first_stream(self.store, source, &self.options(kind), self.work)?
             }
         };
-        let component = Component {
-            name: name.to_owned(),
-            kind,
-            root: made.tree.root,
-            size: made.tree.size,
-            content_size: made.tree.size,
-        };
+        let part = DraftComponent::stream(name, kind, made);
         Ok(Draft {
-            manifest: new_manifest(component)?,
-            layers: made.layer.into_iter().collect(),
-            way: HeldWay::Layers(made.way),
-            listing: None,
-            outboard: made.outboard,
-            stats: made.stats,
+            manifest: new_manifest(part.component.clone())?,
+            parts: vec![part],
             notes: keys_to_note(&image, trimmed.is_some(), by_bitmap, began),
             trimming,
-            unread: made.unread,
             warnings,
         })
     }
@@ -232,14 +249,17 @@ impl Making<'_> {
             contents,
         };
         Ok(Draft {
-            manifest: new_manifest(component)?,
-            layers,
-            way: HeldWay::Tree(way),
-            listing: Some(listing),
-            outboard: None,
-            stats,
+            manifest: new_manifest(component.clone())?,
+            parts: vec![DraftComponent {
+                component,
+                layers,
+                way: HeldWay::Tree(way),
+                listing: Some(listing),
+                outboard: None,
+                stats,
+                unread,
+            }],
             trimming: Trimming::default(),
-            unread,
             notes: directory_key(path).into_iter().collect(),
             warnings,
         })

@@ -3,10 +3,12 @@
 //! Blobs are written and durable before anything names them; records come last. What fails before that leaves nothing, not even
 //! space taken. Content that is here already is not stored twice, and publishing the same again does nothing. Reading and encoding live
 //! in `make`, what comes of an older version in `parent` and `update`, a disk without its free space in `trim`; `rebase` adds layers to what is
-//! published.
+//! published. A machine that was stopped is published by `capture`.
 
+mod capture;
 mod make;
 mod parent;
+mod patched;
 mod rebase;
 mod record;
 #[cfg(test)]
@@ -20,7 +22,6 @@ use std::time::Instant;
 
 use capsule_proto::RootHash;
 use capsule_proto::index::Space;
-use capsule_proto::manifest::Component;
 use capsule_proto::name::{CapsuleName, Version};
 use capsule_proto::record::{BlobRef, Body, Layer, Name, RecordError};
 
@@ -32,8 +33,9 @@ use crate::records::{KnownName, SignError};
 use crate::store::{ActiveGuard, BlobKind, GcMode, HeldCapsule, LayerBlobs, PinOrigin, Store};
 use crate::transfer::check::register;
 use crate::work::{Task, blocking, panicked};
+pub use capture::{capture, prefetch};
 pub use make::own_within;
-use make::{Draft, Making, make};
+use make::{Draft, DraftComponent, Making, make};
 use parent::Parent;
 pub use rebase::rebase;
 pub use record::{image_key, note};
@@ -97,7 +99,6 @@ pub async fn publish(
     let (draft, unchanged) = settled
         .await
         .unwrap_or_else(|panic| Err(panicked(&panic)))?;
-    let capsule = draft.manifest.id();
     if let [component] = &draft.manifest.components[..] {
         let (store, content, keys) = (node.store.clone(), component.root, draft.notes.clone());
         blocking(move || {
@@ -106,11 +107,26 @@ pub async fn publish(
         })
         .await?;
     }
-    let stats = &draft.stats;
-    let is_upon_parent = draft.layers.iter().any(|layer| layer.parent.is_some())
-        || stats.inherited + stats.copied > 0;
-    Ok(Published {
-        capsule,
+    Ok(answer(draft, &name, unchanged, against, started))
+}
+
+/// What is told of a draft that is kept; `against` was looked at for it.
+fn answer(
+    draft: Draft,
+    name: &CapsuleName,
+    unchanged: bool,
+    against: Option<String>,
+    started: Instant,
+) -> Published {
+    let sum = |of: fn(&DraftComponent) -> u64| draft.parts.iter().map(of).sum::<u64>();
+    let (inherited, copied) = (
+        sum(|part| part.stats.inherited),
+        sum(|part| part.stats.copied),
+    );
+    let mut layers = draft.parts.iter().flat_map(|part| &part.layers);
+    let is_upon_parent = layers.any(|layer| layer.parent.is_some()) || inherited + copied > 0;
+    Published {
+        capsule: draft.manifest.id(),
         name: name.to_string(),
         unchanged,
         components: draft
@@ -120,24 +136,20 @@ pub async fn publish(
             .map(component_info)
             .collect(),
         content_bytes: draft.manifest.content_size(),
-        zero_bytes: draft.stats.zero,
+        zero_bytes: sum(|part| part.stats.zero),
         trimmed_bytes: draft.trimming.trimmed,
         trimmable_bytes: draft.trimming.trimmable,
-        repeated_bytes: draft.stats.repeated,
+        repeated_bytes: sum(|part| part.stats.repeated),
         parent: against.filter(|_| is_upon_parent),
-        inherited_bytes: draft.stats.inherited,
-        copied_bytes: draft.stats.copied,
-        referring_bytes: draft.stats.referring,
-        unread_bytes: draft.unread,
-        pack_bytes: draft.stats.pack,
-        index_bytes: draft
-            .layers
-            .iter()
-            .map(|layer| layer.index.len() as u64)
-            .sum(),
+        inherited_bytes: inherited,
+        copied_bytes: copied,
+        referring_bytes: sum(|part| part.stats.referring),
+        unread_bytes: sum(|part| part.unread),
+        pack_bytes: sum(|part| part.stats.pack),
+        index_bytes: sum(|part| part.layers.iter().map(|made| made.index.len() as u64).sum()),
         seconds: started.elapsed().as_secs_f64(),
         warnings: draft.warnings,
-    })
+    }
 }
 
 /// Makes a draft; against nothing where a parent that nobody asked for turns out to be damaged.
@@ -166,19 +178,22 @@ fn make_against(making: &Making<'_>) -> Result<Draft, Failure> {
 
 /// What can be refused before any work.
 fn check_request(node: &Node, request: &Publish) -> Result<Version, Failure> {
+    if !request.path.is_absolute() {
+        let message = format!("{} is not an absolute path", request.path.display());
+        return Err(Failure::new(FailureCode::Invalid, message));
+    }
+    check_naming(node, &request.name, request.expires)
+}
+
+/// The version that something is to be published as, if this machine may.
+fn check_naming(node: &Node, name: &CapsuleName, expires: Option<u64>) -> Result<Version, Failure> {
     let invalid = |message: String| Failure::new(FailureCode::Invalid, message);
-    let CapsuleName { channel, version } = &request.name;
+    let CapsuleName { channel, version } = name;
     let version = version.clone().ok_or_else(|| {
         invalid(format!("{channel} names no version"))
             .hint(format!("publish as CHANNEL:VERSION, such as {channel}:1"))
     })?;
-    if !request.path.is_absolute() {
-        return Err(invalid(format!(
-            "{} is not an absolute path",
-            request.path.display()
-        )));
-    }
-    if request.expires.is_some_and(|end| end <= node.clock.now()) {
+    if expires.is_some_and(|end| end <= node.clock.now()) {
         return Err(invalid("the name would end before it begins".to_owned()));
     }
     let grant = node.identity.credential.grant();
@@ -316,17 +331,12 @@ fn guard(store: &Store, draft: &Draft) -> ActiveGuard {
 
 /// All that a draft is made of.
 fn roots(draft: &Draft) -> impl Iterator<Item = RootHash> + '_ {
-    let layers = draft
-        .layers
-        .iter()
+    let layers = draft.parts.iter().flat_map(|part| &part.layers);
+    let blobs = layers
         .flat_map(|layer| [Some(layer.blobs.index), layer.blobs.pack])
         .flatten();
-    let components = draft
-        .manifest
-        .components
-        .iter()
-        .map(|component| component.root);
-    layers.chain(components).chain([draft.manifest.id().0])
+    let components = draft.parts.iter().map(|part| part.component.root);
+    blobs.chain(components).chain([draft.manifest.id().0])
 }
 
 /// Stores a draft's blobs, durably, and notes that the capsule is here since `added` (seconds since 1970). Where that fails,
@@ -348,25 +358,8 @@ fn keep(store: &Store, draft: &mut Draft, added: u64) -> Result<ActiveGuard, Fai
 }
 
 fn store_all(store: &Store, draft: &mut Draft, added: u64) -> Result<(), Failure> {
-    let component = draft.manifest.components[0].clone();
-    // Where the component is read through other layers already, these make nothing better.
-    let known = Holdings::new(store.clone()).way_to(&component)?.is_some();
-    if !known {
-        for layer in &mut draft.layers {
-            layer.keep(store)?;
-        }
-        if let Some(listing) = &draft.listing {
-            store.put_small(listing, BlobKind::Listing)?;
-        }
-        match (&draft.way, draft.outboard.take()) {
-            (HeldWay::Tree(way), _) => {
-                Holdings::new(store.clone()).put_tree_way(&component.root, way)?;
-            }
-            (HeldWay::Layers(layers), Some(outboard)) => {
-                register(store, &component, layers, outboard)?;
-            }
-            _ => {}
-        }
+    for part in &mut draft.parts {
+        store_part(store, part)?;
     }
     store.put_small(&draft.manifest.encode(), BlobKind::Manifest)?;
     store.put_capsule(
@@ -379,12 +372,32 @@ fn store_all(store: &Store, draft: &mut Draft, added: u64) -> Result<(), Failure
     Ok(())
 }
 
+fn store_part(store: &Store, part: &mut DraftComponent) -> Result<(), Failure> {
+    let (holdings, component) = (Holdings::new(store.clone()), &part.component);
+    // Where the component is read through other layers already, these make nothing better.
+    if holdings.way_to(component)?.is_some() {
+        return Ok(());
+    }
+    for layer in &mut part.layers {
+        layer.keep(store)?;
+    }
+    if let Some(listing) = &part.listing {
+        store.put_small(listing, BlobKind::Listing)?;
+    }
+    match (&part.way, part.outboard.take()) {
+        (HeldWay::Tree(way), _) => holdings.put_tree_way(&component.root, way),
+        (HeldWay::Layers(layers), Some(outboard)) => register(store, component, layers, outboard),
+        _ => Ok(()),
+    }
+}
+
 /// Signs records of the layers by which the components are held, unless they are known.
 fn sign_layers(node: &Node, draft: &Draft) -> Result<Vec<Vec<u8>>, Failure> {
     let mut records = Vec::new();
-    for component in &draft.manifest.components {
+    for part in &draft.parts {
+        let component = &part.component;
         let known = node.records.layers_to(&component.root)?;
-        for layer in layers_held(node, draft, component)? {
+        for layer in layers_held(node, part)? {
             let blobs = layer_blobs(&layer);
             let is_known = known.iter().any(|known| {
                 known.layer.space == layer.space && layer_blobs(&known.layer) == blobs
@@ -400,7 +413,8 @@ fn sign_layers(node: &Node, draft: &Draft) -> Result<Vec<Vec<u8>>, Failure> {
 }
 
 /// The layers that were made and lead to a component; and those from nothing through which it is held, whoever made them.
-fn layers_held(node: &Node, draft: &Draft, component: &Component) -> Result<Vec<Layer>, Failure> {
+fn layers_held(node: &Node, part: &DraftComponent) -> Result<Vec<Layer>, Failure> {
+    let component = &part.component;
     let target_size = |space| match space {
         Space::Stream => component.size,
         Space::Contents => component.content_size,
@@ -418,7 +432,7 @@ fn layers_held(node: &Node, draft: &Draft, component: &Component) -> Result<Vec<
         pack: blobs.pack.map(blob),
     };
     let made = |made: &DraftLayer| layer(made.space, made.parent, made.blobs);
-    let mut layers: Vec<Layer> = draft.layers.iter().map(made).collect();
+    let mut layers: Vec<Layer> = part.layers.iter().map(made).collect();
     let spaces: &[Space] = match node.holdings.way_to(component)? {
         Some(HeldWay::Layers(_)) => &[Space::Stream],
         Some(HeldWay::Tree(_)) => &[Space::Stream, Space::Contents],

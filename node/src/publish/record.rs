@@ -187,6 +187,15 @@ impl Making<'_> {
 }
 
 impl Recorded {
+    /// What whoever wrote it tells.
+    pub fn known(base: Tree, changed: GroupRanges) -> Self {
+        Self {
+            base,
+            changed,
+            bitmap: None,
+        }
+    }
+
     /// How much of new content of a size need not be read.
     pub fn unread(&self, size: u64) -> u64 {
         let common = GroupRanges::all(size.min(self.base.size));

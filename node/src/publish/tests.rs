@@ -133,7 +133,7 @@ fn what_is_not_read_is_what_this_directory_had() {
         // What was written just now is looked at, as its time tells; nothing else.
         let since = if version == 40 { 0 } else { u64::MAX };
         let draft = draft_against(&store, &dir, Some((&last, since))).unwrap();
-        let HeldWay::Tree(way) = &draft.way else {
+        let HeldWay::Tree(way) = &draft.parts[0].way else {
             panic!("a tree")
         };
         let way = way.clone();
@@ -142,7 +142,10 @@ fn what_is_not_read_is_what_this_directory_had() {
         if version == 64 {
             // The same again is the same, though the next would be put upon an earlier version.
             let same = draft_against(&store, &dir, Some((&last, u64::MAX))).unwrap();
-            assert_eq!((same.way, same.layers.len()), (HeldWay::Tree(way), 0));
+            assert_eq!(
+                (&same.parts[0].way, same.parts[0].layers.len()),
+                (&HeldWay::Tree(way), 0)
+            );
         }
         if version != 40 {
             continue;
@@ -156,7 +159,7 @@ fn what_is_not_read_is_what_this_directory_had() {
     fs::create_dir(&other).unwrap();
     write(&other, "x", "other!".to_owned());
     let draft = draft_against(&store, &other, Some((&last, u64::MAX))).unwrap();
-    assert_eq!(draft.unread, 0);
+    assert_eq!(draft.parts[0].unread, 0);
     assert_eq!(x_of(&kept(&store, draft)), RootHash::of(b"other!"));
 }
 
@@ -180,14 +183,18 @@ fn what_is_gone_back_to_needs_no_layer() {
     for (version, layers) in [(64, 64), (32, 32)] {
         write(version);
         let same = draft_against(&store, &path, Some((&last, 0))).unwrap();
-        let HeldWay::Layers(way) = &same.way else {
+        let HeldWay::Layers(way) = &same.parts[0].way else {
             panic!("a stream")
         };
-        assert_eq!((way.len(), same.layers.len()), (layers, 0), "{version}");
+        assert_eq!(
+            (way.len(), same.parts[0].layers.len()),
+            (layers, 0),
+            "{version}"
+        );
     }
     write(31);
     let other = draft_against(&store, &path, Some((&last, 0))).unwrap();
-    assert_eq!(other.layers.len(), 1);
+    assert_eq!(other.parts[0].layers.len(), 1);
 }
 
 #[test]

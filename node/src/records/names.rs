@@ -6,7 +6,7 @@ use capsule_proto::CapsuleId;
 use capsule_proto::RootHash;
 use capsule_proto::credential::MachineId;
 use capsule_proto::name::{CapsuleName, Channel, Version};
-use capsule_proto::record::{Body, Layer, RecordId, SignedRecord};
+use capsule_proto::record::{Body, Layer, Prefetch, RecordId, SignedRecord};
 use thiserror::Error;
 
 use super::Records;
@@ -150,6 +150,22 @@ impl Records {
         let ended = self.newest_ended(channel)?;
         let ended = ended.filter(|ended| newest.is_none_or(|newest| newest < ended.sequence));
         Ok(ended.map(|ended| ended.name))
+    }
+
+    /// What who resumed a component read of it first, by the newest word of a member who may say so.
+    pub fn prefetch_of(&self, component: &RootHash) -> Result<Option<Prefetch>, DatabaseError> {
+        let (now, mut newest) = (self.clock.now(), None);
+        for record in self.store.records_about(component)? {
+            let issued = record.record().issued;
+            let ended = record.record().expires.is_some_and(|end| end <= now);
+            if let Body::Prefetch(prefetch) = &record.record().body
+                && !ended
+                && newest.as_ref().is_none_or(|(known, _)| *known < issued)
+            {
+                newest = Some((issued, prefetch.clone()));
+            }
+        }
+        Ok(newest.map(|(_, prefetch)| prefetch))
     }
 
     /// The layers that lead to a component.

@@ -116,6 +116,8 @@ pub enum PinOrigin {
     Publication,
     /// The node follows this channel.
     Follow(String),
+    /// This machine stands on it.
+    Machine(String),
 }
 
 /// A channel that the node follows.
@@ -308,6 +310,7 @@ impl PinOrigin {
             Self::User => "user".into(),
             Self::Publication => "publication".into(),
             Self::Follow(channel) => format!("follow:{channel}"),
+            Self::Machine(name) => format!("machine:{name}"),
         }
     }
 
@@ -315,9 +318,11 @@ impl PinOrigin {
         match key {
             "user" => Some(Self::User),
             "publication" => Some(Self::Publication),
-            other => other
-                .strip_prefix("follow:")
-                .map(|channel| Self::Follow(channel.into())),
+            other => match other.split_once(':')? {
+                ("follow", channel) => Some(Self::Follow(channel.into())),
+                ("machine", name) => Some(Self::Machine(name.into())),
+                _ => None,
+            },
         }
     }
 }

@@ -123,8 +123,20 @@ fn requests_and_answers_have_the_keys_that_the_document_names() {
         samples::peer_list,
     );
     commands.add(|_| Hashes {}, samples::hash_list);
-    commands.add(|_| Pin { capsule: which() }, samples::pinned);
-    commands.add(|_| Unpin { capsule: which() }, samples::pinned);
+    commands.add(
+        |_| Pin {
+            capsule: which(),
+            machine: None,
+        },
+        samples::pinned,
+    );
+    commands.add(
+        |_| Unpin {
+            capsule: which(),
+            machine: None,
+        },
+        samples::pinned,
+    );
     commands.add(|_| Gc { dry_run: true }, samples::collected);
     commands.add(
         |_| Rm {

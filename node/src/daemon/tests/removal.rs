@@ -164,6 +164,7 @@ async fn what_ways_take_is_noted_before_a_collection_and_kept_while_a_manifest_c
     let gc = |dry_run| crate::keep::gc(&node, Gc { dry_run });
     let request = crate::control::Pin {
         capsule: CapsuleRef("lab:2".into()),
+        machine: None,
     };
     crate::keep::pin(&node, request).await.unwrap();
     let told = gc(true).await.unwrap();

@@ -1,0 +1,438 @@
+//! Capturing a machine: its memory is made small, it stands still while the state of its devices is written and its disks and memory are
+//! frozen, and goes on; what was frozen is then hashed and published.
+//!
+//! What is frozen is what was written since the last capture, so both the pause and the work follow that. Where publishing fails,
+//! the frozen parts stay, and the next capture has them too.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use capsule_proto::manifest::{ComponentKind, DirectBoot, Machine};
+use serde_json::json;
+use tokio::process::Command;
+
+use super::{Host, Running, prefetch, waiting};
+use crate::control::{
+    Base, CapsuleRef, Capture, Captured, Failure, FailureCode, Patch, Pin, Published, Reporter,
+    Unpin,
+};
+use crate::machine::api::{CaptureMachine, CapturedMachine};
+use crate::machine::config::{Config, Directory, Origin, failed};
+use crate::machine::qemu::{Qemu, Shrunk, create_overlay};
+use crate::machine::ram::Frozen;
+use crate::work::blocking;
+
+/// Frozen generations of memory of which nothing could be published; more are not made.
+const MAX_FROZEN: usize = 8;
+/// Overlays of a disk of a machine that runs: all of them are read through.
+const MAX_OVERLAYS: usize = 200;
+
+/// Names of components.
+const RAM: &str = "ram";
+const STATE: &str = "state";
+
+/// What a machine was when it stood still.
+struct Stopped {
+    state: PathBuf,
+    ram: Vec<Frozen>,
+    tools: Vec<String>,
+    balloon: bool,
+    pause: Duration,
+    at: u64,
+}
+
+impl Host {
+    /// Captures the machine, which runs.
+    pub(super) async fn capture(
+        &self,
+        request: CaptureMachine,
+        reporter: &Reporter,
+    ) -> Result<CapturedMachine, Failure> {
+        let _alone = self.alone()?;
+        let running = self.running()?;
+        self.check_room(&running)?;
+        // What resuming read first belongs to the capsule that it comes from.
+        prefetch::publish(self, &running).await;
+        reporter.progress(waiting("the guest"));
+        let stopped = self.freeze(&running, &request).await?;
+        let published = self.publish(&running, &request, &stopped, reporter).await;
+        let qemu = &running.qemu;
+        let published = match published {
+            Ok(published) => published,
+            Err(failure) => {
+                // Nothing is lost: it goes on, and what was frozen is captured with the next.
+                qemu.cont().await?;
+                qemu.grow().await?;
+                return Err(failure);
+            }
+        };
+        let disk_written = self
+            .settle(&running, &request, &published, stopped.ram.len())
+            .await?;
+        if request.stop {
+            qemu.quit().await?;
+        }
+        Ok(CapturedMachine {
+            machine: self.directory.name().to_owned(),
+            pause_seconds: (!request.stop).then(|| stopped.pause.as_secs_f64()),
+            balloon: stopped.balloon,
+            ram_written: stopped
+                .ram
+                .iter()
+                .flat_map(|frozen| &frozen.runs)
+                .map(|run| run.len)
+                .sum(),
+            disk_written,
+            published,
+        })
+    }
+
+    /// What would make more than can be kept.
+    fn check_room(&self, running: &Running) -> Result<(), Failure> {
+        let refused = |message: String| Err(Failure::new(FailureCode::Refused, message));
+        if running.parts.ram.frozen().len() >= MAX_FROZEN {
+            return refused(format!(
+                "{MAX_FROZEN} captures of {} could not be published: stop the machine, and capture its disks",
+                self.directory.name()
+            ));
+        }
+        let overlays = self
+            .config()
+            .disks
+            .iter()
+            .map(|disk| disk.overlays.len())
+            .max();
+        match overlays {
+            Some(overlays) if overlays >= MAX_OVERLAYS => refused(format!(
+                "{} was captured {overlays} times since it was started: stop it with `capsule machine capture --stop`, and run it again",
+                self.directory.name()
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    /// Has the guest stand still for as long as it takes to freeze its parts.
+    async fn freeze(
+        &self,
+        running: &Running,
+        request: &CaptureMachine,
+    ) -> Result<Stopped, Failure> {
+        let qemu = &running.qemu;
+        let shrunk = match request.no_balloon {
+            true => Shrunk::NoBalloon,
+            false => qemu.shrink(&mut |_| {}).await?,
+        };
+        let tools = qemu.agent_tools().await?;
+        // What is written now need not be while the guest stands still.
+        self.sync_memory(running).await?;
+        let overlays = self.next_overlays().await?;
+        let state = self.directory.file("state.new");
+        let _last = std::fs::remove_file(&state);
+        let began = Instant::now();
+        qemu.stop().await?;
+        let frozen = self.freeze_still(qemu, running, &state, &overlays).await;
+        let at = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .map_or(0, |since| since.as_secs());
+        if frozen.is_err() || !request.stop {
+            qemu.cont().await?;
+        }
+        let pause = began.elapsed();
+        if frozen.is_err() || !request.stop {
+            qemu.grow().await?;
+        }
+        frozen?;
+        Ok(Stopped {
+            state,
+            ram: running.parts.ram.frozen(),
+            tools,
+            balloon: matches!(shrunk, Shrunk::Shrunk { .. }),
+            pause,
+            at,
+        })
+    }
+
+    /// What happens while the guest stands still.
+    async fn freeze_still(
+        &self,
+        qemu: &Qemu,
+        running: &Running,
+        state: &Path,
+        overlays: &[(String, String)],
+    ) -> Result<(), Failure> {
+        let paths: Vec<(String, PathBuf)> = overlays
+            .iter()
+            .map(|(disk, file)| (disk.clone(), self.directory.file(file)))
+            .collect();
+        // Before the state is saved, with which QEMU lets go of its disks.
+        qemu.overlay(&paths).await?;
+        {
+            let mut config = self.config();
+            for (component, file) in overlays {
+                let mut disks = config.disks.iter_mut();
+                if let Some(disk) = disks.find(|disk| disk.component == *component) {
+                    disk.overlays.push(file.clone());
+                }
+            }
+            self.directory.save(&config)?;
+        }
+        qemu.save(state).await?;
+        self.sync_memory(running).await?;
+        let frozen = running.parts.ram.freeze();
+        frozen.map_err(|error| failed("freezing", &self.directory.file("memory"), &error))
+    }
+
+    /// New overlays, empty: by disk their files.
+    async fn next_overlays(&self) -> Result<Vec<(String, String)>, Failure> {
+        let disks = self.config().disks.clone();
+        let mut made = Vec::new();
+        for disk in disks {
+            let file = disk.next_overlay();
+            let path = self.directory.file(&file);
+            // That of a capture that failed before it was used.
+            let _gone = std::fs::remove_file(&path);
+            create_overlay(&path, disk.size).await?;
+            made.push((disk.component, file));
+        }
+        Ok(made)
+    }
+
+    /// Has all that the guest wrote to its memory come to where it is kept.
+    async fn sync_memory(&self, running: &Running) -> Result<(), Failure> {
+        let path = running.parts.places.ram.clone();
+        blocking(move || {
+            let file = std::fs::File::open(&path);
+            let synced = file.and_then(|file| file.sync_data());
+            synced.map_err(|error| failed("writing", &path, &error))
+        })
+        .await
+    }
+
+    async fn publish(
+        &self,
+        running: &Running,
+        request: &CaptureMachine,
+        stopped: &Stopped,
+        reporter: &Reporter,
+    ) -> Result<Published, Failure> {
+        let config = self.config().clone();
+        let components = components(&self.directory, &config, running, stopped).await?;
+        let capture = Capture {
+            name: request.name.clone(),
+            effort: request.effort,
+            expires: request.expires,
+            machine: captured_machine(&config, stopped),
+            components,
+        };
+        let teller = reporter.clone();
+        self.daemon
+            .ask(capture, move |progress| teller.progress(progress))
+            .await
+    }
+
+    /// Notes what was published: the next capture stands upon it.
+    async fn settle(
+        &self,
+        running: &Running,
+        request: &CaptureMachine,
+        published: &Published,
+        frozen: usize,
+    ) -> Result<u64, Failure> {
+        let before = self.config().capsules();
+        let capsule = CapsuleRef(published.capsule.to_string());
+        let machine = Some(self.directory.name().to_owned());
+        let pin = Pin {
+            capsule,
+            machine: machine.clone(),
+        };
+        self.daemon.ask(pin, |_| {}).await?;
+        let (written, after) = {
+            let mut config = self.config();
+            config.origin = Some(Origin {
+                capsule: published.capsule,
+                name: Some(published.name.clone()),
+            });
+            config.resume = request.stop;
+            let mut written = 0;
+            for disk in &mut config.disks {
+                let last = disk.overlays.len().saturating_sub(1);
+                let new = &disk.overlays[disk.captured.min(last)..last];
+                let sizes = new
+                    .iter()
+                    .map(|file| super::allocated(&self.directory.file(file)));
+                written += sizes.sum::<u64>();
+                disk.captured = last;
+            }
+            let of_origin = |file: &Option<Base>, name| file.as_ref().and(config.in_origin(name));
+            (config.kernel, config.initrd) = (
+                of_origin(&config.kernel, "kernel"),
+                of_origin(&config.initrd, "initrd"),
+            );
+            self.directory.save(&config)?;
+            (written, config.capsules())
+        };
+        running.is_of_origin.store(true, Ordering::Relaxed);
+        let absorbed = running.parts.ram.absorb(frozen);
+        absorbed.map_err(|error| failed("merging", &self.directory.file("memory"), &error))?;
+        for capsule in before
+            .into_iter()
+            .filter(|capsule| !after.contains(capsule))
+        {
+            let unpin = Unpin {
+                capsule,
+                machine: machine.clone(),
+            };
+            if let Err(error) = self.daemon.ask(unpin, |_| {}).await {
+                tracing::debug!(%error, "an older capsule stays pinned");
+            }
+        }
+        Ok(written)
+    }
+}
+
+/// What resuming it takes.
+fn captured_machine(config: &Config, stopped: &Stopped) -> Machine {
+    let boot = config.machine.boot.as_ref().map(|boot| DirectBoot {
+        kernel: "kernel".to_owned(),
+        initrd: config.initrd.as_ref().map(|_| "initrd".to_owned()),
+        append: boot.append.clone(),
+    });
+    Machine {
+        ram: Some(RAM.to_owned()),
+        state: Some(STATE.to_owned()),
+        guest_tools: stopped.tools.clone(),
+        captured_at: stopped.at,
+        boot,
+        ..config.machine.clone()
+    }
+}
+
+/// All components of a machine that stood still.
+async fn components(
+    directory: &Directory,
+    config: &Config,
+    running: &Running,
+    stopped: &Stopped,
+) -> Result<Vec<Captured>, Failure> {
+    let mut all = disks(directory, config, false).await?;
+    let mut patches = Vec::new();
+    for (number, frozen) in stopped.ram.iter().enumerate() {
+        let runs = directory.file(&format!("ram.{number}.runs"));
+        write_runs(&runs, frozen)?;
+        patches.push(Patch {
+            data: frozen.file.clone(),
+            runs: Some(runs),
+        });
+    }
+    let is_captured = running.is_of_origin.load(Ordering::Relaxed);
+    all.push(Captured {
+        name: RAM.to_owned(),
+        kind: ComponentKind::Ram,
+        size: Some(config.machine.ram_size),
+        base: config.in_origin(RAM).filter(|_| is_captured),
+        patches,
+    });
+    let size = std::fs::metadata(&stopped.state);
+    let size = size
+        .map_err(|error| failed("reading", &stopped.state, &error))?
+        .len();
+    all.push(Captured {
+        name: STATE.to_owned(),
+        kind: ComponentKind::DeviceState,
+        size: Some(size),
+        base: config.in_origin(STATE).filter(|_| is_captured),
+        patches: vec![Patch {
+            data: stopped.state.clone(),
+            runs: None,
+        }],
+    });
+    for (name, base) in [("kernel", &config.kernel), ("initrd", &config.initrd)] {
+        if let Some(base) = base {
+            all.push(boot_file(name, base));
+        }
+    }
+    Ok(all)
+}
+
+/// The disks: what lies below the overlays that are not in the origin yet, and these; the last, which is written to while the machine runs, only
+/// where `stands_still`.
+pub async fn disks(
+    directory: &Directory,
+    config: &Config,
+    stands_still: bool,
+) -> Result<Vec<Captured>, Failure> {
+    let mut all = Vec::new();
+    for disk in &config.disks {
+        let base = match disk.captured {
+            0 => disk.base.clone(),
+            _ => config.in_origin(&disk.component),
+        };
+        let running = usize::from(!stands_still);
+        let frozen = disk
+            .overlays
+            .len()
+            .saturating_sub(running)
+            .max(disk.captured);
+        let mut patches = Vec::new();
+        for overlay in &disk.overlays[disk.captured..frozen] {
+            patches.push(written(directory, overlay).await?);
+        }
+        all.push(Captured {
+            name: disk.component.clone(),
+            kind: ComponentKind::Disk,
+            size: Some(disk.size),
+            base,
+            patches,
+        });
+    }
+    Ok(all)
+}
+
+/// What an overlay has.
+async fn written(directory: &Directory, overlay: &str) -> Result<Patch, Failure> {
+    let data = directory.file(overlay);
+    let runs = directory.file(&format!("{overlay}.runs"));
+    // QEMU has it open, but writes to it no more.
+    let told = Command::new("qemu-img")
+        .args(["map", "-U", "--output=json", "-f", "qcow2"])
+        .arg(&data)
+        .output()
+        .await;
+    let told = told.map_err(|error| failed("running qemu-img on", &data, &error))?;
+    if !told.status.success() {
+        let said = String::from_utf8_lossy(&told.stderr).trim().to_owned();
+        let message = format!("reading what {} has: {said}", data.display());
+        return Err(Failure::new(FailureCode::Io, message));
+    }
+    std::fs::write(&runs, told.stdout).map_err(|error| failed("writing", &runs, &error))?;
+    Ok(Patch {
+        data,
+        runs: Some(runs),
+    })
+}
+
+/// What was written to memory, told in the same manner.
+fn write_runs(path: &Path, frozen: &Frozen) -> Result<(), Failure> {
+    let told: Vec<_> = frozen
+        .runs
+        .iter()
+        .map(|run| {
+            json!({"start": run.start, "length": run.len, "present": true, "zero": !run.data, "offset": run.start})
+        })
+        .collect();
+    let bytes = serde_json::to_vec(&told).map_err(std::io::Error::from);
+    let written = bytes.and_then(|bytes| std::fs::write(path, bytes));
+    written.map_err(|error| failed("writing", path, &error))
+}
+
+/// A kernel or initial ramdisk, on which nothing is written.
+pub fn boot_file(name: &str, base: &Base) -> Captured {
+    Captured {
+        name: name.to_owned(),
+        kind: ComponentKind::File,
+        size: None,
+        base: Some(base.clone()),
+        patches: Vec::new(),
+    }
+}

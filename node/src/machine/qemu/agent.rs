@@ -1,0 +1,112 @@
+//! The guest agent (`qemu-ga`), where there is one: it sets the clock of a guest that slept.
+
+use std::io;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use serde_json::{Value, json};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::UnixStream;
+use tokio::time::timeout;
+
+use super::monitor::line;
+use super::{Qemu, Status};
+use crate::control::Failure;
+
+/// So long it may take to answer; there may be none.
+const ANSWER: Duration = Duration::from_secs(1);
+/// So long it may take to do what it is asked.
+const WORK: Duration = Duration::from_secs(5);
+/// Most bytes of old answers that are passed over.
+const MAX_STALE: u64 = 1 << 20;
+/// It begins a synchronised answer with this, which is in no JSON.
+const MARK: u8 = 0xff;
+
+impl Qemu {
+    /// Sets the guest's clock to this machine's, if the guest's agent answers within a second; says whether it did.
+    pub async fn set_time(&self) -> bool {
+        let Ok(now) = SystemTime::now().duration_since(UNIX_EPOCH) else {
+            return false;
+        };
+        let Some(mut agent) = self.agent().await else {
+            return false;
+        };
+        let nanoseconds = u64::try_from(now.as_nanos()).unwrap_or_default();
+        let asked = agent.ask("guest-set-time", json!({ "time": nanoseconds }));
+        match timeout(WORK, asked).await {
+            Ok(Ok(answer)) if answer.get("return").is_some() => true,
+            answer => {
+                tracing::debug!(?answer, "the guest's clock was not set");
+                false
+            }
+        }
+    }
+
+    /// The tools seen in the running guest: `balloon`, `qemu-ga`.
+    ///
+    /// # Errors
+    /// QEMU has gone.
+    pub async fn agent_tools(&self) -> Result<Vec<String>, Failure> {
+        let mut tools = Vec::new();
+        if self.status().await? != Status::Running {
+            return Ok(tools);
+        }
+        if self.available().await?.is_some() {
+            tools.push("balloon".to_owned());
+        }
+        if self.agent().await.is_some() {
+            tools.push("qemu-ga".to_owned());
+        }
+        Ok(tools)
+    }
+
+    /// The agent, if it answers.
+    async fn agent(&self) -> Option<Agent> {
+        let connect = async {
+            let stream = UnixStream::connect(self.places.agent()).await?;
+            let mut agent = Agent(BufReader::new(stream));
+            agent.synchronise().await?;
+            io::Result::Ok(agent)
+        };
+        timeout(ANSWER, connect).await.ok()?.ok()
+    }
+}
+
+struct Agent(BufReader<UnixStream>);
+
+impl Agent {
+    /// Passes over what was said to others before.
+    async fn synchronise(&mut self) -> io::Result<()> {
+        let id = u64::from(std::process::id());
+        // The mark makes the agent forget what was half said.
+        self.0.write_all(&[MARK]).await?;
+        self.say("guest-sync-delimited", &json!({ "id": id }))
+            .await?;
+        loop {
+            let mut stale = Vec::new();
+            let count = (&mut self.0)
+                .take(MAX_STALE)
+                .read_until(MARK, &mut stale)
+                .await?;
+            if count == 0 || stale.last() != Some(&MARK) {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            let answer = line(&mut self.0).await?.unwrap_or_default();
+            if answer["return"] == id {
+                return Ok(());
+            }
+        }
+    }
+
+    async fn ask(&mut self, command: &str, arguments: Value) -> io::Result<Value> {
+        self.say(command, &arguments).await?;
+        line(&mut self.0)
+            .await?
+            .ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
+    }
+
+    async fn say(&mut self, command: &str, arguments: &Value) -> io::Result<()> {
+        let mut text = json!({ "execute": command, "arguments": arguments }).to_string();
+        text.push('\n');
+        self.0.write_all(text.as_bytes()).await
+    }
+}
