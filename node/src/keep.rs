@@ -216,7 +216,7 @@ fn remove(node: &Node, request: &Rm) -> Result<(CapsuleId, GcReport), Failure> {
     if !pins.is_empty() && !request.force {
         let message = format!("{name} is pinned ({})", pins.join(", "));
         let hint = format!(
-            "`capsule unpin {name}` (a followed channel: `capsule unfollow`), or remove it all the same with --force"
+            "`capsule unpin {name}` (a followed channel: `capsule unfollow`; a machine: `capsule machine rm`), or remove it all the same with --force"
         );
         return Err(Failure::new(FailureCode::Refused, message).hint(hint));
     }

@@ -2,7 +2,7 @@
 //!
 //! Which layers lead where is `held`'s and `graph`'s knowledge; decoding is the chunker's.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::error::Error;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -11,7 +11,7 @@ use capsule_chunker::content::{Content, Progress};
 use capsule_chunker::layer::Storage;
 use capsule_chunker::layer::reach::Reach;
 use capsule_chunker::layer::read::{LayerCache, LayerContent, ReadOptions};
-use capsule_proto::index::{Directory, IndexHeader, SourceKind, Space};
+use capsule_proto::index::{Directory, Source, Space};
 use capsule_proto::{GroupRanges, RootHash};
 use positioned_io::ReadAt;
 use tokio::sync::Notify;
@@ -78,7 +78,8 @@ pub fn no_pack(_: &LayerBlobs) -> Result<Storage, Failure> {
     Ok(Arc::new(Vec::<u8>::new()))
 }
 
-/// Opens all of a component's layers: `pack` opens their packs, and `finish` may give them more to read.
+/// Opens all of a component's layers, each of which reads nothing but components that those before it make: `pack` opens their packs, and
+/// `finish` may give them more to read.
 pub fn open_all(
     store: &Store,
     layers: &[LayerBlobs],
@@ -87,45 +88,91 @@ pub fn open_all(
     finish: &dyn Fn(&LayerBlobs, LayerContent) -> Result<LayerContent, Failure>,
 ) -> Result<Vec<Arc<LayerContent>>, Failure> {
     let mut all: Vec<Arc<LayerContent>> = Vec::with_capacity(layers.len());
+    let mut made = Made::new();
     for layer in layers {
-        let content = open_one(store, layer, pack(layer)?, all.last().cloned(), cache)?;
-        all.push(Arc::new(finish(layer, content)?));
+        let content = open_one(store, layer, pack(layer)?, &made, cache)?;
+        let content = Arc::new(finish(layer, content)?);
+        let header = content.header();
+        made.insert((header.space as u8, header.target), content.clone());
+        all.push(content);
     }
     Ok(all)
 }
+
+/// What layers make, by space and root.
+type Made = HashMap<(u8, RootHash), Arc<LayerContent>>;
 
 fn open_one(
     store: &Store,
     layer: &LayerBlobs,
     pack: Storage,
-    parent: Option<Arc<LayerContent>>,
+    made: &Made,
     cache: &LayerCache,
 ) -> Result<LayerContent, Failure> {
     let index: Storage = store.open_blob(&layer.index)?;
     let directory = read_directory(&*index)?;
-    let sources = match (&directory.header().sources[..], parent) {
-        ([], _) => Vec::new(),
-        ([source], Some(parent)) if source.kind == SourceKind::Parent => {
-            vec![parent as Arc<dyn Content>]
-        }
-        _ => {
+    let mut sources = Vec::new();
+    for source in &directory.header().sources {
+        let found = made.get(&(source.space as u8, source.root));
+        let found = found.filter(|found| found.len() == source.size);
+        let found = found.cloned().ok_or_else(|| {
             let message = format!(
-                "layer {} reads other components, which this version of capsule does not",
-                layer.index
+                "layer {} reads component {}, which is not among what it is read through",
+                layer.index, source.root
             );
-            return Err(Failure::new(FailureCode::Refused, message).hint("use a newer capsule"));
-        }
-    };
+            Failure::new(FailureCode::Damaged, message)
+        })?;
+        sources.push(found as Arc<dyn Content>);
+    }
     Ok(LayerContent::open(index, pack, sources, cache)?)
 }
 
-/// Whether this version reads the sources of a layer: its parent, if anything.
-pub fn is_readable(header: &IndexHeader) -> bool {
-    match &header.sources[..] {
-        [] => true,
-        [source] => source.kind == SourceKind::Parent,
-        _ => false,
+/// A component that layers read beside what they make themselves; and the layer that does.
+pub struct Beside {
+    /// Its space.
+    pub space: Space,
+    /// Its root.
+    pub root: RootHash,
+    /// The layer, by its place.
+    pub reader: usize,
+}
+
+/// The first component that layers read, but none before them makes; their indexes are here.
+pub fn beside(store: &Store, layers: &[LayerBlobs]) -> Result<Option<Beside>, Failure> {
+    let mut made = HashSet::new();
+    for (reader, layer) in layers.iter().enumerate() {
+        let directory = read_directory(&*store.open_blob(&layer.index)?)?;
+        let header = directory.header();
+        let is_made = |source: &&Source| made.contains(&(source.space as u8, source.root));
+        if let Some(source) = header.sources.iter().find(|source| !is_made(source)) {
+            return Ok(Some(Beside {
+                space: source.space,
+                root: source.root,
+                reader,
+            }));
+        }
+        made.insert((header.space as u8, header.target));
     }
+    Ok(None)
+}
+
+/// The places of the layers that lead to the last one's component: the last, that of its parent, and so on to the first. The others make what these
+/// read beside that. Their indexes are here.
+pub fn lineage(store: &Store, layers: &[LayerBlobs]) -> Result<Vec<usize>, Failure> {
+    let (mut places, mut wanted) = (Vec::new(), None);
+    for (place, layer) in layers.iter().enumerate().rev() {
+        let directory = read_directory(&*store.open_blob(&layer.index)?)?;
+        let header = directory.header();
+        if wanted.is_none_or(|wanted| wanted == (header.space as u8, header.target)) {
+            places.push(place);
+            match header.parent {
+                Some(parent) => wanted = Some((header.space as u8, parent)),
+                None => break,
+            }
+        }
+    }
+    places.reverse();
+    Ok(places)
 }
 
 /// Reads the directory of an index that lies in the store.

@@ -23,7 +23,7 @@ use capsule_proto::{CapsuleId, RootHash};
 
 use crate::control::{Failure, Phase};
 use crate::held::{HeldWay, TreeWay, blobs_of};
-use crate::layers::{no_pack, open, open_all};
+use crate::layers::{beside, no_pack, open, open_all};
 use crate::node::Node;
 use crate::store::{ActiveGuard, LayerBlobs, Store};
 use crate::transfer::build::{encode_contents, encode_stream};
@@ -252,7 +252,11 @@ fn shorter(
         };
         let len = best.as_ref().map_or(layers.len(), Vec::len);
         if let Some(below) = below.filter(|below| below.len() + rest.len() < len) {
-            best = Some([&below[..], rest].concat());
+            let way = [&below[..], rest].concat();
+            // What the rest reads beside that may have been made by what is left out.
+            if beside(&node.store, &way)?.is_none() {
+                best = Some(way);
+            }
         }
     }
     Ok(best)

@@ -96,6 +96,22 @@ pub fn mount_memory(dir: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Mounts a directory on itself, until the program ends or unmounts it: with it goes all that was mounted below, even where whoever serves
+/// that has ended without notice.
+pub fn mount_itself(dir: &Path) -> Result<()> {
+    let mut mount = Command::new("mount");
+    mount.arg("--bind").args([dir, dir]);
+    let output = mount.stdin(Stdio::null()).output();
+    let output = output.context("mount (util-linux) is needed, and root")?;
+    ensure!(
+        output.status.success(),
+        "mounting {} on itself: {}",
+        dir.display(),
+        String::from_utf8_lossy(&output.stderr).trim()
+    );
+    Ok(())
+}
+
 /// Takes away what was mounted on a directory, if something was.
 pub fn unmount(dir: &Path) {
     let mut unmount = Command::new("umount");

@@ -116,24 +116,7 @@ impl Node {
 
     /// Runs a command to its end, which must come within [`PATIENCE`].
     pub fn run(&self, args: &[&str]) -> Outcome {
-        let mut command = self.command(args);
-        let child = command
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn();
-        let child = child.expect("the program runs");
-        let pid = Pid::from_child(&child);
-        let (done, waiting) = std::sync::mpsc::channel::<()>();
-        let watchdog = std::thread::spawn(move || {
-            if waiting.recv_timeout(PATIENCE) == Err(RecvTimeoutError::Timeout) {
-                // Still ours: it is reaped only after the channel closes.
-                let _ = kill_process(pid, Signal::KILL);
-            }
-        });
-        let output = child.wait_with_output().expect("the program is ours");
-        drop(done);
-        watchdog.join().expect("the watchdog does not panic");
-        output.into()
+        Outcome::of(self.command(args))
     }
 
     /// Runs a command that must succeed; returns its standard output.
@@ -281,6 +264,32 @@ impl Drop for Node {
             let _ = child.kill();
             let _ = child.wait();
         }
+    }
+}
+
+impl Outcome {
+    /// Of a command, which must end within [`PATIENCE`].
+    ///
+    /// # Panics
+    /// Where there is no such program.
+    pub fn of(mut command: Command) -> Self {
+        let child = command
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn();
+        let child = child.expect("the program runs");
+        let pid = Pid::from_child(&child);
+        let (done, waiting) = std::sync::mpsc::channel::<()>();
+        let watchdog = std::thread::spawn(move || {
+            if waiting.recv_timeout(PATIENCE) == Err(RecvTimeoutError::Timeout) {
+                // Still ours: it is reaped only after the channel closes.
+                let _ = kill_process(pid, Signal::KILL);
+            }
+        });
+        let output = child.wait_with_output().expect("the program is ours");
+        drop(done);
+        watchdog.join().expect("the watchdog does not panic");
+        output.into()
     }
 }
 

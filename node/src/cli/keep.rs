@@ -111,8 +111,16 @@ fn render_unpinned(unpinned: &Pinned, _: Style) -> String {
         (true, []) => format!("{capsule} is no longer pinned: `capsule gc` removes it\n"),
         (false, []) => format!("{capsule} was not pinned\n"),
         (_, pins) => {
-            let pins = pins.join(", ");
-            format!("{capsule} is still pinned (by {pins}): `capsule unfollow` ends that\n")
+            let mut ends: Vec<String> = pins
+                .iter()
+                .map(|pin| match pin.strip_prefix("machine:") {
+                    Some(machine) => format!("`capsule machine rm {machine}`"),
+                    None => "`capsule unfollow`".to_owned(),
+                })
+                .collect();
+            ends.dedup();
+            let (pins, ends) = (pins.join(", "), ends.join(", "));
+            format!("{capsule} is still pinned (by {pins}): what ends that is {ends}\n")
         }
     }
 }
@@ -213,7 +221,11 @@ mod tests {
         for changed in [true, false] {
             assert_eq!(
                 unpinned(changed, &["follow:lab"]),
-                " is still pinned (by follow:lab): `capsule unfollow` ends that\n"
+                " is still pinned (by follow:lab): what ends that is `capsule unfollow`\n"
+            );
+            assert_eq!(
+                unpinned(changed, &["follow:lab", "machine:me"]),
+                " is still pinned (by follow:lab, machine:me): what ends that is `capsule unfollow`, `capsule machine rm me`\n"
             );
         }
     }

@@ -167,8 +167,8 @@ pub fn capture_stopped(
     on_progress: impl FnMut(Progress),
     on_notice: impl FnMut(String),
 ) -> Result<CapturedMachine, Failure> {
-    let _lock = lock(directory)?;
     let mut config = directory.load()?;
+    let _lock = lock(directory)?;
     if config.resume {
         let message = format!(
             "machine {} is where its capsule stopped: there is nothing to capture",

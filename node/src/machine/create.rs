@@ -7,7 +7,7 @@ use rand::RngExt;
 use serde::Deserialize;
 
 use super::client::{daemon, is_changed, lock, pin, said};
-use super::config::{Config, Directory, DiskConfig, Origin};
+use super::config::{Config, Directory, DiskConfig, Origin, failed};
 use super::qemu::{self, Wanted};
 use crate::control::{
     Base, CapsuleRef, ComponentInfo, Describe, Described, Failure, FailureCode, Progress,
@@ -101,13 +101,20 @@ pub fn create(home: &Home, name: &str, new: &NewMachine) -> Result<Config, Failu
         });
     }
     let mut config = Config::new(machine, disks);
-    let file = |path: &PathBuf| Base::File { path: path.clone() };
-    config.kernel = new.kernel.as_ref().map(file);
-    config.initrd = new.initrd.as_ref().map(file);
+    config.kernel = new.kernel.as_deref().map(boot_file).transpose()?;
+    config.initrd = new.initrd.as_deref().map(boot_file).transpose()?;
     directory.make()?;
     pin(home, &directory, &config, &[])?;
     directory.save(&config)?;
     Ok(config)
+}
+
+/// What QEMU is to load itself, which must be there now and when it runs.
+fn boot_file(path: &Path) -> Result<Base, Failure> {
+    match std::fs::File::open(path) {
+        Ok(_) => Ok(Base::File { path: path.into() }),
+        Err(error) => Err(failed("reading", path, &error)),
+    }
 }
 
 /// Makes a machine of a capsule of one, or has one that was not changed since its capture be that.

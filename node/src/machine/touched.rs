@@ -89,6 +89,10 @@ impl Touched {
 /// A disk of which is remembered what is read of it, and since when something waits.
 pub struct Watched {
     disk: Arc<dyn Disk>,
+    /// A read that waits for so long fails, where it may.
+    limit: Option<Duration>,
+    /// Since when reads have failed because of that, and none has come.
+    failing: Mutex<Option<Instant>>,
     touched: Mutex<Touched>,
     /// When the reads began that are not answered, by number.
     waiting: Mutex<BTreeMap<u64, Instant>>,
@@ -96,20 +100,48 @@ pub struct Watched {
 }
 
 impl Watched {
-    /// Nothing was read yet.
-    pub fn new(disk: Arc<dyn Disk>) -> Self {
+    /// Nothing was read yet. Where there is a `limit`, reads that wait for longer fail.
+    pub fn new(disk: Arc<dyn Disk>, limit: Option<Duration>) -> Self {
         Self {
             disk,
+            limit,
+            failing: Mutex::default(),
             touched: Mutex::default(),
             waiting: Mutex::default(),
             numbers: AtomicU64::new(0),
         }
     }
 
-    /// How long the oldest read waits, if one does.
+    /// How long something has waited that did not come, if anything does.
     pub fn oldest_wait(&self) -> Option<Duration> {
+        let failing = *self.failing.lock().unwrap_or_else(PoisonError::into_inner);
         let waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
-        waiting.first_key_value().map(|(_, since)| since.elapsed())
+        let oldest = waiting.first_key_value().map(|(_, since)| *since);
+        let since = failing.into_iter().chain(oldest).min();
+        since.map(|since| since.elapsed())
+    }
+
+    /// Reads, for as long as it may take.
+    async fn read_in_time(&self, range: Range<u64>, into: Vec<u8>) -> Result<Vec<u8>, ReadError> {
+        let began = Instant::now();
+        let start = range.start;
+        let read = self.disk.clone().read(range, into);
+        let Some(limit) = self.limit else {
+            return read.await;
+        };
+        let read = tokio::time::timeout(limit, read).await;
+        let mut failing = self.failing.lock().unwrap_or_else(PoisonError::into_inner);
+        match read {
+            Ok(read) => {
+                *failing = None;
+                read
+            }
+            Err(_elapsed) => {
+                failing.get_or_insert(began);
+                let late = std::io::ErrorKind::TimedOut.into();
+                Err(ReadError::io("what no peer sends", start, late))
+            }
+        }
     }
 
     /// What was read, in order of first use.
@@ -140,7 +172,7 @@ impl Disk for Watched {
         }
         async move {
             let _waits = Waits::begin(&self);
-            self.disk.clone().read(range, into).await
+            self.read_in_time(range, into).await
         }
         .boxed()
     }

@@ -93,7 +93,7 @@ impl NbdDisk {
     /// # Errors
     /// The server does not speak the protocol, or refuses.
     pub async fn connect(path: &Path) -> io::Result<Arc<Self>> {
-        let mut first = loop {
+        let (first, zeros) = loop {
             match Session::start(path).await {
                 Ok(mut session) => match session.zeros(MAX_ZEROS).await {
                     Ok(zeros) => break (session, zeros),
@@ -105,10 +105,9 @@ impl NbdDisk {
             }
             tokio::time::sleep(AGAIN).await;
         };
-        let zeros = std::mem::take(&mut first.1);
-        let (len, flags) = (first.0.len, first.0.flags);
+        let (len, flags) = (first.len, first.flags);
         let (requests, coming) = mpsc::channel(PARTS);
-        let task = tokio::spawn(work(path.to_owned(), first.0, coming));
+        let task = tokio::spawn(work(path.to_owned(), first, coming));
         Ok(Arc::new(Self {
             path: path.to_owned(),
             len,

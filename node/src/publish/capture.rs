@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use capsule_chunker::bao::Tree;
-use capsule_chunker::content::Source;
+use capsule_chunker::content::{Content, Source};
 use capsule_chunker::image::{self, ImageOptions, ReadAs};
 use capsule_chunker::layer::EncodeStats;
 use capsule_chunker::layer::LayerSource;
@@ -25,6 +25,7 @@ use super::parent::Old;
 use super::patched::{Patched, Stored};
 use super::record::Recorded;
 use super::trim::Trimming;
+use super::update::Other;
 use super::{Naming, answer, check_naming, settle, sign};
 use crate::control::{
     Base, CapsuleRef, Capture, Captured, Failure, FailureCode, Phase, Prefetch, Prefetched,
@@ -196,8 +197,23 @@ impl Making<'_> {
             .filter_map(|component| component.size);
         self.work.set_total(sizes.sum());
         let mut parts = Vec::with_capacity(request.components.len());
+        let mut others = Vec::new();
         for (captured, below) in request.components.iter().zip(below) {
-            parts.push(self.captured(captured, below.as_ref())?);
+            let compared = match captured.kind {
+                // What was written upon older memory is compared with that.
+                ComponentKind::Ram if below.is_none() => std::mem::take(&mut others),
+                _ => Vec::new(),
+            };
+            let (part, content) = self.captured(captured, below.as_ref(), compared)?;
+            if let (ComponentKind::Disk, HeldWay::Layers(layers)) = (captured.kind, &part.way) {
+                others.push(Other {
+                    name: captured.name.clone(),
+                    root: part.component.root,
+                    content,
+                    layers: layers.clone(),
+                });
+            }
+            parts.push(part);
         }
         let mut components: Vec<_> = parts.iter().map(|part| part.component.clone()).collect();
         components.sort_by(|a, b| a.name.cmp(&b.name));
@@ -223,14 +239,8 @@ impl Making<'_> {
         &self,
         captured: &Captured,
         below: Option<&Here>,
-    ) -> Result<DraftComponent, Failure> {
-        if let Some(here) = below
-            && captured.patches.is_empty()
-            && captured.size.is_none_or(|size| size == here.component.size)
-            && let Some(unchanged) = self.unchanged(captured, here)?
-        {
-            return Ok(unchanged);
-        }
+        others: Vec<Other>,
+    ) -> Result<(DraftComponent, Arc<dyn Content>), Failure> {
         let source = match (&captured.base, below) {
             (Some(Base::File { path }), _) => {
                 let read_as = match captured.kind {
@@ -251,6 +261,14 @@ impl Making<'_> {
         for patch in &captured.patches {
             source.put(patch)?;
         }
+        let source = Arc::new(source);
+        if let Some(here) = below
+            && captured.patches.is_empty()
+            && captured.size.is_none_or(|size| size == here.component.size)
+            && let Some(unchanged) = self.unchanged(captured, here)?
+        {
+            return Ok((unchanged, source));
+        }
         let old = below.map_or(Ok(None), |here| {
             Old::open(self.store, &here.component, Space::Stream)
         })?;
@@ -263,14 +281,16 @@ impl Making<'_> {
                 // Of an earlier version nobody told what was written since; of one of another length, all is looked at.
                 let told = !old.is_earlier() && old.component.size == size;
                 let recorded = told.then(|| Recorded::known(base, source.written()));
-                self.update_stream(&source, captured.kind, old, recorded.as_ref())?
+                self.update_stream(&*source, captured.kind, old, recorded.as_ref())?
             }
-            None => {
+            None if others.is_empty() => {
                 let options = self.options(captured.kind);
-                first_stream(self.store, &source, &options, self.work)?
+                first_stream(self.store, &*source, &options, self.work)?
             }
+            None => self.stream_beside(&*source, captured.kind, others)?,
         };
-        Ok(DraftComponent::stream(&captured.name, captured.kind, made))
+        let part = DraftComponent::stream(&captured.name, captured.kind, made);
+        Ok((part, source))
     }
 
     /// A component on which nothing was written.

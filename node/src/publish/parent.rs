@@ -11,7 +11,7 @@ use capsule_proto::{CapsuleId, RootHash};
 
 use crate::control::{Failure, FailureCode, Holding, Publish};
 use crate::held::Holdings;
-use crate::layers::{open, read_directory};
+use crate::layers::{lineage, open, read_directory};
 use crate::node::{Node, spelled};
 use crate::store::{LayerBlobs, Store};
 
@@ -120,7 +120,11 @@ impl Old {
         let mut known = BTreeMap::from([(component.root, parent_layers.clone())]);
         let is_long = parent_layers.len() >= MAX_CHAIN;
         let put_upon = match is_long {
-            true => earlier(store, component, space, &parent_layers[HALF_CHAIN - 1])?,
+            true => {
+                let lineage = lineage(store, &parent_layers)?;
+                let half = lineage.len().min(HALF_CHAIN).saturating_sub(1);
+                earlier(store, component, space, &parent_layers[lineage[half]])?
+            }
             false => Some((component.clone(), parent_layers)),
         };
         let Some((component, layers)) = put_upon else {

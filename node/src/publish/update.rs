@@ -5,9 +5,10 @@
 //! the rest is not read at all. Of a tree only files are read whose length or time differ.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use capsule_chunker::bao::{DiffError, Tree, changed_groups};
-use capsule_chunker::content::{Content, Source};
+use capsule_chunker::content::{Content, Progress, Source};
 use capsule_chunker::delta::{OldSource, Outline, Similar, SimilarOptions};
 use capsule_chunker::layer::EncodeStats;
 use capsule_chunker::layer::encode::{
@@ -26,6 +27,7 @@ use crate::control::{Failure, FailureCode};
 use crate::encoding::{MadeLayer, StoreEncoded, finish_layer, first_contents, outputs, unexpected};
 use crate::held::Holdings;
 use crate::store::{Import, LayerBlobs, Scratch};
+use crate::work::Work;
 
 /// At the lowest effort so many times as much of a parent is read as changed, but never less than this: costs follow the change.
 const INDEXED: u64 = 16;
@@ -234,13 +236,7 @@ impl Making<'_> {
             similar: &similar,
             in_place: space == Space::Stream,
         };
-        let mut import = self.store.begin_import()?;
-        let outputs = outputs(self.store, &mut import)?;
-        let encoded = encode_update(source, &against, &self.options(kind), outputs, self.work);
-        let encoded = encoded.map_err(|error| match error {
-            EncodeError::Old(error) => of_old(&old.component, &error),
-            error => error.into(),
-        })?;
+        let (encoded, import) = self.encode(source, &against, kind, &old.component.name)?;
         let stats = &encoded.stats;
         let nothing = stats.inherited + stats.copied + stats.referring == 0;
         Ok(if nothing && encoded.size > 0 {
@@ -260,6 +256,107 @@ impl Making<'_> {
                 below: old.layers,
             }
         })
+    }
+}
+
+impl Making<'_> {
+    /// The layer of a stream that nothing was before, and what it has in common with other components of its capsule: each with its root and the
+    /// layers that make it. Memory is often what lies on a disk.
+    pub(super) fn stream_beside(
+        &self,
+        source: &dyn Source,
+        kind: ComponentKind,
+        others: Vec<Other>,
+    ) -> Result<MadeLayer, Failure> {
+        let name = others.first().map_or("", |other| &other.name).to_owned();
+        let mut layers: Vec<LayerBlobs> = Vec::new();
+        let mut sources = Vec::new();
+        for other in others {
+            let new = other.layers.iter().filter(|layer| !layers.contains(layer));
+            let new: Vec<LayerBlobs> = new.copied().collect();
+            layers.extend(new);
+            sources.push(OldSource {
+                name: IndexSource {
+                    kind: SourceKind::SameCapsule,
+                    root: other.root,
+                    space: Space::Stream,
+                    size: other.content.len(),
+                },
+                content: other.content,
+            });
+        }
+        let (tree, hashes, _) = self.hash(source, None)?;
+        let options = SimilarOptions::default();
+        let similar = Similar::build(&sources, &options, &Unheard(self.work));
+        let similar = similar.map_err(|error| of_old_name(&name, &error))?;
+        let similar = similar.ok_or_else(Failure::cancelled)?;
+        let hashed = Hashed {
+            tree,
+            outboard: &hashes,
+        };
+        let against = Against {
+            hashed: Some(hashed),
+            outline: &Outline::unknown(source.len()),
+            sources: &sources,
+            similar: &similar,
+            in_place: false,
+        };
+        let (encoded, import) = self.encode(source, &against, kind, &name)?;
+        let stats = encoded.stats;
+        let (names, below) = match stats.copied + stats.referring {
+            0 => (Vec::new(), Vec::new()),
+            _ => (
+                sources.into_iter().map(|source| source.name).collect(),
+                layers,
+            ),
+        };
+        let (layer, _) = finish_layer(encoded, import, tree.root, None, names);
+        Ok(MadeLayer {
+            tree,
+            way: below.into_iter().chain([layer.blobs]).collect(),
+            layer: Some(layer),
+            outboard: Some(hashes),
+            stats,
+            unread: 0,
+        })
+    }
+
+    fn encode(
+        &self,
+        source: &dyn Source,
+        against: &Against<'_>,
+        kind: ComponentKind,
+        old: &str,
+    ) -> Result<(StoreEncoded, Import), Failure> {
+        let mut import = self.store.begin_import()?;
+        let outputs = outputs(self.store, &mut import)?;
+        let encoded = encode_update(source, against, &self.options(kind), outputs, self.work);
+        let encoded = encoded.map_err(|error| match error {
+            EncodeError::Old(error) => of_old_name(old, &error),
+            error => error.into(),
+        })?;
+        Ok((encoded, import))
+    }
+}
+
+/// Another component of a capsule that is made.
+pub(super) struct Other {
+    /// Its name.
+    pub name: String,
+    /// Its root.
+    pub root: RootHash,
+    /// Its bytes.
+    pub content: Arc<dyn Content>,
+    /// The layers through which it is read.
+    pub layers: Vec<LayerBlobs>,
+}
+
+/// Work that is not counted, and can be stopped.
+struct Unheard<'a>(&'a Work);
+
+impl Progress for Unheard<'_> {
+    fn cancelled(&self) -> bool {
+        self.0.cancelled()
     }
 }
 
@@ -284,9 +381,11 @@ fn of_diff(component: &Component, error: &DiffError) -> Failure {
 }
 
 fn of_old(component: &Component, error: &dyn std::fmt::Display) -> Failure {
-    let message = format!(
-        "the parent's component {} cannot be read: {error}",
-        component.name
-    );
+    of_old_name(&component.name, error)
+}
+
+fn of_old_name(name: &str, error: &dyn std::fmt::Display) -> Failure {
+    let message =
+        format!("component {name}, against which this is published, cannot be read: {error}");
     Failure::new(FailureCode::Damaged, message).hint(REPAIR)
 }

@@ -20,11 +20,11 @@ use super::search::{Choice, Reach, choose, reach_of};
 use super::shared::waiting;
 use super::{LOOK, settled};
 use crate::control::{ComponentInfo, Failure, FailureCode, Phase, PlannedComponent};
-use crate::held::{HeldWay, component_info, fits};
-use crate::layers::{is_readable, read_directory};
+use crate::held::{HeldWay, blobs_of, check_len, component_info, fits, layer_blobs};
+use crate::layers::{beside, read_directory};
 use crate::node::Node;
 use crate::records::Resolution;
-use crate::store::{ActiveGuard, BlobKind, Presence, Reached};
+use crate::store::{ActiveGuard, BlobKind, LayerBlobs, Presence, Reached};
 use crate::work::{Tell, blocking};
 
 /// How often other layers are tried for ones that nobody has, or that are not what their record says.
@@ -41,7 +41,7 @@ pub struct Prepared {
     /// Bytes of the manifest.
     pub manifest_size: u64,
     /// Keeps all that it takes from removal.
-    _guard: ActiveGuard,
+    _guard: (ActiveGuard, ActiveGuard),
 }
 
 /// How a component is come by.
@@ -235,15 +235,13 @@ impl Excluded {
         }
     }
 
-    /// Layers that this version cannot read, though they may be right.
-    fn unreadable(&mut self, layers: Vec<Layer>) {
-        if layers.is_empty() {
-            return;
-        }
-        self.layers.extend(layers);
-        let message = "its layers read other components, which this version of capsule does not";
-        self.failure =
-            Some(Failure::new(FailureCode::Refused, message).hint("use a newer capsule"));
+    /// A layer that reads something to which no way is known, though it may be right.
+    fn unreadable(&mut self, layer: Layer) {
+        self.layers.insert(layer);
+        let message = "its layers read other components, to which no layers are known";
+        self.failure = Some(Failure::new(FailureCode::Unreachable, message).hint(
+            "records arrive from connected peers: wait, or start the machine that published it",
+        ));
     }
 
     /// After layers turned out wrong; the failure if nothing changes.
@@ -311,8 +309,11 @@ pub async fn prepare(
             excluded.missing(node, &wanted, failure).await?;
             continue;
         }
-        if check_indexes(node, &choice.components, excluded).await? {
-            let mut components = tallied(node, choice.components).await?;
+        if check_indexes(node, &choice.components).await?
+            && let Some(components) = with_beside(node, choice.components, excluded).await?
+        {
+            let guard = (guard, node.store.guard(roots(&components)));
+            let mut components = tallied(node, components).await?;
             components = with_reached(node, components, tell).await?;
             // What is read of a pack may be had where not all of it is, which the choice hoped for.
             let short = short(node, &components).await;
@@ -337,6 +338,73 @@ pub async fn prepare(
         return Err(failure);
     }
     Err(not_as_recorded(&manner.name))
+}
+
+/// Puts before the layers of each component those of the other components that these read: of the same capsule, or held here. None where no way is
+/// known to one; then the layer that reads it is excluded.
+async fn with_beside(
+    node: &Node,
+    mut components: Vec<ComponentPlan>,
+    excluded: &mut Excluded,
+) -> Result<Option<Vec<ComponentPlan>>, Failure> {
+    let (store, holdings) = (node.store.clone(), node.holdings.clone());
+    let found = blocking(move || {
+        for at in 0..components.len() {
+            let plan = &components[at];
+            let HeldWay::Layers(mut way) = plan.way.clone() else {
+                continue;
+            };
+            if plan.held {
+                continue;
+            }
+            while let Some(beside) = beside(&store, &way)? {
+                let reader = layer_of(&components[at], &way[beside.reader]);
+                let planned = components[..at].iter().find_map(|plan| match &plan.way {
+                    HeldWay::Layers(layers) if plan.component.root == beside.root => {
+                        Some(layers.clone())
+                    }
+                    _ => None,
+                });
+                let layers = match planned {
+                    Some(layers) => Some(layers),
+                    None => {
+                        let held = holdings.recipe(beside.space, &beside.root)?;
+                        let here = |root| store.durable(&root).map_or(0, |here| here.size);
+                        let blobs = blobs_of(held.as_deref().unwrap_or_default());
+                        let blobs = blobs.map(|root| (root, (here(root), BlobKind::Other)));
+                        components[at].blobs.extend(blobs);
+                        held
+                    }
+                };
+                let new = layers.iter().flatten().filter(|layer| !way.contains(layer));
+                let new: Vec<LayerBlobs> = new.copied().collect();
+                if new.is_empty() || check_len(way.len() + new.len()).is_err() {
+                    return Ok(Err(reader));
+                }
+                way.splice(0..0, new);
+            }
+            components[at].way = HeldWay::Layers(way);
+        }
+        Ok(Ok(components))
+    });
+    match found.await? {
+        Ok(components) => Ok(Some(components)),
+        Err(Some(reader)) => {
+            excluded.unreadable(reader);
+            Ok(None)
+        }
+        Err(None) => {
+            let message = "what a component that is here is read through is not here any more";
+            Err(Failure::new(FailureCode::Damaged, message)
+                .hint("`capsule verify --repair` fetches what is missing"))
+        }
+    }
+}
+
+/// The layer of a plan that has these blobs, where it is not held.
+fn layer_of(plan: &ComponentPlan, blobs: &LayerBlobs) -> Option<Layer> {
+    let mut layers = plan.layers.iter();
+    layers.find(|layer| layer_blobs(layer) == *blobs).cloned()
 }
 
 /// Notes what the layers of each component consist of.
@@ -428,16 +496,12 @@ async fn manifest(
 
 /// Whether the indexes are what the layers' records say, and can be read here; layers of which they are not what was said are
 /// never tried again, by no pull.
-async fn check_indexes(
-    node: &Node,
-    components: &[ComponentPlan],
-    excluded: &mut Excluded,
-) -> Result<bool, Failure> {
+async fn check_indexes(node: &Node, components: &[ComponentPlan]) -> Result<bool, Failure> {
     let layers = components.iter().flat_map(|plan| &plan.layers);
     let layers: HashSet<Layer> = layers.cloned().collect();
     let store = node.store.clone();
-    let (wrong, unreadable) = blocking(move || {
-        let (mut wrong, mut unreadable) = (Vec::new(), Vec::new());
+    let wrong = blocking(move || {
+        let mut wrong = Vec::new();
         for layer in layers {
             let directory = read_directory(&*store.open_blob(&layer.index.root)?);
             let pack_len = layer.pack.map_or(0, |pack| pack.size);
@@ -446,17 +510,14 @@ async fn check_indexes(
                     && d.pack_len() == pack_len
                     && d.index_len() == layer.index.size
             });
-            match directory {
-                Ok(directory) if fine && !is_readable(directory.header()) => unreadable.push(layer),
-                Ok(_) if fine => {}
-                _ => wrong.push(layer),
+            if !fine {
+                wrong.push(layer);
             }
         }
-        Ok((wrong, unreadable))
+        Ok(wrong)
     })
     .await?;
-    let fine = wrong.is_empty() && unreadable.is_empty();
-    excluded.unreadable(unreadable);
+    let fine = wrong.is_empty();
     wrong
         .into_iter()
         .for_each(|layer| node.transfers.refuse(layer));

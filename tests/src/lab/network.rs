@@ -107,7 +107,7 @@ impl Network {
                         &format!("n{number}"),
                     )?;
                     writeln!(ip, "link set v{number} master b{site}")?;
-                    shape(&mut tc, &format!("v{number}"), group.rate().down)?;
+                    shape(&mut tc, "add", &format!("v{number}"), group.rate().down)?;
                     planned.push(Place {
                         site,
                         number: place,
@@ -123,7 +123,7 @@ impl Network {
                     "router",
                 )?;
                 writeln!(ip, "link set w{site} master b{site}")?;
-                shape(&mut tc, &format!("w{site}"), rate.up)?;
+                shape(&mut tc, "add", &format!("w{site}"), rate.up)?;
             }
         }
         batch(Command::new("ip").args(["-batch", "-"]), &ip)?;
@@ -189,6 +189,16 @@ impl Network {
             hosts: (0..self.hosts.len()).map(host).collect::<Result<_>>()?,
             sites,
         })
+    }
+
+    /// Shapes a node's link anew.
+    pub fn reshape(&self, node: usize, rate: Rate) -> Result<()> {
+        let (mut down, mut up) = (String::new(), String::new());
+        shape(&mut down, "change", &format!("v{node}"), rate.down)?;
+        shape(&mut up, "change", "eth0", rate.up)?;
+        let name = self.hosts[node].namespace.name();
+        batch(Command::new("tc").args(["-batch", "-"]), &down)?;
+        batch(Command::new("tc").args(["-n", name, "-batch", "-"]), &up)
     }
 
     /// Takes a node's cable out, or puts it back.
@@ -327,14 +337,14 @@ fn veth(ip: &mut String, here: &str, there: &str, namespace: &str) -> Result<()>
     Ok(())
 }
 
-fn shape(tc: &mut String, interface: &str, mbit: f64) -> Result<()> {
+fn shape(tc: &mut String, order: &str, interface: &str, mbit: f64) -> Result<()> {
     let bytes = mbit * 1e6 / 8.0;
     let burst = ((bytes * BURST_SECONDS) as u64).max(LEAST_BURST);
     let queue = ((bytes * QUEUE_SECONDS) as u64).max(LEAST_QUEUE) + burst;
     let bits = (mbit * 1e6) as u64;
     writeln!(
         tc,
-        "qdisc add dev {interface} root tbf rate {bits}bit burst {burst} limit {queue}"
+        "qdisc {order} dev {interface} root tbf rate {bits}bit burst {burst} limit {queue}"
     )?;
     Ok(())
 }
@@ -390,7 +400,7 @@ fn set_up_host(namespace: &Namespace, place: &Place, routed: bool, neighbours: &
     }
     ip += neighbours;
     let mut tc = String::new();
-    shape(&mut tc, "eth0", place.rate.up)?;
+    shape(&mut tc, "add", "eth0", place.rate.up)?;
     let name = namespace.name();
     batch(Command::new("ip").args(["-n", name, "-batch", "-"]), &ip)?;
     batch(Command::new("tc").args(["-n", name, "-batch", "-"]), &tc)
@@ -407,7 +417,7 @@ fn set_up_router(scenario: &Scenario, planned: &[Place]) -> Result<()> {
         for place in planned.iter().filter(here) {
             neighbour(&mut ip, site, place.number, &interface)?;
         }
-        shape(&mut tc, &format!("s{site}"), rate.down)?;
+        shape(&mut tc, "add", &format!("s{site}"), rate.down)?;
     }
     batch(
         Command::new("ip").args(["-n", "router", "-batch", "-"]),

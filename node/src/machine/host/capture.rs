@@ -15,7 +15,6 @@ use tokio::process::Command;
 use super::{Host, Running, prefetch, waiting};
 use crate::control::{
     Base, CapsuleRef, Capture, Captured, Failure, FailureCode, Patch, Pin, Published, Reporter,
-    Unpin,
 };
 use crate::machine::api::{CaptureMachine, CapturedMachine};
 use crate::machine::config::{Config, Directory, Origin, failed};
@@ -242,10 +241,7 @@ impl Host {
         let before = self.config().capsules();
         let capsule = CapsuleRef(published.capsule.to_string());
         let machine = Some(self.directory.name().to_owned());
-        let pin = Pin {
-            capsule,
-            machine: machine.clone(),
-        };
+        let pin = Pin { capsule, machine };
         self.daemon.ask(pin, |_| {}).await?;
         let (written, after) = {
             let mut config = self.config();
@@ -275,18 +271,7 @@ impl Host {
         running.is_of_origin.store(true, Ordering::Relaxed);
         let absorbed = running.parts.ram.absorb(frozen);
         absorbed.map_err(|error| failed("merging", &self.directory.file("memory"), &error))?;
-        for capsule in before
-            .into_iter()
-            .filter(|capsule| !after.contains(capsule))
-        {
-            let unpin = Unpin {
-                capsule,
-                machine: machine.clone(),
-            };
-            if let Err(error) = self.daemon.ask(unpin, |_| {}).await {
-                tracing::debug!(%error, "an older capsule stays pinned");
-            }
-        }
+        self.let_go(before, &after).await;
         Ok(written)
     }
 }

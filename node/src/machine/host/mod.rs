@@ -19,7 +19,7 @@ use tokio::sync::watch;
 
 use super::api::{MachineInfo, MachineRequest, MachineState, StopMachine, StoppedMachine};
 use super::config::{Config, Directory, Lock};
-use super::qemu::{self, Qemu, Status};
+use super::qemu::{self, BeforeExec, Qemu, Status};
 use crate::control::{
     CapsuleRef, Failure, FailureCode, Handler, Phase, Progress, Pull, Reporter, Unpin, listen,
     serve,
@@ -160,12 +160,22 @@ impl Host {
             state: None,
             ..config.machine.clone()
         };
-        let small = super::ram::small_pages::deny_huge_pages;
         let mut parts = parts;
         parts.places.sandbox = probed.sandbox;
-        let qemu = Qemu::start(&machine, &parts.places, Some(small)).await?;
+        // Faults of single pages fetch little; where nothing is fetched, larger ones are faster.
+        let before: BeforeExec = match parts.state {
+            Some(_) => before_paging_qemu,
+            None => before_qemu,
+        };
+        let qemu = Qemu::start(&machine, &parts.places, Some(before)).await?;
         if let Some(state) = &parts.state {
             qemu.load(state).await?;
+        }
+        {
+            // Whatever ends it from now on: its disks are no longer those of the capsule's memory.
+            let mut config = self.config();
+            config.resume = false;
+            self.directory.save(&config)?;
         }
         qemu.cont().await?;
         let after = self.started.elapsed();
@@ -272,6 +282,7 @@ impl Host {
             Stage::Starting(_) => info.state = MachineState::Starting,
             Stage::Ended(_) => {}
             Stage::Running(running) => {
+                info.resume = running.parts.state.is_some();
                 let late = running.parts.late();
                 info.state = match late {
                     Some(late) if late > LATE => MachineState::Waiting,
@@ -326,6 +337,21 @@ impl Host {
     fn config(&self) -> MutexGuard<'_, Config> {
         self.config.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Done in the process that becomes QEMU. It ends with the thread that starts it, the first of this process (`run` blocks on it), and so with this
+/// process even where that is killed: its memory and disks are served by this one.
+fn before_qemu() -> std::io::Result<()> {
+    rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?;
+    Ok(())
+}
+
+/// The same for a QEMU whose memory comes while it runs.
+fn before_paging_qemu() -> std::io::Result<()> {
+    before_qemu()?;
+    // Where the kernel has no such filters, it fetches more and works as well.
+    let _fetches_more = super::ram::small_pages::deny_huge_pages();
+    Ok(())
 }
 
 /// Lets a guest go on that stopped because a disk could not be read, once nothing is waited for any more.

@@ -19,6 +19,9 @@ use crate::machine::touched::Watched;
 use crate::nbd::client::NbdDisk;
 use crate::nbd::{Export, serve_at};
 
+/// A disk's read that takes longer fails, so that QEMU stops the guest instead of waiting itself, and answers; the guest goes on when the read,
+/// tried again, comes. Memory is waited for as long as it takes: a guest whose memory fails is lost.
+const READ_LIMIT: Duration = Duration::from_secs(15);
 /// Bytes of a component that are copied at a time.
 const COPY_LEN: u64 = 1 << 20;
 /// Largest component that is copied whole before the guest runs: states and kernels.
@@ -49,12 +52,17 @@ pub struct Reading {
     pub disk: Arc<NbdDisk>,
     /// What of it was read, and what waits.
     pub watched: Arc<Watched>,
-    /// Whether it is the memory, which tells itself what of it was read.
-    pub is_memory: bool,
     /// Its length.
     pub size: u64,
     _served: Served,
     exported: Option<AbortHandle>,
+}
+
+impl Reading {
+    /// Whether it is the memory, which tells itself what of it was read.
+    pub fn is_memory(&self) -> bool {
+        self.exported.is_none()
+    }
 }
 
 impl Drop for Reading {
@@ -128,7 +136,7 @@ impl Parts {
 
     /// Bytes of disks that were read from capsules.
     pub fn disks_read(&self) -> u64 {
-        let disks = self.reading.iter().filter(|reading| !reading.is_memory);
+        let disks = self.reading.iter().filter(|reading| !reading.is_memory());
         let ranges = disks.flat_map(|disk| disk.watched.touched());
         ranges.map(|(_, len)| len).sum()
     }
@@ -156,7 +164,8 @@ async fn place(
             format: disk.format.clone().unwrap_or_else(|| "raw".to_owned()),
         },
         Some(Base::Capsule { capsule, component }) => {
-            let mut read = read(host, capsule, component, &disk.component).await?;
+            let mut read =
+                read(host, capsule, component, &disk.component, Some(READ_LIMIT)).await?;
             let socket = host
                 .directory
                 .sockets()
@@ -201,6 +210,7 @@ async fn read(
     capsule: &CapsuleRef,
     component: &str,
     here: &str,
+    limit: Option<Duration>,
 ) -> Result<Reading, Failure> {
     let socket = host.directory.sockets().join(format!("{here}.base"));
     let served = host.daemon.serve(capsule, component, &socket).await?;
@@ -210,8 +220,7 @@ async fn read(
         capsule: capsule.clone(),
         component: component.to_owned(),
         size: disk.len(),
-        watched: Arc::new(Watched::new(disk.clone())),
-        is_memory: false,
+        watched: Arc::new(Watched::new(disk.clone(), limit)),
         disk,
         _served: served,
         exported: None,
@@ -232,8 +241,7 @@ async fn memory(
     let base = match captured {
         Some((described, ram)) => {
             host.tell(waiting(ram));
-            let mut read = read(host, &by_id(&described.capsule), ram, "ram").await?;
-            read.is_memory = true;
+            let read = read(host, &by_id(&described.capsule), ram, "ram", None).await?;
             let disk = read.watched.clone();
             reading.push(read);
             Some(disk as Arc<dyn Disk>)
@@ -300,7 +308,7 @@ async fn copy(
     to: &Path,
 ) -> Result<(), Failure> {
     host.tell(waiting(component));
-    let from = read(host, capsule, component, &format!("{component}-copy")).await?;
+    let from = read(host, capsule, component, &format!("{component}-copy"), None).await?;
     if from.size > MAX_COPY {
         let message = format!("component {component} is too large for what it is");
         return Err(Failure::new(FailureCode::Damaged, message));

@@ -80,7 +80,7 @@ pub async fn publish(host: &Host, running: &Running) {
         return;
     }
     for read in &running.parts.reading {
-        let ranges = match read.is_memory {
+        let ranges = match read.is_memory() {
             true => running.parts.ram.touched(),
             false => read.watched.touched(),
         };

@@ -18,6 +18,8 @@ const ANSWER: Duration = Duration::from_secs(1);
 const WORK: Duration = Duration::from_secs(5);
 /// Most bytes of old answers that are passed over.
 const MAX_STALE: u64 = 1 << 20;
+/// QEMU's end of its port, as `arguments` calls it.
+const AGENT: &str = "agent-host";
 /// It begins a synchronised answer with this, which is in no JSON.
 const MARK: u8 = 0xff;
 
@@ -50,7 +52,7 @@ impl Qemu {
         if self.status().await? != Status::Running {
             return Ok(tools);
         }
-        if self.available().await?.is_some() {
+        if self.has_balloon().await? {
             tools.push("balloon".to_owned());
         }
         if self.agent().await.is_some() {
@@ -61,6 +63,12 @@ impl Qemu {
 
     /// The agent, if it answers.
     async fn agent(&self) -> Option<Agent> {
+        // Where nothing in the guest listens, what is written would wait in the socket.
+        let ports = self.execute("query-chardev", json!({})).await.ok()?;
+        let is_open = |port: &Value| port["label"] == AGENT && port["frontend-open"] == true;
+        if !ports.as_array()?.iter().any(is_open) {
+            return None;
+        }
         let connect = async {
             let stream = UnixStream::connect(self.places.agent()).await?;
             let mut agent = Agent(BufReader::new(stream));

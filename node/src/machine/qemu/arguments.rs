@@ -6,14 +6,15 @@ use std::path::Path;
 use capsule_proto::manifest::{Device, Machine};
 use serde_json::{Value, json};
 
-use super::probe::{SANDBOX, driver, shape};
-use super::{DiskBase, DiskPlace, Places, disks};
+use super::check::{driver, shape};
+use super::probe::SANDBOX;
+use super::{DiskPlace, Places, disks};
 use crate::control::{Failure, FailureCode};
 
 /// Longest path of a Unix socket, with the zero at its end.
 const MAX_SOCKET_PATH: usize = 107;
 /// Most overlays of a disk: each is a file that is open, and looked into at a read.
-pub(super) const MAX_OVERLAYS: usize = 64;
+pub(super) const MAX_OVERLAYS: usize = 256;
 
 /// The arguments for QEMU: the machine stands still until it is told to go on.
 ///
@@ -146,17 +147,17 @@ impl Line {
         let Some(driver) = driver(device) else {
             return Err(mismatch("a device is of an unknown kind"));
         };
-        let mut value = format!(
-            "{},id={},{}={}",
-            device.driver, device.id, driver.address, device.address
-        );
+        let mut value = format!("{},id={}", device.driver, device.id);
+        if let Some(property) = driver.address {
+            value += &format!(",{property}={}", device.address);
+        }
+        value += driver.host;
         if let Some(component) = &device.component {
             let top = match disks.next() {
                 Some((number, disk)) if disk.component == *component => self.disk(number, disk)?,
                 _ => return Err(mismatch("the disks are not those of the machine")),
             };
-            // An error of the base (a peer that is away) stops the machine, which can then go on where it was.
-            value += &format!(",drive={top},rerror=stop,werror=stop");
+            value += &format!(",drive={top}");
         } else if let Some(property) = driver.backend {
             let backend = self.backend(device, places)?;
             value += &format!(",{property}={backend}");
@@ -184,7 +185,11 @@ impl Line {
     /// A disk's chain, the base first; returns the name of its top.
     fn disk(&mut self, number: usize, disk: &DiskPlace) -> Result<String, Failure> {
         if disk.overlays.is_empty() || disk.overlays.len() > MAX_OVERLAYS {
-            return Err(mismatch("a disk has 1 to 64 overlays"));
+            let message = format!(
+                "{}: a disk has 1 to {MAX_OVERLAYS} overlays",
+                disk.component
+            );
+            return Err(mismatch(&message));
         }
         let mut below = Value::Null;
         if let Some(base) = disks::base(number, &disk.base)? {

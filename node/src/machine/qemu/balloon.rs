@@ -91,7 +91,7 @@ impl Qemu {
     }
 
     /// Bytes that the guest could give away, as its driver says; none where no driver answers.
-    pub(super) async fn available(&self) -> Result<Option<u64>, Failure> {
+    async fn available(&self) -> Result<Option<u64>, Failure> {
         let Some(id) = &self.balloon else {
             return Ok(None);
         };
@@ -109,13 +109,25 @@ impl Qemu {
         while available.is_none() && Instant::now() < deadline {
             sleep(LOOK).await;
             let now = self.execute("qom-get", statistics.clone()).await?;
-            let is_new = now["last-update"] != old["last-update"];
+            // The time is in seconds, and they may have been asked for in this one.
+            let is_new = now != old;
             let value = now["stats"]["stat-available-memory"].as_u64();
             // All ones where the driver does not know.
             available = value.filter(|value| is_new && *value != u64::MAX);
         }
         self.execute("qom-set", poll(0)).await?;
         Ok(available)
+    }
+
+    /// Whether the guest's driver has said anything since the machine was started here: it does so when it begins, and when it is resumed.
+    pub(super) async fn has_balloon(&self) -> Result<bool, Failure> {
+        let Some(id) = &self.balloon else {
+            return Ok(false);
+        };
+        let path = format!("/machine/peripheral/{id}");
+        let statistics = json!({ "path": path, "property": "guest-stats" });
+        let said = self.execute("qom-get", statistics).await?;
+        Ok(said["last-update"].as_u64().is_some_and(|time| time != 0))
     }
 
     async fn balloon_size(&self) -> Result<u64, Failure> {

@@ -67,8 +67,14 @@ fn devices(wanted: &Wanted) -> Vec<Device> {
             "virtio-balloon-pci",
             "balloon0",
             "0x1",
-            &[("bus", PCI), ("free-page-reporting", "on")],
+            &[
+                ("bus", PCI),
+                // Rather than kill a process for memory that the balloon has.
+                ("deflate-on-oom", "on"),
+                ("free-page-reporting", "on"),
+            ],
         ),
+        device("vmgenid", "generation", "", &[]),
         device("virtio-rng-pci", "rng0", "0x2", &[("bus", PCI)]),
         device("virtio-serial-pci", "serial0", "0x3", &[("bus", PCI)]),
         device(

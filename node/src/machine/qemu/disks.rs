@@ -10,6 +10,7 @@ use tokio::process::Command;
 use tokio::time::timeout;
 
 use super::arguments::{MAX_OVERLAYS, text};
+use super::process::is_silent;
 use super::{DiskBase, Qemu};
 use crate::control::{Failure, FailureCode};
 
@@ -17,6 +18,8 @@ use crate::control::{Failure, FailureCode};
 const RECONNECT_S: u32 = 300;
 /// So long it may come late.
 const OPEN_S: u32 = 30;
+/// So long adding overlays may take: a machine that runs may be reading what does not come.
+const ADD: Duration = Duration::from_secs(RECONNECT_S as u64 + 30);
 /// So long it may take to make an empty overlay.
 const CREATE: Duration = Duration::from_secs(30);
 /// Formats that a base may have: an image, not a protocol that would name other machines or files.
@@ -28,6 +31,8 @@ pub(super) struct Chain {
     pub base: DiskBase,
     /// The lowest first.
     pub overlays: Vec<PathBuf>,
+    /// Whether that is what QEMU has: not while overlays are added, nor after it was not heard whether they were.
+    pub is_known: bool,
 }
 
 /// Name of a node: short, as QEMU takes 31 characters.
@@ -156,10 +161,10 @@ pub async fn create_overlay(path: &Path, size: u64) -> Result<(), Failure> {
 
 impl Qemu {
     /// Puts a new, empty overlay on each of the given disks, all at one instant; from then on the old ones are only read. Takes about 10 ms,
-    /// and the machine may run. Not between [`Qemu::save`] and [`Qemu::cont`], when QEMU does not own its disks.
+    /// and the machine may run. Wait for it to end: where the future is dropped it is not known which overlays are in use, and no more are added.
     ///
     /// # Errors
-    /// Nothing was changed.
+    /// Nothing was changed; but where QEMU did not answer (`Unreachable`), the new overlays may come to be in use: keep them.
     pub async fn overlay(&self, new: &[(String, PathBuf)]) -> Result<(), Failure> {
         let mut chains = self.disks.lock().await;
         let mut found = Vec::with_capacity(new.len());
@@ -176,14 +181,28 @@ impl Qemu {
                 return Err(Failure::new(FailureCode::Refused, message)
                     .hint("stop the machine and resume it from its newest capture"));
             }
+            if !chains[number].is_known {
+                let message = format!("it is not known which overlays of {component} are in use");
+                return Err(Failure::new(FailureCode::Refused, message)
+                    .hint("an earlier capture was interrupted: stop the machine"));
+            }
             if found.iter().any(|(other, _)| *other == number) {
                 let message = format!("{component} is given twice");
                 return Err(Failure::new(FailureCode::Invalid, message));
             }
             found.push((number, path));
         }
+        for (number, _) in &found {
+            chains[*number].is_known = false;
+        }
         let mut added = Vec::with_capacity(2 * found.len());
         let pushed = self.push(&chains, &found, &mut added).await;
+        if is_silent(&pushed) {
+            return pushed;
+        }
+        for (number, _) in &found {
+            chains[*number].is_known = true;
+        }
         if let Err(failure) = pushed {
             // The upper first, as it uses the lower.
             for node in added.iter().rev() {
@@ -196,8 +215,10 @@ impl Qemu {
             }
             return Err(failure);
         }
-        for (number, path) in found {
-            chains[number].overlays.push(path.clone());
+        for (number, path) in &found {
+            chains[*number].overlays.push((*path).clone());
+        }
+        for (number, _) in found {
             self.close_writing(number, &chains[number]).await;
         }
         Ok(())
@@ -225,9 +246,9 @@ impl Qemu {
                 "data": { "node": node(*number, level - 1), "overlay": node(*number, level) },
             }));
         }
-        self.execute("transaction", json!({ "actions": actions }))
-            .await?;
-        Ok(())
+        let actions = json!({ "actions": actions });
+        let done = self.execute_within("transaction", actions, ADD).await;
+        done.map(drop)
     }
 
     /// Opens the overlay below the top again, only for reading, so that others can look into it.

@@ -8,9 +8,11 @@
 mod agent;
 mod arguments;
 mod balloon;
+mod check;
 mod describe;
 mod disks;
 mod events;
+mod log;
 mod monitor;
 mod probe;
 mod process;
@@ -20,10 +22,11 @@ use std::path::PathBuf;
 
 pub use arguments::arguments;
 pub use balloon::{Ballooning, Shrunk};
+pub use check::check;
 pub use describe::{Wanted, describe};
 pub use disks::create_overlay;
 pub use events::{Event, Status};
-pub use probe::{Probed, check, probe};
+pub use probe::{Probed, probe};
 pub use process::{BeforeExec, Qemu};
 
 /// Where the parts of a machine lie while it runs.
@@ -88,7 +91,7 @@ impl Places {
         self.dir.join("agent.sock")
     }
 
-    /// What QEMU prints.
+    /// What QEMU prints, the first MiB of it.
     pub fn log(&self) -> PathBuf {
         self.dir.join("qemu.log")
     }

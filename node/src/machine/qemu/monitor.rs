@@ -13,13 +13,14 @@ use thiserror::Error;
 use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
-use tokio::sync::{broadcast, oneshot};
+use tokio::sync::{MutexGuard, broadcast, oneshot};
 use tokio::task::JoinHandle;
+use tokio::time::error::Elapsed;
 use tokio::time::{Instant, timeout, timeout_at};
 
 use super::events::Event;
 
-/// So long QEMU may take to answer. It does so between two rounds of its main loop, which a slow disk can hold up.
+/// So long QEMU may take to answer. It does so in its main loop, which stands still where a command waits for reads that are under way.
 pub(super) const ANSWER: Duration = Duration::from_secs(30);
 /// Longest line that is read.
 const MAX_LINE: u64 = 4 << 20;
@@ -38,7 +39,7 @@ pub(super) enum CommandError {
     #[error("QEMU has gone away")]
     Gone,
     /// It does not answer.
-    #[error("QEMU does not answer within {} s", ANSWER.as_secs())]
+    #[error("QEMU does not answer")]
     Silent,
 }
 
@@ -95,34 +96,67 @@ impl Monitor {
 
     /// Runs a command. One at a time, as QEMU does.
     pub async fn execute(&self, command: &str, arguments: Value) -> Answer {
-        let deadline = Instant::now() + ANSWER;
-        let late = |_elapsed| CommandError::Silent;
-        let mut writer = timeout_at(deadline, self.writer.lock())
-            .await
-            .map_err(late)?;
-        if writer.torn {
-            return Err(CommandError::Gone);
-        }
+        self.execute_within(command, arguments, ANSWER).await
+    }
+
+    /// Runs a command that may take longer.
+    pub async fn execute_within(&self, command: &str, arguments: Value, limit: Duration) -> Answer {
+        let deadline = Instant::now() + limit;
+        let mut writer = lock(&self.writer, deadline).await?;
         let id = writer.next;
-        writer.next += 1;
-        let mut text = json!({ "execute": command, "arguments": arguments, "id": id }).to_string();
-        text.push('\n');
         let answer = self.shared.expect(id)?;
-        writer.torn = true;
-        let written = timeout_at(deadline, writer.half.write_all(text.as_bytes())).await;
-        written
-            .map_err(late)?
-            .map_err(|_closed| CommandError::Gone)?;
-        writer.torn = false;
+        writer.say(command, arguments, deadline).await?;
         match timeout_at(deadline, answer).await.map_err(late)? {
             Ok(answer) => answer,
             Err(_gone) => Err(CommandError::Gone),
         }
     }
 
+    /// Has a command run after those that are under way, whatever comes of it.
+    pub async fn tell(&self, command: &str, arguments: Value) -> Result<(), CommandError> {
+        let deadline = Instant::now() + ANSWER;
+        let mut writer = lock(&self.writer, deadline).await?;
+        writer.say(command, arguments, deadline).await
+    }
+
     /// What happens from now on.
     pub fn events(&self) -> broadcast::Receiver<Event> {
         self.shared.events.subscribe()
+    }
+}
+
+async fn lock(
+    writer: &tokio::sync::Mutex<Writer>,
+    deadline: Instant,
+) -> Result<MutexGuard<'_, Writer>, CommandError> {
+    timeout_at(deadline, writer.lock()).await.map_err(late)
+}
+
+fn late(_elapsed: Elapsed) -> CommandError {
+    CommandError::Silent
+}
+
+impl Writer {
+    async fn say(
+        &mut self,
+        command: &str,
+        arguments: Value,
+        deadline: Instant,
+    ) -> Result<(), CommandError> {
+        if self.torn {
+            return Err(CommandError::Gone);
+        }
+        let id = self.next;
+        self.next += 1;
+        let mut text = json!({ "execute": command, "arguments": arguments, "id": id }).to_string();
+        text.push('\n');
+        self.torn = true;
+        let written = timeout_at(deadline, self.half.write_all(text.as_bytes())).await;
+        written
+            .map_err(late)?
+            .map_err(|_closed| CommandError::Gone)?;
+        self.torn = false;
+        Ok(())
     }
 }
 

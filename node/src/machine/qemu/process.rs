@@ -15,6 +15,7 @@ use tokio::time::{Instant, sleep, timeout};
 
 use super::disks::Chain;
 use super::events::{Event, Status};
+use super::log::Log;
 use super::monitor::{CommandError, Monitor};
 use super::{Places, arguments, probe};
 use crate::control::{Failure, FailureCode};
@@ -25,10 +26,10 @@ const START: Duration = Duration::from_secs(60);
 const LOOK: Duration = Duration::from_millis(10);
 /// So long it may take to end when it is told to.
 const QUIT: Duration = Duration::from_secs(10);
+/// So long a saving that was given up may take to end.
+const SETTLE: Duration = Duration::from_secs(5);
 /// So long a process whose monitor has gone may take to end, and say why.
 const LAST_WORDS: Duration = Duration::from_secs(2);
-/// Of what it printed, so much is quoted.
-const MAX_TAIL: u64 = 2048;
 
 /// Called in the new process before it becomes QEMU, between fork and exec: it may only make system calls. (A signal at the parent's death goes
 /// by the *thread* that started it.)
@@ -40,6 +41,7 @@ pub struct Qemu {
     process: OwnedFd,
     id: u32,
     monitor: Monitor,
+    log: Log,
     pub(super) disks: Mutex<Vec<Chain>>,
     pub(super) places: Places,
     pub(super) ram_size: u64,
@@ -71,14 +73,12 @@ impl Qemu {
                 _ => {}
             }
         }
-        let log = std::fs::File::create(places.log());
-        let log = log.map_err(|error| io_failure(&places.log(), error))?;
         let mut command = Command::new(&program);
         command
             .args(&arguments)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
-            .stderr(log)
+            .stderr(Stdio::piped())
             .kill_on_drop(true);
         // SAFETY: the closure runs between fork and exec and makes system calls only; it neither allocates nor locks.
         unsafe {
@@ -99,7 +99,9 @@ impl Qemu {
         let process = process.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()));
         let process =
             process.map_err(|error| io_failure(Path::new("QEMU's process"), error.into()))?;
-        let monitor = connect(&mut child, places).await?;
+        let log = Log::keep(child.stderr.take(), &places.log());
+        let log = log.map_err(|error| io_failure(&places.log(), error))?;
+        let monitor = connect(&mut child, places, &log).await?;
         let balloon = machine
             .devices
             .iter()
@@ -108,12 +110,14 @@ impl Qemu {
             component: disk.component.clone(),
             base: disk.base.clone(),
             overlays: disk.overlays.clone(),
+            is_known: true,
         });
         Ok(Self {
             child: Mutex::new(child),
             process,
             id,
             monitor,
+            log,
             disks: Mutex::new(chains.collect()),
             places: places.clone(),
             ram_size: machine.ram_size,
@@ -128,11 +132,34 @@ impl Qemu {
 
     /// Runs a command of the monitor.
     pub(super) async fn execute(&self, command: &str, arguments: Value) -> Result<Value, Failure> {
-        match self.monitor.execute(command, arguments).await {
+        let answer = self.monitor.execute(command, arguments).await;
+        self.said(command, answer).await
+    }
+
+    /// Runs a command that may wait for what the guest reads.
+    pub(super) async fn execute_within(
+        &self,
+        command: &str,
+        arguments: Value,
+        limit: Duration,
+    ) -> Result<Value, Failure> {
+        let answer = self.monitor.execute_within(command, arguments, limit).await;
+        self.said(command, answer).await
+    }
+
+    async fn said(
+        &self,
+        command: &str,
+        answer: Result<Value, CommandError>,
+    ) -> Result<Value, Failure> {
+        match answer {
             Ok(value) => Ok(value),
             Err(CommandError::Gone) => Err(self.gone().await),
             Err(error @ CommandError::Silent) => {
-                Err(Failure::new(FailureCode::Io, error.to_string()))
+                let message = format!("{error} to {command}");
+                Err(Failure::new(FailureCode::Unreachable, message).hint(
+                    "the guest may be reading what no peer sends: try again when they are back",
+                ))
             }
             Err(error @ CommandError::Refused(_)) => {
                 let message = format!("QEMU refuses {command}: {error}");
@@ -144,7 +171,7 @@ impl Qemu {
     /// Why QEMU is not there any more.
     async fn gone(&self) -> Failure {
         let status = timeout(LAST_WORDS, self.wait()).await;
-        ended(status.ok().and_then(Result::ok), &self.places)
+        ended(status.ok().and_then(Result::ok), &self.log).await
     }
 
     /// Lets the machine run.
@@ -152,15 +179,33 @@ impl Qemu {
     /// # Errors
     /// QEMU refuses.
     pub async fn cont(&self) -> Result<(), Failure> {
-        self.execute("cont", json!({})).await.map(drop)
+        let deadline = Instant::now() + SETTLE;
+        loop {
+            let Err(failure) = self.execute("cont", json!({})).await else {
+                return Ok(());
+            };
+            // A saving that was given up ends by itself, and only then can the machine go on.
+            let answer = self.execute("query-status", json!({})).await?;
+            if answer["status"] != "finish-migrate" || Instant::now() >= deadline {
+                return Err(failure);
+            }
+            sleep(LOOK).await;
+        }
     }
 
-    /// Stops the machine where it is, and brings what it has written to its disks' files.
+    /// Stops the machine where it is, and brings what it has written to its disks' files. It waits for reads that are under way: where a base
+    /// does not answer, this fails after half a minute, and the machine goes on as soon as it can. Wait for it to end: where the future is
+    /// dropped, the machine may stop later.
     ///
     /// # Errors
-    /// QEMU refuses.
+    /// QEMU refuses, or does not answer.
     pub async fn stop(&self) -> Result<(), Failure> {
-        self.execute("stop", json!({})).await.map(drop)
+        let stopped = self.execute("stop", json!({})).await.map(drop);
+        if is_silent(&stopped) {
+            // It will be stopped when nobody expects it any more.
+            let _gone = self.monitor.tell("cont", json!({})).await;
+        }
+        stopped
     }
 
     /// Presses the power button: a guest that listens shuts down, and [`Event::ShutDown`] comes.
@@ -215,7 +260,13 @@ impl Qemu {
     }
 }
 
-async fn connect(child: &mut Child, places: &Places) -> Result<Monitor, Failure> {
+/// Whether QEMU has not said whether it did what it was told.
+pub(super) fn is_silent(answer: &Result<(), Failure>) -> bool {
+    let code = answer.as_ref().err().map(|failure| failure.code);
+    code == Some(FailureCode::Unreachable)
+}
+
+async fn connect(child: &mut Child, places: &Places, log: &Log) -> Result<Monitor, Failure> {
     let deadline = Instant::now() + START;
     loop {
         match Monitor::connect(&places.monitor()).await {
@@ -224,50 +275,26 @@ async fn connect(child: &mut Child, places: &Places) -> Result<Monitor, Failure>
                 let message = format!(
                     "QEMU's monitor does not answer within {} s: {error}{}",
                     START.as_secs(),
-                    tail(&places.log())
+                    log.tail()
                 );
                 return Err(Failure::new(FailureCode::Io, message));
             }
             Err(_not_yet) => {}
         }
         if let Ok(Some(status)) = child.try_wait() {
-            return Err(ended(Some(status), places));
+            return Err(ended(Some(status), log).await);
         }
         sleep(LOOK).await;
     }
 }
 
-fn ended(status: Option<ExitStatus>, places: &Places) -> Failure {
+async fn ended(status: Option<ExitStatus>, log: &Log) -> Failure {
     let how = match status {
         Some(status) => format!("QEMU has ended ({status})"),
         None => "QEMU's monitor has gone away".to_owned(),
     };
-    let message = how + &tail(&places.log());
-    let hint = format!("all that it printed is in {}", places.log().display());
+    log.ended().await;
+    let message = how + &log.tail();
+    let hint = format!("what it printed is in {}", log.path().display());
     Failure::new(FailureCode::Refused, message).hint(hint)
-}
-
-/// The end of what QEMU printed, to be put behind a message.
-fn tail(log: &Path) -> String {
-    use std::os::unix::fs::FileExt;
-    let read = || {
-        let file = std::fs::File::open(log)?;
-        let start = file.metadata()?.len().saturating_sub(MAX_TAIL);
-        let mut bytes = vec![0; MAX_TAIL as usize];
-        let count = file.read_at(&mut bytes, start)?;
-        bytes.truncate(count);
-        io::Result::Ok(bytes)
-    };
-    let bytes = read().unwrap_or_default();
-    let text = String::from_utf8_lossy(&bytes);
-    let mut last: Vec<&str> = text
-        .lines()
-        .map(str::trim)
-        .filter(|line| !line.is_empty())
-        .collect();
-    let lines = last.split_off(last.len().saturating_sub(5));
-    match lines.is_empty() {
-        true => String::new(),
-        false => format!(": {}", lines.join("; ")),
-    }
 }

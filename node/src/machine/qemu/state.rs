@@ -27,7 +27,7 @@ const LOOK: Duration = Duration::from_millis(5);
 const MAX_STATE: u64 = 1 << 30;
 
 impl Qemu {
-    /// Writes the state of CPUs and devices into a new file, durably. The machine must be stopped; memory is in its own file, which is made
+    /// Writes the state of CPUs and devices into a file of its own, durably; one that is there is replaced. The machine must be stopped; memory is in its own file, which is made
     /// durable too. It can be saved again only after [`Qemu::cont`].
     ///
     /// # Errors
@@ -37,9 +37,10 @@ impl Qemu {
         let listener = clear(&socket)
             .and_then(|()| UnixListener::bind(&socket))
             .map_err(|error| broken(&socket, &error))?;
-        let file = File::create_new(state)
-            .await
-            .map_err(|error| broken(state, &error))?;
+        // Not written over: somebody may still read it.
+        clear(state).map_err(|error| broken(state, &error))?;
+        let file = File::create_new(state).await;
+        let file = file.map_err(|error| broken(state, &error))?;
         let saved = async {
             self.leave_out_memory().await?;
             self.execute("migrate", json!({ "uri": uri(&socket)? }))

@@ -2,7 +2,8 @@
 //!
 //! While it is written to, it is a file `generation-N.ram`. When it is sealed, `generation-N.pages` beside it tells which pages it
 //! has: 8 bytes that name the format, the number of pages (8 bytes, little-endian), and two bits a page, in words of 8 bytes, little-endian,
-//! the first page in the lowest bits (0 inherited, 1 zeros, 2 data). A file without one is left over from a machine that did not stop, and means nothing.
+//! the first page in the lowest bits (0 inherited, 1 zeros, 2 data). A file without one is left over from a machine that did not stop, and
+//! means nothing.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind};
@@ -123,7 +124,7 @@ impl Generation {
     /// Takes it from the directory; who reads it reads on.
     pub fn remove(&self, dir: &Path) -> io::Result<()> {
         match std::fs::remove_file(name(dir, self.number, PAGES)) {
-            Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
+            Err(error) if error.kind() != ErrorKind::NotFound => Err(error),
             _ => std::fs::remove_file(&self.path),
         }
     }

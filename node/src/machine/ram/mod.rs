@@ -5,9 +5,9 @@
 //! is decoded once; or else the base's. `read` and `write` are about bytes, `files` shows them to QEMU as the file `ram` of a file system, and
 //! `small_pages` has QEMU ask for single pages of it.
 //!
-//! The memory outlives the program only by what stops left. The whole of it is served by few locks: `stack` is held shared for each access to files, so
-//! that a stop excludes them, but never while the base is waited for; and a lock per stripe of windows, which is taken before it, orders changes of one
-//! page. A page that is no longer inherited never becomes so again.
+//! The memory outlives the program only by what stops left. Few locks order it: `stack` is held shared for each access to files, so that a
+//! stop excludes them, but never while the base is waited for; and a lock per stripe of windows, which is taken before it, orders changes of
+//! one page. A page that is no longer inherited never becomes so again.
 
 mod files;
 mod generation;
@@ -38,6 +38,8 @@ const WINDOW: u64 = 64 << 10;
 const PAGES_IN_WINDOW: u64 = WINDOW / PAGE;
 /// Windows that are fetched at a time.
 const FETCHES: usize = 64;
+/// Stops of which the memory is not absorbed: each makes looking for a page a little longer.
+const MAX_FROZEN: usize = 256;
 /// Locks that windows share.
 const STRIPES: usize = 64;
 
@@ -89,7 +91,8 @@ pub struct Stats {
 }
 
 impl Ram {
-    /// Memory of `len` bytes, a multiple of 4,096: what is frozen in `dir`, above the pages of `base`, or zeros where it has none. Blocks.
+    /// Memory of `len` bytes, a multiple of 4,096: what is frozen in `dir`, which is there and this memory's alone, above the pages of `base`,
+    /// or zeros where it has none. Blocks.
     ///
     /// What was absorbed is no longer in `dir`: so the base of a next start has it.
     ///
@@ -143,13 +146,21 @@ impl Ram {
     }
 
     /// What was written since the last time becomes immutable and is kept in the directory; what is written from now on goes elsewhere.
-    /// Whoever calls has stopped the machine and synced the file. Copies nothing. Blocks.
+    /// Whoever calls has stopped the machine and synced the file (once before it stopped too, so that little is left to sync while it stands
+    /// still). Copies nothing. Blocks.
     ///
     /// # Errors
-    /// What the operating system said; then nothing is frozen.
+    /// Too much is frozen already; or what the operating system said. Then it is as if nothing had been tried.
     pub fn freeze(&self) -> io::Result<()> {
         let _changing = lock(&self.changing);
-        let number = self.stack().current.number + 1;
+        let (number, frozen) = {
+            let stack = self.stack();
+            (stack.current.number + 1, stack.frozen.len())
+        };
+        if frozen >= MAX_FROZEN {
+            let why = "the memory of too many stops is not published yet";
+            return Err(io::Error::new(ErrorKind::QuotaExceeded, why));
+        }
         let next = Arc::new(Generation::create(&self.dir, number, self.pages())?);
         let mut stack = self.stack_mut();
         if let Err(error) = stack.current.seal(&self.dir, self.pages()) {
@@ -199,8 +210,8 @@ impl Ram {
         Ok(())
     }
 
-    /// Offsets and lengths of what was read of the base, in the order in which it was first read. Known zeros are not among them, nor what was fetched but
-    /// not asked for.
+    /// Offsets and lengths of what was read of the base, in the order in which it was first read. Known zeros are not among them, nor what was
+    /// fetched but not asked for.
     pub fn touched(&self) -> Vec<(u64, u64)> {
         lock(&self.touched).ranges()
     }

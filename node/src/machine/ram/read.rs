@@ -57,7 +57,7 @@ impl Ram {
         Ok(bytes)
     }
 
-    /// Reads a range within the memory into zeros, if all of it is here or among `windows`; or tells what else it takes.
+    /// Reads a range within the memory, if all of it is here or among `windows`; or tells what else it takes, and may have read some.
     pub(super) fn try_read(
         &self,
         offset: u64,

@@ -85,3 +85,29 @@ fn step(code: u32, k: u32, matches: u8, otherwise: u8) -> libc::sock_filter {
         k,
     }
 }
+
+#[cfg(all(test, any(target_arch = "x86_64", target_arch = "aarch64")))]
+mod tests {
+    use super::*;
+
+    /// A thread's filter is its own.
+    #[test]
+    fn only_huge_pages_are_denied() {
+        let thread = std::thread::spawn(|| {
+            let len = 4 << 20;
+            let how = libc::PROT_READ | libc::PROT_WRITE;
+            let kind = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+            // SAFETY: a new mapping, wherever the kernel likes.
+            let memory = unsafe { libc::mmap(std::ptr::null_mut(), len, how, kind, -1, 0) };
+            assert!(memory != libc::MAP_FAILED);
+            deny_huge_pages().unwrap();
+            // SAFETY: of a mapping that nobody looks at.
+            let advise = |advice| unsafe { libc::madvise(memory, len, advice) };
+            assert_eq!(advise(libc::MADV_HUGEPAGE), -1);
+            let error = io::Error::last_os_error();
+            assert_eq!(error.raw_os_error(), Some(libc::EINVAL));
+            assert_eq!(advise(libc::MADV_DONTNEED), 0);
+        });
+        thread.join().unwrap();
+    }
+}

@@ -54,7 +54,7 @@ impl Ram {
         Ok(())
     }
 
-    /// Writes, if all that it takes is here or among `fetched`; or tells what else it takes, and writes nothing.
+    /// Writes, if all that it takes is here or among `fetched`; or tells what else it takes, and may have written some.
     pub(super) fn try_write(
         &self,
         offset: u64,
@@ -73,20 +73,28 @@ impl Ram {
             let from = offset.max(pages.start * PAGE);
             let to = range.end.min(pages.end * PAGE);
             let part = &bytes[(from - offset) as usize..(to - offset) as usize];
-            self.write_window(from, part, fetched)?;
+            missing.append(&mut self.write_window(from, part, fetched)?);
         }
         Ok(missing)
     }
 
-    /// Writes within a window.
-    fn write_window(&self, offset: u64, bytes: &[u8], fetched: &Windows) -> Result<(), ReadError> {
+    /// Writes within a window, as `try_write`.
+    fn write_window(
+        &self,
+        offset: u64,
+        bytes: &[u8],
+        fetched: &Windows,
+    ) -> Result<Missing, ReadError> {
         let range = offset..offset + bytes.len() as u64;
         let _stripe = self.stripe(offset / PAGE / PAGES_IN_WINDOW);
         let mut changed = Vec::new();
         for page in parts(&range) {
             let mut whole = ZEROS;
-            // It takes nothing more: what was here is still here.
-            self.try_read(page * PAGE, &mut whole, fetched)?;
+            // What was here is still here, if only the base did not think better of what is zero.
+            let missing = self.try_read(page * PAGE, &mut whole, fetched)?;
+            if !missing.is_empty() {
+                return Ok(missing);
+            }
             let (from, to) = (
                 range.start.max(page * PAGE),
                 range.end.min((page + 1) * PAGE),
@@ -108,7 +116,7 @@ impl Ram {
             let pages = first * PAGE - offset..end * PAGE - offset;
             put(first, &bytes[pages.start as usize..pages.end as usize])?;
         }
-        Ok(())
+        Ok(Missing::new())
     }
 
     /// Writes whole pages of a window.

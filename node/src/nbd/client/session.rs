@@ -25,11 +25,14 @@ const MAX_REPLIES: usize = 1024;
 /// Bytes of which one request asks what is zero.
 const STATUS: u64 = 1 << 30;
 /// Extents that tell of it, at most.
-const MAX_EXTENTS: u32 = 1 << 18;
+const MAX_EXTENTS: usize = 1 << 18;
 /// Longest message of an error.
 const MAX_MESSAGE: u32 = 64 << 10;
 /// Of an extent: it reads as zeros.
 const ZERO: u32 = 2;
+
+/// Replies to an option: kinds and data.
+type Replies = Vec<(u32, Vec<u8>)>;
 
 /// See the module.
 pub struct Session {
@@ -70,19 +73,15 @@ impl Session {
         }
         let flags = flags & (flag::FIXED_NEWSTYLE | flag::NO_ZEROES);
         self.write.write_u32(flags.into()).await?;
-        self.structured = self
-            .option(option::STRUCTURED_REPLY, &[])
-            .await
-            .is_ok_and(|_| true);
+        self.structured = self.wish(option::STRUCTURED_REPLY, &[]).await?.is_some();
         if self.structured {
+            // The empty name, and one context.
             let mut query = 0u32.to_be_bytes().to_vec();
             query.extend(1u32.to_be_bytes());
             query.extend((ALLOCATION.len() as u32).to_be_bytes());
             query.extend(ALLOCATION.as_bytes());
-            let replies = match self.option(option::SET_META_CONTEXT, &query).await {
-                Err(error) if error.kind() == ErrorKind::Unsupported => Vec::new(),
-                replies => replies?,
-            };
+            let replies = self.wish(option::SET_META_CONTEXT, &query).await?;
+            let replies = replies.unwrap_or_default();
             let context = replies.iter().find_map(|(kind, data)| {
                 let (number, name) = data.split_first_chunk()?;
                 let found = *kind == reply::META_CONTEXT && name == ALLOCATION.as_bytes();
@@ -111,8 +110,16 @@ impl Session {
         }
     }
 
+    /// Sends an option that the server need not know; the replies to it, where it does.
+    async fn wish(&mut self, number: u32, data: &[u8]) -> io::Result<Option<Replies>> {
+        match self.option(number, data).await {
+            Err(error) if error.kind() == ErrorKind::Unsupported => Ok(None),
+            replies => replies.map(Some),
+        }
+    }
+
     /// Sends an option; the replies to it.
-    async fn option(&mut self, number: u32, data: &[u8]) -> io::Result<Vec<(u32, Vec<u8>)>> {
+    async fn option(&mut self, number: u32, data: &[u8]) -> io::Result<Replies> {
         let mut bytes = IHAVEOPT.to_be_bytes().to_vec();
         bytes.extend(number.to_be_bytes());
         bytes.extend((data.len() as u32).to_be_bytes());
@@ -157,7 +164,7 @@ impl Session {
             for (len, flags) in told {
                 let next = at.saturating_add(len.into()).min(end);
                 match zeros.last_mut() {
-                    _ if flags & ZERO == 0 => {}
+                    _ if flags & ZERO == 0 || at == next => {}
                     Some((_, last)) if *last == at => *last = next,
                     _ => zeros.push((at, next)),
                 }
@@ -179,7 +186,10 @@ impl Session {
             }
             match head.kind {
                 chunk::NONE if head.len == 0 => {}
-                chunk::BLOCK_STATUS if head.len % 8 == 4 && head.len / 8 <= MAX_EXTENTS => {
+                chunk::BLOCK_STATUS
+                    if head.len % 8 == 4
+                        && head.len as usize / 8 + extents.len() <= MAX_EXTENTS =>
+                {
                     let told = self.read.read_u32().await?;
                     let mut bytes = vec![0; head.len as usize - 4];
                     self.read.read_exact(&mut bytes).await?;
@@ -270,7 +280,7 @@ async fn hear(
         if let Some(cookie) = answered {
             let request = open.lock().remove(&cookie);
             let request = request.ok_or_else(|| wrong("the server answers what nobody asked"))?;
-            request.end()?;
+            request.end();
         }
     }
 }
@@ -371,7 +381,7 @@ impl Request {
     }
 
     /// Tells who asked.
-    fn end(self) -> io::Result<()> {
+    fn end(self) {
         let whole = self.range.end - self.range.start;
         let refusal = match self.refusal {
             None if self.kind == command::READ && self.came != whole => Some(Refusal {
@@ -382,7 +392,6 @@ impl Request {
         };
         // It may have gone.
         let _gone = self.answer.send(refusal.map_or(Ok(self.bytes), Err));
-        Ok(())
     }
 }
 

@@ -8,6 +8,7 @@ mod delta;
 mod files;
 mod flow;
 mod idle;
+mod machine;
 mod measure;
 mod memory;
 mod pair;
@@ -81,6 +82,8 @@ enum Bench {
     Rollout(rollout::Options),
     /// Updates of systems made of Debian packages; beside casync, rsync, xdelta3, zstd, zchunk, OSTree and the packages themselves.
     Delta(delta::Options),
+    /// Machines that move over a link of 384 kbit/s, on a Debian guest; beside what the paper reached.
+    Machine(machine::Options),
     /// The sending end of the plain TCP copy.
     #[command(hide = true)]
     TcpSend { listen: SocketAddr, file: PathBuf },
@@ -166,6 +169,19 @@ fn main() -> Result<ExitCode> {
             }
             return inside::enter(Network::Own).map(ExitCode::from);
         }
+        Bench::Machine(options) if inside::network().is_none() => {
+            capsule_tests::binary::capsule();
+            machine::install_tools();
+            let code = if options.must_build()? {
+                inside::enter(Network::Machine)?
+            } else {
+                0
+            };
+            if code != 0 || options.is_build_only() {
+                return Ok(code.into());
+            }
+            return inside::enter(Network::Own).map(ExitCode::from);
+        }
         _ => {}
     }
     let scratch = match &args.dir {
@@ -178,6 +194,11 @@ fn main() -> Result<ExitCode> {
         .map_err(|dir| anyhow!("temporary files go to {} already", dir.display()))?;
     stop::with_what_started_it(scratch.path())?;
     if let Bench::Delta(options) = &args.bench
+        && inside::network() == Some(Network::Machine)
+    {
+        return options.build().map(|()| ExitCode::SUCCESS);
+    }
+    if let Bench::Machine(options) = &args.bench
         && inside::network() == Some(Network::Machine)
     {
         return options.build().map(|()| ExitCode::SUCCESS);
@@ -196,6 +217,7 @@ fn main() -> Result<ExitCode> {
         Bench::Idle { seconds } => ("idle", idle::run(&setting, seconds)?),
         Bench::Rollout(options) => ("rollout", rollout::run(&setting, &options)?),
         Bench::Delta(options) => ("delta", delta::run(&setting, &options)?),
+        Bench::Machine(options) => ("machine", machine::run(&setting, &options)?),
         Bench::TcpSend { .. } | Bench::TcpReceive { .. } => unreachable!("done above"),
     };
     report.print();

@@ -277,7 +277,8 @@ impl Table {
 }
 
 impl Target {
-    fn is_met(&self) -> bool {
+    /// Whether it was found and reaches what it is to.
+    pub fn is_met(&self) -> bool {
         self.found.is_some_and(|found| self.limit.is_met(found))
     }
 
@@ -313,7 +314,8 @@ impl Limit {
         }
     }
 
-    fn words(self) -> (&'static str, f64) {
+    /// The comparison in words, and the number.
+    pub fn words(self) -> (&'static str, f64) {
         match self {
             Self::AtLeast(at) => ("at least", at),
             Self::AtMost(at) => ("at most", at),

@@ -101,6 +101,11 @@ impl Apt {
         })
     }
 
+    /// Where package files lie that were fetched.
+    pub fn archives(&self) -> PathBuf {
+        self.dir.join("archives")
+    }
+
     /// Puts a minimal system into a mounted image.
     pub fn bootstrap(&self, root: &Path, deadline: &Deadline) -> Result<()> {
         let mut command = Command::new("debootstrap");
@@ -185,6 +190,18 @@ impl Inside<'_> {
     /// Upgrades all.
     pub fn upgrade(&self) -> Result<()> {
         self.get(&["dist-upgrade", "-y", "--no-install-recommends"])
+    }
+
+    /// Fetches the files of newer versions of packages, and of what these take besides, and installs none of them.
+    pub fn download(&self, packages: &[&str]) -> Result<()> {
+        let order = [
+            "install",
+            "-y",
+            "--download-only",
+            "--only-upgrade",
+            "--no-install-recommends",
+        ];
+        self.get(&[&order, packages].concat())
     }
 
     /// The files that an order would fetch, none of which is taken for here.

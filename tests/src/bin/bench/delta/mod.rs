@@ -3,10 +3,10 @@
 //! The images are built once, with the machine's own mirrors, in namespaces for mounts and processes; then everything is measured in one
 //! where loopback is all the network there is.
 
-mod apt;
+pub mod apt;
 mod build;
 mod figures;
-mod image;
+pub mod image;
 mod options;
 mod ours;
 mod peers;
