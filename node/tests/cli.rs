@@ -245,6 +245,7 @@ fn help_lists_every_command_and_completions_know_them() {
         "export",
         "nbd",
         "mount",
+        "machine",
         "verify",
         "status",
         "peers",

@@ -310,6 +310,27 @@ impl ComponentKind {
 }
 
 impl Machine {
+    /// As text, to be passed on: its part of a manifest, in hexadecimal digits.
+    pub fn to_text(&self) -> String {
+        let mut writer = Writer::default();
+        self.encode(&mut writer);
+        data_encoding::HEXLOWER.encode(&writer.finish())
+    }
+
+    /// What [`Machine::to_text`] wrote.
+    ///
+    /// # Errors
+    /// It did not write that.
+    pub fn from_text(text: &str) -> Result<Self, DecodeError> {
+        let bytes = data_encoding::HEXLOWER.decode(text.as_bytes());
+        // What is no text ends too early.
+        let bytes = bytes.unwrap_or_default();
+        let mut reader = Reader::new(&bytes);
+        let machine = Self::decode(&mut reader)?;
+        reader.finish()?;
+        Ok(machine)
+    }
+
     fn encode(&self, w: &mut Writer) {
         let text = |w: &mut Writer, text: &String| w.bytes(text.as_bytes());
         for field in [

@@ -1,6 +1,5 @@
 //! What machines need of the daemon: what a capsule is, publishing a machine that was stopped, and what resuming one reads first.
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use capsule_chunker::layer::encode::Effort;
@@ -25,6 +24,7 @@ pub struct Capture {
     #[serde(default)]
     pub expires: Option<u64>,
     /// What resuming it takes. It names components.
+    #[serde(with = "machine")]
     pub machine: Machine,
     /// All of its components, from the same stop.
     pub components: Vec<Captured>,
@@ -50,7 +50,7 @@ pub struct Captured {
 
 /// What a component was before.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
+#[serde(try_from = "FlatBase", into = "FlatBase")]
 pub enum Base {
     /// A component of a capsule. All of it is fetched where it is not here.
     Capsule {
@@ -62,9 +62,45 @@ pub enum Base {
     /// A disk image, or a file, that nobody changes meanwhile.
     File {
         /// Absolute path.
-        #[serde(with = "super::path")]
         path: PathBuf,
     },
+}
+
+/// A base as it travels: the first two, or the third.
+#[derive(Serialize, Deserialize)]
+struct FlatBase {
+    #[serde(default)]
+    capsule: Option<CapsuleRef>,
+    #[serde(default)]
+    component: Option<String>,
+    #[serde(default, with = "super::path::option")]
+    file: Option<PathBuf>,
+}
+
+impl From<Base> for FlatBase {
+    fn from(base: Base) -> Self {
+        let (capsule, component, file) = match base {
+            Base::Capsule { capsule, component } => (Some(capsule), Some(component), None),
+            Base::File { path } => (None, None, Some(path)),
+        };
+        Self {
+            capsule,
+            component,
+            file,
+        }
+    }
+}
+
+impl TryFrom<FlatBase> for Base {
+    type Error = &'static str;
+
+    fn try_from(flat: FlatBase) -> Result<Self, Self::Error> {
+        match (flat.capsule, flat.component, flat.file) {
+            (Some(capsule), Some(component), None) => Ok(Self::Capsule { capsule, component }),
+            (None, None, Some(path)) => Ok(Self::File { path }),
+            _ => Err("a base is a component of a capsule, or a file"),
+        }
+    }
 }
 
 /// What was written, and where.
@@ -99,9 +135,28 @@ pub struct Described {
     /// Its components.
     pub components: Vec<ComponentInfo>,
     /// What resuming it takes, where it is a machine.
+    #[serde(with = "machine::option")]
     pub machine: Option<Machine>,
-    /// By component, what who resumed it before read of it first: start and length of each range, in order.
-    pub prefetch: BTreeMap<String, Vec<(u64, u64)>>,
+    /// What who resumed it before read first, of components of which that is known.
+    pub prefetch: Vec<ReadFirst>,
+}
+
+/// What is read first of a component.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReadFirst {
+    /// The component's name.
+    pub component: String,
+    /// Which ranges, in order of use.
+    pub ranges: Vec<ByteRange>,
+}
+
+/// A range of bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ByteRange {
+    /// Its first byte.
+    pub start: u64,
+    /// Its length.
+    pub length: u64,
 }
 
 /// Publishes what was read of a component first, so that the next who resumes it fetches exactly that.
@@ -109,8 +164,8 @@ pub struct Described {
 pub struct Prefetch {
     /// The component.
     pub component: RootHash,
-    /// Start and length of each range, in order of use.
-    pub ranges: Vec<(u64, u64)>,
+    /// Which ranges, in order of use; at most 8,192.
+    pub ranges: Vec<ByteRange>,
 }
 
 /// Answer to `prefetch`.
@@ -120,4 +175,43 @@ pub struct Prefetched {
     pub component: RootHash,
     /// How many ranges were published.
     pub ranges: usize,
+}
+
+/// A machine, as in a manifest, in hexadecimal digits.
+mod machine {
+    use serde::de::Error;
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    use super::Machine;
+
+    pub fn serialize<S: Serializer>(machine: &Machine, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&machine.to_text())
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Machine, D::Error> {
+        Machine::from_text(&String::deserialize(deserializer)?).map_err(D::Error::custom)
+    }
+
+    /// Where there may be none.
+    pub mod option {
+        use super::{Deserialize, Deserializer, Error, Machine, Serializer};
+
+        pub fn serialize<S: Serializer>(
+            machine: &Option<Machine>,
+            serializer: S,
+        ) -> Result<S::Ok, S::Error> {
+            match machine {
+                Some(machine) => serializer.serialize_str(&machine.to_text()),
+                None => serializer.serialize_none(),
+            }
+        }
+
+        pub fn deserialize<'de, D: Deserializer<'de>>(
+            deserializer: D,
+        ) -> Result<Option<Machine>, D::Error> {
+            let text = Option::<String>::deserialize(deserializer)?;
+            text.map(|text| Machine::from_text(&text).map_err(D::Error::custom))
+                .transpose()
+        }
+    }
 }

@@ -30,7 +30,9 @@ pub use answer::*;
 pub use client::{Canceller, Client, ClientError};
 pub use error::{Failure, FailureCode};
 pub use event::{Phase, Progress, Reply};
-pub use machine::{Base, Capture, Captured, Describe, Described, Patch, Prefetch, Prefetched};
+pub use machine::{
+    Base, ByteRange, Capture, Captured, Describe, Described, Patch, Prefetch, Prefetched, ReadFirst,
+};
 pub use request::*;
 pub(crate) use request::{commands, effort, text};
 pub use server::{Handler, MAX_CLIENTS, Reporter, ServerError, listen, serve};

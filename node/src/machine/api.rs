@@ -119,6 +119,20 @@ pub struct StoppedMachine {
     pub capsule: Option<CapsuleId>,
 }
 
+/// All machines of a home, by name.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct MachineList {
+    /// How each is.
+    pub machines: Vec<MachineInfo>,
+}
+
+/// What removing a machine removed.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct RemovedMachine {
+    /// The machine.
+    pub machine: String,
+}
+
 commands! {
     /// Any request to a machine's process.
     MachineRequest {

@@ -167,8 +167,10 @@ pub fn capture_stopped(
     on_progress: impl FnMut(Progress),
     on_notice: impl FnMut(String),
 ) -> Result<CapturedMachine, Failure> {
-    let mut config = directory.load()?;
+    directory.load()?;
     let _lock = lock(directory)?;
+    // Its process, which may just have ended, changed it.
+    let mut config = directory.load()?;
     if config.resume {
         let message = format!(
             "machine {} is where its capsule stopped: there is nothing to capture",

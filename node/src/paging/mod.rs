@@ -15,7 +15,7 @@ use capsule_proto::record::{BlobRef, Layer};
 use capsule_proto::{CapsuleId, RootHash};
 use capsule_swarm::Priority;
 
-use crate::control::{CapsuleRef, Describe, Described, Failure, FailureCode};
+use crate::control::{ByteRange, CapsuleRef, Describe, Described, Failure, FailureCode, ReadFirst};
 use crate::disk::Disk;
 use crate::held::{HeldWay, component_info};
 use crate::node::{Node, spelled};
@@ -88,12 +88,16 @@ pub async fn describe(
     let (shared, manifest) = (node.clone(), opened.manifest().clone());
     let resolution = opened.resolution.clone();
     blocking(move || {
-        let mut prefetch = BTreeMap::new();
+        let mut prefetch = Vec::new();
         for component in &manifest.components {
             if let Some(found) = shared.records.prefetch_of(&component.root)? {
                 let fits = |(start, len): &(u64, u64)| start + len <= component.size;
-                let ranges = found.ranges.into_iter().filter(fits).collect();
-                prefetch.insert(component.name.clone(), ranges);
+                let ranges = found.ranges.into_iter().filter(fits);
+                let ranges = ranges.map(|(start, length)| ByteRange { start, length });
+                prefetch.push(ReadFirst {
+                    component: component.name.clone(),
+                    ranges: ranges.collect(),
+                });
             }
         }
         Ok(Described {

@@ -351,8 +351,8 @@ pub async fn prefetch(node: &Arc<Node>, request: Prefetch) -> Result<Prefetched,
             if node.records.prefetch_of(&component)?.is_some() {
                 return Ok((0, None));
             }
-            let mut ranges = request.ranges;
-            ranges.truncate(MAX_PREFETCH_RANGES);
+            let ranges = request.ranges.iter().take(MAX_PREFETCH_RANGES);
+            let ranges: Vec<(u64, u64)> = ranges.map(|range| (range.start, range.length)).collect();
             let count = ranges.len();
             let body = Body::Prefetch(record::Prefetch { component, ranges });
             Ok((count, Some(sign(node, 0, body, None)?)))

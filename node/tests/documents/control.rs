@@ -5,10 +5,11 @@ use std::collections::BTreeSet;
 use capsule_chunker::layer::encode::Effort;
 use capsule_node::control::*;
 use capsule_node::held::{kind_word, space_word};
+use capsule_node::machine::api::*;
 use capsule_node::store::BlobKind;
 use capsule_proto::RootHash;
 use capsule_proto::index::Space;
-use capsule_proto::manifest::ComponentKind;
+use capsule_proto::manifest::{ComponentKind, Machine};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
@@ -124,16 +125,16 @@ fn requests_and_answers_have_the_keys_that_the_document_names() {
     );
     commands.add(|_| Hashes {}, samples::hash_list);
     commands.add(
-        |_| Pin {
+        |full| Pin {
             capsule: which(),
-            machine: None,
+            machine: full.then(|| "me".to_owned()),
         },
         samples::pinned,
     );
     commands.add(
-        |_| Unpin {
+        |full| Unpin {
             capsule: which(),
-            machine: None,
+            machine: full.then(|| "me".to_owned()),
         },
         samples::pinned,
     );
@@ -156,6 +157,43 @@ fn requests_and_answers_have_the_keys_that_the_document_names() {
         samples::rate_list,
     );
 
+    commands.add(
+        |full| Capture {
+            name: "me:1".parse().unwrap(),
+            effort: Effort::Max,
+            expires: full.then_some(1),
+            machine: Machine {
+                machine_type: "pc-q35-7.2".to_owned(),
+                cpus: 1,
+                ..Machine::default()
+            },
+            components: vec![
+                samples::captured(true),
+                samples::captured(false),
+                Captured {
+                    base: None,
+                    ..samples::captured(true)
+                },
+            ],
+        },
+        samples::published,
+    );
+    commands.add(
+        |full| Describe {
+            capsule: which(),
+            wait: full.then_some(1),
+        },
+        samples::described,
+    );
+    commands.add(
+        |_| Prefetch {
+            component: RootHash::of(b"sample"),
+            ranges: vec![samples::range()],
+        },
+        samples::prefetched,
+    );
+    machines(&mut commands.comparison);
+
     let Commands {
         mut comparison,
         names,
@@ -175,6 +213,59 @@ fn requests_and_answers_have_the_keys_that_the_document_names() {
     replies(&mut comparison);
     comparison.unseen();
     comparison.conclude();
+}
+
+/// What machines' processes are asked, and answer.
+fn machines(comparison: &mut Comparison<'_>) {
+    let captures = [true, false].map(|full| CaptureMachine {
+        name: "me:1".parse().unwrap(),
+        effort: Effort::Max,
+        expires: full.then_some(1),
+        no_balloon: true,
+        stop: true,
+    });
+    let captures = captures.map(|request| inner(request).1);
+    comparison.samples("capture-machine", &captures.each_ref());
+    let stops = [true, false].map(|full| StopMachine {
+        force: true,
+        wait: full.then_some(1),
+    });
+    let stops = stops.map(|request| inner(request).1);
+    comparison.samples("stop-machine", &stops.each_ref());
+    let both = |title: &str, of: &dyn Fn(bool) -> Value, comparison: &mut Comparison<'_>| {
+        comparison.samples(title, &[&of(true), &of(false)]);
+    };
+    let infos: Vec<Value> = samples::machine_infos().iter().map(value).collect();
+    comparison.samples("MachineInfo", &infos.iter().collect::<Vec<_>>());
+    let list = |_| {
+        value(MachineList {
+            machines: samples::machine_infos(),
+        })
+    };
+    both("MachineList", &list, comparison);
+    both(
+        "CapturedMachine",
+        &|full| value(samples::captured_machine(full)),
+        comparison,
+    );
+    both("Origin", &|full| value(samples::origin(full)), comparison);
+    both(
+        "StoppedMachine",
+        &|full| value(samples::stopped_machine(full)),
+        comparison,
+    );
+    let removed = RemovedMachine {
+        machine: "me".to_owned(),
+    };
+    comparison.samples("RemovedMachine", &[&value(removed)]);
+    comparison.enumeration("MachineState", &words_of::<MachineState>());
+    let asked = [
+        "machine-status",
+        "await-running",
+        "capture-machine",
+        "stop-machine",
+    ];
+    assert_eq!(words_of::<MachineRequest>(), asked);
 }
 
 struct Commands<'a> {

@@ -2,6 +2,9 @@
 //! does not compile.
 
 use capsule_node::control::*;
+use capsule_node::machine::api::*;
+use capsule_node::machine::config::Origin;
+use capsule_proto::manifest::{ComponentKind, Machine};
 use capsule_proto::{CapsuleId, RootHash};
 
 fn root() -> RootHash {
@@ -405,5 +408,110 @@ pub fn removed(_full: bool) -> Removed {
         punched_bytes: 1,
         bytes: 1,
         busy: 1,
+    }
+}
+
+/// Both kinds.
+pub fn base(of_capsule: bool) -> Base {
+    match of_capsule {
+        true => Base::Capsule {
+            capsule: CapsuleRef(text()),
+            component: text(),
+        },
+        false => Base::File {
+            path: "/sample".into(),
+        },
+    }
+}
+
+pub fn captured(full: bool) -> Captured {
+    let patch = |full: bool| Patch {
+        data: "/sample".into(),
+        runs: full.then(|| "/sample".into()),
+    };
+    Captured {
+        name: text(),
+        kind: ComponentKind::Disk,
+        size: full.then_some(1),
+        base: Some(base(full)),
+        patches: vec![patch(true), patch(false)],
+    }
+}
+
+pub fn range() -> ByteRange {
+    ByteRange {
+        start: 0,
+        length: 1,
+    }
+}
+
+pub fn described(full: bool) -> Described {
+    Described {
+        capsule: capsule(),
+        name: full.then(text),
+        components: vec![component()],
+        machine: full.then(Machine::default),
+        prefetch: vec![ReadFirst {
+            component: text(),
+            ranges: vec![range()],
+        }],
+    }
+}
+
+pub fn prefetched(_full: bool) -> Prefetched {
+    Prefetched {
+        component: root(),
+        ranges: 1,
+    }
+}
+
+pub fn origin(full: bool) -> Origin {
+    Origin {
+        capsule: capsule(),
+        name: full.then(text),
+    }
+}
+
+pub fn machine_info(full: bool) -> MachineInfo {
+    MachineInfo {
+        name: text(),
+        state: MachineState::Running,
+        origin: Some(origin(full)),
+        resume: true,
+        memory: 1,
+        cpus: 1,
+        disks: 1,
+        written: 1,
+        read: 1,
+        started_seconds: full.then_some(1.5),
+        waiting_seconds: full.then_some(1.5),
+    }
+}
+
+/// Of each kind of origin.
+pub fn machine_infos() -> Vec<MachineInfo> {
+    let without = MachineInfo {
+        origin: None,
+        ..machine_info(true)
+    };
+    vec![machine_info(true), machine_info(false), without]
+}
+
+pub fn captured_machine(full: bool) -> CapturedMachine {
+    CapturedMachine {
+        machine: text(),
+        pause_seconds: full.then_some(1.5),
+        balloon: true,
+        ram_written: 1,
+        disk_written: 1,
+        published: published(full),
+    }
+}
+
+pub fn stopped_machine(full: bool) -> StoppedMachine {
+    StoppedMachine {
+        machine: text(),
+        orderly: true,
+        capsule: full.then(capsule),
     }
 }

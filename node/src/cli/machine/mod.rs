@@ -9,14 +9,13 @@ use capsule_node::control::{CapsuleRef, Failure, FailureCode, Progress};
 use capsule_node::home::Home;
 use capsule_node::home::parse_expiry;
 use capsule_node::machine::api::{
-    AwaitRunning, CaptureMachine, CapturedMachine, MachineInfo, MachineState, StopMachine,
-    StoppedMachine,
+    AwaitRunning, CaptureMachine, CapturedMachine, MachineInfo, MachineList, MachineState,
+    RemovedMachine, StopMachine, StoppedMachine,
 };
 use capsule_node::machine::config::Directory;
 use capsule_node::machine::{client, create, host};
 use capsule_proto::name::CapsuleName;
 use clap::{Args, Subcommand};
-use serde::Serialize;
 
 use super::context::{Context, Output, now};
 use super::exit::Exit;
@@ -131,18 +130,6 @@ pub struct HostArgs {
     /// The machine
     #[arg(value_name = "NAME")]
     machine: String,
-}
-
-/// What `rm` removed.
-#[derive(Debug, Serialize)]
-struct RemovedMachine {
-    machine: String,
-}
-
-/// All machines.
-#[derive(Debug, Serialize)]
-struct MachineList {
-    machines: Vec<MachineInfo>,
 }
 
 /// Runs the command.

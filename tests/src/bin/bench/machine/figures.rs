@@ -49,7 +49,12 @@ fn figures(found: &Found, only: &[Row]) -> Vec<Figure> {
     let mut all = Vec::new();
     let mut add = |row, what: &str, found: Option<f64>, limit, unit, paper| {
         let what = what.to_owned();
-        let target = Target { what, found, limit, unit };
+        let target = Target {
+            what,
+            found,
+            limit,
+            unit,
+        };
         all.push(Figure { row, target, paper });
     };
     let first = found.first.as_ref();
@@ -82,9 +87,9 @@ fn figures(found: &Found, only: &[Row]) -> Vec<Figure> {
     add(
         Row::Update,
         "the capture from before an upgrade at the receiver: bytes / the first row's",
-        update.zip(first).map(|(update, first)| {
-            update.arrival.first_bytes as f64 / first.first_bytes as f64
-        }),
+        update
+            .zip(first)
+            .map(|(update, first)| update.arrival.first_bytes as f64 / first.first_bytes as f64),
         Limit::AtMost(1.0 / 3.0),
         "",
         PAPER_UPDATE,
@@ -120,14 +125,17 @@ fn figures(found: &Found, only: &[Row]) -> Vec<Figure> {
     add(
         Row::Memory,
         "memory of the idle guest, index and pack of the whole of it / its size",
-        found.whole("ram").map(|bytes| bytes as f64 / MEMORY * 100.0),
+        found
+            .whole("ram")
+            .map(|bytes| bytes as f64 / MEMORY * 100.0),
         Limit::AtMost(10.0),
         "%",
         PAPER_BALLOON,
     );
-    let lan = found.lan.as_ref().and_then(|lan| {
-        Some(median(lan.lan.clone())? / median(lan.here.clone())?)
-    });
+    let lan = found
+        .lan
+        .as_ref()
+        .and_then(|lan| Some(median(lan.lan.clone())? / median(lan.here.clone())?));
     add(
         Row::Lan,
         "1 Gbit/s: first command / the same from a capsule that is here",
@@ -200,7 +208,9 @@ pub fn report(found: &Found, only: &[Row]) -> Report {
     report.tables.push(table);
     for (row, reason) in &found.failed {
         let error = anyhow!("{reason}");
-        report.tables.push(Table::failed(format!("{row:?}"), &error));
+        report
+            .tables
+            .push(Table::failed(format!("{row:?}"), &error));
     }
     report
 }
@@ -223,7 +233,10 @@ fn local(found: &Found) -> Option<Table> {
     }
     let pauses = |figure: fn(&Pause) -> f64| found.pauses.iter().map(figure).collect();
     rows.push(("pause of a capture: s", pauses(|pause| pause.seconds)));
-    rows.push(("memory written before it: MB", pauses(|pause| pause.ram_written as f64 / MB)));
+    rows.push((
+        "memory written before it: MB",
+        pauses(|pause| pause.ram_written as f64 / MB),
+    ));
     rows.retain(|(_, all)| !all.is_empty());
     let mut table = Table::new("on one computer, and on a LAN", &LOCAL);
     let has_any = !rows.is_empty();
@@ -270,17 +283,29 @@ fn document(found: &Found, only: &[Row], plot: &Path) -> String {
     for Figure { target, paper, .. } in figures(found, only) {
         let unit = target.unit;
         let found = target.found;
-        let found = found.map_or("not measured".to_owned(), |found| format!("{found:.2} {unit}"));
+        let found = found.map_or("not measured".to_owned(), |found| {
+            format!("{found:.2} {unit}")
+        });
         let (words, at) = target.limit.words();
-        let met = if target.is_met() { "reached" } else { "**not reached**" };
+        let met = if target.is_met() {
+            "reached"
+        } else {
+            "**not reached**"
+        };
         let what = &target.what;
-        say(format!("| {what} | {found} | {words} {at:.2} {unit} | {met} | {paper} |"));
+        say(format!(
+            "| {what} | {found} | {words} {at:.2} {unit} | {met} | {paper} |"
+        ));
     }
     for Ladder { title, steps } in &found.ablation {
         say(format!("\n## What each technique saves: {title}\n"));
         say("| | bytes | minutes | |\n|---|---|---|---|".to_owned());
         for step in steps {
-            let how = if step.is_measured { "measured" } else { "reckoned" };
+            let how = if step.is_measured {
+                "measured"
+            } else {
+                "reckoned"
+            };
             say(format!(
                 "| {} | {} | {:.1} | {how}: {} |",
                 step.name,

@@ -21,7 +21,9 @@ pub fn ladders(all: &[Ladder]) -> String {
     let height = |ladder: &Ladder| TITLE + ladder.steps.len() as f64 * (BAR + GAP);
     let total = all.iter().map(height).sum::<f64>() + TITLE;
     let bytes = all.iter().flat_map(|ladder| &ladder.steps);
-    let most = bytes.map(|step| step.bytes as f64).fold(LEAST * 10.0, f64::max);
+    let most = bytes
+        .map(|step| step.bytes as f64)
+        .fold(LEAST * 10.0, f64::max);
     let width = |bytes: f64| {
         let part = (bytes / LEAST).max(1.0).log10() / (most / LEAST).log10();
         part * (WIDTH - LEFT - RIGHT)
@@ -39,7 +41,11 @@ pub fn ladders(all: &[Ladder]) -> String {
             let middle = y + BAR - 5.0;
             text(&mut svg, LEFT - 8.0, middle, "end", 12, step.name);
             rectangle(&mut svg, (LEFT, y), (long, BAR), colour);
-            let beside = format!("{:.1} MB, {:.1} min", step.bytes as f64 / 1e6, step.seconds / 60.0);
+            let beside = format!(
+                "{:.1} MB, {:.1} min",
+                step.bytes as f64 / 1e6,
+                step.seconds / 60.0
+            );
             text(&mut svg, LEFT + long + 6.0, middle, "start", 12, &beside);
             y += BAR + GAP;
         }
@@ -81,7 +87,10 @@ mod tests {
         };
         let ladder = Ladder {
             title: "a < b".to_owned(),
-            steps: vec![step("raw", 1_000_000_000, false), step("all", 1_000_000, true)],
+            steps: vec![
+                step("raw", 1_000_000_000, false),
+                step("all", 1_000_000, true),
+            ],
         };
         let svg = ladders(&[ladder]);
         assert!(svg.contains("a &lt; b") && svg.contains("1000.0 MB, 1.0 min"));
