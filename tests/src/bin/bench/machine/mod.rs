@@ -21,11 +21,12 @@ mod plot;
 mod system;
 mod work;
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use capsule_node::control::{CapsuleRef, Client, Describe, Layers};
+use capsule_node::control::{CapsuleRef, Client, Describe, Layers, ReadFirst};
 use capsule_tests::inside;
 
 use self::found::Found;
@@ -269,14 +270,16 @@ impl Bench<'_> {
     }
 }
 
-/// What a node knows of what resuming a capsule reads first.
-fn prefetch(
-    home: &Path,
-    capsule: &str,
-) -> Result<std::collections::BTreeMap<String, Vec<(u64, u64)>>> {
+/// What a node knows of what resuming a capsule reads first: by component, start and length of each range.
+fn prefetch(home: &Path, capsule: &str) -> Result<BTreeMap<String, Vec<(u64, u64)>>> {
     let described = Client::connect(home)?.call(Describe {
         capsule: CapsuleRef(capsule.to_owned()),
         wait: None,
-    });
-    Ok(described?.prefetch)
+    })?;
+    let ranges = |first: ReadFirst| {
+        let ranges = first.ranges.iter();
+        let ranges = ranges.map(|range| (range.start, range.length));
+        (first.component, ranges.collect())
+    };
+    Ok(described.prefetch.into_iter().map(ranges).collect())
 }
