@@ -344,6 +344,7 @@ impl Handler for Answers {
                 Request::Peers(request) => json(report::peers(&node, request).await),
                 Request::Hashes(_) => json(report::hashes(&node).await),
                 Request::Rates(request) => json(rates::rates(&node, request).await),
+                Request::CheckName(request) => json(publish::check_name(&node, request).await),
                 Request::Describe(request) => {
                     json(paging::describe(&node, request, &reporter).await)
                 }

@@ -244,7 +244,8 @@ impl Cramped {
         assert!(said.contains("capsule gc"), "{said}");
         assert_eq!(self.machine.state(&self.node), "running");
         assert_eq!(self.console.ask(SUMS), self.sums);
-        self.console.ask("echo 2 >>/tmp/mark; echo 2 >>/mnt/mark; sync");
+        self.console
+            .ask("echo 2 >>/tmp/mark; echo 2 >>/mnt/mark; sync");
     }
 
     /// A capture succeeds, and all that the guest has is in it.
@@ -255,7 +256,9 @@ impl Cramped {
         assert!(marks.starts_with("1\n2\n"), "{marks}");
         assert_eq!(self.console.ask(SUMS), self.sums);
         let there = &self.fleet[0];
-        there.wait_until("it is known", |node| node.run(&["show", "me:1"]).code == Some(0));
+        there.wait_until("it is known", |node| {
+            node.run(&["show", "me:1"]).code == Some(0)
+        });
         let (elsewhere, _) = Machine::resume(there, "me:1", "me");
         let mut console = elsewhere.console();
         assert_eq!(console.ask("cat /tmp/mark /mnt/mark"), marks);

@@ -30,6 +30,24 @@ pub struct Capture {
     pub components: Vec<Captured>,
 }
 
+/// Asks whether this machine may publish under a name that nothing has yet, before work is done that would be in vain.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct CheckName {
+    /// `CHANNEL:VERSION`; the version must be given.
+    #[serde(with = "text")]
+    pub name: CapsuleName,
+    /// When the name is to end, in seconds since 1970.
+    #[serde(default)]
+    pub expires: Option<u64>,
+}
+
+/// Answer to `check-name`: it may.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct NameFree {
+    /// The name.
+    pub name: String,
+}
+
 /// A component of a machine that was stopped.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Captured {

@@ -31,7 +31,8 @@ pub use client::{Canceller, Client, ClientError};
 pub use error::{Failure, FailureCode};
 pub use event::{Phase, Progress, Reply};
 pub use machine::{
-    Base, ByteRange, Capture, Captured, Describe, Described, Patch, Prefetch, Prefetched, ReadFirst,
+    Base, ByteRange, Capture, Captured, CheckName, Describe, Described, NameFree, Patch, Prefetch,
+    Prefetched, ReadFirst,
 };
 pub use request::*;
 pub(crate) use request::{commands, effort, text};

@@ -11,7 +11,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::answer::*;
-use super::machine::{Capture, Describe, Described, Prefetch, Prefetched};
+use super::machine::{Capture, CheckName, Describe, Described, NameFree, Prefetch, Prefetched};
 
 /// A request type and what it is answered with.
 pub trait Command: Serialize {
@@ -376,6 +376,7 @@ commands! {
     Rm => Removed,
     Layers => LayerList,
     Rates => RateList,
+    CheckName => NameFree,
     Describe => Described,
     Prefetch => Prefetched,
     }

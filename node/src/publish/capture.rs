@@ -26,10 +26,10 @@ use super::patched::{Patched, Stored};
 use super::record::Recorded;
 use super::trim::Trimming;
 use super::update::Other;
-use super::{Naming, answer, check_naming, settle, sign};
+use super::{Naming, answer, check_naming, has_ended, settle, sign, taken};
 use crate::control::{
-    Base, CapsuleRef, Capture, Captured, Failure, FailureCode, Phase, Prefetch, Prefetched,
-    Publish, Published, Pull, Reporter,
+    Base, CapsuleRef, Capture, Captured, CheckName, Failure, FailureCode, NameFree, Phase,
+    Prefetch, Prefetched, Publish, Published, Pull, Reporter,
 };
 use crate::encoding::first_stream;
 use crate::held::{HeldWay, Holdings};
@@ -37,7 +37,7 @@ use crate::layers::open;
 use crate::node::{Node, spelled};
 use crate::store::Store;
 use crate::transfer::pull;
-use crate::work::{Task, Work};
+use crate::work::{Task, Work, blocking};
 
 /// Most patches on a component: one for each stop of which nothing could be published.
 const MAX_PATCHES: usize = 256;
@@ -121,6 +121,29 @@ pub async fn capture(
     let settled = settled.await;
     let (draft, unchanged) = settled.unwrap_or_else(|panic| Err(crate::work::panicked(&panic)))?;
     Ok(answer(draft, &request.name, unchanged, against, started))
+}
+
+/// Whether something may be published under a name that nothing has yet.
+pub async fn check_name(node: &Arc<Node>, request: CheckName) -> Result<NameFree, Failure> {
+    let name = request.name;
+    let version = check_naming(node, &name, request.expires)?;
+    let node = node.clone();
+    blocking(move || {
+        let known = node.records.version(&name.channel, &version)?;
+        if let Some(known) = known.first() {
+            return Err(taken(format!(
+                "{name} is published already: it is {}",
+                known.capsule
+            )));
+        }
+        if has_ended(&node, &name)? {
+            return Err(taken(format!("{name} was published before, and has ended")));
+        }
+        Ok(NameFree {
+            name: name.to_string(),
+        })
+    })
+    .await
 }
 
 /// What can be refused before any work.

@@ -33,7 +33,7 @@ use crate::records::{KnownName, SignError};
 use crate::store::{ActiveGuard, BlobKind, GcMode, HeldCapsule, LayerBlobs, PinOrigin, Store};
 use crate::transfer::check::register;
 use crate::work::{Task, blocking, panicked};
-pub use capture::{capture, prefetch};
+pub use capture::{capture, check_name, prefetch};
 pub use make::own_within;
 use make::{Draft, DraftComponent, Making, make};
 use parent::Parent;
@@ -258,14 +258,10 @@ fn keep_and_name(node: &Node, naming: Naming, mut draft: Draft) -> Result<(Draft
             "{name} is published already, with other content: it is {}, this would be {capsule}",
             other.capsule
         );
-        return Err(Failure::new(FailureCode::Exists, message)
-            .hint("choose another version; a version never changes"));
+        return Err(taken(message));
     }
-    let ended = node.records.newest_ended(&name.channel)?;
-    if known.is_empty() && ended.is_some_and(|ended| ended.name == name) {
-        let message = format!("{name} was published before, and has ended");
-        return Err(Failure::new(FailureCode::Exists, message)
-            .hint("choose another version; a version never changes"));
+    if known.is_empty() && has_ended(node, &name)? {
+        return Err(taken(format!("{name} was published before, and has ended")));
     }
     if let Some(same) = same {
         let several = known.iter().any(|known| known.capsule != capsule);
@@ -300,6 +296,17 @@ fn keep_and_name(node: &Node, naming: Naming, mut draft: Draft) -> Result<(Draft
         kept: guard,
     };
     Ok((draft, made))
+}
+
+fn taken(message: String) -> Failure {
+    Failure::new(FailureCode::Exists, message)
+        .hint("choose another version; a version never changes")
+}
+
+/// Whether a name is known to have ended.
+fn has_ended(node: &Node, name: &CapsuleName) -> Result<bool, Failure> {
+    let ended = node.records.newest_ended(&name.channel)?;
+    Ok(ended.is_some_and(|ended| ended.name == *name))
 }
 
 /// What there is to say to who publishes again what has its name already.

@@ -179,6 +179,13 @@ fn requests_and_answers_have_the_keys_that_the_document_names() {
         samples::published,
     );
     commands.add(
+        |full| CheckName {
+            name: "me:1".parse().unwrap(),
+            expires: full.then_some(1),
+        },
+        samples::name_free,
+    );
+    commands.add(
         |full| Describe {
             capsule: which(),
             wait: full.then_some(1),

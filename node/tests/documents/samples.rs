@@ -458,6 +458,10 @@ pub fn described(full: bool) -> Described {
     }
 }
 
+pub fn name_free(_full: bool) -> NameFree {
+    NameFree { name: text() }
+}
+
 pub fn prefetched(_full: bool) -> Prefetched {
     Prefetched {
         component: root(),

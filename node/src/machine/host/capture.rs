@@ -14,7 +14,8 @@ use tokio::process::Command;
 
 use super::{Host, Running, prefetch, waiting};
 use crate::control::{
-    Base, CapsuleRef, Capture, Captured, Failure, FailureCode, Patch, Pin, Published, Reporter,
+    Base, CapsuleRef, Capture, Captured, CheckName, Failure, FailureCode, Patch, Pin, Published,
+    Reporter,
 };
 use crate::machine::api::{CaptureMachine, CapturedMachine};
 use crate::machine::config::{Config, Directory, Origin, failed};
@@ -51,6 +52,12 @@ impl Host {
         let _alone = self.alone()?;
         let running = self.running()?;
         self.check_room(&running)?;
+        // Whoever may not publish it need not stop it.
+        let check = CheckName {
+            name: request.name.clone(),
+            expires: request.expires,
+        };
+        self.daemon.ask(check, |_| {}).await?;
         // What resuming read first belongs to the capsule that it comes from.
         prefetch::publish(self, &running).await;
         reporter.progress(waiting("the guest"));

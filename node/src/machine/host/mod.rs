@@ -124,6 +124,7 @@ impl Host {
         let running = Arc::new(self.start().await?);
         self.stage.send_replace(Stage::Running(running.clone()));
         let mut behind = tokio::task::JoinSet::new();
+        behind.spawn(wake(running.clone()));
         behind.spawn(self.clone().fetch_the_rest());
         behind.spawn(prefetch::publish_later(self.clone(), running.clone()));
         behind.spawn(resume_after_errors(running.clone()));
@@ -179,11 +180,6 @@ impl Host {
         }
         qemu.cont().await?;
         let after = self.started.elapsed();
-        if parts.state.is_some() {
-            // It may have been captured with less memory than it has, and some time ago.
-            qemu.grow().await?;
-            qemu.set_time().await;
-        }
         Ok(Running {
             is_of_origin: AtomicBool::new(parts.state.is_some()),
             qemu,
@@ -352,6 +348,16 @@ fn before_paging_qemu() -> std::io::Result<()> {
     // Where the kernel has no such filters, it fetches more and works as well.
     let _fetches_more = super::ram::small_pages::deny_huge_pages();
     Ok(())
+}
+
+/// Tells a guest that was resumed what became of it: it may have been captured with less memory than it has, and some time ago.
+async fn wake(running: Arc<Running>) {
+    if running.parts.state.is_some() {
+        if let Err(error) = running.qemu.grow().await {
+            tracing::warn!(%error, "the guest has less memory than it could");
+        }
+        running.qemu.set_time().await;
+    }
 }
 
 /// Lets a guest go on that stopped because a disk could not be read, once nothing is waited for any more.

@@ -6,7 +6,6 @@ use std::path::Path;
 use anyhow::{Context, Result, anyhow};
 
 use super::found::{Arrival, Found, Ladder, Pause};
-use super::place::THIN;
 use super::{Row, plot};
 use crate::report::{Column, Limit, Report, Table, Target};
 use crate::series::median;
@@ -62,7 +61,7 @@ fn figures(found: &Found, only: &[Row]) -> Vec<Figure> {
     let minutes = |seconds: f64| seconds / 60.0;
     add(
         Row::First,
-        "384 kbit/s, nothing at the receiver: to the first command's answer",
+        "thin link, nothing at the receiver: to the first command's answer",
         first.map(|first| minutes(first.first_seconds)),
         Limit::AtMost(10.0),
         "minutes",
@@ -173,7 +172,7 @@ pub fn report(found: &Found, only: &[Row]) -> Report {
     let mut report = Report::new();
     let moves = moves(found);
     if !moves.is_empty() {
-        let mut table = Table::new("moves over 384 kbit/s", &MOVES);
+        let mut table = Table::new(format!("moves over {} kbit/s", found.kbit), &MOVES);
         for (name, arrival) in moves {
             let figure = |bytes: u64| Some(bytes as f64);
             table.part(
@@ -267,7 +266,7 @@ pub fn write_markdown(found: &Found, only: &[Row], to: &Path) -> Result<()> {
 }
 
 fn document(found: &Found, only: &[Row], plot: &Path) -> String {
-    let mut text = String::from("# Machines that move over 384 kbit/s\n\n");
+    let mut text = format!("# Machines that move over {} kbit/s\n\n", found.kbit);
     let system = &found.system;
     let mut say = |line: String| {
         text += &line;
@@ -318,8 +317,8 @@ fn document(found: &Found, only: &[Row], plot: &Path) -> String {
     if !found.ablation.is_empty() {
         let name = plot.file_name().unwrap_or_default().to_string_lossy();
         say(format!(
-            "\nMinutes that were not measured are those of the bytes at {:.0} kbit/s.\n\n![bytes with each technique]({name})",
-            THIN * 1e3
+            "\nMinutes that were not measured are those of the bytes at {} kbit/s.\n\n![bytes with each technique]({name})",
+            found.kbit
         ));
     }
     for (row, reason) in &found.failed {

@@ -10,6 +10,8 @@ use super::system::{Facts, System};
 /// See the module. What was not measured is absent.
 #[derive(Debug, Serialize)]
 pub struct Found {
+    /// The thin link's rate.
+    pub kbit: u32,
     /// The guest's system, and its upgrade.
     pub system: Facts,
     /// From `machine create` to the shell.
@@ -160,7 +162,7 @@ pub struct Step {
     pub name: &'static str,
     /// Bytes until the first command's answer.
     pub bytes: u64,
-    /// Seconds at the thin link's rate.
+    /// Seconds until then; at the thin link's rate where that was not measured.
     pub seconds: f64,
     /// Whether that was measured in a real run; else it was reckoned from real content.
     pub is_measured: bool,
@@ -170,8 +172,9 @@ pub struct Step {
 
 impl Found {
     /// Nothing yet.
-    pub fn new(system: &System) -> Self {
+    pub fn new(system: &System, kbit: u32) -> Self {
         Self {
+            kbit,
             system: system.facts.clone(),
             boot_seconds: 0.0,
             idle: None,

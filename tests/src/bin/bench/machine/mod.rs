@@ -97,6 +97,9 @@ pub struct Options {
     /// Where the guest's disk and package files are kept for later runs; `bench-machine` in the target directory by default.
     #[arg(long)]
     cache: Option<PathBuf>,
+    /// The thin link, in kbit/s: to see quickly whether all works, faster than what the figures are set for.
+    #[arg(long, default_value_t = 384, value_parser = clap::value_parser!(u32).range(64..=1_000_000))]
+    kbit: u32,
     /// Only build the guest's disk.
     #[arg(long)]
     build_only: bool,
@@ -162,8 +165,11 @@ fn measure(setting: &Setting, options: &Options) -> Result<Report> {
     let system = System::open(&options.cache()?)?;
     let mut bench = Bench {
         setting,
-        place: Place::set_up(&setting.scratch.join("nodes"))?,
-        found: Found::new(&system),
+        place: Place::set_up(
+            &setting.scratch.join("nodes"),
+            f64::from(options.kbit) / 1000.0,
+        )?,
+        found: Found::new(&system, options.kbit),
         system,
     };
     let mut home = bench.idle_machine()?;

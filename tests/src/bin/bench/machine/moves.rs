@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail, ensure};
 
 use super::found::{Arrival, Hop, Layer, Update};
 use super::guest::{Guest, since};
-use super::place::{HOME, LAN, THIN, WORK, json};
+use super::place::{HOME, LAN, WORK, json};
 use super::{Bench, FIRST_COMMAND, IDLE, MOVE, STEP};
 use crate::process::Deadline;
 
@@ -160,7 +160,7 @@ impl Bench<'_> {
         self.place.link(number, LAN)?;
         json(self.place.node(number), &["pull", capsule], &deadline)?;
         self.place.quiet(number)?;
-        self.place.link(number, THIN)
+        self.place.link(number, self.place.thin)
     }
 
     /// Has the guest upgrade its packages, whose files it fetches from here.

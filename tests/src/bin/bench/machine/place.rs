@@ -4,7 +4,7 @@
 //! |---|---|---|
 //! | `HOME` | where machines are made and captured | 1 Gbit/s |
 //! | `OTHER` | somebody who resumes a machine before the others, so that a prefetch record is there | 1 Gbit/s |
-//! | `WORK` | the receiver; 384 kbit/s but where it is told otherwise | thin |
+//! | `WORK` | the receiver | thin, but while it is given what it has before |
 
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -29,9 +29,7 @@ pub const OTHER: usize = 1;
 /// See the module.
 pub const WORK: usize = 2;
 
-/// The thin link.
-pub const THIN: f64 = 0.384;
-/// The others.
+/// The links that are not thin, in Mbit/s.
 pub const LAN: f64 = 1000.0;
 /// Where nodes listen.
 const PORT: u16 = 4277;
@@ -42,7 +40,7 @@ const QUIET: Duration = Duration::from_secs(5);
 const QUIET_BYTES: u64 = 4 << 10;
 const QUIET_WITHIN: Duration = Duration::from_secs(120);
 
-const SCENARIO: &str = "title = \"machines\"\nmib = 1\n[[sites]]\nlabel = \"room\"\nnodes = [{ count = 2, mbit = 1000 }, { count = 1, mbit = 0.384 }]\n";
+const SCENARIO: &str = "title = \"machines\"\nmib = 1\n[[sites]]\nlabel = \"room\"\nnodes = [{ count = 3, mbit = 1000 }]\n";
 
 /// See the module.
 pub struct Place {
@@ -51,11 +49,13 @@ pub struct Place {
     token: String,
     dir: PathBuf,
     homes: usize,
+    /// The thin link's rate, in Mbit/s.
+    pub thin: f64,
 }
 
 impl Place {
     /// Sets up the network; the first node founds a fleet, which the others join as publishers.
-    pub fn set_up(dir: &Path) -> Result<Self> {
+    pub fn set_up(dir: &Path, thin: f64) -> Result<Self> {
         empty_dir(dir)?;
         let network = Network::set_up(&Scenario::parse(SCENARIO)?)?;
         let mut place = Self {
@@ -63,6 +63,7 @@ impl Place {
             token: String::new(),
             dir: dir.to_owned(),
             homes: 0,
+            thin,
             network,
         };
         for number in 0..place.network.hosts.len() {
@@ -81,6 +82,7 @@ impl Place {
             home.address(),
         ];
         place.token = home.ok(&invite).trim().to_owned();
+        place.link(WORK, thin)?;
         for number in [OTHER, WORK] {
             place.nodes[number].ok(&["join", &place.token]);
             place.start(number);
