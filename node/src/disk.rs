@@ -14,6 +14,11 @@ pub trait Disk: Send + Sync {
     /// Whether a range is known to be zeros without reading it. Blocks briefly: by an index that is here.
     fn is_zero(&self, range: Range<u64>) -> bool;
 
+    /// Appends a range to what is there already, if its bytes are at hand: without waiting for anything. Else nothing is appended.
+    fn read_at_hand(&self, _range: Range<u64>, _into: &mut Vec<u8>) -> bool {
+        false
+    }
+
     /// Appends a range, which lies within it, to what is there already. Takes as long as it takes for the bytes to come; dropped, it ends.
     fn read(
         self: Arc<Self>,

@@ -144,11 +144,16 @@ impl Machine {
 
     /// Its console, once the guest listens.
     pub fn console(&self) -> Console {
-        let directory = Directory::of(&Home::new(&self.home), &self.name);
-        let directory = directory.expect("its name is one");
-        let mut console = Console::open(&directory.sockets().join("console.sock"));
+        let mut console = self.console_at_once();
         console.wait();
         console
+    }
+
+    /// Its console, where the guest listens for sure, as it did when it was captured. It may stand still.
+    pub fn console_at_once(&self) -> Console {
+        let directory = Directory::of(&Home::new(&self.home), &self.name);
+        let directory = directory.expect("its name is one");
+        Console::open(&directory.sockets().join("console.sock"))
     }
 
     /// Ends its process as a crash would, and waits until QEMU has ended too.
@@ -179,8 +184,8 @@ impl Drop for Machine {
             std::thread::sleep(PAUSE);
         }
         // Who was killed leaves that behind, and the directory could not be removed.
-        let mut unmount = Command::new("umount");
-        unmount.arg("-l").arg(self.dir().join("ram"));
+        let mut unmount = Command::new("fusermount3");
+        unmount.args(["-u", "-z", "-q"]).arg(self.dir().join("ram"));
         unmount.stdout(Stdio::null()).stderr(Stdio::null());
         let _none = unmount.status();
     }

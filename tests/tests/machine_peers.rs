@@ -58,7 +58,7 @@ fn free(node: &Node) {
 fn a_guest_stands_still_while_nobody_has_what_it_reads_and_goes_on_then() {
     let (mut fleet, sums) = captured();
     let machine = resumed(&fleet[1]);
-    let mut console = machine.console();
+    let mut console = machine.console_at_once();
     let address = fleet[0].address().to_owned();
     fleet[0].kill();
     free(&fleet[1]);
@@ -82,7 +82,7 @@ fn a_guest_stands_still_while_nobody_has_what_it_reads_and_goes_on_then() {
 fn a_guest_goes_on_when_its_node_is_killed_and_started_again() {
     let (mut fleet, sums) = captured();
     let machine = resumed(&fleet[1]);
-    let mut console = machine.console();
+    let mut console = machine.console_at_once();
     console.say(SUMS);
     fleet[1].kill();
     let host = machine.host().unwrap();

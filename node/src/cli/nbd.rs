@@ -2,13 +2,14 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use capsule_node::control::{CapsuleRef, Nbd, Serving};
 use clap::Args;
 
 use super::context::{Context, Output, Wanted, absolute};
 use super::exit::Exit;
-use super::format::size;
+use super::format::{duration, size};
 use super::style::Style;
 use super::table::fields;
 
@@ -27,6 +28,9 @@ pub struct NbdArgs {
     /// At this address and port instead; whoever can connect to it can read the disk
     #[arg(long, value_name = "ADDRESS", conflicts_with = "socket")]
     listen: Option<SocketAddr>,
+    /// Fetch all of it first, and serve it from a file: faster for who reads much, for as much room as its data take
+    #[arg(long)]
+    whole: bool,
     #[command(flatten)]
     wanted: Wanted,
     #[command(flatten)]
@@ -41,6 +45,7 @@ pub fn run(args: NbdArgs, context: &Context) -> Result<(), Exit> {
         listen: args.listen,
         component: args.wanted.component,
         wait: args.wanted.wait,
+        whole: args.whole,
     };
     let output = args.output;
     context.serve(command, output, |serving| output.print(serving, render))
@@ -48,16 +53,18 @@ pub fn run(args: NbdArgs, context: &Context) -> Result<(), Exit> {
 
 fn render(serving: &Serving, style: Style) -> String {
     let component = &serving.component;
-    fields(
-        style,
-        &[
-            (
-                "serving",
-                format!("{} ({})", component.name, component.kind),
-            ),
-            ("of", serving.capsule.to_string()),
-            ("size", size(component.size)),
-            ("at", serving.uri.clone()),
-        ],
-    )
+    let mut rows = vec![
+        (
+            "serving",
+            format!("{} ({})", component.name, component.kind),
+        ),
+        ("of", serving.capsule.to_string()),
+        ("size", size(component.size)),
+        ("at", serving.uri.clone()),
+    ];
+    if let (Some(bytes), Some(seconds)) = (serving.whole_bytes, serving.whole_seconds) {
+        let took = duration(Duration::from_secs_f64(seconds));
+        rows.push(("written out", format!("{} in {took}", size(bytes))));
+    }
+    fields(style, &rows)
 }

@@ -24,8 +24,8 @@ pub struct Capture {
     #[serde(default)]
     pub expires: Option<u64>,
     /// What resuming it takes. It names components.
-    #[serde(with = "machine")]
-    pub machine: Machine,
+    #[serde(with = "hex")]
+    pub machine: Box<Machine>,
     /// All of its components, from the same stop.
     pub components: Vec<Captured>,
 }
@@ -153,7 +153,7 @@ pub struct Described {
     /// Its components.
     pub components: Vec<ComponentInfo>,
     /// What resuming it takes, where it is a machine.
-    #[serde(with = "machine::option")]
+    #[serde(with = "hex::option")]
     pub machine: Option<Machine>,
     /// What who resumed it before read first, of components of which that is known.
     pub prefetch: Vec<ReadFirst>,
@@ -196,7 +196,7 @@ pub struct Prefetched {
 }
 
 /// A machine, as in a manifest, in hexadecimal digits.
-mod machine {
+mod hex {
     use serde::de::Error;
     use serde::{Deserialize, Deserializer, Serializer};
 
@@ -206,8 +206,11 @@ mod machine {
         serializer.serialize_str(&machine.to_text())
     }
 
-    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Machine, D::Error> {
-        Machine::from_text(&String::deserialize(deserializer)?).map_err(D::Error::custom)
+    pub fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Box<Machine>, D::Error> {
+        let machine = Machine::from_text(&String::deserialize(deserializer)?);
+        machine.map(Box::new).map_err(D::Error::custom)
     }
 
     /// Where there may be none.

@@ -216,6 +216,9 @@ pub struct Nbd {
     /// How long to wait for the name, and for somebody who has the manifest, in seconds; a default where absent.
     #[serde(default)]
     pub wait: Option<u64>,
+    /// Fetches all of it first, and writes it out to a file of the home, from which it is served: reads are faster then.
+    #[serde(default)]
+    pub whole: bool,
 }
 
 /// Shows a capsule as files in a directory, until the client goes away.

@@ -190,7 +190,7 @@ pub fn capture_stopped(
         name: request.name.clone(),
         effort: request.effort,
         expires: request.expires,
-        machine: at_rest(&config),
+        machine: Box::new(at_rest(&config)),
         components,
     };
     let published = daemon(home)?

@@ -15,8 +15,10 @@ use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
+use super::whole::Whole;
 use super::{Export, serve};
-use crate::control::{Failure, FailureCode, Nbd, Reporter, Serving};
+use crate::control::{CapsuleRef, Failure, FailureCode, Nbd, Reporter, Serving};
+use crate::disk::Disk;
 use crate::export::pick;
 use crate::held::component_info;
 use crate::node::Node;
@@ -39,18 +41,29 @@ pub async fn nbd(node: &Arc<Node>, request: Nbd, reporter: &Reporter) -> Result<
         return Err(Failure::new(FailureCode::Invalid, message)
             .hint(format!("`capsule mount {name} DIR` shows its files")));
     }
-    let content = opened.stream(&component).await?;
     let resolution = &opened.resolution;
+    let (mut whole_bytes, mut whole_seconds) = (None, None);
+    let disk: Arc<dyn Disk> = match request.whole {
+        false => Arc::new(opened.stream(&component).await?),
+        true => {
+            let capsule = CapsuleRef(resolution.capsule.to_string());
+            let whole = Whole::make(node, capsule, &component.name, request.wait, reporter).await?;
+            (whole_bytes, whole_seconds) = (Some(whole.takes()), Some(whole.took.as_secs_f64()));
+            Arc::new(whole)
+        }
+    };
     let serving = Serving {
         capsule: resolution.capsule,
         name: resolution.name.as_ref().map(ToString::to_string),
         component: component_info(&component),
         uri: listener.uri(),
+        whole_bytes,
+        whole_seconds,
     };
     let export = Arc::new(Export {
         name: format!("{name}/{}", component.name),
         description: format!("component {} of capsule {name}", component.name),
-        disk: Arc::new(content),
+        disk,
     });
     reporter.ready(&serving).await;
     listener.run(&export).await;

@@ -8,6 +8,7 @@ pub mod client;
 mod handshake;
 mod listen;
 mod transmission;
+mod whole;
 mod wire;
 
 use std::io;

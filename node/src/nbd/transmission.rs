@@ -221,6 +221,11 @@ async fn read(disk: &Arc<dyn Disk>, agreed: Agreed, request: &Request) -> Result
             why: format!("reads are of {MAX_READ} bytes at most"),
         });
     }
+    let mut bytes = Vec::with_capacity(28 + request.len as usize);
+    begin(agreed, request, &mut bytes);
+    if disk.read_at_hand(request.range(), &mut bytes) {
+        return Ok(bytes);
+    }
     let (looked, range) = (disk.clone(), request.range());
     let is_zero = move || looked.is_zero(range);
     if agreed.structured && blocking(is_zero).await? {
@@ -229,7 +234,12 @@ async fn read(disk: &Arc<dyn Disk>, agreed: Agreed, request: &Request) -> Result
         bytes.extend(request.len.to_be_bytes());
         return Ok(bytes);
     }
-    let mut bytes = Vec::with_capacity(28 + request.len as usize);
+    let read = disk.clone().read(request.range(), bytes);
+    read.await.map_err(unreadable)
+}
+
+/// The beginning of a reply that has all of a read's bytes.
+fn begin(agreed: Agreed, request: &Request, bytes: &mut Vec<u8>) {
     if agreed.structured {
         let len = 8 + request.len;
         bytes.extend(head(request, chunk::OFFSET_DATA, chunk::DONE, len));
@@ -237,8 +247,6 @@ async fn read(disk: &Arc<dyn Disk>, agreed: Agreed, request: &Request) -> Result
     } else {
         bytes.extend(simple(request, 0));
     }
-    let read = disk.clone().read(request.range(), bytes);
-    read.await.map_err(unreadable)
 }
 
 fn unreadable(error: ReadError) -> Refusal {

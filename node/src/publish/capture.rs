@@ -242,7 +242,7 @@ impl Making<'_> {
         components.sort_by(|a, b| a.name.cmp(&b.name));
         let manifest = Manifest {
             components,
-            machine: Some(request.machine.clone()),
+            machine: Some((*request.machine).clone()),
         };
         // The rules live in one place, the decoder.
         let manifest = Manifest::decode(&manifest.encode()).map_err(|error| {

@@ -194,8 +194,8 @@ impl Content for Patched {
                 Some((_, run)) => run.from == From::Zeros,
                 None => {
                     let below = at..end.min(self.below_len()).max(at);
-                    let known = |below_: &Box<dyn Source>| below_.is_zero(below.clone());
-                    below.is_empty() || self.below.as_ref().is_some_and(known)
+                    let lies_below = self.below.as_deref();
+                    below.is_empty() || lies_below.is_some_and(|it| it.is_zero(below))
                 }
             };
             if !zero {

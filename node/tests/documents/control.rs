@@ -97,6 +97,7 @@ fn requests_and_answers_have_the_keys_that_the_document_names() {
             listen: full.then(|| "127.0.0.1:10809".parse().unwrap()),
             component: full.then(|| "disk".into()),
             wait: full.then_some(1),
+            whole: true,
         },
         samples::serving,
     );
@@ -162,11 +163,11 @@ fn requests_and_answers_have_the_keys_that_the_document_names() {
             name: "me:1".parse().unwrap(),
             effort: Effort::Max,
             expires: full.then_some(1),
-            machine: Machine {
+            machine: Box::new(Machine {
                 machine_type: "pc-q35-7.2".to_owned(),
                 cpus: 1,
                 ..Machine::default()
-            },
+            }),
             components: vec![
                 samples::captured(true),
                 samples::captured(false),

@@ -250,6 +250,8 @@ pub fn serving(full: bool) -> Serving {
         name: full.then(text),
         component: component(),
         uri: text(),
+        whole_bytes: full.then_some(1),
+        whole_seconds: full.then_some(1.5),
     }
 }
 

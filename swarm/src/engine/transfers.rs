@@ -89,6 +89,16 @@ impl Transfer {
             .for_each(|waiter| want.union_with(&waiter.want(size)));
         want
     }
+
+    /// What is lacking of those of its fetches that somebody waits for.
+    fn demanded_of(&self, size: u64, held: &GroupRanges) -> GroupRanges {
+        let mut demanded = GroupRanges::new();
+        self.waiters
+            .iter()
+            .filter(|waiter| waiter.spec.priority == Priority::Demand)
+            .for_each(|waiter| demanded.union_with(&waiter.want(size).difference(held)));
+        demanded
+    }
 }
 
 impl Waiter {
@@ -269,10 +279,8 @@ impl Engine {
         }
         let priority = transfer.priority as u8;
         let want = transfer.want(size);
-        let demanded = match transfer.priority {
-            Priority::Demand => want.clone(),
-            _ => std::mem::take(&mut transfer.demanded),
-        };
+        let mut demanded = std::mem::take(&mut transfer.demanded);
+        demanded.union_with(&transfer.demanded_of(size, &have));
         let now = self.now();
         let spec = BlobSpec {
             root,
@@ -311,7 +319,10 @@ impl Engine {
             waiter.lacking = Some(waiter.lacking(size, &held));
         }
         let want = transfer.want(size);
+        // One that somebody waits for may have joined one that nobody does: what it lacks comes before all the rest.
+        let demanded = transfer.demanded_of(size, &held);
         let _known = self.downloads.want(now, &root, &want);
+        self.demand(root, demanded);
         self.end_complete(root);
     }
 

@@ -4,7 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use capsule_swarm::{Caps, Fetch, FetchSpec, Rate};
+use capsule_proto::GroupRanges;
+use capsule_swarm::{Caps, Fetch, FetchSpec, Priority, Rate};
 use tokio::time::sleep;
 
 use crate::node::{Fleet, Node, Start, content, relay_by, within};
@@ -113,4 +114,32 @@ async fn a_cap_for_peers_beyond_the_site_does_not_hold_for_those_within() {
     within(pair.fetch.done()).await.unwrap();
     // At the cap it would take four minutes.
     assert!(begun.elapsed() < Duration::from_secs(15));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_somebody_waits_for_passes_a_fetch_of_the_same_blob_that_nobody_waits_for() {
+    let fleet = Fleet::new(1);
+    let provider = Start::new(fleet.enrol()).go().await;
+    let taker = Start::new(fleet.enrol()).to(&provider).go().await;
+    let caps = (Caps::default(), mbit(4));
+    taker.net.set_caps(caps.0, caps.1).await.unwrap();
+    let tree = provider.share(&content(5, 32 << 20)).await;
+    let all = FetchSpec::whole(tree.root, Some(tree.size));
+    let _all = taker.net.fetch(all.clone()).await.unwrap();
+    sleep(Duration::from_secs(1)).await;
+    // Parts here and there: whichever come next by themselves, all of them do not.
+    for group in [2047, 1024, 1500, 300, 700] {
+        let begun = Instant::now();
+        let spec = FetchSpec {
+            want: Some(GroupRanges::from(group..group + 1)),
+            priority: Priority::Demand,
+            ..all.clone()
+        };
+        within(taker.net.fetch(spec).await.unwrap().done())
+            .await
+            .unwrap();
+        // All of it takes more than a minute.
+        let took = begun.elapsed();
+        assert!(took < Duration::from_secs(4), "group {group}: {took:?}");
+    }
 }

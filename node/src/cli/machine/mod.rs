@@ -175,8 +175,7 @@ fn start(args: RunArgs, home: &Home) -> Result<(), Exit> {
     display.clear();
     let info = ran?;
     let name = directory.name();
-    args.output
-        .print(&info, |info, style| render(info, style))?;
+    args.output.print(&info, render)?;
     args.output
         .next(format_args!("capsule machine console {name}"));
     Ok(())

@@ -189,6 +189,10 @@ pub struct Serving {
     pub component: ComponentInfo,
     /// Where clients find it.
     pub uri: String,
+    /// Where all of it was written out before: bytes that this takes on the disk.
+    pub whole_bytes: Option<u64>,
+    /// And how long it took, after all of it was here.
+    pub whole_seconds: Option<f64>,
 }
 
 /// Answer to `mount`, as soon as the files are there.

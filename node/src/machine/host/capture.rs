@@ -81,7 +81,7 @@ impl Host {
         }
         Ok(CapturedMachine {
             machine: self.directory.name().to_owned(),
-            pause_seconds: (!request.stop).then(|| stopped.pause.as_secs_f64()),
+            pause_seconds: (!request.stop).then_some(stopped.pause.as_secs_f64()),
             balloon: stopped.balloon,
             ram_written: stopped
                 .ram
@@ -228,7 +228,7 @@ impl Host {
             name: request.name.clone(),
             effort: request.effort,
             expires: request.expires,
-            machine: captured_machine(&config, stopped),
+            machine: Box::new(captured_machine(&config, stopped)),
             components,
         };
         let teller = reporter.clone();
@@ -276,8 +276,10 @@ impl Host {
             (written, config.capsules())
         };
         running.is_of_origin.store(true, Ordering::Relaxed);
-        let absorbed = running.parts.ram.absorb(frozen);
-        absorbed.map_err(|error| failed("merging", &self.directory.file("memory"), &error))?;
+        // What cannot be merged for want of room stays as it is, and is told again with the next.
+        if let Err(error) = running.parts.ram.absorb(frozen) {
+            tracing::warn!(%error, "memory that was captured takes room until the next capture");
+        }
         self.let_go(before, &after).await;
         Ok(written)
     }

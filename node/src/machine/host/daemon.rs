@@ -71,6 +71,7 @@ impl Daemon {
             listen: None,
             component: Some(component.to_owned()),
             wait: None,
+            whole: false,
         };
         let (told, mut ready) = watch::channel(None);
         let served = Served::default();

@@ -5,11 +5,13 @@
 //! the first page in the lowest bits (0 inherited, 1 zeros, 2 data). A file without one is left over from a machine that did not stop, and
 //! means nothing.
 
+use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use rustix::fs::{FallocateFlags, copy_file_range, fallocate};
 
@@ -32,7 +34,12 @@ pub struct Generation {
     file: File,
     /// Pages that the machine wrote.
     data: AtomicU64,
+    /// Pages for which the file system had no room. The kernel hands them on once and forgets them, so they are kept here until there is some.
+    /// Held shared while others are written or read.
+    homeless: RwLock<Homeless>,
 }
+
+type Homeless = BTreeMap<u64, Box<[u8]>>;
 
 impl Generation {
     /// A new one, in which nothing is written.
@@ -48,6 +55,7 @@ impl Generation {
             pages: Pages::new(count),
             file,
             data: AtomicU64::new(0),
+            homeless: RwLock::default(),
         })
     }
 
@@ -80,6 +88,7 @@ impl Generation {
             pages,
             file,
             data,
+            homeless: RwLock::default(),
         })
     }
 
@@ -115,6 +124,7 @@ impl Generation {
 
     /// Tells what it has, so that it is found again. Nothing is written to it from now on.
     pub fn seal(&self, dir: &Path, count: u64) -> io::Result<()> {
+        self.settle()?;
         let coming = name(dir, self.number, ".coming");
         let bytes = [&header(count)[..], &self.pages.bytes()].concat();
         std::fs::write(&coming, bytes)?;
@@ -136,20 +146,73 @@ impl Generation {
 
     /// Reads bytes of pages that it has.
     pub fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
-        self.file.read_exact_at(into, offset)
+        let homeless = self.homeless();
+        self.file.read_exact_at(into, offset)?;
+        let end = offset + into.len() as u64;
+        for (page, kept) in homeless.range(offset / PAGE..end.div_ceil(PAGE)) {
+            let start = page * PAGE;
+            let (from, to) = (start.max(offset), (start + PAGE).min(end));
+            into[(from - offset) as usize..(to - offset) as usize]
+                .copy_from_slice(&kept[(from - start) as usize..(to - start) as usize]);
+        }
+        Ok(())
     }
 
-    /// Writes whole pages, which are then `kind`.
+    /// Writes whole pages, which are then `kind`. What the machine wrote is never lost for want of room.
     pub fn put(&self, first: u64, bytes: &[u8], kind: Page) -> io::Result<()> {
-        self.file.write_all_at(bytes, first * PAGE)?;
+        let homeless = self.homeless();
+        let written = match homeless.is_empty() {
+            true => self.file.write_all_at(bytes, first * PAGE),
+            false => Err(ErrorKind::StorageFull.into()),
+        };
+        drop(homeless);
+        match written {
+            Ok(()) => {}
+            Err(error) if kind == Page::Data && is_full(&error) => {
+                let mut homeless = self.homeless_mut();
+                for (page, content) in (first..).zip(bytes.chunks(PAGE as usize)) {
+                    match self.file.write_all_at(content, page * PAGE) {
+                        Ok(()) => drop(homeless.remove(&page)),
+                        Err(error) if is_full(&error) => {
+                            drop(homeless.insert(page, content.into()))
+                        }
+                        Err(error) => return Err(error),
+                    }
+                }
+            }
+            Err(error) => return Err(error),
+        }
         for page in first..first + bytes.len() as u64 / PAGE {
             self.say(page, kind);
         }
         Ok(())
     }
 
+    /// Writes the pages for which there was no room.
+    pub fn settle(&self) -> io::Result<()> {
+        let mut homeless = self.homeless_mut();
+        while let Some(page) = homeless.first_entry() {
+            self.file.write_all_at(page.get(), page.key() * PAGE)?;
+            page.remove();
+        }
+        Ok(())
+    }
+
+    fn homeless(&self) -> RwLockReadGuard<'_, Homeless> {
+        self.homeless.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn homeless_mut(&self) -> RwLockWriteGuard<'_, Homeless> {
+        let homeless = self.homeless.write();
+        homeless.unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Makes pages zeros, and gives back what they took.
     pub fn zero(&self, first: u64, end: u64) -> io::Result<()> {
+        if !self.homeless().is_empty() {
+            self.homeless_mut()
+                .retain(|page, _| !(first..end).contains(page));
+        }
         let mut took = false;
         for page in first..end {
             took |= matches!(self.say(page, Page::Zero), Page::Data | Page::Clean);
@@ -196,6 +259,13 @@ impl Generation {
         }
         before
     }
+}
+
+fn is_full(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded
+    )
 }
 
 fn name(dir: &Path, number: u64, suffix: &str) -> PathBuf {

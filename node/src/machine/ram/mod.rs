@@ -172,6 +172,15 @@ impl Ram {
         Ok(())
     }
 
+    /// Writes what there was no room for when the machine wrote it. Blocks.
+    ///
+    /// # Errors
+    /// There still is none: what the operating system said. Nothing is lost.
+    pub fn settle(&self) -> io::Result<()> {
+        let current = self.stack().current.clone();
+        current.settle()
+    }
+
     /// All that is frozen and not absorbed, oldest first.
     pub fn frozen(&self) -> Vec<Frozen> {
         let frozen = self.stack().frozen.clone();
