@@ -81,7 +81,12 @@ async fn change_pins(
 pub fn unpin_gone_machines(node: &Node) -> Result<(), Failure> {
     for (capsule, origin) in node.store.pins()? {
         if let PinOrigin::Machine(name) = &origin
-            && !node.home.machines_dir().join(name).exists()
+            && !node
+                .home
+                .machines_dir()
+                .join(name)
+                .join("machine.json")
+                .exists()
         {
             node.store.unpin(&capsule, &origin)?;
         }

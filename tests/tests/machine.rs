@@ -142,6 +142,16 @@ fn a_machine_goes_to_a_node_that_had_nothing_and_comes_back() {
     drop(console);
 
     // On a node that has nothing it goes on where it was.
+    there.wait_until("the version is known", |node| {
+        node.run(&["show", "me:2"]).code == Some(0)
+    });
+    // All of it by layers: memory that was compared with the first version's disk, too.
+    let plan = there.json(&["plan", "me:2"]);
+    let planned = plan["components"].as_array().unwrap();
+    assert!(
+        planned.iter().all(|component| component["way"] == "layers"),
+        "{plan:#}"
+    );
     assert_eq!(packs(there), 0);
     let (second, ran) = Machine::resume(there, "me:2", "me");
     assert_eq!(

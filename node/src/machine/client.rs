@@ -27,12 +27,20 @@ const PAUSE: Duration = Duration::from_millis(50);
 /// Of a log, what is told where a process ended at once.
 const TOLD: usize = 2000;
 
+/// Connects to a machine's process.
+fn connect(directory: &Directory) -> std::io::Result<Client> {
+    match directory.sockets_are_ours() {
+        true => Client::at(&directory.socket()),
+        false => Err(std::io::ErrorKind::NotFound.into()),
+    }
+}
+
 /// How a machine is, whether it runs or not.
 ///
 /// # Errors
 /// There is none, or its directory cannot be read.
 pub fn info(directory: &Directory) -> Result<MachineInfo, Failure> {
-    match Client::at(&directory.socket()) {
+    match connect(directory) {
         Ok(client) => match client.call(MachineStatus {}) {
             Ok(info) => Ok(info),
             Err(ClientError::Failed(failure)) => Err(failure),
@@ -54,7 +62,7 @@ pub fn ask<C: Command<Request = MachineRequest>>(
     on_notice: impl FnMut(String),
 ) -> Result<C::Answer, Failure> {
     directory.load()?;
-    let client = Client::at(&directory.socket()).map_err(|_| {
+    let client = connect(directory).map_err(|_| {
         let name = directory.name();
         let message = format!("machine {name} does not run");
         Failure::new(FailureCode::Refused, message)
@@ -77,7 +85,7 @@ pub fn ask<C: Command<Request = MachineRequest>>(
 /// Whether a machine's process runs.
 #[must_use]
 pub fn runs(directory: &Directory) -> bool {
-    Client::at(&directory.socket()).is_ok()
+    connect(directory).is_ok()
 }
 
 /// Waits until a machine's process has ended, which was told to.
@@ -276,23 +284,30 @@ pub fn pin(
 /// # Errors
 /// It runs, or has something that is nowhere else and `force` is not said.
 pub fn remove(home: &Home, directory: &Directory, force: bool) -> Result<(), Failure> {
-    let config = directory.load()?;
+    directory.require()?;
     let lock = lock(directory)?;
-    if !force && is_changed(directory, &config) {
+    let config = match directory.load() {
+        Ok(config) => Some(config),
+        // What is damaged can be removed all the same.
+        Err(_) if force => None,
+        Err(failure) => return Err(failure.hint("`--force` removes it as it is")),
+    };
+    let changed = |config: &Config| is_changed(directory, config);
+    if !force && config.as_ref().is_some_and(changed) {
         let name = directory.name();
         let message = format!("machine {name} has been written to since it was captured");
         return Err(Failure::new(FailureCode::Refused, message).hint(format!(
             "`capsule machine capture {name} --name CHANNEL:VERSION` keeps that; --force throws it away"
         )));
     }
-    std::fs::remove_dir_all(directory.path())
-        .map_err(|error| failed("removing", directory.path(), &error))?;
+    super::host::take_down(&directory.file("ram"));
+    directory.clear()?;
     drop(lock);
     if directory.sockets() != directory.path() {
         let _gone = std::fs::remove_dir_all(directory.sockets());
     }
     // Without a daemon, the next that starts for this home lets go of them.
-    for capsule in config.capsules() {
+    for capsule in config.iter().flat_map(Config::capsules) {
         if let Ok(client) = Client::connect(home.dir()) {
             let machine = Some(directory.name().to_owned());
             let _pinned_no_longer = client.call(Unpin { capsule, machine });

@@ -10,7 +10,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use capsule_proto::manifest::Machine;
@@ -232,12 +232,7 @@ impl Directory {
     /// There is none, or it is damaged.
     pub fn load(&self) -> Result<Config, Failure> {
         let config: Option<Config> = read_json(&self.file(CONFIG), DAMAGED)?;
-        let config = config.ok_or_else(|| {
-            let message = format!("there is no machine {}", self.name);
-            Failure::new(FailureCode::NotFound, message).hint(
-                "`capsule machine ls` lists those that there are; `capsule machine create` and `capsule machine run CAPSULE` make one",
-            )
-        })?;
+        let config = config.ok_or_else(|| self.absent())?;
         if config.format > FORMAT {
             let message = format!("machine {} was made by a newer capsule", self.name);
             return Err(Failure::new(FailureCode::Refused, message).hint("use that one"));
@@ -283,6 +278,73 @@ impl Directory {
     /// The socket of its process.
     pub fn socket(&self) -> PathBuf {
         self.sockets().join("host.sock")
+    }
+
+    /// Fails where there is no machine.
+    ///
+    /// # Errors
+    /// That there is none.
+    pub fn require(&self) -> Result<(), Failure> {
+        match self.exists() {
+            true => Ok(()),
+            false => Err(self.absent()),
+        }
+    }
+
+    fn absent(&self) -> Failure {
+        let message = format!("there is no machine {}", self.name);
+        Failure::new(FailureCode::NotFound, message).hint(
+            "`capsule machine ls` lists those that there are; `capsule machine create` and `capsule machine run CAPSULE` make one",
+        )
+    }
+
+    /// Removes all of it, what says that there is a machine last.
+    ///
+    /// # Errors
+    /// What the system says; then the machine is still there.
+    pub fn clear(&self) -> Result<(), Failure> {
+        let failed = |error: std::io::Error| failed("removing", &self.path, &error);
+        for entry in fs::read_dir(&self.path).map_err(failed)? {
+            let entry = entry.map_err(failed)?;
+            if entry.file_name() == CONFIG {
+                continue;
+            }
+            let path = entry.path();
+            let is_dir = entry.file_type().map_err(failed)?.is_dir();
+            match is_dir {
+                true => fs::remove_dir_all(&path),
+                false => fs::remove_file(&path),
+            }
+            .map_err(failed)?;
+        }
+        fs::remove_dir_all(&self.path).map_err(failed)
+    }
+
+    /// Makes the place of its sockets, which only this user may use.
+    ///
+    /// # Errors
+    /// What the system says, or that another user has made it.
+    pub fn prepare_sockets(&self) -> Result<(), Failure> {
+        make_private_dir(&self.sockets())?;
+        match self.sockets_are_ours() {
+            true => Ok(()),
+            false => {
+                let message = format!("{} belongs to another user", self.sockets().display());
+                Err(Failure::new(FailureCode::Refused, message)
+                    .hint("use a home with a shorter path, or set XDG_RUNTIME_DIR"))
+            }
+        }
+    }
+
+    /// Whether nobody else can have put sockets where its own lie.
+    pub fn sockets_are_ours(&self) -> bool {
+        let user = rustix::process::getuid().as_raw();
+        let ours = |dir: &Path| {
+            let found = dir.symlink_metadata();
+            found.is_ok_and(|found| found.is_dir() && found.uid() == user)
+        };
+        let dir = self.sockets();
+        dir == self.path || (dir.parent().is_some_and(ours) && ours(&dir))
     }
 
     /// Removes files of it; what is not there is as good as removed.

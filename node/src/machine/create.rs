@@ -16,6 +16,8 @@ use crate::home::Home;
 
 /// Most disks of a machine: as many as have a place on its bus.
 pub const MAX_DISKS: usize = 16;
+/// What disks consist of.
+const SECTOR: u64 = 512;
 
 /// What a machine is to be.
 #[derive(Debug, Clone, Default)]
@@ -188,8 +190,19 @@ fn described_machine(described: &Described) -> Result<Config, Failure> {
         component: component.to_owned(),
     };
     let devices = machine.devices.iter();
-    let disks = devices.filter_map(|device| device.component.as_ref());
-    let disks = disks.map(|component| {
+    let components: Vec<&String> = devices
+        .filter_map(|device| device.component.as_ref())
+        .collect();
+    for (place, component) in components.iter().enumerate() {
+        if components[..place].contains(component) {
+            let message = format!("{spelled} has two disks of one component, {component}");
+            return Err(Failure::new(FailureCode::Refused, message));
+        }
+        let mut all = described.components.iter();
+        let found = all.find(|found| found.name == **component);
+        check_size(component, found.map_or(0, |found| found.size))?;
+    }
+    let disks = components.into_iter().map(|component| {
         let mut all = described.components.iter();
         let size = all
             .find(|found| found.name == *component)
@@ -213,12 +226,24 @@ fn described_machine(described: &Described) -> Result<Config, Failure> {
     Ok(config)
 }
 
+/// Refuses what QEMU would round up.
+fn check_size(component: &str, size: u64) -> Result<(), Failure> {
+    if size.is_multiple_of(SECTOR) {
+        return Ok(());
+    }
+    let message = format!("disk {component} has {size} bytes, which is no whole number of sectors");
+    Err(Failure::new(FailureCode::Invalid, message)
+        .hint("publish it again as an image of whole 512-byte sectors"))
+}
+
 /// What `qemu-img info` tells.
 #[derive(Debug, Deserialize)]
 struct ImageInfo {
     #[serde(rename = "virtual-size")]
     virtual_size: u64,
     format: String,
+    #[serde(rename = "backing-filename")]
+    backing: Option<String>,
 }
 
 fn of_image(component: String, path: &Path) -> Result<DiskConfig, Failure> {
@@ -240,6 +265,12 @@ fn of_image(component: String, path: &Path) -> Result<DiskConfig, Failure> {
     }
     let info: ImageInfo =
         serde_json::from_slice(&told.stdout).map_err(|error| unusable(&error.to_string()))?;
+    if let Some(backing) = info.backing {
+        let why = format!("it stands upon another image, {backing}");
+        return Err(unusable(&why).hint(
+            "`qemu-img convert -O qcow2 IMAGE NEW` makes one of both; or publish it, and give its capsule",
+        ));
+    }
     Ok(DiskConfig {
         component,
         size: info.virtual_size,
@@ -273,6 +304,7 @@ fn of_capsule(
         return Err(Failure::new(FailureCode::Invalid, message)
             .hint(format!("`capsule show {}` lists its components", capsule.0)));
     };
+    check_size(&disk.name, disk.size)?;
     Ok(DiskConfig {
         component,
         size: disk.size,

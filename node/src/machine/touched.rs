@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use capsule_chunker::content::ReadError;
@@ -16,6 +16,8 @@ use crate::disk::Disk;
 const PAGE: u64 = 4096;
 /// Most ranges that are remembered: more than a record of them holds.
 const MAX_RANGES: usize = 65_536;
+/// Before what must not fail is tried again.
+const AGAIN: Duration = Duration::from_secs(2);
 
 /// Ranges that were touched.
 #[derive(Debug, Default)]
@@ -114,7 +116,7 @@ impl Watched {
 
     /// How long something has waited that did not come, if anything does.
     pub fn oldest_wait(&self) -> Option<Duration> {
-        let failing = *self.failing.lock().unwrap_or_else(PoisonError::into_inner);
+        let failing = *self.failing();
         let waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
         let oldest = waiting.first_key_value().map(|(_, since)| *since);
         let since = failing.into_iter().chain(oldest).min();
@@ -122,26 +124,51 @@ impl Watched {
     }
 
     /// Reads, for as long as it may take.
-    async fn read_in_time(&self, range: Range<u64>, into: Vec<u8>) -> Result<Vec<u8>, ReadError> {
-        let began = Instant::now();
-        let start = range.start;
-        let read = self.disk.clone().read(range, into);
+    async fn read_in_time(
+        self: &Arc<Self>,
+        range: Range<u64>,
+        into: Vec<u8>,
+    ) -> Result<Vec<u8>, ReadError> {
         let Some(limit) = self.limit else {
-            return read.await;
+            return Ok(self.read_at_last(range, into).await);
         };
-        let read = tokio::time::timeout(limit, read).await;
-        let mut failing = self.failing.lock().unwrap_or_else(PoisonError::into_inner);
-        match read {
-            Ok(read) => {
-                *failing = None;
-                read
+        let (began, start) = (Instant::now(), range.start);
+        let mut read = tokio::spawn(self.disk.clone().read(range, into));
+        if let Ok(read) = tokio::time::timeout(limit, &mut read).await {
+            return read.unwrap_or_else(|panic| {
+                Err(ReadError::io("a read", start, std::io::Error::other(panic)))
+            });
+        }
+        self.failing().get_or_insert(began);
+        // It goes on all the same: when it comes, whoever stopped for it can try again.
+        let watched = self.clone();
+        tokio::spawn(async move {
+            if read.await.is_ok_and(|read| read.is_ok()) {
+                *watched.failing() = None;
             }
-            Err(_elapsed) => {
-                failing.get_or_insert(began);
-                let late = std::io::ErrorKind::TimedOut.into();
-                Err(ReadError::io("what no peer sends", start, late))
+        });
+        let late = std::io::ErrorKind::TimedOut.into();
+        Err(ReadError::io("what no peer sends", start, late))
+    }
+
+    /// Reads what must not fail, again and again.
+    async fn read_at_last(&self, range: Range<u64>, mut into: Vec<u8>) -> Vec<u8> {
+        loop {
+            match self.disk.clone().read(range.clone(), Vec::new()).await {
+                Ok(read) => {
+                    into.extend_from_slice(&read);
+                    return into;
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "memory cannot be read: it is tried again");
+                    tokio::time::sleep(AGAIN).await;
+                }
             }
         }
+    }
+
+    fn failing(&self) -> MutexGuard<'_, Option<Instant>> {
+        self.failing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What was read, in order of first use.
@@ -207,7 +234,59 @@ impl Drop for Waits<'_> {
 
 #[cfg(test)]
 mod tests {
+    use tokio::sync::watch;
+
     use super::*;
+
+    /// Bytes that come when somebody says so.
+    struct Coming(watch::Receiver<bool>);
+
+    impl Disk for Coming {
+        fn len(&self) -> u64 {
+            1 << 20
+        }
+
+        fn is_zero(&self, _: Range<u64>) -> bool {
+            false
+        }
+
+        fn read(
+            self: Arc<Self>,
+            range: Range<u64>,
+            mut into: Vec<u8>,
+        ) -> BoxFuture<'static, Result<Vec<u8>, ReadError>> {
+            let mut come = self.0.clone();
+            async move {
+                let _come = come.wait_for(|come| *come).await;
+                into.resize(into.len() + (range.end - range.start) as usize, 1);
+                Ok(into)
+            }
+            .boxed()
+        }
+    }
+
+    #[tokio::test]
+    async fn reads_that_fail_for_waiting_are_known_to_come_again() {
+        let (say, come) = watch::channel(false);
+        let limit = Duration::from_millis(50);
+        let disk = Arc::new(Watched::new(Arc::new(Coming(come)), Some(limit)));
+        assert!(disk.oldest_wait().is_none());
+        assert!(disk.clone().read(0..4096, Vec::new()).await.is_err());
+        tokio::time::sleep(limit).await;
+        assert!(disk.oldest_wait().is_some_and(|waits| waits >= limit * 2));
+        // Nobody reads again, as whoever does has stopped; all the same it is seen.
+        say.send_replace(true);
+        let over = async {
+            while disk.oldest_wait().is_some() {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(10), over)
+            .await
+            .unwrap();
+        assert_eq!(disk.clone().read(0..2, Vec::new()).await.unwrap(), [1, 1]);
+        assert_eq!(disk.touched(), [(0, 4096)]);
+    }
 
     #[test]
     fn ranges_are_told_once_in_the_order_of_their_first_use() {

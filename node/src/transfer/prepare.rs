@@ -21,10 +21,10 @@ use super::shared::waiting;
 use super::{LOOK, settled};
 use crate::control::{ComponentInfo, Failure, FailureCode, Phase, PlannedComponent};
 use crate::held::{HeldWay, blobs_of, check_len, component_info, fits, layer_blobs};
-use crate::layers::{beside, read_directory};
+use crate::layers::{Beside, beside, read_directory};
 use crate::node::Node;
 use crate::records::Resolution;
-use crate::store::{ActiveGuard, BlobKind, LayerBlobs, Presence, Reached};
+use crate::store::{ActiveGuard, BlobKind, LayerBlobs, Presence, Reached, Store};
 use crate::work::{Tell, blocking};
 
 /// How often other layers are tried for ones that nobody has, or that are not what their record says.
@@ -359,12 +359,16 @@ async fn with_beside(
             }
             while let Some(beside) = beside(&store, &way)? {
                 let reader = layer_of(&components[at], &way[beside.reader]);
-                let planned = components[..at].iter().find_map(|plan| match &plan.way {
-                    HeldWay::Layers(layers) if plan.component.root == beside.root => {
-                        Some(layers.clone())
-                    }
+                let ways = components[..at].iter().map(|plan| &plan.way);
+                let planned = ways.filter_map(|way| match way {
+                    HeldWay::Layers(layers) => Some(layers),
                     _ => None,
                 });
+                // The component itself, or one upon which it was put.
+                let planned = planned
+                    .map(|layers| leading_to(&store, layers, &beside))
+                    .find_map(Result::transpose);
+                let planned = planned.transpose()?;
                 let layers = match planned {
                     Some(layers) => Some(layers),
                     None => {
@@ -376,12 +380,13 @@ async fn with_beside(
                         held
                     }
                 };
-                let new = layers.iter().flatten().filter(|layer| !way.contains(layer));
-                let new: Vec<LayerBlobs> = new.copied().collect();
-                if new.is_empty() || check_len(way.len() + new.len()).is_err() {
+                let first = layers.unwrap_or_default();
+                let rest = way.iter().filter(|layer| !first.contains(layer));
+                let whole: Vec<LayerBlobs> = first.iter().chain(rest).copied().collect();
+                if whole == way || first.is_empty() || check_len(whole.len()).is_err() {
                     return Ok(Err(reader));
                 }
-                way.splice(0..0, new);
+                way = whole;
             }
             components[at].way = HeldWay::Layers(way);
         }
@@ -399,6 +404,22 @@ async fn with_beside(
                 .hint("`capsule verify --repair` fetches what is missing"))
         }
     }
+}
+
+/// What of a way leads to a component, if it does.
+fn leading_to(
+    store: &Store,
+    layers: &[LayerBlobs],
+    wanted: &Beside,
+) -> Result<Option<Vec<LayerBlobs>>, Failure> {
+    for (place, layer) in layers.iter().enumerate() {
+        let directory = read_directory(&*store.open_blob(&layer.index)?)?;
+        let header = directory.header();
+        if header.space == wanted.space && header.target == wanted.root {
+            return Ok(Some(layers[..=place].to_vec()));
+        }
+    }
+    Ok(None)
 }
 
 /// The layer of a plan that has these blobs, where it is not held.

@@ -24,7 +24,7 @@ pub struct CreateArgs {
     /// What it is called on this node
     #[arg(value_name = "NAME")]
     name: String,
-    /// A disk: a capsule of one, or the path of an image (with a / in it); may be given several times
+    /// A disk: the path of an image that is there, or else a capsule of a disk; may be given several times
     #[arg(long = "disk", value_name = "CAPSULE|FILE")]
     disks: Vec<String>,
     /// Its memory, such as 512M
@@ -97,7 +97,10 @@ pub fn create(args: CreateArgs, home: &Home) -> Result<(), Exit> {
 }
 
 fn disk_from(text: &str) -> Result<DiskFrom, Exit> {
-    Ok(match text.contains('/') {
+    let is_path = ["/", "./", "../"]
+        .iter()
+        .any(|begin| text.starts_with(begin));
+    Ok(match is_path || Path::new(text).exists() {
         true => DiskFrom::File(absolute(Path::new(text))?),
         false => DiskFrom::Capsule(CapsuleRef(text.to_owned())),
     })

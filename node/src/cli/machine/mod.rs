@@ -20,6 +20,7 @@ use clap::{Args, Subcommand};
 use super::context::{Context, Output, now};
 use super::exit::Exit;
 use super::format::{duration, size};
+use super::output::tell;
 use super::progress::Display;
 use super::publish::{Strength, versioned_name};
 use super::style::Style;
@@ -158,8 +159,12 @@ fn start(args: RunArgs, home: &Home) -> Result<(), Exit> {
         _ => {
             let capsule = CapsuleRef(args.what.clone());
             let channel = || args.what.split(':').next().unwrap_or_default().to_owned();
+            let is_given = args.name.is_some();
             let name = args.name.unwrap_or_else(channel);
-            let directory = Directory::of(home, &name)?;
+            let directory = Directory::of(home, &name).map_err(|failure| match is_given {
+                true => failure,
+                false => failure.hint("give it a name with --as"),
+            })?;
             if client::runs(&directory) {
                 return Err(running(&directory).into());
             }
@@ -238,8 +243,14 @@ fn stop(args: StopArgs, home: &Home) -> Result<(), Exit> {
 
 fn list(args: LsArgs, home: &Home) -> Result<(), Exit> {
     let directories = Directory::all(home)?;
-    let machines = directories.iter().map(client::info);
-    let machines = machines.collect::<Result<Vec<_>, Failure>>()?;
+    let mut machines = Vec::new();
+    for directory in &directories {
+        match client::info(directory) {
+            Ok(info) => machines.push(info),
+            // One that is damaged does not hide the others.
+            Err(failure) => tell(format_args!("{}: {}", directory.name(), failure.message)),
+        }
+    }
     if machines.is_empty() {
         args.output.empty(
             "no machines: `capsule machine create` and `capsule machine run CAPSULE` make one",

@@ -51,7 +51,7 @@ impl Host {
     ) -> Result<CapturedMachine, Failure> {
         let _alone = self.alone()?;
         let running = self.running()?;
-        self.check_room(&running)?;
+        self.check_room(&running, &request)?;
         // Whoever may not publish it need not stop it.
         let check = CheckName {
             name: request.name.clone(),
@@ -60,25 +60,21 @@ impl Host {
         self.daemon.ask(check, |_| {}).await?;
         // What resuming read first belongs to the capsule that it comes from.
         prefetch::publish(self, &running).await;
+        // It is hashed upon that; and what does not come is noticed before anything is frozen.
+        let teller = reporter.clone();
+        self.pull_all(move |progress| teller.progress(progress))
+            .await?;
         reporter.progress(waiting("the guest"));
         let stopped = self.freeze(&running, &request).await?;
-        let published = self.publish(&running, &request, &stopped, reporter).await;
+        let captured = self.keep(&running, &request, &stopped, reporter).await;
         let qemu = &running.qemu;
-        let published = match published {
-            Ok(published) => published,
-            Err(failure) => {
-                // Nothing is lost: it goes on, and what was frozen is captured with the next.
-                qemu.cont().await?;
-                qemu.grow().await?;
-                return Err(failure);
-            }
-        };
-        let disk_written = self
-            .settle(&running, &request, &published, stopped.ram.len())
-            .await?;
-        if request.stop {
-            qemu.quit().await?;
+        match (&captured, request.stop) {
+            (Ok(_), true) => drop(qemu.quit().await?),
+            (Ok(_), false) => {}
+            // Nothing is lost: it goes on, and what was frozen is captured with the next.
+            (Err(_), _) => go_on(qemu, true).await,
         }
+        let (published, disk_written) = captured?;
         Ok(CapturedMachine {
             machine: self.directory.name().to_owned(),
             pause_seconds: (!request.stop).then_some(stopped.pause.as_secs_f64()),
@@ -94,31 +90,52 @@ impl Host {
         })
     }
 
-    /// What would make more than can be kept.
-    fn check_room(&self, running: &Running) -> Result<(), Failure> {
-        let refused = |message: String| Err(Failure::new(FailureCode::Refused, message));
-        if running.parts.ram.frozen().len() >= MAX_FROZEN {
-            return refused(format!(
-                "{MAX_FROZEN} captures of {} could not be published: stop the machine, and capture its disks",
-                self.directory.name()
-            ));
+    /// Publishes what was frozen, and has the machine stand upon that.
+    async fn keep(
+        &self,
+        running: &Running,
+        request: &CaptureMachine,
+        stopped: &Stopped,
+        reporter: &Reporter,
+    ) -> Result<(Published, u64), Failure> {
+        let published = self.publish(running, request, stopped, reporter).await?;
+        let settled = self.settle(running, request, &published, stopped.ram.len());
+        match settled.await {
+            Ok(written) => Ok((published, written)),
+            Err(failure) => {
+                let message = format!(
+                    "{} is published, but the machine could not be put upon it: {}",
+                    published.name, failure.message
+                );
+                Err(Failure { message, ..failure })
+            }
         }
-        let overlays = self
-            .config()
-            .disks
-            .iter()
-            .map(|disk| disk.overlays.len())
-            .max();
+    }
+
+    /// Makes room for what is to be frozen; refuses what would be more than can be kept.
+    fn check_room(&self, running: &Running, request: &CaptureMachine) -> Result<(), Failure> {
+        let ram = &running.parts.ram;
+        if ram.frozen().len() >= MAX_FROZEN {
+            let merged = ram.merge();
+            merged.map_err(|error| failed("merging", &self.directory.file("memory"), &error))?;
+        }
+        let disks = &self.config().disks;
+        let overlays = disks.iter().map(|disk| disk.overlays.len()).max();
+        // The last may be put upon all others, as it goes with them.
         match overlays {
-            Some(overlays) if overlays >= MAX_OVERLAYS => refused(format!(
-                "{} was captured {overlays} times since it was started: stop it with `capsule machine capture --stop`, and run it again",
-                self.directory.name()
-            )),
+            Some(overlays) if overlays >= MAX_OVERLAYS && !request.stop => {
+                let message = format!(
+                    "{} was captured {overlays} times since it was started",
+                    self.directory.name()
+                );
+                Err(Failure::new(FailureCode::Refused, message)
+                    .hint("capture it with --stop, and run it again: it then stands upon its last capture"))
+            }
             _ => Ok(()),
         }
     }
 
-    /// Has the guest stand still for as long as it takes to freeze its parts.
+    /// Has the guest stand still for as long as it takes to freeze its parts. Where that fails, the guest goes on as it was.
     async fn freeze(
         &self,
         running: &Running,
@@ -126,9 +143,29 @@ impl Host {
     ) -> Result<Stopped, Failure> {
         let qemu = &running.qemu;
         let shrunk = match request.no_balloon {
-            true => Shrunk::NoBalloon,
-            false => qemu.shrink(&mut |_| {}).await?,
+            true => Ok(Shrunk::NoBalloon),
+            false => qemu.shrink(&mut |_| {}).await,
         };
+        let stopped = match shrunk {
+            Ok(shrunk) => {
+                let balloon = matches!(shrunk, Shrunk::Shrunk { .. });
+                self.freeze_shrunk(running, request, balloon).await
+            }
+            Err(failure) => Err(failure),
+        };
+        if stopped.is_err() || !request.stop {
+            go_on(qemu, stopped.is_err()).await;
+        }
+        stopped
+    }
+
+    async fn freeze_shrunk(
+        &self,
+        running: &Running,
+        request: &CaptureMachine,
+        balloon: bool,
+    ) -> Result<Stopped, Failure> {
+        let qemu = &running.qemu;
         let tools = qemu.agent_tools().await?;
         // What is written now need not be while the guest stands still.
         self.sync_memory(running).await?;
@@ -137,24 +174,18 @@ impl Host {
         let _last = std::fs::remove_file(&state);
         let began = Instant::now();
         qemu.stop().await?;
-        let frozen = self.freeze_still(qemu, running, &state, &overlays).await;
-        let at = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .map_or(0, |since| since.as_secs());
-        if frozen.is_err() || !request.stop {
+        self.freeze_still(qemu, running, &state, &overlays).await?;
+        let at = SystemTime::now().duration_since(UNIX_EPOCH);
+        let at = at.map_or(0, |since| since.as_secs());
+        if !request.stop {
             qemu.cont().await?;
         }
-        let pause = began.elapsed();
-        if frozen.is_err() || !request.stop {
-            qemu.grow().await?;
-        }
-        frozen?;
         Ok(Stopped {
             state,
             ram: running.parts.ram.frozen(),
             tools,
-            balloon: matches!(shrunk, Shrunk::Shrunk { .. }),
-            pause,
+            balloon,
+            pause: began.elapsed(),
             at,
         })
     }
@@ -171,22 +202,35 @@ impl Host {
             .iter()
             .map(|(disk, file)| (disk.clone(), self.directory.file(file)))
             .collect();
+        // Known before they are used: one to which the guest writes is never taken for another's.
+        self.note_overlays(overlays, true)?;
         // Before the state is saved, with which QEMU lets go of its disks.
-        qemu.overlay(&paths).await?;
-        {
-            let mut config = self.config();
-            for (component, file) in overlays {
-                let mut disks = config.disks.iter_mut();
-                if let Some(disk) = disks.find(|disk| disk.component == *component) {
-                    disk.overlays.push(file.clone());
-                }
+        if let Err(failure) = qemu.overlay(&paths).await {
+            // Where QEMU did not answer they may be in use.
+            if failure.code != FailureCode::Unreachable {
+                self.note_overlays(overlays, false)?;
             }
-            self.directory.save(&config)?;
+            return Err(failure);
         }
         qemu.save(state).await?;
         self.sync_memory(running).await?;
         let frozen = running.parts.ram.freeze();
         frozen.map_err(|error| failed("freezing", &self.directory.file("memory"), &error))
+    }
+
+    /// Notes, durably, that disks have new overlays, or that they have them no longer.
+    fn note_overlays(&self, overlays: &[(String, String)], are: bool) -> Result<(), Failure> {
+        let mut config = self.config();
+        for (component, file) in overlays {
+            let mut disks = config.disks.iter_mut();
+            if let Some(disk) = disks.find(|disk| disk.component == *component) {
+                match are {
+                    true => disk.overlays.push(file.clone()),
+                    false => disk.overlays.retain(|known| known != file),
+                }
+            }
+        }
+        self.directory.save(&config)
     }
 
     /// New overlays, empty: by disk their files.
@@ -282,6 +326,16 @@ impl Host {
         }
         self.let_go(before, &after).await;
         Ok(written)
+    }
+}
+
+/// Lets a guest go on with all of its memory, if it has stopped; what is in the way is only told, as whoever asks has a better reason to fail.
+async fn go_on(qemu: &Qemu, is_stopped: bool) {
+    if is_stopped && let Err(error) = qemu.cont().await {
+        tracing::warn!(%error, "the guest does not go on");
+    }
+    if let Err(error) = qemu.grow().await {
+        tracing::warn!(%error, "the guest has less memory than it could");
     }
 }
 

@@ -43,10 +43,14 @@ impl Daemon {
     {
         let home = self.home.clone();
         blocking(move || {
-            let until = Instant::now() + PATIENCE;
+            let mut until = Instant::now() + PATIENCE;
             loop {
-                let asked = Client::connect(&home)
-                    .and_then(|client| client.run(command.clone(), &tell, |_| {}));
+                let asked = Client::connect(&home).and_then(|client| {
+                    let answer = client.run(command.clone(), &tell, |_| {});
+                    // It was there until now.
+                    until = Instant::now() + PATIENCE;
+                    answer
+                });
                 match asked {
                     Ok(answer) => return Ok(answer),
                     Err(ClientError::Failed(failure)) => return Err(failure),

@@ -7,6 +7,7 @@
 pub mod capture;
 mod daemon;
 mod parts;
+
 mod prefetch;
 
 use std::path::PathBuf;
@@ -15,7 +16,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use capsule_proto::manifest::Machine;
-use tokio::sync::watch;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{Notify, watch};
 
 use super::api::{MachineInfo, MachineRequest, MachineState, StopMachine, StoppedMachine};
 use super::config::{Config, Directory, Lock};
@@ -27,9 +29,14 @@ use crate::control::{
 use crate::home::Home;
 use daemon::Daemon;
 use parts::Parts;
+pub use parts::take_down;
 
 /// How long a guest may take to shut down where nobody says.
 const SHUTDOWN: Duration = Duration::from_secs(60);
+/// Before what did not come is asked for again.
+const PULL_AGAIN: Duration = Duration::from_secs(15);
+/// How long where this process is told to end.
+const TERMINATING: Duration = Duration::from_secs(20);
 /// Threads: as QEMU has the cores, two for what it waits for.
 const THREADS: usize = 2;
 /// Blocking calls at a time: requests to the daemon, each as long as a disk is served.
@@ -48,6 +55,8 @@ pub struct Host {
     stage: watch::Sender<Stage>,
     /// One capture or stop at a time.
     busy: tokio::sync::Mutex<()>,
+    /// Told where it is not to be started after all.
+    give_up: Notify,
     started: Instant,
 }
 
@@ -78,11 +87,12 @@ struct Running {
 /// Why it could not be started, or ended otherwise.
 pub fn run(home: &Home, name: &str) -> Result<(), Failure> {
     let directory = Directory::of(home, name)?;
-    let config = directory.load()?;
+    directory.load()?;
     let Some(lock) = directory.lock()? else {
         let message = format!("machine {name} runs already");
         return Err(Failure::new(FailureCode::Busy, message));
     };
+    let config = directory.load()?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(THREADS)
         .max_blocking_threads(BLOCKING)
@@ -95,6 +105,7 @@ pub fn run(home: &Home, name: &str) -> Result<(), Failure> {
         config: Mutex::new(config),
         stage: watch::channel(Stage::Starting(waiting("qemu"))).0,
         busy: tokio::sync::Mutex::new(()),
+        give_up: Notify::new(),
         started: Instant::now(),
     });
     let ended = runtime.block_on(host.live(lock));
@@ -105,19 +116,40 @@ pub fn run(home: &Home, name: &str) -> Result<(), Failure> {
 
 impl Host {
     async fn live(self: &Arc<Self>, _lock: Lock) -> Result<(), Failure> {
-        let sockets = self.directory.sockets();
-        crate::home::make_private_dir(&sockets)?;
+        self.directory.prepare_sockets()?;
         let socket = self.directory.socket();
         let clients =
             listen(&socket).map_err(|error| Failure::new(FailureCode::Io, error.to_string()))?;
         let serving = tokio::spawn(serve(clients, Arc::new(Requests(self.clone()))));
-        let ended = self.start_and_watch().await;
+        let mut terminate = signal(SignalKind::terminate()).map_err(no_signals)?;
+        let ended = tokio::select! {
+            ended = self.start_and_watch() => ended,
+            // Before the guest's first step there is nothing to shut down.
+            () = self.give_up.notified() => Ok(()),
+            _ = terminate.recv() => self.end_in_time().await,
+        };
+        // What is being captured was frozen before: it need not be lost with the guest.
+        let _captured = self.busy.lock().await;
         self.stage.send_replace(Stage::Ended(ended.clone().err()));
         let _gone = std::fs::remove_file(&socket);
         // Those who wait hear of it.
         tokio::time::sleep(LOOK).await;
         serving.abort();
         ended
+    }
+
+    /// Ends with this machine, or this user's session: the guest is asked to shut down, but not waited for as long as usual.
+    async fn end_in_time(&self) -> Result<(), Failure> {
+        if let Ok(running) = self.running() {
+            let shut_down = async {
+                running.qemu.powerdown().await?;
+                running.qemu.wait().await
+            };
+            if tokio::time::timeout(TERMINATING, shut_down).await.is_err() {
+                running.qemu.quit().await?;
+            }
+        }
+        Ok(())
     }
 
     async fn start_and_watch(self: &Arc<Self>) -> Result<(), Failure> {
@@ -127,7 +159,7 @@ impl Host {
         behind.spawn(wake(running.clone()));
         behind.spawn(self.clone().fetch_the_rest());
         behind.spawn(prefetch::publish_later(self.clone(), running.clone()));
-        behind.spawn(resume_after_errors(running.clone()));
+        behind.spawn(resume_after_errors(self.clone(), running.clone()));
         let ended = running.qemu.wait().await?;
         match ended.success() {
             true => Ok(()),
@@ -203,24 +235,42 @@ impl Host {
 
     /// Fetches what the guest has not read yet, behind what it reads.
     async fn fetch_the_rest(self: Arc<Self>) {
+        while let Err(error) = self.pull_all(|_| {}).await {
+            tracing::warn!(%error, "the rest of a capsule did not come: it is asked for again");
+            tokio::time::sleep(PULL_AGAIN).await;
+        }
+        std::future::pending().await
+    }
+
+    /// Has all come of what the machine stands upon.
+    async fn pull_all(
+        &self,
+        tell: impl Fn(Progress) + Clone + Send + 'static,
+    ) -> Result<(), Failure> {
         let capsules = self.config().capsules();
         for capsule in capsules {
             let pull = Pull {
-                capsule: capsule.clone(),
+                capsule,
                 wait: Some(u64::from(u32::MAX)),
                 like_path: None,
                 like_capsule: None,
             };
-            if let Err(error) = self.daemon.ask(pull, |_| {}).await {
-                tracing::warn!(capsule = capsule.0, %error, "the rest of a capsule did not come");
-            }
+            self.daemon.ask(pull, tell.clone()).await?;
         }
-        std::future::pending().await
+        Ok(())
     }
 
     /// Ends the guest.
     async fn stop(&self, request: StopMachine) -> Result<StoppedMachine, Failure> {
         let _alone = self.alone()?;
+        if matches!(&*self.stage.borrow(), Stage::Starting(_)) {
+            self.give_up.notify_one();
+            return Ok(StoppedMachine {
+                machine: self.directory.name().to_owned(),
+                orderly: false,
+                capsule: self.config().origin.as_ref().map(|origin| origin.capsule),
+            });
+        }
         let running = self.running()?;
         let patience = request.wait.map_or(SHUTDOWN, Duration::from_secs);
         let mut orderly = false;
@@ -361,17 +411,23 @@ async fn wake(running: Arc<Running>) {
 }
 
 /// Lets a guest go on that stopped because a disk could not be read, once nothing is waited for any more.
-async fn resume_after_errors(running: Arc<Running>) {
+async fn resume_after_errors(host: Arc<Host>, running: Arc<Running>) {
+    let mut wait = LOOK;
     loop {
-        tokio::time::sleep(LOOK).await;
+        tokio::time::sleep(wait).await;
+        wait = LOOK;
         if running.parts.late().is_some_and(|late| late > LATE) {
             continue;
         }
+        // What is captured stands still on purpose.
+        let Ok(_alone) = host.busy.try_lock() else {
+            continue;
+        };
         // A monitor that does not answer is QEMU's own waiting, or its end.
         if let Ok(Status::DiskError) = running.qemu.status().await {
             tracing::warn!("a disk could not be read or written: it is tried again");
-            tokio::time::sleep(LATE).await;
             let _again = running.qemu.cont().await;
+            wait = LATE;
         }
     }
 }
@@ -414,6 +470,10 @@ fn waiting(what: &str) -> Progress {
         written: 0,
         what: Some(what.to_owned()),
     }
+}
+
+fn no_signals(error: std::io::Error) -> Failure {
+    Failure::new(FailureCode::Io, format!("listening for signals: {error}"))
 }
 
 /// A capsule by its id.

@@ -82,9 +82,9 @@ impl Parts {
         };
         let mut reading = Vec::new();
         let mut disks = Vec::new();
-        for disk in &config.disks {
+        for (number, disk) in config.disks.iter().enumerate() {
             host.tell(waiting(&disk.component));
-            disks.push(place(host, disk, &mut reading).await?);
+            disks.push(place(host, disk, number, &mut reading).await?);
         }
         let ram = memory(host, config, described.as_ref(), &mut reading).await?;
         let at = host.directory.file("ram");
@@ -155,6 +155,7 @@ async fn describe(host: &Host, capsule: CapsuleRef) -> Result<Described, Failure
 async fn place(
     host: &Host,
     disk: &DiskConfig,
+    number: usize,
     reading: &mut Vec<Reading>,
 ) -> Result<DiskPlace, Failure> {
     let base = match &disk.base {
@@ -164,12 +165,15 @@ async fn place(
             format: disk.format.clone().unwrap_or_else(|| "raw".to_owned()),
         },
         Some(Base::Capsule { capsule, component }) => {
-            let mut read =
-                read(host, capsule, component, &disk.component, Some(READ_LIMIT)).await?;
-            let socket = host
-                .directory
-                .sockets()
-                .join(format!("{}.sock", disk.component));
+            let mut read = read(
+                host,
+                capsule,
+                component,
+                &format!("disk-{number}"),
+                Some(READ_LIMIT),
+            )
+            .await?;
+            let socket = host.directory.sockets().join(format!("disk-{number}.sock"));
             let export = Arc::new(Export {
                 name: disk.component.clone(),
                 description: format!("{component} of {}", capsule.0),
@@ -185,6 +189,8 @@ async fn place(
     let mut overlays = disk.overlays.clone();
     if overlays.is_empty() {
         let overlay = disk.next_overlay();
+        // That of a start that was cut short before it was noted.
+        let _gone = std::fs::remove_file(host.directory.file(&overlay));
         create_overlay(&host.directory.file(&overlay), disk.size).await?;
         overlays.push(overlay.clone());
         let mut config = host.config();
@@ -241,7 +247,7 @@ async fn memory(
     let base = match captured {
         Some((described, ram)) => {
             host.tell(waiting(ram));
-            let read = read(host, &by_id(&described.capsule), ram, "ram", None).await?;
+            let read = read(host, &by_id(&described.capsule), ram, "memory", None).await?;
             let disk = read.watched.clone();
             reading.push(read);
             Some(disk as Arc<dyn Disk>)
@@ -262,9 +268,23 @@ async fn memory(
     ))
 }
 
+/// Takes a mount away that nobody serves any more, if there is one.
+pub fn take_down(at: &Path) {
+    if rustix::mount::unmount(at, rustix::mount::UnmountFlags::DETACH).is_ok() {
+        return;
+    }
+    // Who is not root has this do it; where nothing is mounted it only says so.
+    let mut helper = std::process::Command::new("fusermount3");
+    let helper = helper.args(["-u", "-z", "-q"]).arg(at);
+    let _none = helper
+        .stdin(std::process::Stdio::null())
+        .stderr(std::process::Stdio::null())
+        .status();
+}
+
 fn show(ram: &Arc<Ram>, at: &Path) -> Result<Mounted, Failure> {
     // A process that was killed leaves its mount behind.
-    let _none = rustix::mount::unmount(at, rustix::mount::UnmountFlags::DETACH);
+    take_down(at);
     crate::home::make_private_dir(at)?;
     ram.mount(at, Handle::current()).map_err(|error| {
         failed("mounting at", at, &error)

@@ -144,7 +144,7 @@ pub async fn create_overlay(path: &Path, size: u64) -> Result<(), Failure> {
         let message = format!("cannot make the overlay {}: {reason}", path.display());
         Failure::new(code, message)
     };
-    match timeout(CREATE, output).await {
+    let made = match timeout(CREATE, output).await {
         Ok(Ok(output)) if output.status.success() => Ok(()),
         Ok(Ok(output)) => {
             let said = String::from_utf8_lossy(&output.stderr);
@@ -156,7 +156,11 @@ pub async fn create_overlay(path: &Path, size: u64) -> Result<(), Failure> {
         )
         .hint("install it (package qemu-utils), or name it in CAPSULE_QEMU_IMG")),
         Err(_elapsed) => Err(failed(FailureCode::Io, "qemu-img does not end".into())),
+    };
+    if made.is_err() {
+        let _gone = tokio::fs::remove_file(path).await;
     }
+    made
 }
 
 impl Qemu {

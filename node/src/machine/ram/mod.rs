@@ -191,6 +191,38 @@ impl Ram {
         told.collect()
     }
 
+    /// All that is frozen becomes one, as if the machine had stopped once. Copies them, while the memory is used. Blocks.
+    ///
+    /// # Errors
+    /// What the operating system said; then some are left, and it can be tried again.
+    pub fn merge(&self) -> io::Result<()> {
+        let _changing = lock(&self.changing);
+        let frozen = self.stack().frozen.clone();
+        let Some((oldest, newer)) = frozen.split_first() else {
+            return Ok(());
+        };
+        for generation in newer {
+            self.put_upon(oldest, generation)?;
+            self.stack_mut().frozen.remove(1);
+            generation.remove(&self.dir)?;
+        }
+        oldest.seal(&self.dir, self.pages())
+    }
+
+    /// Copies a generation into one below it, which is not seen where the upper one has something.
+    fn put_upon(&self, below: &Generation, generation: &Generation) -> io::Result<()> {
+        for run in generation.pages.runs() {
+            for pages in windows(run.start / PAGE..(run.start + run.len) / PAGE) {
+                let _stripe = self.stripe(pages.start / PAGES_IN_WINDOW);
+                match run.data {
+                    true => below.copy(generation, pages.start, pages.end)?,
+                    false => below.zero(pages.start, pages.end)?,
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// The oldest `n` of what is frozen are published: they go, one by one, into what lies below. Copies them, while the memory is used. Blocks.
     ///
     /// # Errors
@@ -203,16 +235,7 @@ impl Ram {
             return Err(io::Error::new(ErrorKind::InvalidInput, why));
         }
         for generation in oldest {
-            // What lies below it is not seen as long as it is there.
-            for run in generation.pages.runs() {
-                for pages in windows(run.start / PAGE..(run.start + run.len) / PAGE) {
-                    let _stripe = self.stripe(pages.start / PAGES_IN_WINDOW);
-                    match run.data {
-                        true => self.below.copy(&generation, pages.start, pages.end)?,
-                        false => self.below.zero(pages.start, pages.end)?,
-                    }
-                }
-            }
+            self.put_upon(&self.below, &generation)?;
             self.stack_mut().frozen.remove(0);
             generation.remove(&self.dir)?;
         }

@@ -181,7 +181,12 @@ async fn is_what_a_model_is() {
                     drop(ram);
                     ram = Arc::new(Ram::new(dir.path(), LEN, Some(Plain::of(again))).unwrap());
                 }
-                _ => {}
+                _ => {
+                    let told = compose(&ram.frozen(), &published);
+                    ram.merge().unwrap();
+                    assert!(ram.frozen().len() <= 1);
+                    assert!(compose(&ram.frozen(), &published) == told, "step {step}");
+                }
             }
         }
         assert!(ram.read(0..LEN).await.unwrap() == model);

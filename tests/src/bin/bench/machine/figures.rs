@@ -10,6 +10,8 @@ use super::{Row, plot};
 use crate::report::{Column, Limit, Report, Table, Target};
 use crate::series::median;
 
+/// The rate that figures are set for, in kbit/s.
+const KBIT: u32 = 384;
 /// Memory of the guest, in bytes.
 const MEMORY: f64 = (512_u64 << 20) as f64;
 /// Bytes of an MB, as links and the paper count them.
@@ -204,6 +206,9 @@ pub fn report(found: &Found, only: &[Row]) -> Report {
     for figure in figures(found, only) {
         table.target(figure.target);
     }
+    if let Some(note) = other_rate(found) {
+        table.note(note);
+    }
     report.tables.push(table);
     for (row, reason) in &found.failed {
         let error = anyhow!("{reason}");
@@ -212,6 +217,16 @@ pub fn report(found: &Found, only: &[Row]) -> Report {
             .push(Table::failed(format!("{row:?}"), &error));
     }
     report
+}
+
+/// Says so where the thin link was not the one that figures are set for.
+fn other_rate(found: &Found) -> Option<String> {
+    (found.kbit != KBIT).then(|| {
+        format!(
+            "the thin link carried {} kbit/s here: what is to be reached over it is set for {KBIT}",
+            found.kbit
+        )
+    })
 }
 
 /// What was measured on one computer, or beside it.
@@ -295,6 +310,9 @@ fn document(found: &Found, only: &[Row], plot: &Path) -> String {
         say(format!(
             "| {what} | {found} | {words} {at:.2} {unit} | {met} | {paper} |"
         ));
+    }
+    if let Some(note) = other_rate(found) {
+        say(format!("\n{note}."));
     }
     for Ladder { title, steps } in &found.ablation {
         say(format!("\n## What each technique saves: {title}\n"));

@@ -41,7 +41,7 @@ use crate::tools::install;
 
 /// Longest that anything may take that does not go over the thin link, and a move over that.
 const STEP: Duration = Duration::from_secs(900);
-const MOVE: Duration = Duration::from_secs(2400);
+const MOVE: Duration = Duration::from_secs(3600);
 /// How long a guest that has booted is left alone before it counts as idle.
 const SETTLES: Duration = Duration::from_secs(30);
 /// How long who resumes a machine first uses it: until what it read is published, and a little.
