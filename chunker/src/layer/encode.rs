@@ -81,8 +81,11 @@ pub struct EncodeOptions {
 }
 
 impl EncodeOptions {
-    /// Longest frame of disks and memory, which are read at random; of disks not at [`Effort::Max`], which is for what many fetch.
+    /// Longest frame of disks, which are read at random; not at [`Effort::Max`], which is for what many fetch.
     pub const PAGED_FRAME_MAX: u32 = 256 << 10;
+    /// Longest frame of memory, of which a resumed machine reads a page here and there: about what two chunk groups hold compressed, less of
+    /// which cannot be asked for anyway.
+    pub const RAM_FRAME_MAX: u32 = 32 << 10;
     /// Longest frame of files and trees, which are mostly restored whole: as small as `zstd -T0` without frames.
     pub const FILE_FRAME_MAX: u32 = 1 << 20;
     /// The same at [`Effort::Max`], where longer frames save 5 %, and less at the lower levels.
@@ -96,7 +99,8 @@ impl EncodeOptions {
         };
         let (cuts, frame_max) = match kind {
             ComponentKind::Disk if effort == Effort::Max => (Cuts::Pages, file_frame_max),
-            ComponentKind::Disk | ComponentKind::Ram => (Cuts::Pages, Self::PAGED_FRAME_MAX),
+            ComponentKind::Disk => (Cuts::Pages, Self::PAGED_FRAME_MAX),
+            ComponentKind::Ram => (Cuts::Pages, Self::RAM_FRAME_MAX),
             ComponentKind::DeviceState | ComponentKind::File | ComponentKind::Tree => {
                 (Cuts::Bytes, file_frame_max)
             }

@@ -23,6 +23,9 @@ pub struct Capture {
     /// When the name ends, in seconds since 1970.
     #[serde(default)]
     pub expires: Option<u64>,
+    /// Compares memory that no older memory lies below with the disks: less in all, but who resumes it without having them fetches more of them first.
+    #[serde(default)]
+    pub against_disks: bool,
     /// What resuming it takes. It names components.
     #[serde(with = "hex")]
     pub machine: Box<Machine>,

@@ -71,6 +71,9 @@ pub struct CaptureMachine {
     /// When the name ends, in seconds since 1970.
     #[serde(default)]
     pub expires: Option<u64>,
+    /// Compares memory that was never captured with the disks: less in all, but who resumes it without having them fetches more of them first.
+    #[serde(default)]
+    pub against_disks: bool,
     /// Leaves the guest's memory as large as it is.
     #[serde(default)]
     pub no_balloon: bool,

@@ -198,6 +198,7 @@ pub fn capture_stopped(
         name: request.name.clone(),
         effort: request.effort,
         expires: request.expires,
+        against_disks: request.against_disks,
         machine: Box::new(at_rest(&config)),
         components,
     };

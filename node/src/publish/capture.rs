@@ -224,7 +224,9 @@ impl Making<'_> {
         for (captured, below) in request.components.iter().zip(below) {
             let compared = match captured.kind {
                 // What was written upon older memory is compared with that.
-                ComponentKind::Ram if below.is_none() => std::mem::take(&mut others),
+                ComponentKind::Ram if below.is_none() && request.against_disks => {
+                    std::mem::take(&mut others)
+                }
                 _ => Vec::new(),
             };
             let (part, content) = self.captured(captured, below.as_ref(), compared)?;

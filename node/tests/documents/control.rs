@@ -163,6 +163,7 @@ fn requests_and_answers_have_the_keys_that_the_document_names() {
             name: "me:1".parse().unwrap(),
             effort: Effort::Max,
             expires: full.then_some(1),
+            against_disks: true,
             machine: Box::new(Machine {
                 machine_type: "pc-q35-7.2".to_owned(),
                 cpus: 1,
@@ -229,6 +230,7 @@ fn machines(comparison: &mut Comparison<'_>) {
         name: "me:1".parse().unwrap(),
         effort: Effort::Max,
         expires: full.then_some(1),
+        against_disks: true,
         no_balloon: true,
         stop: true,
     });

@@ -74,6 +74,10 @@ pub struct CaptureArgs {
     /// How hard to compress: zstd level 1, 3 or 19; max with LZMA too, which is slower to read
     #[arg(long, value_enum, default_value_t = Strength::Default)]
     effort: Strength,
+    /// Compare memory that was never captured with the disks, as it is often what lies there: less in all, but who resumes it
+    /// without having the disks fetches more of them first
+    #[arg(long)]
+    against_disks: bool,
     /// Leave the guest's memory as it is, instead of having it give back what it does not need
     #[arg(long)]
     no_balloon: bool,
@@ -200,6 +204,7 @@ fn capture(args: CaptureArgs, home: &Home) -> Result<(), Exit> {
         name: args.name,
         effort: args.effort.into(),
         expires: args.expires,
+        against_disks: args.against_disks,
         no_balloon: args.no_balloon,
         stop: args.stop,
     };

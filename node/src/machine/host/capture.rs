@@ -75,6 +75,7 @@ impl Host {
             (Err(_), _) => go_on(qemu, true).await,
         }
         let (published, disk_written) = captured?;
+        prefetch::hand_on(self, &running, &published.components).await;
         Ok(CapturedMachine {
             machine: self.directory.name().to_owned(),
             pause_seconds: (!request.stop).then_some(stopped.pause.as_secs_f64()),
@@ -272,6 +273,7 @@ impl Host {
             name: request.name.clone(),
             effort: request.effort,
             expires: request.expires,
+            against_disks: request.against_disks,
             machine: Box::new(captured_machine(&config, stopped)),
             components,
         };

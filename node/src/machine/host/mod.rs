@@ -23,8 +23,8 @@ use super::api::{MachineInfo, MachineRequest, MachineState, StopMachine, Stopped
 use super::config::{Config, Directory, Lock};
 use super::qemu::{self, BeforeExec, Qemu, Status};
 use crate::control::{
-    CapsuleRef, Failure, FailureCode, Handler, Phase, Progress, Pull, Reporter, Unpin, listen,
-    serve,
+    ByteRange, CapsuleRef, Failure, FailureCode, Handler, Phase, Progress, Pull, Reporter, Unpin,
+    listen, serve,
 };
 use crate::home::Home;
 use daemon::Daemon;
@@ -77,6 +77,8 @@ struct Running {
     parts: Parts,
     /// Whether its memory was written upon that of the origin: it was resumed from it, or captured as it.
     is_of_origin: AtomicBool,
+    /// What resuming read first, by component, once that is known.
+    first_reads: Mutex<Vec<(String, Vec<ByteRange>)>>,
     /// From the start of the process until the guest ran.
     after: Duration,
 }
@@ -216,6 +218,7 @@ impl Host {
             is_of_origin: AtomicBool::new(parts.state.is_some()),
             qemu,
             parts,
+            first_reads: Mutex::default(),
             after,
         })
     }

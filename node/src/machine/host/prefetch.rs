@@ -1,23 +1,26 @@
 //! What resuming reads first: brought before the guest runs, by what those read who resumed it before; and published for those who do it next.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use capsule_chunker::content::ReadError;
+use capsule_proto::RootHash;
 use capsule_proto::record::MAX_PREFETCH_RANGES;
 use futures::{StreamExt, TryStreamExt, stream};
 
 use super::parts::Reading;
 use super::{Host, Running};
-use crate::control::{ByteRange, Described, Failure, FailureCode, Phase, Prefetch, Progress};
+use crate::control::{
+    ByteRange, ComponentInfo, Described, Failure, FailureCode, Phase, Prefetch, Progress,
+};
 
 /// Ranges that are asked for at a time: enough that a thin link never idles, and in order.
 const AT_ONCE: usize = 64;
 /// Longest range that is asked for at once.
 const MAX_LEN: u64 = 1 << 20;
 /// When a resumed guest has run for so long without waiting, what it reads is no longer what resuming takes.
-const SETTLED: Duration = Duration::from_secs(30);
+const SETTLED: Duration = Duration::from_secs(10);
 /// How often it is looked whether it waits, and how long it may.
 const TICK: Duration = Duration::from_millis(500);
 const WAITS: Duration = Duration::from_millis(200);
@@ -91,26 +94,61 @@ pub async fn publish(host: &Host, running: &Running) {
     if running.parts.state.is_none() {
         return;
     }
-    for read in &running.parts.reading {
-        let ranges = match read.is_memory() {
-            true => running.parts.ram.touched(),
-            false => read.watched.touched(),
-        };
-        if ranges.is_empty() {
-            continue;
-        }
-        let Some(component) = running.parts.root_of(read) else {
-            continue;
-        };
-        let ranges = ranges.into_iter().take(MAX_PREFETCH_RANGES);
-        let ranges = ranges.map(|(start, length)| ByteRange { start, length });
-        let told = Prefetch {
-            component,
-            ranges: ranges.collect(),
-        };
-        if let Err(error) = host.daemon.ask(told, |_| {}).await {
-            // Who may not publish does not tell: the next has to find out again.
-            tracing::debug!(%error, "what was read first is not published");
+    for (component, ranges) in first_reads(running) {
+        let mut reading = running.parts.reading.iter();
+        let read = reading.find(|read| read.component == component);
+        if let Some(root) = read.and_then(|read| running.parts.root_of(read)) {
+            tell(host, root, ranges).await;
         }
     }
+}
+
+/// Hands what is read first on to what was captured: it lies in the same places there. Who resumes that would have to find out again.
+pub async fn hand_on(host: &Host, running: &Running, captured: &[ComponentInfo]) {
+    for (component, ranges) in first_reads(running) {
+        let mut all = captured.iter();
+        if let Some(found) = all.find(|found| found.name == component) {
+            tell(host, found.root, ranges).await;
+        }
+    }
+}
+
+/// What is known to be read first of each component: what was told of the capsule, or else what this guest has read until it had settled.
+fn first_reads(running: &Running) -> Vec<(String, Vec<ByteRange>)> {
+    let mut first = lock(&running.first_reads);
+    if first.is_empty() && running.parts.state.is_some() {
+        let told = running.parts.described.iter();
+        let told = told.flat_map(|described| &described.prefetch);
+        *first = told
+            .map(|of| (of.component.clone(), of.ranges.clone()))
+            .collect();
+    }
+    if first.is_empty() && running.parts.state.is_some() {
+        let read = running.parts.reading.iter().map(|read| {
+            let ranges = match read.is_memory() {
+                true => running.parts.ram.touched(),
+                false => read.watched.touched(),
+            };
+            let ranges = ranges.into_iter().take(MAX_PREFETCH_RANGES);
+            let ranges = ranges.map(|(start, length)| ByteRange { start, length });
+            (read.component.clone(), ranges.collect())
+        });
+        *first = read.collect();
+    }
+    first.clone()
+}
+
+async fn tell(host: &Host, component: RootHash, ranges: Vec<ByteRange>) {
+    if ranges.is_empty() {
+        return;
+    }
+    let told = Prefetch { component, ranges };
+    if let Err(error) = host.daemon.ask(told, |_| {}).await {
+        // Who may not publish does not tell: the next has to find out again.
+        tracing::debug!(%error, "what was read first is not published");
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -33,8 +33,9 @@ pub use pages::{Page, Run};
 use read::Fetch;
 use touched::Touched;
 
-/// What is fetched from the base at once, and changed under one lock: about what a frame decodes to.
-const WINDOW: u64 = 64 << 10;
+/// What is fetched from the base at once, and changed under one lock: a page. More would be fetched over thin links than is known to be read first;
+/// frames, which are longer, are kept decoded by the daemon.
+const WINDOW: u64 = PAGE;
 const PAGES_IN_WINDOW: u64 = WINDOW / PAGE;
 /// Windows that are fetched at a time.
 const FETCHES: usize = 64;
