@@ -151,8 +151,8 @@ fn figures(found: &Found, only: &[Row]) -> Vec<Figure> {
     };
     add(
         Row::Nbd,
-        "network block device, sequential, against qemu-nbd on the raw file",
-        nbd.and_then(|nbd| part(&nbd.sequential, &nbd.qemu_sequential)),
+        "network block device, written out before (`--whole`), sequential, against qemu-nbd on the raw file",
+        nbd.and_then(|nbd| part(&nbd.whole_sequential, &nbd.qemu_sequential)),
         Limit::AtLeast(50.0),
         "%",
         PAPER_NOTHING,
@@ -160,7 +160,7 @@ fn figures(found: &Found, only: &[Row]) -> Vec<Figure> {
     add(
         Row::Nbd,
         "the same, random 4 KiB",
-        nbd.and_then(|nbd| part(&nbd.random, &nbd.qemu_random)),
+        nbd.and_then(|nbd| part(&nbd.whole_random, &nbd.qemu_random)),
         Limit::AtLeast(40.0),
         "%",
         PAPER_NOTHING,
@@ -241,8 +241,12 @@ fn local(found: &Found) -> Option<Table> {
     if let Some(nbd) = &found.nbd {
         let mb = |all: &[f64]| all.iter().map(|bytes| bytes / MB).collect();
         rows.push(("nbd, sequential: MB/s", mb(&nbd.sequential)));
+        rows.push(("nbd --whole, sequential: MB/s", mb(&nbd.whole_sequential)));
         rows.push(("qemu-nbd, sequential: MB/s", mb(&nbd.qemu_sequential)));
         rows.push(("nbd, random 4 KiB: MB/s", mb(&nbd.random)));
+        rows.push(("nbd --whole, random 4 KiB: MB/s", mb(&nbd.whole_random)));
+        rows.push(("nbd --whole, written out: MB", mb(&[nbd.whole_bytes])));
+        rows.push(("nbd --whole, written out in: s", vec![nbd.whole_seconds]));
         rows.push(("qemu-nbd, random 4 KiB: MB/s", mb(&nbd.qemu_random)));
     }
     let pauses = |figure: fn(&Pause) -> f64| found.pauses.iter().map(figure).collect();

@@ -144,6 +144,14 @@ pub struct Nbd {
     pub random: Vec<f64>,
     /// qemu-nbd.
     pub qemu_random: Vec<f64>,
+    /// Ours with `--whole`: from a file that was written out before.
+    pub whole_sequential: Vec<f64>,
+    /// The same at random places.
+    pub whole_random: Vec<f64>,
+    /// Bytes that this takes on the disk.
+    pub whole_bytes: f64,
+    /// How long it took to write out.
+    pub whole_seconds: f64,
 }
 
 /// What is left to send with one technique after the other.

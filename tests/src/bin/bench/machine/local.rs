@@ -89,12 +89,16 @@ impl Bench<'_> {
         let raw = dir.join("disk.raw");
         export(self, "disk0", &raw)?;
         let data = data_of(&raw)?;
-        let (ours, theirs) = (dir.join("ours.sock"), dir.join("theirs.sock"));
-        let at = ours
-            .to_str()
-            .context("the scratch directory's path is UTF-8")?;
-        let args = ["nbd", IDLE, "--component", "disk0", "--socket", at];
-        let _serving = Serving::start(self.place.node(HOME), &args);
+        let [ours, whole, theirs] =
+            ["ours.sock", "whole.sock", "theirs.sock"].map(|name| dir.join(name));
+        let serve = |at: &Path, options: &[&str]| {
+            let at = at.to_str();
+            let at = at.context("the scratch directory's path is UTF-8")?;
+            let args = ["nbd", IDLE, "--component", "disk0", "--socket", at];
+            let args = [&args, options].concat();
+            Ok::<_, anyhow::Error>(Serving::start(self.place.node(HOME), &args))
+        };
+        let (_serving, written_out) = (serve(&ours, &[])?, serve(&whole, &["--whole"])?);
         let mut qemu = std::process::Command::new("qemu-nbd");
         qemu.args([
             "--read-only",
@@ -105,10 +109,16 @@ impl Bench<'_> {
         ]);
         let _qemu = Process::start(qemu.arg(&theirs).arg(&raw), &dir.join("log"))?;
         let deadline = Deadline::after(STEP);
-        let mut found = Nbd::default();
+        let told = |key: &str| written_out.answer[key].as_f64().unwrap_or_default();
+        let mut found = Nbd {
+            whole_bytes: told("whole_bytes"),
+            whole_seconds: told("whole_seconds"),
+            ..Nbd::default()
+        };
         for run in 0..self.often() {
             for (socket, sequential, random) in [
                 (&ours, &mut found.sequential, &mut found.random),
+                (&whole, &mut found.whole_sequential, &mut found.whole_random),
                 (&theirs, &mut found.qemu_sequential, &mut found.qemu_random),
             ] {
                 sequential.push(Server::connect(socket, &deadline)?.sequential(&data)?);
