@@ -228,31 +228,32 @@ impl Disk for Plain {
 }
 
 #[tokio::test]
-async fn windows_are_fetched_once_and_pages_told_as_they_are_asked_for() {
+async fn pages_are_fetched_once_and_told_as_they_are_asked_for() {
+    /// What a base is of one kind in.
+    const PIECE: u64 = 64 << 10;
     let test = async {
         let base = Base::new(1 << 20, 20_000);
         let (_dir, ram) = memory(1 << 20, Some(base.clone()));
-        let reads = (0..16).map(|page| ram.read(page * PAGE..(page + 1) * PAGE));
+        let reads = (0..16).map(|part| ram.read(part * 256..(part + 1) * 256));
         futures::future::try_join_all(reads).await.unwrap();
         assert_eq!(base.reads.load(Ordering::Relaxed), 1);
         assert_eq!(
             ram.stats(),
             Stats {
-                fetched: WINDOW,
+                fetched: PAGE,
                 ..Stats::default()
             }
         );
         // Zeros that are known take nothing.
-        assert!(ram.read(3 * WINDOW..4 * WINDOW).await.unwrap() == vec![0; WINDOW as usize]);
-        ram.read(9 * WINDOW + 100..9 * WINDOW + 200).await.unwrap();
-        ram.read(9 * WINDOW + PAGE..9 * WINDOW + 3 * PAGE)
-            .await
-            .unwrap();
-        ram.read(5 * WINDOW..5 * WINDOW + 1).await.unwrap();
+        assert!(ram.read(3 * PIECE..4 * PIECE).await.unwrap() == vec![0; PIECE as usize]);
+        let at = 9 * PIECE;
+        ram.read(at + 100..at + 200).await.unwrap();
+        ram.read(at + PAGE..at + 3 * PAGE).await.unwrap();
+        ram.read(5 * PIECE..5 * PIECE + 1).await.unwrap();
         ram.read(0..PAGE).await.unwrap();
-        let touched = [(0, WINDOW), (9 * WINDOW, 3 * PAGE), (5 * WINDOW, PAGE)];
+        let touched = [(0, PAGE), (at, 3 * PAGE), (5 * PIECE, PAGE)];
         assert_eq!(ram.touched(), touched);
-        assert_eq!(base.reads.load(Ordering::Relaxed), 3);
+        assert_eq!(base.reads.load(Ordering::Relaxed), 5);
         ram.freeze().unwrap();
         assert_eq!(ram.frozen()[0].runs, [], "what was read was not written");
     };
