@@ -8,6 +8,7 @@ use std::path::Path;
 use capsule_node::home::{
     Home, InviteOptions, JoinOptions, Rates, Settings, socket, system_entropy,
 };
+use capsule_node::machine::config::Directory;
 use capsule_node::store::{Store, StoreOptions};
 use capsule_proto::credential::Roles;
 use serde_json::Value;
@@ -53,6 +54,8 @@ async fn files_and_modes_are_those_that_the_document_names() {
     // Only a founder has it.
     let founder = temp.path().join("other/fleet.key");
     fs::rename(founder, joined.dir().join("fleet.key")).unwrap();
+    // Made with the first machine.
+    Directory::of(&joined, "me").unwrap().make().unwrap();
 
     let mode = |path: &Path| {
         let mode = fs::symlink_metadata(path).unwrap().permissions().mode();
