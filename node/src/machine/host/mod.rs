@@ -33,6 +33,8 @@ pub use parts::take_down;
 
 /// How long a guest may take to shut down where nobody says.
 const SHUTDOWN: Duration = Duration::from_secs(60);
+/// The rest of a capsule is fetched when the guest reads nothing that has to come, or after so long.
+const REST_AFTER: Duration = Duration::from_secs(15 * 60);
 /// Before what did not come is asked for again.
 const PULL_AGAIN: Duration = Duration::from_secs(15);
 /// How long where this process is told to end.
@@ -159,7 +161,7 @@ impl Host {
         self.stage.send_replace(Stage::Running(running.clone()));
         let mut behind = tokio::task::JoinSet::new();
         behind.spawn(wake(running.clone()));
-        behind.spawn(self.clone().fetch_the_rest());
+        behind.spawn(self.clone().fetch_the_rest(running.clone()));
         behind.spawn(prefetch::publish_later(self.clone(), running.clone()));
         behind.spawn(resume_after_errors(self.clone(), running.clone()));
         let ended = running.qemu.wait().await?;
@@ -237,7 +239,10 @@ impl Host {
     }
 
     /// Fetches what the guest has not read yet, behind what it reads.
-    async fn fetch_the_rest(self: Arc<Self>) {
+    async fn fetch_the_rest(self: Arc<Self>, running: Arc<Running>) {
+        // Over a thin link each would slow the other down, and one of them is waited for.
+        let settled = prefetch::settled(&running);
+        let _in_any_case = tokio::time::timeout(REST_AFTER, settled).await;
         while let Err(error) = self.pull_all(|_| {}).await {
             tracing::warn!(%error, "the rest of a capsule did not come: it is asked for again");
             tokio::time::sleep(PULL_AGAIN).await;
@@ -422,12 +427,16 @@ async fn resume_after_errors(host: Arc<Host>, running: Arc<Running>) {
         if running.parts.late().is_some_and(|late| late > LATE) {
             continue;
         }
+        // A monitor that does not answer is QEMU's own waiting, or its end.
+        let has_stopped = async || matches!(running.qemu.status().await, Ok(Status::DiskError));
+        if !has_stopped().await {
+            continue;
+        }
         // What is captured stands still on purpose.
         let Ok(_alone) = host.busy.try_lock() else {
             continue;
         };
-        // A monitor that does not answer is QEMU's own waiting, or its end.
-        if let Ok(Status::DiskError) = running.qemu.status().await {
+        if has_stopped().await {
             tracing::warn!("a disk could not be read or written: it is tried again");
             let _again = running.qemu.cont().await;
             wait = LATE;

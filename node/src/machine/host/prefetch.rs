@@ -77,6 +77,13 @@ pub async fn bring(host: &Host, described: &Described, reading: &[Reading]) -> R
 
 /// Publishes what was read by a guest that was resumed, once that is over.
 pub async fn publish_later(host: Arc<Host>, running: Arc<Running>) {
+    settled(&running).await;
+    publish(&host, &running).await;
+    std::future::pending().await
+}
+
+/// Returns when a guest has run for some seconds without waiting for anything.
+pub async fn settled(running: &Running) {
     let mut ran = Duration::ZERO;
     while ran < SETTLED {
         tokio::time::sleep(TICK).await;
@@ -85,8 +92,6 @@ pub async fn publish_later(host: Arc<Host>, running: Arc<Running>) {
             ran += TICK;
         }
     }
-    publish(&host, &running).await;
-    std::future::pending().await
 }
 
 /// Publishes what was read so far, where the guest was resumed and nobody has told it yet.
