@@ -1,6 +1,6 @@
 //! Driving QEMU: from a manifest's `Machine` to a process that runs, is captured, and goes on elsewhere.
 //!
-//! [`probe`] says what the QEMU here can do, [`describe`] what a new machine is like, [`check`] whether one can run here, [`arguments`] how it
+//! [`probe()`] says what the QEMU here can do, [`describe()`] what a new machine is like, [`check()`] whether one can run here, [`arguments()`] how it
 //! is started. [`Qemu`] is the running process with its monitor. What crosses from one process to the next is a file of memory, mapped shared
 //! and left out of the migration stream, the stream itself (about half a megabyte of CPU and device state), and qcow2 overlays over a
 //! read-only base. Not here: where those files come from, and when to do what.
