@@ -7,14 +7,11 @@ use std::path::Path;
 use std::process::{Command as Process, Stdio};
 use std::time::{Duration, Instant};
 
-use capsule_proto::manifest::{DirectBoot, Machine};
-
 use super::api::{CaptureMachine, CapturedMachine, MachineInfo, MachineRequest, MachineStatus};
-use super::config::{Config, Directory, Origin, failed};
+use super::config::{Config, Directory, failed};
 use super::host::{capture, stopped_info};
 use crate::control::{
-    CapsuleRef, Capture, Client, ClientError, Command, Failure, FailureCode, Pin, Progress,
-    Published, Unpin,
+    CapsuleRef, Capture, Client, ClientError, Command, Failure, FailureCode, Pin, Progress, Unpin,
 };
 use crate::home::Home;
 
@@ -188,30 +185,21 @@ pub fn capture_stopped(
             .hint("run it first; or publish nothing: that capsule is what it is"));
     }
     let mut components = super::block_on(capture::disks(directory, &config, true))??;
-    for (name, base) in [("kernel", &config.kernel), ("initrd", &config.initrd)] {
-        if let Some(base) = base {
-            components.push(capture::boot_file(name, base));
-        }
-    }
+    components.extend(config.boot_files());
     let before = config.capsules();
     let capture = Capture {
         name: request.name.clone(),
         effort: request.effort,
         expires: request.expires,
         against_disks: request.against_disks,
-        machine: Box::new(at_rest(&config)),
+        machine: Box::new(config.at_rest()),
         components,
     };
     let published = daemon(home)?
         .run(capture, on_progress, on_notice)
         .map_err(said)?;
-    let new = config
-        .disks
-        .iter()
-        .flat_map(|disk| disk.overlays.iter().skip(disk.captured));
-    let sizes = new.map(|file| super::host::allocated(&directory.file(file)));
-    let disk_written = sizes.sum();
-    took(&mut config, &published);
+    let disk_written = directory.written(&config, 0).sum();
+    config.stand_upon(&published, |disk| disk.overlays.len());
     pin(home, directory, &config, &before)?;
     directory.save(&config)?;
     Ok(CapturedMachine {
@@ -222,37 +210,6 @@ pub fn capture_stopped(
         disk_written,
         published,
     })
-}
-
-/// A machine without memory and state.
-fn at_rest(config: &Config) -> Machine {
-    let boot = config.machine.boot.as_ref().map(|boot| DirectBoot {
-        kernel: "kernel".to_owned(),
-        initrd: config.initrd.as_ref().map(|_| "initrd".to_owned()),
-        append: boot.append.clone(),
-    });
-    Machine {
-        ram: None,
-        state: None,
-        boot,
-        ..config.machine.clone()
-    }
-}
-
-/// Has everything stand upon what was published.
-fn took(config: &mut Config, published: &Published) {
-    config.origin = Some(Origin {
-        capsule: published.capsule,
-        name: Some(published.name.clone()),
-    });
-    for disk in &mut config.disks {
-        disk.captured = disk.overlays.len();
-    }
-    let of_origin = |file: &Option<_>, name| file.as_ref().and(config.in_origin(name));
-    (config.kernel, config.initrd) = (
-        of_origin(&config.kernel, "kernel"),
-        of_origin(&config.initrd, "initrd"),
-    );
 }
 
 /// Pins what a machine stands upon, and lets go what it stood upon before.
@@ -322,12 +279,7 @@ pub fn remove(home: &Home, directory: &Directory, force: bool) -> Result<(), Fai
 pub fn is_changed(directory: &Directory, config: &Config) -> bool {
     /// An overlay to which nothing was written.
     const EMPTY: u64 = 256 << 10;
-    let new = config
-        .disks
-        .iter()
-        .flat_map(|disk| disk.overlays.iter().skip(disk.captured));
-    let mut sizes = new.map(|file| super::host::allocated(&directory.file(file)));
-    !config.resume && sizes.any(|size| size > EMPTY)
+    !config.resume && directory.written(config, 0).any(|size| size > EMPTY)
 }
 
 /// Takes a machine that does not run.

@@ -13,12 +13,12 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use capsule_proto::manifest::Machine;
+use capsule_proto::manifest::{ComponentKind, DirectBoot, Machine};
 use capsule_proto::{CapsuleId, RootHash};
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
-use crate::control::{Base, CapsuleRef, Failure, FailureCode};
+use crate::control::{Base, CapsuleRef, Captured, Failure, FailureCode, Published};
 use crate::home::{Home, Mode, make_private_dir, read_json, write_json};
 
 /// Format of `machine.json`.
@@ -88,6 +88,51 @@ impl Config {
             kernel: None,
             initrd: None,
         }
+    }
+
+    /// The machine as a capsule has it that it is published as, but for memory and state: what is booted directly is among its components.
+    pub fn at_rest(&self) -> Machine {
+        let boot = self.machine.boot.as_ref().map(|boot| DirectBoot {
+            kernel: "kernel".to_owned(),
+            initrd: self.initrd.as_ref().map(|_| "initrd".to_owned()),
+            append: boot.append.clone(),
+        });
+        Machine {
+            ram: None,
+            state: None,
+            boot,
+            ..self.machine.clone()
+        }
+    }
+
+    /// What is booted directly, as components of such a capsule.
+    pub fn boot_files(&self) -> impl Iterator<Item = Captured> {
+        let files = [("kernel", &self.kernel), ("initrd", &self.initrd)];
+        files.into_iter().filter_map(|(name, base)| {
+            Some(Captured {
+                name: name.to_owned(),
+                kind: ComponentKind::File,
+                size: None,
+                base: Some(base.clone()?),
+                patches: Vec::new(),
+            })
+        })
+    }
+
+    /// Has everything stand upon what was published, which has all overlays but those from `frozen` on.
+    pub fn stand_upon(&mut self, published: &Published, frozen: impl Fn(&DiskConfig) -> usize) {
+        self.origin = Some(Origin {
+            capsule: published.capsule,
+            name: Some(published.name.clone()),
+        });
+        for disk in &mut self.disks {
+            disk.captured = frozen(disk);
+        }
+        let of_origin = |file: &Option<Base>, name| file.as_ref().and(self.in_origin(name));
+        (self.kernel, self.initrd) = (
+            of_origin(&self.kernel, "kernel"),
+            of_origin(&self.initrd, "initrd"),
+        );
     }
 
     /// The origin as the base of a component.
@@ -345,6 +390,22 @@ impl Directory {
         };
         let dir = self.sockets();
         dir == self.path || (dir.parent().is_some_and(ours) && ours(&dir))
+    }
+
+    /// Bytes that each overlay takes of which the origin does not have what was written; but for so many of the uppermost.
+    pub fn written<'a>(
+        &'a self,
+        config: &'a Config,
+        without: usize,
+    ) -> impl Iterator<Item = u64> + 'a {
+        let new = config.disks.iter().flat_map(move |disk| {
+            let end = disk.overlays.len().saturating_sub(without);
+            &disk.overlays[disk.captured.min(end)..end]
+        });
+        new.map(|file| {
+            let found = fs::metadata(self.file(file));
+            found.map_or(0, |found| found.blocks() * 512)
+        })
     }
 
     /// Removes files of it; what is not there is as good as removed.

@@ -8,17 +8,16 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use capsule_proto::manifest::{ComponentKind, DirectBoot, Machine};
+use capsule_proto::manifest::{ComponentKind, Machine};
 use serde_json::json;
 use tokio::process::Command;
 
 use super::{Host, Running, prefetch, waiting};
 use crate::control::{
-    Base, CapsuleRef, Capture, Captured, CheckName, Failure, FailureCode, Patch, Pin, Published,
-    Reporter,
+    CapsuleRef, Capture, Captured, CheckName, Failure, FailureCode, Patch, Pin, Published, Reporter,
 };
 use crate::machine::api::{CaptureMachine, CapturedMachine};
-use crate::machine::config::{Config, Directory, Origin, failed};
+use crate::machine::config::{Config, Directory, failed};
 use crate::machine::qemu::{Qemu, Shrunk, create_overlay};
 use crate::machine::ram::Frozen;
 use crate::work::blocking;
@@ -298,26 +297,10 @@ impl Host {
         self.daemon.ask(pin, |_| {}).await?;
         let (written, after) = {
             let mut config = self.config();
-            config.origin = Some(Origin {
-                capsule: published.capsule,
-                name: Some(published.name.clone()),
-            });
+            // The uppermost is not among what was captured: it is written to since.
+            let written = self.directory.written(&config, 1).sum();
+            config.stand_upon(published, |disk| disk.overlays.len().saturating_sub(1));
             config.resume = request.stop;
-            let mut written = 0;
-            for disk in &mut config.disks {
-                let last = disk.overlays.len().saturating_sub(1);
-                let new = &disk.overlays[disk.captured.min(last)..last];
-                let sizes = new
-                    .iter()
-                    .map(|file| super::allocated(&self.directory.file(file)));
-                written += sizes.sum::<u64>();
-                disk.captured = last;
-            }
-            let of_origin = |file: &Option<Base>, name| file.as_ref().and(config.in_origin(name));
-            (config.kernel, config.initrd) = (
-                of_origin(&config.kernel, "kernel"),
-                of_origin(&config.initrd, "initrd"),
-            );
             self.directory.save(&config)?;
             (written, config.capsules())
         };
@@ -343,18 +326,12 @@ async fn go_on(qemu: &Qemu, is_stopped: bool) {
 
 /// What resuming it takes.
 fn captured_machine(config: &Config, stopped: &Stopped) -> Machine {
-    let boot = config.machine.boot.as_ref().map(|boot| DirectBoot {
-        kernel: "kernel".to_owned(),
-        initrd: config.initrd.as_ref().map(|_| "initrd".to_owned()),
-        append: boot.append.clone(),
-    });
     Machine {
         ram: Some(RAM.to_owned()),
         state: Some(STATE.to_owned()),
         guest_tools: stopped.tools.clone(),
         captured_at: stopped.at,
-        boot,
-        ..config.machine.clone()
+        ..config.at_rest()
     }
 }
 
@@ -397,11 +374,7 @@ async fn components(
             runs: None,
         }],
     });
-    for (name, base) in [("kernel", &config.kernel), ("initrd", &config.initrd)] {
-        if let Some(base) = base {
-            all.push(boot_file(name, base));
-        }
-    }
+    all.extend(config.boot_files());
     Ok(all)
 }
 
@@ -474,15 +447,4 @@ fn write_runs(path: &Path, frozen: &Frozen) -> Result<(), Failure> {
     let bytes = serde_json::to_vec(&told).map_err(std::io::Error::from);
     let written = bytes.and_then(|bytes| std::fs::write(path, bytes));
     written.map_err(|error| failed("writing", path, &error))
-}
-
-/// A kernel or initial ramdisk, on which nothing is written.
-pub fn boot_file(name: &str, base: &Base) -> Captured {
-    Captured {
-        name: name.to_owned(),
-        kind: ComponentKind::File,
-        size: None,
-        base: Some(base.clone()),
-        patches: Vec::new(),
-    }
 }

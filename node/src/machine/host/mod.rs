@@ -7,7 +7,6 @@
 pub mod capture;
 mod daemon;
 mod parts;
-
 mod prefetch;
 
 use std::path::PathBuf;
@@ -190,15 +189,14 @@ impl Host {
         self.directory.remove(&unneeded);
         let config = self.config().clone();
         self.let_go(before, &config.capsules()).await;
-        let parts = Parts::gather(self, &config).await?;
+        let mut parts = Parts::gather(self, &config).await?;
+        parts.places.sandbox = probed.sandbox;
         self.tell(waiting("the guest"));
         let machine = Machine {
             ram: None,
             state: None,
             ..config.machine.clone()
         };
-        let mut parts = parts;
-        parts.places.sandbox = probed.sandbox;
         // Faults of single pages fetch little; where nothing is fetched, larger ones are faster.
         let before: BeforeExec = match parts.state {
             Some(_) => before_paging_qemu,
@@ -446,10 +444,6 @@ async fn resume_after_errors(host: Arc<Host>, running: Arc<Running>) {
 
 /// How a machine is that does not run.
 pub fn stopped_info(directory: &Directory, config: &Config) -> MachineInfo {
-    let written = config.disks.iter().flat_map(|disk| {
-        let new = disk.overlays.iter().skip(disk.captured);
-        new.map(|file| allocated(&directory.file(file)))
-    });
     MachineInfo {
         name: directory.name().to_owned(),
         state: MachineState::Stopped,
@@ -458,17 +452,11 @@ pub fn stopped_info(directory: &Directory, config: &Config) -> MachineInfo {
         memory: config.machine.ram_size,
         cpus: config.machine.cpus,
         disks: config.disks.iter().map(|disk| disk.size).sum(),
-        written: written.sum(),
+        written: directory.written(config, 0).sum(),
         read: 0,
         started_seconds: None,
         waiting_seconds: None,
     }
-}
-
-/// Bytes that a file takes.
-pub fn allocated(path: &std::path::Path) -> u64 {
-    use std::os::unix::fs::MetadataExt;
-    std::fs::metadata(path).map_or(0, |found| found.blocks() * 512)
 }
 
 /// Progress of what is waited for.
