@@ -156,16 +156,20 @@ impl Session {
 impl Drop for Session {
     fn drop(&mut self) {
         drop(self.showing.take());
-        let Some(session) = self.session.take() else {
-            return;
-        };
-        if session.guard.is_finished() {
-            // Somebody took it away, and something else may be there now, which it would unmount in its turn.
-            std::mem::forget(session);
-            return;
+        if let Some(session) = self.session.take() {
+            end(session, &self.at);
         }
-        // At once, though somebody may still be in it; who is not root has `fusermount3` do the same.
-        let _by_fusermount = unmount(&self.at, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW);
-        drop(session);
     }
+}
+
+/// Takes a mount away at once, though somebody may still be in it.
+pub fn end(session: BackgroundSession, at: &Path) {
+    if session.guard.is_finished() {
+        // Somebody took it away, and something else may be there now, which it would unmount in its turn.
+        std::mem::forget(session);
+        return;
+    }
+    // Who is not root has `fusermount3` do the same.
+    let _by_fusermount = unmount(at, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW);
+    drop(session);
 }

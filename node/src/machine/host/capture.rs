@@ -19,7 +19,7 @@ use crate::control::{
 use crate::machine::api::{CaptureMachine, CapturedMachine};
 use crate::machine::config::{Config, Directory, failed};
 use crate::machine::qemu::{Qemu, Shrunk, create_overlay};
-use crate::machine::ram::Frozen;
+use crate::machine::ram::{Frozen, Ram};
 use crate::work::blocking;
 
 /// Frozen generations of memory of which nothing could be published; more are not made.
@@ -50,7 +50,7 @@ impl Host {
     ) -> Result<CapturedMachine, Failure> {
         let _alone = self.alone()?;
         let running = self.running()?;
-        self.check_room(&running, &request)?;
+        self.check_room(&running, &request).await?;
         // Whoever may not publish it need not stop it.
         let check = CheckName {
             name: request.name.clone(),
@@ -113,11 +113,9 @@ impl Host {
     }
 
     /// Makes room for what is to be frozen; refuses what would be more than can be kept.
-    fn check_room(&self, running: &Running, request: &CaptureMachine) -> Result<(), Failure> {
-        let ram = &running.parts.ram;
-        if ram.frozen().len() >= MAX_FROZEN {
-            let merged = ram.merge();
-            merged.map_err(|error| failed("merging", &self.directory.file("memory"), &error))?;
+    async fn check_room(&self, running: &Running, request: &CaptureMachine) -> Result<(), Failure> {
+        if running.parts.ram.frozen().len() >= MAX_FROZEN {
+            self.with_ram(running, "merging", |ram| ram.merge()).await?;
         }
         let disks = &self.config().disks;
         let overlays = disks.iter().map(|disk| disk.overlays.len()).max();
@@ -214,8 +212,18 @@ impl Host {
         }
         qemu.save(state).await?;
         self.sync_memory(running).await?;
-        let frozen = running.parts.ram.freeze();
-        frozen.map_err(|error| failed("freezing", &self.directory.file("memory"), &error))
+        self.with_ram(running, "freezing", |ram| ram.freeze()).await
+    }
+
+    /// Changes what is kept of the memory.
+    async fn with_ram(
+        &self,
+        running: &Running,
+        doing: &'static str,
+        change: impl FnOnce(&Ram) -> std::io::Result<()> + Send + 'static,
+    ) -> Result<(), Failure> {
+        let (ram, dir) = (running.parts.ram.clone(), self.directory.file("memory"));
+        blocking(move || change(&ram).map_err(|error| failed(doing, &dir, &error))).await
     }
 
     /// Notes, durably, that disks have new overlays, or that they have them no longer.
@@ -306,7 +314,8 @@ impl Host {
         };
         running.is_of_origin.store(true, Ordering::Relaxed);
         // What cannot be merged for want of room stays as it is, and is told again with the next.
-        if let Err(error) = running.parts.ram.absorb(frozen) {
+        let absorbed = self.with_ram(running, "merging", move |ram| ram.absorb(frozen));
+        if let Err(error) = absorbed.await {
             tracing::warn!(%error, "memory that was captured takes room until the next capture");
         }
         self.let_go(before, &after).await;
@@ -346,11 +355,12 @@ async fn components(
     let mut patches = Vec::new();
     for (number, frozen) in stopped.ram.iter().enumerate() {
         let runs = directory.file(&format!("ram.{number}.runs"));
-        write_runs(&runs, frozen)?;
+        let (data, frozen) = (frozen.file.clone(), frozen.clone());
         patches.push(Patch {
-            data: frozen.file.clone(),
-            runs: Some(runs),
+            data,
+            runs: Some(runs.clone()),
         });
+        blocking(move || write_runs(&runs, &frozen)).await?;
     }
     let is_captured = running.is_of_origin.load(Ordering::Relaxed);
     all.push(Captured {
@@ -428,7 +438,8 @@ async fn written(directory: &Directory, overlay: &str) -> Result<Patch, Failure>
         let message = format!("reading what {} has: {said}", data.display());
         return Err(Failure::new(FailureCode::Io, message));
     }
-    std::fs::write(&runs, told.stdout).map_err(|error| failed("writing", &runs, &error))?;
+    let written = tokio::fs::write(&runs, told.stdout).await;
+    written.map_err(|error| failed("writing", &runs, &error))?;
     Ok(Patch {
         data,
         runs: Some(runs),

@@ -18,6 +18,7 @@ use crate::machine::ram::{Mounted, Ram};
 use crate::machine::touched::Watched;
 use crate::nbd::client::NbdDisk;
 use crate::nbd::{Export, serve_at};
+use crate::work::blocking;
 
 /// A disk's read that takes longer fails, so that QEMU stops the guest instead of waiting itself, and answers; the guest goes on when the read,
 /// tried again, comes. Memory is waited for as long as it takes: a guest whose memory fails is lost.
@@ -87,8 +88,8 @@ impl Parts {
             disks.push(place(host, disk, number, &mut reading).await?);
         }
         let ram = memory(host, config, described.as_ref(), &mut reading).await?;
-        let at = host.directory.file("ram");
-        let shown = show(&ram, &at)?;
+        let (at, shared, runtime) = (host.directory.file("ram"), ram.clone(), Handle::current());
+        let shown = blocking(move || show(&shared, &at, runtime)).await?;
         let state = match &described {
             Some(described) => Some(state(host, described).await?),
             None => None,
@@ -100,7 +101,7 @@ impl Parts {
         let initrd = boot_file(host, config.initrd.as_ref(), "initrd").await?;
         let places = Places {
             dir: host.directory.sockets(),
-            ram: at.join("ram"),
+            ram: shown.file(),
             disks,
             kernel,
             initrd,
@@ -255,17 +256,21 @@ async fn memory(
         None => None,
     };
     let dir = host.directory.file("memory");
-    // What was written to the memory of an earlier run ended with that.
-    match std::fs::remove_dir_all(&dir) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            return Err(failed("removing", &dir, &error));
+    let size = config.machine.ram_size;
+    blocking(move || {
+        // What was written to the memory of an earlier run ended with that.
+        match std::fs::remove_dir_all(&dir) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(failed("removing", &dir, &error));
+            }
+            _ => crate::home::make_private_dir(&dir)?,
         }
-        _ => crate::home::make_private_dir(&dir)?,
-    }
-    let ram = Ram::new(&dir, config.machine.ram_size, base);
-    Ok(Arc::new(
-        ram.map_err(|error| failed("making", &dir, &error))?,
-    ))
+        let ram = Ram::new(&dir, size, base);
+        Ok(Arc::new(
+            ram.map_err(|error| failed("making", &dir, &error))?,
+        ))
+    })
+    .await
 }
 
 /// Takes a mount away that nobody serves any more, if there is one.
@@ -282,11 +287,11 @@ pub fn take_down(at: &Path) {
         .status();
 }
 
-fn show(ram: &Arc<Ram>, at: &Path) -> Result<Mounted, Failure> {
+fn show(ram: &Arc<Ram>, at: &Path, runtime: Handle) -> Result<Mounted, Failure> {
     // A process that was killed leaves its mount behind.
     take_down(at);
     crate::home::make_private_dir(at)?;
-    ram.mount(at, Handle::current()).map_err(|error| {
+    ram.mount(at, runtime).map_err(|error| {
         failed("mounting at", at, &error)
             .hint("it takes /dev/fuse and, where the user is not root, fusermount3 (package fuse3)")
     })
@@ -339,5 +344,6 @@ async fn copy(
         let read = from.disk.clone().read(range, bytes).await;
         bytes = read.map_err(|error| Failure::new(FailureCode::Io, error.to_string()))?;
     }
-    std::fs::write(to, bytes).map_err(|error| failed("writing", to, &error))
+    let written = tokio::fs::write(to, bytes).await;
+    written.map_err(|error| failed("writing", to, &error))
 }

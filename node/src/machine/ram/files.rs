@@ -18,7 +18,6 @@ use fuser::{
     ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyOpen, ReplyStatfs, ReplyWrite, Request,
     TimeOrNow, WriteFlags,
 };
-use rustix::mount::{UnmountFlags, unmount};
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 
@@ -97,19 +96,11 @@ impl Mounted {
 }
 
 impl Drop for Mounted {
-    /// As for a mounted capsule: at once, though somebody may still be in it.
     fn drop(&mut self) {
         drop(self.showing.take());
-        let Some(session) = self.session.take() else {
-            return;
-        };
-        if session.guard.is_finished() {
-            // Somebody took it away, and something else may be there now.
-            std::mem::forget(session);
-            return;
+        if let Some(session) = self.session.take() {
+            crate::mount::end(session, &self.at);
         }
-        let _by_fusermount = unmount(&self.at, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW);
-        drop(session);
     }
 }
 
