@@ -16,6 +16,8 @@ use crate::disk::Disk;
 const PAGE: u64 = 4096;
 /// Most ranges that are remembered: more than a record of them holds.
 const MAX_RANGES: usize = 65_536;
+/// Ranges that may still grow.
+const GROWING: usize = 16;
 /// Before what must not fail is tried again.
 const AGAIN: Duration = Duration::from_secs(2);
 
@@ -31,15 +33,19 @@ pub struct Touched {
 impl Touched {
     /// Notes that a range was read.
     pub fn note(&mut self, range: &Range<u64>) {
+        if self.order.len() >= MAX_RANGES {
+            return;
+        }
         let (start, end) = (range.start / PAGE * PAGE, range.end.next_multiple_of(PAGE));
         for new in self.uncovered(start..end) {
             self.cover(&new);
             let (len, count) = (new.end - new.start, self.order.len());
-            match self.order.last_mut() {
-                // One reader that goes on is one range.
-                Some(last) if last.0 + last.1 == new.start => last.1 += len,
-                _ if count < MAX_RANGES => self.order.push((new.start, len)),
-                _ => {}
+            let recent = &mut self.order[count.saturating_sub(GROWING)..];
+            let mut growing = recent.iter_mut().rev();
+            match growing.find(|(start, len)| start + len == new.start) {
+                // One reader that goes on is one range, though others read by turns.
+                Some((_, known)) => *known += len,
+                None => self.order.push((new.start, len)),
             }
         }
     }
@@ -301,11 +307,11 @@ mod tests {
         ] {
             touched.note(&range);
         }
-        // Pages 2; 0; 1; then what of 0..20,000 was new: pages 3 and 4.
-        let expected = [(8192, 4096), (0, 8192), (12_288, 8192), (40_960, 8192)];
+        // Pages 2; 0 and 1; what of 0..20,000 was new, pages 3 and 4, goes on from the first.
+        let expected = [(8192, 12_288), (0, 8192), (40_960, 8192)];
         assert_eq!(touched.ranges(u64::MAX), expected);
-        assert_eq!(touched.ranges(42_000)[3], (40_960, 1040));
-        assert_eq!(touched.ranges(40_000).len(), 3);
+        assert_eq!(touched.ranges(42_000)[2], (40_960, 1040));
+        assert_eq!(touched.ranges(40_000).len(), 2);
         assert_eq!(
             touched.covered.into_iter().collect::<Vec<_>>(),
             [(0, 20_480), (40_960, 49_152)]

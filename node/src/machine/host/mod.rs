@@ -344,7 +344,7 @@ impl Host {
                 info.started_seconds = Some(running.after.as_secs_f64());
                 let stats = running.parts.ram.stats();
                 info.written += stats.written + stats.frozen;
-                info.read = stats.fetched + running.parts.disks_read();
+                info.read = running.parts.read();
             }
         }
         info

@@ -59,13 +59,6 @@ pub struct Reading {
     exported: Option<AbortHandle>,
 }
 
-impl Reading {
-    /// Whether it is the memory, which tells itself what of it was read.
-    pub fn is_memory(&self) -> bool {
-        self.exported.is_none()
-    }
-}
-
 impl Drop for Reading {
     fn drop(&mut self) {
         if let Some(exported) = &self.exported {
@@ -135,10 +128,10 @@ impl Parts {
         waits.flatten().max()
     }
 
-    /// Bytes of disks that were read from capsules.
-    pub fn disks_read(&self) -> u64 {
-        let disks = self.reading.iter().filter(|reading| !reading.is_memory());
-        let ranges = disks.flat_map(|disk| disk.watched.touched());
+    /// Bytes of memory and disks that were read from capsules.
+    pub fn read(&self) -> u64 {
+        let reading = self.reading.iter();
+        let ranges = reading.flat_map(|reading| reading.watched.touched());
         ranges.map(|(_, len)| len).sum()
     }
 }

@@ -130,11 +130,7 @@ fn first_reads(running: &Running) -> Vec<(String, Vec<ByteRange>)> {
     }
     if first.is_empty() && running.parts.state.is_some() {
         let read = running.parts.reading.iter().map(|read| {
-            let ranges = match read.is_memory() {
-                true => running.parts.ram.touched(),
-                false => read.watched.touched(),
-            };
-            let ranges = ranges.into_iter().take(MAX_PREFETCH_RANGES);
+            let ranges = read.watched.touched().into_iter().take(MAX_PREFETCH_RANGES);
             let ranges = ranges.map(|(start, length)| ByteRange { start, length });
             (read.component.clone(), ranges.collect())
         });

@@ -14,7 +14,6 @@ mod generation;
 mod pages;
 mod read;
 pub mod small_pages;
-mod touched;
 mod write;
 
 use std::collections::HashMap;
@@ -31,7 +30,6 @@ use generation::Generation;
 use pages::PAGE;
 pub use pages::{Page, Run};
 use read::Fetch;
-use touched::Touched;
 
 /// What is fetched from the base at once, and changed under one lock: a page. More would be fetched over thin links than is known to be read first;
 /// frames, which are longer, are kept decoded by the daemon.
@@ -61,7 +59,6 @@ pub struct Ram {
     fetches: Mutex<HashMap<u64, Fetch>>,
     places: Arc<Semaphore>,
     fetched: Arc<AtomicU64>,
-    touched: Mutex<Touched>,
 }
 
 /// What lies above.
@@ -128,7 +125,6 @@ impl Ram {
             fetches: Mutex::new(HashMap::new()),
             places: Arc::new(Semaphore::new(FETCHES)),
             fetched: Arc::default(),
-            touched: Mutex::new(Touched::new(count)),
         })
     }
 
@@ -241,12 +237,6 @@ impl Ram {
             generation.remove(&self.dir)?;
         }
         Ok(())
-    }
-
-    /// Offsets and lengths of what was read of the base, in the order in which it was first read. Known zeros are not among them, nor what was
-    /// fetched but not asked for.
-    pub fn touched(&self) -> Vec<(u64, u64)> {
-        lock(&self.touched).ranges()
     }
 
     /// How much there is.

@@ -81,9 +81,6 @@ impl Ram {
                 Place::In(generation) => {
                     let read = generation.read(from, part);
                     read.map_err(|error| ReadError::io(&generation.path, from, error))?;
-                    if std::ptr::eq(generation, &self.below) {
-                        self.touch(page..next);
-                    }
                 }
                 Place::Base => self.read_base(from, part, windows, &mut missing),
             }
@@ -105,7 +102,6 @@ impl Ram {
                 part.fill(0);
                 continue;
             }
-            lock(&self.touched).mark(page);
             match windows.get(&window) {
                 Some(bytes) => {
                     let at = (from - window * WINDOW) as usize;
@@ -114,13 +110,6 @@ impl Ram {
                 None => _ = missing.insert(window),
             }
         }
-    }
-
-    /// Marks pages that are here because they were fetched from the base.
-    fn touch(&self, pages: Range<u64>) {
-        let mut touched = lock(&self.touched);
-        let clean = |page: &u64| self.below.pages.get(*page) == Page::Clean;
-        pages.filter(clean).for_each(|page| touched.mark(page));
     }
 
     /// Whether a page is zeros, known without reading it.

@@ -15,6 +15,7 @@ use tempfile::TempDir;
 use tokio::time::timeout;
 
 use super::*;
+use crate::machine::touched::Watched;
 
 /// No test takes longer.
 const LONGEST: Duration = Duration::from_secs(60);
@@ -233,7 +234,9 @@ async fn pages_are_fetched_once_and_told_as_they_are_asked_for() {
     const PIECE: u64 = 64 << 10;
     let test = async {
         let base = Base::new(1 << 20, 20_000);
-        let (_dir, ram) = memory(1 << 20, Some(base.clone()));
+        let dir = tempfile::tempdir().unwrap();
+        let watched = Arc::new(Watched::new(base.clone(), None));
+        let ram = Ram::new(dir.path(), 1 << 20, Some(watched.clone())).unwrap();
         let reads = (0..16).map(|part| ram.read(part * 256..(part + 1) * 256));
         futures::future::try_join_all(reads).await.unwrap();
         assert_eq!(base.reads.load(Ordering::Relaxed), 1);
@@ -252,7 +255,7 @@ async fn pages_are_fetched_once_and_told_as_they_are_asked_for() {
         ram.read(5 * PIECE..5 * PIECE + 1).await.unwrap();
         ram.read(0..PAGE).await.unwrap();
         let touched = [(0, PAGE), (at, 3 * PAGE), (5 * PIECE, PAGE)];
-        assert_eq!(ram.touched(), touched);
+        assert_eq!(watched.touched(), touched);
         assert_eq!(base.reads.load(Ordering::Relaxed), 5);
         ram.freeze().unwrap();
         assert_eq!(ram.frozen()[0].runs, [], "what was read was not written");
