@@ -22,7 +22,7 @@ use tokio::runtime::Handle;
 use tokio::sync::watch;
 
 use super::pages::PAGE;
-use super::read::Windows;
+use super::read::Came;
 use super::{FILE, Ram};
 
 /// How long the kernel may keep what it was told of the file: it never becomes another.
@@ -258,7 +258,7 @@ impl Filesystem for Files {
         }
         let range = within(&self.ram, offset, size.into());
         let mut bytes = vec![0; (range.end - range.start) as usize];
-        match self.ram.try_read(range.start, &mut bytes, &Windows::new()) {
+        match self.ram.try_read(range.start, &mut bytes, &Came::new()) {
             Ok(missing) if missing.is_empty() => return reply.data(&bytes),
             Ok(_) => {}
             Err(error) => return reply.error(failed(error)),
@@ -292,7 +292,7 @@ impl Filesystem for Files {
             return reply.error(Errno::ENOSPC);
         }
         let len = data.len() as u32;
-        match self.ram.try_write(offset, data, &Windows::new()) {
+        match self.ram.try_write(offset, data, &Came::new()) {
             Ok(missing) if missing.is_empty() => return reply.written(len),
             Ok(_) => {}
             Err(error) => return reply.error(failed(error)),

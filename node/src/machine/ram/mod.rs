@@ -31,11 +31,10 @@ use pages::PAGE;
 pub use pages::{Page, Run};
 use read::Fetch;
 
-/// What is fetched from the base at once, and changed under one lock: a page. More would be fetched over thin links than is known to be read first;
-/// frames, which are longer, are kept decoded by the daemon.
-const WINDOW: u64 = PAGE;
-const PAGES_IN_WINDOW: u64 = WINDOW / PAGE;
-/// Windows that are fetched at a time.
+/// What is changed under one lock, in pages.
+const PAGES_IN_WINDOW: u64 = 16;
+/// Pages that are fetched from the base at a time. More than a page at once would be fetched over thin links than is known to be read first; frames, which
+/// are longer, are kept decoded by the daemon.
 const FETCHES: usize = 64;
 /// Stops of which the memory is not absorbed: each makes looking for a page a little longer.
 const MAX_FROZEN: usize = 256;
@@ -55,7 +54,7 @@ pub struct Ram {
     stripes: [Mutex<()>; STRIPES],
     /// Only one stops or absorbs.
     changing: Mutex<()>,
-    /// What is being fetched, by window.
+    /// What is being fetched, by page.
     fetches: Mutex<HashMap<u64, Fetch>>,
     places: Arc<Semaphore>,
     fetched: Arc<AtomicU64>,

@@ -1,4 +1,4 @@
-//! Reading: what is here at once, the rest through the base, by windows, each of which is fetched once for all who wait for it.
+//! Reading: what is here at once, the rest through the base, page by page, each of which is fetched once for all who wait for it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
@@ -11,18 +11,18 @@ use futures::future::{BoxFuture, Shared, WeakShared, try_join_all};
 
 use super::generation::Generation;
 use super::pages::{PAGE, Page};
-use super::{PAGES_IN_WINDOW, Ram, Stack, WINDOW, lock};
+use super::{PAGES_IN_WINDOW, Ram, Stack, lock};
 use crate::disk::Disk;
 
 /// Most bytes that are read in one go: so much is held in memory.
 pub const AT_ONCE: u64 = 1 << 20;
 
-/// A window of the base, on its way to whoever asked. Ends with the last of them.
+/// A page of the base, on its way to whoever asked. Ends with the last of them.
 pub type Fetch = WeakShared<BoxFuture<'static, Fetched>>;
 type Fetched = Result<Arc<Vec<u8>>, Arc<ReadError>>;
-/// Windows of the base, whole pages, by their numbers.
-pub type Windows = BTreeMap<u64, Arc<Vec<u8>>>;
-/// Numbers of windows that have to be fetched first.
+/// Pages of the base that have come, by their numbers.
+pub type Came = BTreeMap<u64, Arc<Vec<u8>>>;
+/// Numbers of pages that have to be fetched first.
 pub type Missing = BTreeSet<u64>;
 
 /// Where a page is.
@@ -45,24 +45,24 @@ impl Ram {
             .step_by(AT_ONCE as usize)
             .zip(bytes.chunks_mut(AT_ONCE as usize))
         {
-            let mut windows = Windows::new();
+            let mut came = Came::new();
             loop {
-                let missing = self.try_read(at, part, &windows)?;
+                let missing = self.try_read(at, part, &came)?;
                 if missing.is_empty() {
                     break;
                 }
-                self.fetch(missing, &mut windows).await?;
+                self.fetch(missing, &mut came).await?;
             }
         }
         Ok(bytes)
     }
 
-    /// Reads a range within the memory, if all of it is here or among `windows`; or tells what else it takes, and may have read some.
+    /// Reads a range within the memory, if all of it is here or among `came`; or tells what else it takes, and may have read some.
     pub(super) fn try_read(
         &self,
         offset: u64,
         into: &mut [u8],
-        windows: &Windows,
+        came: &Came,
     ) -> Result<Missing, ReadError> {
         let stack = self.stack();
         let mut missing = Missing::new();
@@ -82,14 +82,14 @@ impl Ram {
                     let read = generation.read(from, part);
                     read.map_err(|error| ReadError::io(&generation.path, from, error))?;
                 }
-                Place::Base => self.read_base(from, part, windows, &mut missing),
+                Place::Base => self.read_base(from, part, came, &mut missing),
             }
             page = next;
         }
         Ok(missing)
     }
 
-    fn read_base(&self, offset: u64, into: &mut [u8], windows: &Windows, missing: &mut Missing) {
+    fn read_base(&self, offset: u64, into: &mut [u8], came: &Came, missing: &mut Missing) {
         let end = offset + into.len() as u64;
         if self.base_is_zero(offset..end) {
             return into.fill(0);
@@ -97,17 +97,16 @@ impl Ram {
         for page in offset / PAGE..end.div_ceil(PAGE) {
             let (from, to) = ((page * PAGE).max(offset), ((page + 1) * PAGE).min(end));
             let part = &mut into[(from - offset) as usize..(to - offset) as usize];
-            let window = page / PAGES_IN_WINDOW;
             if self.base_is_zero(page * PAGE..(page + 1) * PAGE) {
                 part.fill(0);
                 continue;
             }
-            match windows.get(&window) {
+            match came.get(&page) {
                 Some(bytes) => {
-                    let at = (from - window * WINDOW) as usize;
+                    let at = (from - page * PAGE) as usize;
                     part.copy_from_slice(&bytes[at..at + part.len()]);
                 }
-                None => _ = missing.insert(window),
+                None => _ = missing.insert(page),
             }
         }
     }
@@ -143,35 +142,31 @@ impl Ram {
         })
     }
 
-    /// Fetches windows of the base, and keeps them.
-    pub(super) async fn fetch(
-        &self,
-        missing: Missing,
-        windows: &mut Windows,
-    ) -> Result<(), ReadError> {
+    /// Fetches pages of the base, and keeps them.
+    pub(super) async fn fetch(&self, missing: Missing, came: &mut Came) -> Result<(), ReadError> {
         let Some(base) = &self.base else {
             return Ok(());
         };
-        let fetches = missing.into_iter().map(|window| async move {
-            let bytes = self.fetching(base, window).await;
+        let fetches = missing.into_iter().map(|page| async move {
+            let bytes = self.fetching(base, page).await;
             if let Ok(bytes) = &bytes {
-                self.keep(window, bytes);
+                self.keep(page, bytes);
             }
-            lock(&self.fetches).remove(&window);
+            lock(&self.fetches).remove(&page);
             let failed = |error: Arc<ReadError>| ReadError::Decode {
-                offset: window * WINDOW,
+                offset: page * PAGE,
                 source: Box::new(error),
             };
-            bytes.map(|bytes| (window, bytes)).map_err(failed)
+            bytes.map(|bytes| (page, bytes)).map_err(failed)
         });
-        windows.extend(try_join_all(fetches).await?);
+        came.extend(try_join_all(fetches).await?);
         Ok(())
     }
 
-    /// The fetch of a window that is under way, or a new one. It belongs to those who wait for it, so that it ends with them.
-    fn fetching(&self, base: &Arc<dyn Disk>, window: u64) -> Shared<BoxFuture<'static, Fetched>> {
+    /// The fetch of a page that is under way, or a new one. It belongs to those who wait for it, so that it ends with them.
+    fn fetching(&self, base: &Arc<dyn Disk>, page: u64) -> Shared<BoxFuture<'static, Fetched>> {
         let mut fetches = lock(&self.fetches);
-        if let Some(fetch) = fetches.get(&window).and_then(WeakShared::upgrade) {
+        if let Some(fetch) = fetches.get(&page).and_then(WeakShared::upgrade) {
             return fetch;
         }
         // What nobody waits for any longer.
@@ -179,44 +174,29 @@ impl Ram {
         let (base, places, fetched) = (base.clone(), self.places.clone(), self.fetched.clone());
         let fetch = async move {
             let _place = places.acquire().await;
-            let start = window * WINDOW;
-            let end = (start + WINDOW).min(base.len());
-            let mut bytes = base
-                .read(start..end, Vec::with_capacity(WINDOW as usize))
-                .await?;
+            let start = page * PAGE;
+            let end = (start + PAGE).min(base.len());
+            let room = Vec::with_capacity(PAGE as usize);
+            let mut bytes = base.read(start..end, room).await?;
             fetched.fetch_add(end - start, Ordering::Relaxed);
-            bytes.resize(WINDOW as usize, 0);
+            bytes.resize(PAGE as usize, 0);
             Ok(Arc::new(bytes))
         };
         let fetch = fetch.boxed().shared();
         if let Some(weak) = fetch.downgrade() {
-            fetches.insert(window, weak);
+            fetches.insert(page, weak);
         }
         fetch
     }
 
-    /// Keeps those pages of a window of the base that are not written to yet.
-    fn keep(&self, window: u64, bytes: &[u8]) {
-        let _stripe = self.stripe(window);
-        let stack = self.stack();
-        let first = window * PAGES_IN_WINDOW;
-        let end = (first + PAGES_IN_WINDOW).min(self.pages());
-        let is_base = |page| matches!(self.find(&stack, page), Place::Base);
-        let mut page = first;
-        while page < end {
-            let mut next = page + 1;
-            if is_base(page) {
-                while next < end && is_base(next) {
-                    next += 1;
-                }
-                let kept =
-                    &bytes[((page - first) * PAGE) as usize..((next - first) * PAGE) as usize];
-                if let Err(error) = self.below.put(page, kept, Page::Clean) {
-                    // It is read again when it is needed again.
-                    return tracing::debug!(%error, "what was read of a memory's base is not kept");
-                }
-            }
-            page = next;
+    /// Keeps a page of the base, if it is not written to yet.
+    fn keep(&self, page: u64, bytes: &[u8]) {
+        let _stripe = self.stripe(page / PAGES_IN_WINDOW);
+        if matches!(self.find(&self.stack(), page), Place::Base)
+            && let Err(error) = self.below.put(page, bytes, Page::Clean)
+        {
+            // It is read again when it is needed again.
+            tracing::debug!(%error, "what was read of a memory's base is not kept");
         }
     }
 }

@@ -6,7 +6,7 @@ use std::ops::Range;
 use capsule_chunker::content::ReadError;
 
 use super::pages::{PAGE, Page};
-use super::read::{Missing, Windows};
+use super::read::{Came, Missing};
 use super::{PAGES_IN_WINDOW, Ram, Stack, windows};
 
 const ZEROS: [u8; PAGE as usize] = [0; PAGE as usize];
@@ -17,7 +17,7 @@ impl Ram {
     /// # Errors
     /// What the operating system or the base said.
     pub async fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), ReadError> {
-        let mut fetched = Windows::new();
+        let mut fetched = Came::new();
         loop {
             let missing = self.try_write(offset, bytes, &fetched)?;
             if missing.is_empty() {
@@ -59,7 +59,7 @@ impl Ram {
         &self,
         offset: u64,
         bytes: &[u8],
-        fetched: &Windows,
+        fetched: &Came,
     ) -> Result<Missing, ReadError> {
         let range = offset..offset + bytes.len() as u64;
         let mut missing = Missing::new();
@@ -83,7 +83,7 @@ impl Ram {
         &self,
         offset: u64,
         bytes: &[u8],
-        fetched: &Windows,
+        fetched: &Came,
     ) -> Result<Missing, ReadError> {
         let range = offset..offset + bytes.len() as u64;
         let _stripe = self.stripe(offset / PAGE / PAGES_IN_WINDOW);
