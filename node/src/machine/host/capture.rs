@@ -142,7 +142,7 @@ impl Host {
         let qemu = &running.qemu;
         let shrunk = match request.no_balloon {
             true => Ok(Shrunk::NoBalloon),
-            false => qemu.shrink(&mut |_| {}).await,
+            false => qemu.shrink().await,
         };
         let stopped = match shrunk {
             Ok(shrunk) => {

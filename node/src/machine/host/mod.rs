@@ -327,6 +327,21 @@ impl Host {
         }
     }
 
+    /// How the machine is, as QEMU says it too.
+    async fn status(&self) -> MachineInfo {
+        let mut info = self.info();
+        if info.state == MachineState::Running
+            && let Ok(running) = self.running()
+        {
+            // One that does not answer waits for something itself.
+            let told = tokio::time::timeout(LOOK, running.qemu.status()).await;
+            if let Ok(Ok(Status::Paused | Status::Saved | Status::DiskError)) = told {
+                info.state = MachineState::Paused;
+            }
+        }
+        info
+    }
+
     fn info(&self) -> MachineInfo {
         let config = self.config().clone();
         let mut info = stopped_info(&self.directory, &config);
@@ -494,7 +509,7 @@ impl Handler for Requests {
     ) -> Result<serde_json::Value, Failure> {
         let host = &self.0;
         match request {
-            MachineRequest::MachineStatus(_) => crate::node::json(Ok(host.info())),
+            MachineRequest::MachineStatus(_) => crate::node::json(Ok(host.status().await)),
             MachineRequest::AwaitRunning(_) => {
                 crate::node::json(host.await_running(&reporter).await)
             }

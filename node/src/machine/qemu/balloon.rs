@@ -21,15 +21,6 @@ const LOOK: Duration = Duration::from_millis(50);
 /// What the guest keeps beside what it uses. With less its driver complains, and its processes starve.
 const SPARE: u64 = 64 << 20;
 
-/// A balloon on its way.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Ballooning {
-    /// Bytes that the guest has now.
-    pub now: u64,
-    /// Bytes that it is to have.
-    pub target: u64,
-}
-
 /// What came of shrinking a guest's memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Shrunk {
@@ -49,15 +40,12 @@ pub enum Shrunk {
 }
 
 impl Qemu {
-    /// Takes from the running guest the memory that it does not use, but for 64 MiB; `progress` is called as it goes. Where the future is
+    /// Takes from the running guest the memory that it does not use, but for 64 MiB. Where the future is
     /// dropped, the balloon stays as it is until [`Qemu::grow`].
     ///
     /// # Errors
     /// QEMU refuses.
-    pub async fn shrink(
-        &self,
-        progress: &mut (dyn FnMut(Ballooning) + Send),
-    ) -> Result<Shrunk, Failure> {
+    pub async fn shrink(&self) -> Result<Shrunk, Failure> {
         let Some(available) = self.available().await? else {
             return Ok(Shrunk::NoBalloon);
         };
@@ -70,7 +58,7 @@ impl Qemu {
         if target >= before {
             return Ok(Shrunk::InUse);
         }
-        let after = self.inflate(target, SHRINK, progress).await?;
+        let after = self.inflate(target, SHRINK).await?;
         Ok(Shrunk::Shrunk {
             before,
             after,
@@ -87,7 +75,7 @@ impl Qemu {
             return Ok(());
         }
         let size = self.ram_size;
-        self.inflate(size, GROW, &mut |_| {}).await.map(drop)
+        self.inflate(size, GROW).await.map(drop)
     }
 
     /// Bytes that the guest could give away, as its driver says; none where no driver answers.
@@ -136,12 +124,7 @@ impl Qemu {
     }
 
     /// Asks for a size, and returns what it is when it is reached, moves no more, or the time is over.
-    async fn inflate(
-        &self,
-        target: u64,
-        limit: Duration,
-        progress: &mut (dyn FnMut(Ballooning) + Send),
-    ) -> Result<u64, Failure> {
+    async fn inflate(&self, target: u64, limit: Duration) -> Result<u64, Failure> {
         self.execute("balloon", json!({ "value": target })).await?;
         let start = Instant::now();
         let (mut now, mut moved) = (self.balloon_size().await?, start);
@@ -150,7 +133,6 @@ impl Qemu {
             let size = self.balloon_size().await?;
             if size != now {
                 (now, moved) = (size, Instant::now());
-                progress(Ballooning { now, target });
             }
         }
         if now > target && target < self.ram_size {

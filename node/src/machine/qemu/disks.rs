@@ -40,11 +40,6 @@ fn node(number: usize, level: usize) -> String {
     format!("d{number}-{level}")
 }
 
-/// Which disk a node belongs to.
-pub(super) fn number_of(node: &str) -> Option<usize> {
-    node.strip_prefix('d')?.split_once('-')?.0.parse().ok()
-}
-
 /// The node of a disk's base; none where there is no base.
 pub(super) fn base(number: usize, base: &DiskBase) -> Result<Option<Value>, Failure> {
     let name = format!("d{number}-base");
@@ -271,27 +266,5 @@ impl Qemu {
             // Nothing writes to it all the same; only the lock on the file stays.
             tracing::warn!(%error, disk = chain.component, "an overlay is still open for writing");
         }
-    }
-
-    /// Makes what the guest has flushed, and all else if the machine is stopped, durable in the overlays' files.
-    ///
-    /// # Errors
-    /// What the operating system said.
-    pub async fn flush(&self) -> Result<(), Failure> {
-        for path in self.tops().await {
-            let synced = async { tokio::fs::File::open(&path).await?.sync_all().await };
-            synced.await.map_err(|error: std::io::Error| {
-                let message = format!("{} cannot be made durable: {error}", path.display());
-                Failure::new(FailureCode::Io, message)
-            })?;
-        }
-        Ok(())
-    }
-
-    /// The overlays that are written to, in the order of the disks.
-    pub async fn tops(&self) -> Vec<PathBuf> {
-        let chains = self.disks.lock().await;
-        let tops = chains.iter().filter_map(|chain| chain.overlays.last());
-        tops.cloned().collect()
     }
 }

@@ -11,23 +11,23 @@ mod balloon;
 mod check;
 mod describe;
 mod disks;
-mod events;
 mod log;
 mod monitor;
 mod probe;
 mod process;
 mod state;
+mod status;
 
 use std::path::PathBuf;
 
 pub use arguments::arguments;
-pub use balloon::{Ballooning, Shrunk};
+pub use balloon::Shrunk;
 pub use check::check;
 pub use describe::{Wanted, describe};
 pub use disks::create_overlay;
-pub use events::{Event, Status};
 pub use probe::{Probed, probe};
 pub use process::{BeforeExec, Qemu};
+pub use status::Status;
 
 /// Where the parts of a machine lie while it runs.
 #[derive(Debug, Clone)]

@@ -1,4 +1,4 @@
-//! A connection to QEMU's monitor: commands with their answers, and events.
+//! A connection to QEMU's monitor: commands with their answers. Events are passed over: what a machine does is asked.
 //!
 //! QMP is one JSON object a line. Written out here, as what there is of it in libraries ends the connection at an event that it does not know
 //! (those of a newer QEMU) or at the answer to a command that nobody waits for any more.
@@ -13,19 +13,15 @@ use thiserror::Error;
 use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
-use tokio::sync::{MutexGuard, broadcast, oneshot};
+use tokio::sync::{MutexGuard, oneshot};
 use tokio::task::JoinHandle;
 use tokio::time::error::Elapsed;
 use tokio::time::{Instant, timeout, timeout_at};
-
-use super::events::Event;
 
 /// So long QEMU may take to answer. It does so in its main loop, which stands still where a command waits for reads that are under way.
 pub(super) const ANSWER: Duration = Duration::from_secs(30);
 /// Longest line that is read.
 const MAX_LINE: u64 = 4 << 20;
-/// Events kept for who is slow to take them; of more, the oldest are lost.
-const EVENTS: usize = 64;
 /// Most commands without an answer: one is on its way at a time, others were given up on.
 const MAX_PENDING: usize = 16;
 
@@ -62,7 +58,6 @@ struct Writer {
 struct Shared {
     /// Who waits for which answer; none once the connection is gone.
     pending: Mutex<Option<HashMap<u64, oneshot::Sender<Answer>>>>,
-    events: broadcast::Sender<Event>,
 }
 
 impl Monitor {
@@ -78,7 +73,6 @@ impl Monitor {
         }
         let shared = Arc::new(Shared {
             pending: Mutex::new(Some(HashMap::new())),
-            events: broadcast::channel(EVENTS).0,
         });
         let monitor = Self {
             writer: tokio::sync::Mutex::new(Writer {
@@ -117,11 +111,6 @@ impl Monitor {
         let deadline = Instant::now() + ANSWER;
         let mut writer = lock(&self.writer, deadline).await?;
         writer.say(command, arguments, deadline).await
-    }
-
-    /// What happens from now on.
-    pub fn events(&self) -> broadcast::Receiver<Event> {
-        self.shared.events.subscribe()
     }
 }
 
@@ -201,10 +190,6 @@ async fn listen(mut read: BufReader<OwnedReadHalf>, shared: Arc<Shared>) {
         };
         if let Some(event) = message.get("event").and_then(Value::as_str) {
             tracing::debug!(event, data = %message["data"], "QEMU");
-            if let Some(event) = Event::parse(event, &message["data"]) {
-                // Nobody may listen.
-                let _unheard = shared.events.send(event);
-            }
             continue;
         }
         let Some(id) = message.get("id").and_then(Value::as_u64) else {
@@ -226,7 +211,6 @@ async fn listen(mut read: BufReader<OwnedReadHalf>, shared: Arc<Shared>) {
         .lock()
         .unwrap_or_else(PoisonError::into_inner);
     *pending = None;
-    let _unheard = shared.events.send(Event::Gone);
 }
 
 /// The next line of JSON; none at the end.

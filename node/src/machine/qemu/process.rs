@@ -10,13 +10,13 @@ use capsule_proto::manifest::Machine;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal, setsid};
 use serde_json::{Value, json};
 use tokio::process::{Child, Command};
-use tokio::sync::{Mutex, broadcast};
+use tokio::sync::Mutex;
 use tokio::time::{Instant, sleep, timeout};
 
 use super::disks::Chain;
-use super::events::{Event, Status};
 use super::log::Log;
 use super::monitor::{CommandError, Monitor};
+use super::status::Status;
 use super::{Places, arguments, probe};
 use crate::control::{Failure, FailureCode};
 
@@ -208,7 +208,7 @@ impl Qemu {
         stopped
     }
 
-    /// Presses the power button: a guest that listens shuts down, and [`Event::ShutDown`] comes.
+    /// Presses the power button: a guest that listens shuts down, and QEMU ends.
     ///
     /// # Errors
     /// QEMU refuses.
@@ -223,11 +223,6 @@ impl Qemu {
     pub async fn status(&self) -> Result<Status, Failure> {
         let answer = self.execute("query-status", json!({})).await?;
         Ok(Status::parse(answer["status"].as_str().unwrap_or_default()))
-    }
-
-    /// What happens from now on. Who is slow misses the oldest.
-    pub fn events(&self) -> broadcast::Receiver<Event> {
-        self.monitor.events()
     }
 
     /// Ends QEMU, by force if it does not do so itself; the guest is not asked.
