@@ -39,7 +39,6 @@ pub type BeforeExec = fn() -> io::Result<()>;
 pub struct Qemu {
     child: Mutex<Child>,
     process: OwnedFd,
-    id: u32,
     monitor: Monitor,
     log: Log,
     pub(super) disks: Mutex<Vec<Chain>>,
@@ -115,7 +114,6 @@ impl Qemu {
         Ok(Self {
             child: Mutex::new(child),
             process,
-            id,
             monitor,
             log,
             disks: Mutex::new(chains.collect()),
@@ -123,11 +121,6 @@ impl Qemu {
             ram_size: machine.ram_size,
             balloon: balloon.map(|device| device.id.clone()),
         })
-    }
-
-    /// The process's id, while it is not known to have ended.
-    pub const fn id(&self) -> u32 {
-        self.id
     }
 
     /// Runs a command of the monitor.
