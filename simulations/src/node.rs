@@ -224,7 +224,7 @@ impl Node {
         if !taken {
             self.fault = Some(Fault::Scheduler("a new peer was refused".into()));
         }
-        self.uploads.peer_connected(now, peer);
+        self.uploads.peer_connected(now, peer, class);
     }
 
     pub(crate) fn disconnect(&mut self, now: Time, connection: u64) {

@@ -86,6 +86,9 @@ impl EncodeOptions {
     /// Longest frame of memory, of which a resumed machine reads a page here and there: about what two chunk groups hold compressed, less of
     /// which cannot be asked for anyway.
     pub const RAM_FRAME_MAX: u32 = 32 << 10;
+    /// Longest frame of a machine's disks, which its guest reads at random while they come over a thin link: of a longer one most would be
+    /// fetched in vain. Indexes, which come before anything, grow with the number of frames, so that they are not as short as those of memory.
+    pub const MACHINE_DISK_FRAME_MAX: u32 = 64 << 10;
     /// Longest frame of files and trees, which are mostly restored whole: as small as `zstd -T0` without frames.
     pub const FILE_FRAME_MAX: u32 = 1 << 20;
     /// The same at [`Effort::Max`], where longer frames save 5 %, and less at the lower levels.

@@ -12,9 +12,9 @@ use std::time::Instant;
 use capsule_chunker::bao::Tree;
 use capsule_chunker::content::{Content, Source};
 use capsule_chunker::image::{self, ImageOptions, ReadAs};
-use capsule_chunker::layer::EncodeStats;
-use capsule_chunker::layer::LayerSource;
+use capsule_chunker::layer::encode::EncodeOptions;
 use capsule_chunker::layer::read::ReadOptions;
+use capsule_chunker::layer::{EncodeStats, LayerSource};
 use capsule_proto::index::Space;
 use capsule_proto::manifest::{Component, ComponentKind, MAX_COMPONENTS, Manifest};
 use capsule_proto::record::{self, Body, MAX_PREFETCH_RANGES};
@@ -309,7 +309,12 @@ impl Making<'_> {
                 self.update_stream(&*source, captured.kind, old, recorded.as_ref())?
             }
             None if others.is_empty() => {
-                let options = self.options(captured.kind);
+                let options = match captured.kind {
+                    ComponentKind::Disk => self
+                        .options(captured.kind)
+                        .bounded(Some(EncodeOptions::MACHINE_DISK_FRAME_MAX)),
+                    kind => self.options(kind),
+                };
                 first_stream(self.store, &*source, &options, self.work)?
             }
             None => self.stream_beside(&*source, captured.kind, others)?,

@@ -15,12 +15,12 @@ const RECONNECT: Duration = Duration::from_secs(1);
 const DEGREE_BEYOND: usize = 3;
 
 impl World {
-    /// Opens connections to others at random, until the node has as many as it wants; beyond its site only some, the publisher first,
-    /// as daemons have its address from their token.
+    /// Opens connections to others at random, until the node has as many as it wants; beyond its site only some, but the publisher in any
+    /// case: daemons have its address from their token, and who fetches for its site looks for somebody who has all.
     pub(super) fn connect_some(&mut self, node: usize) {
         let n = self.lots.len();
-        if !self.is_near(node, 0) {
-            self.connect_beyond(node, 0);
+        if !self.is_near(node, 0) && self.may_connect(node, 0) {
+            self.connect(node, 0);
         }
         for drawn in 0..n {
             if self.nodes[node].neighbours.len() >= self.plan.degree {

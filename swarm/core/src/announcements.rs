@@ -16,9 +16,10 @@ use crate::{Class, PeerKey, Time, spans};
 const COST: f64 = 80.0;
 /// Bytes that each run in it costs: two variable-length integers.
 const RUN_COST: f64 = 5.0;
-/// Least time between two deltas of one blob to other sites, from its gateway, and from others: links between sites are dear, and what could
-/// be fetched here is mostly to be had elsewhere.
-const GATEWAY_EVERY: Duration = Duration::from_secs(2);
+/// Least time between two deltas of one blob to other sites, from its gateway, at first and after a while, and from others: links between
+/// sites are dear, and what could be fetched here is mostly to be had elsewhere.
+const GATEWAY_FIRST: Duration = Duration::from_secs(2);
+const GATEWAY_EVERY: Duration = Duration::from_secs(10);
 const BEYOND_EVERY: Duration = Duration::from_secs(60);
 /// Most roots in which one peer's lack of interest is remembered.
 const MAX_UNINTERESTING: usize = 4096;
@@ -130,6 +131,7 @@ struct Holding {
     gateway: bool,
     fresh_beyond: GroupRanges,
     told_beyond: Option<Time>,
+    gateway_wait: Duration,
     due: Option<Time>,
     told: Option<Time>,
 }
@@ -221,7 +223,8 @@ impl Announcements {
     }
 
     /// Takes in a new peer: it will be told all that is held. Then one of another site is told of what is complete, as links between
-    /// sites are dear, and of the rest now and then: every 2 s by a gateway of the blob, else every minute.
+    /// sites are dear, and of the rest now and then: by a gateway of the blob after 2 s, then ever more seldom, down to every 10 s; by others
+    /// every minute.
     pub fn peer_connected(&mut self, _now: Time, peer: PeerKey, class: Class) {
         let listener = Listener {
             class,
@@ -242,6 +245,9 @@ impl Announcements {
         holding.gateway = gateway;
         if becomes {
             self.tell_beyond(now, *root);
+            if let Some(holding) = self.holdings.get_mut(root) {
+                holding.gateway_wait = GATEWAY_FIRST;
+            }
         }
     }
 
@@ -330,7 +336,7 @@ impl Announcements {
         };
         holding.fresh_beyond.union_with(fresh);
         let every = if holding.gateway {
-            GATEWAY_EVERY
+            holding.gateway_wait
         } else {
             BEYOND_EVERY
         };
@@ -355,6 +361,7 @@ impl Announcements {
         if peers.is_empty() || holding.fresh_beyond.is_empty() {
             return;
         }
+        holding.gateway_wait = (holding.gateway_wait * 3 / 2).min(GATEWAY_EVERY);
         holding.told_beyond = Some(now);
         self.urgent.push_back(Announce {
             peers,

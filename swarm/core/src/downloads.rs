@@ -6,6 +6,7 @@
 mod api;
 mod audit;
 mod blob;
+mod border;
 mod gateways;
 mod late;
 mod pace;

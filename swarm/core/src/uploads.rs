@@ -14,6 +14,7 @@ use capsule_proto::hash::RootHash;
 use capsule_proto::ranges::{GroupRanges, group_count};
 
 use crate::meter::RateMeter;
+use crate::rates::Class;
 use crate::time::earliest;
 use crate::{MAX_REQUEST_GROUPS, PeerKey, PieceGeometry, RequestId, Time};
 pub use api::*;
@@ -29,6 +30,9 @@ const MIN_IN_FLIGHT: u64 = 256 << 10;
 const MAX_IN_FLIGHT: u64 = 16 << 20;
 /// Bytes in flight to one peer while others wait; one response is always allowed.
 const PEER_IN_FLIGHT: u64 = 64 << 10;
+/// What may be in flight to other sites, as a multiple of the bound: the links to them are thin, so that what each takes lies in flight for
+/// long, and says nothing about our own. While one waited for another, its link would lie idle.
+const BEYOND_TIMES: u64 = 4;
 /// A response that takes longer than twice what our own rate explains, and this, is held up by the receiver: until
 /// one is not, what is in flight to that receiver does not keep others from being served.
 const HELD_UP: Duration = Duration::from_millis(200);
@@ -75,7 +79,8 @@ const HEAD_START: f64 = 1.0 / 64.0;
 /// 3. Wait until [`poll_timeout`](Self::poll_timeout) or the next event, then step 1 or 2 again.
 ///
 /// # Bounds
-/// Queues by peer, peers by [`UploadConfig`]; bytes in flight to 16 MiB plus one response a peer.
+/// Queues by peer, peers by [`UploadConfig`]; bytes in flight within the site, and to others, to 16 MiB plus one
+/// response a peer.
 #[derive(Debug)]
 pub struct Uploads {
     config: UploadConfig,
@@ -100,6 +105,8 @@ struct Queue {
     served: u64,
     /// Whether it held up its last response: it takes less than we could send.
     slow: bool,
+    /// Whether it is in another site.
+    beyond: bool,
 }
 
 #[derive(Debug)]
@@ -148,9 +155,9 @@ impl Uploads {
     }
 
     /// Takes in a new peer; beyond the bound it is ignored, and its requests are refused.
-    pub fn peer_connected(&mut self, _now: Time, peer: PeerKey) {
+    pub fn peer_connected(&mut self, _now: Time, peer: PeerKey, class: Class) {
         if self.peers.len() < self.config.max_peers {
-            self.peers.entry(peer).or_default();
+            self.peers.entry(peer).or_default().beyond = class == Class::Beyond;
         }
     }
 
@@ -310,11 +317,16 @@ impl Uploads {
     pub fn poll_serve(&mut self, now: Time) -> Option<Serve> {
         self.wake_at = None;
         let bound = self.in_flight_bound();
-        if self.counted_in_flight(now) >= bound {
+        let (within, beyond) = self.counted_in_flight(now);
+        let room = (
+            within < bound,
+            beyond < (BEYOND_TIMES * bound).min(MAX_IN_FLIGHT),
+        );
+        if room == (false, false) {
             return None;
         }
         let furthest = self.furthest();
-        let (peer, at) = self.choose(now, bound, &furthest)?;
+        let (peer, at) = self.choose(now, bound, room, &furthest)?;
         let queue = self.peers.get_mut(&peer)?;
         let Waiting {
             request,
@@ -379,8 +391,8 @@ impl Uploads {
         HELD_UP + Duration::from_secs_f64((2.0 * bytes as f64 / rate.max(1.0)).min(60.0))
     }
 
-    /// Bytes in flight, without those that receivers hold up.
-    fn counted_in_flight(&mut self, now: Time) -> u64 {
+    /// Bytes in flight to this site and to others, without those that receivers hold up.
+    fn counted_in_flight(&mut self, now: Time) -> (u64, u64) {
         // Who takes nothing takes nothing of our rate; who is only slow does.
         let takes = |queue: &&Queue| {
             let lately = |sending: &Sending| now - sending.since <= TAKES_NOTHING;
@@ -388,31 +400,40 @@ impl Uploads {
         };
         let taking = self.peers.values().filter(takes);
         let held_up = self.held_up(taking.map(Queue::in_flight).sum());
-        let mut counted = 0;
+        let (mut within, mut beyond) = (0, 0);
         for queue in self.peers.values_mut() {
             let Some(oldest) = queue.sending.iter().map(|sending| sending.since).min() else {
                 continue;
             };
             queue.slow |= now - oldest >= held_up;
             if !queue.slow {
-                counted += queue.in_flight();
+                let counted = if queue.beyond {
+                    &mut beyond
+                } else {
+                    &mut within
+                };
+                *counted += queue.in_flight();
                 self.wake_at = earliest(self.wake_at, Some(oldest + held_up));
             }
         }
         self.measure(now);
-        counted
+        (within, beyond)
     }
 
-    /// The peer and the place in its queue of the request to serve next.
+    /// The peer and the place in its queue of the request to serve next; `room` says whether for one of this site, and of others.
     fn choose(
         &mut self,
         now: Time,
         bound: u64,
+        room: (bool, bool),
         furthest: &BTreeMap<usize, f64>,
     ) -> Option<(PeerKey, usize)> {
         let waits = |queue: &&Queue| !queue.waiting.is_empty();
         let lone = self.peers.values().filter(waits).count() == 1;
-        let credit = |queue: &&Queue| queue.in_flight() < if lone { bound } else { PEER_IN_FLIGHT };
+        let credit = |queue: &&Queue| {
+            let room = if queue.beyond { room.1 } else { room.0 };
+            room && queue.in_flight() < if lone { bound } else { PEER_IN_FLIGHT }
+        };
         let least = self
             .peers
             .values()
@@ -426,7 +447,11 @@ impl Uploads {
             let ahead = queue.served > least + SLACK;
             let may_be_first = queue.served <= least + BEHIND_SLACK;
             for (at, waiting) in queue.waiting.iter().enumerate() {
-                if let Some(end) = self.kept_back(peer, waiting).filter(|&end| now < end) {
+                let kept_back = || self.kept_back(peer, waiting).filter(|&end| now < end);
+                // What was sent to another site is no nearer to this one.
+                if !queue.beyond
+                    && let Some(end) = kept_back()
+                {
                     self.wake_at = earliest(self.wake_at, Some(end));
                     continue;
                 }

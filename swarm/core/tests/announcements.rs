@@ -94,13 +94,31 @@ fn other_sites_are_told_what_a_gateway_holds_now_and_then() {
     let told = [(vec![1], vec![7]), (vec![2], vec![5, 6, 7])];
     assert_eq!(all(&mut announcements, 2_100), told);
     announcements.set_gateway(at(2_200), &root(1), false);
-    announcements.handle_held(at(9_000), root(1), SIZE, &(8..9).into());
-    assert_eq!(all(&mut announcements, 9_000), [(vec![1], vec![8])]);
-    announcements.handle_held(at(9_100), root(1), SIZE, &(0..100).into());
+    announcements.handle_held(at(69_000), root(1), SIZE, &(8..9).into());
+    let told = [(vec![1], vec![8]), (vec![2], vec![8])];
+    assert_eq!(all(&mut announcements, 69_000), told, "a minute has gone");
+    announcements.handle_held(at(69_100), root(1), SIZE, &(0..100).into());
     assert_eq!(
-        all(&mut announcements, 9_100),
+        all(&mut announcements, 69_100),
         [(vec![1, 2], (0..100).collect())]
     );
+}
+
+#[test]
+fn other_sites_are_told_more_and_more_seldom() {
+    let mut announcements = Announcements::new(AnnounceConfig::default());
+    announcements.peer_connected(at(0), PeerKey(2), Class::Beyond);
+    let size = 1000 * GROUP_LEN;
+    let times: Vec<_> = (0..600)
+        .filter(|group| {
+            announcements.handle_held(at(group * 100), root(1), size, &(*group..group + 1).into());
+            announcements.set_gateway(at(group * 100), &root(1), true);
+            !all(&mut announcements, group * 100).is_empty()
+        })
+        .collect();
+    let waits: Vec<_> = times.windows(2).map(|two| two[1] - two[0]).collect();
+    assert!(waits.is_sorted(), "{waits:?}");
+    assert_eq!((times[0], waits[0], waits.last()), (21, 30, Some(&100)));
 }
 
 #[test]

@@ -1,5 +1,6 @@
-//! Whether a node looks in other sites for what it fetches.
+//! Whether a node looks in other sites for what it fetches, and whom it asks there.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use capsule_proto::hash::RootHash;
@@ -101,4 +102,41 @@ fn who_wants_nothing_more_looks_for_nobody() {
         .pause_blob(at(0), &root(), PauseReason::Asked)
         .expect("it is being fetched");
     assert!(!seeks(&mut downloads, LATE));
+}
+
+/// Peers that were asked within a time, each with how much.
+fn asked(downloads: &mut Downloads, ms: std::ops::Range<u64>) -> BTreeMap<PeerKey, u64> {
+    let mut asked = BTreeMap::new();
+    for ms in ms {
+        while let Some(output) = downloads.poll_output(at(ms)) {
+            if let Output::Request { peer, groups, .. } = output {
+                *asked.entry(peer).or_default() += groups.end - groups.start;
+            }
+        }
+    }
+    asked
+}
+
+#[test]
+fn who_fetches_for_its_site_asks_one_peer_beyond_while_that_gives() {
+    let mut downloads = node();
+    let (part, all) = (PeerKey(3), PeerKey(4));
+    for peer in [part, all] {
+        assert!(downloads.peer_connected(at(0), peer, Class::Beyond));
+    }
+    for (peer, groups) in [
+        (FAR, 0..GROUPS / 2),
+        (part, 0..GROUPS / 2),
+        (all, 0..GROUPS),
+    ] {
+        holds(&mut downloads, peer, groups);
+    }
+    let only: Vec<_> = asked(&mut downloads, 0..1_000).into_keys().collect();
+    assert_eq!(only, [all]);
+    // It gives nothing at all: more and more of the others are asked, and it is not waited for.
+    let more = asked(&mut downloads, 1_000..30_000);
+    assert!(
+        more.contains_key(&FAR) && more.contains_key(&part),
+        "{more:?}"
+    );
 }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use capsule_proto::hash::RootHash;
 use capsule_swarm_core::{
-    IncomingRequest, PeerKey, PieceGeometry, Refusal, RequestId, Time, UploadConfig, Uploads,
+    Class, IncomingRequest, PeerKey, PieceGeometry, Refusal, RequestId, Time, UploadConfig, Uploads,
 };
 
 const SIZE: u64 = 4 << 20;
@@ -29,8 +29,28 @@ fn request(id: u64, group: u64) -> IncomingRequest {
 
 fn uploads(peers: u64) -> Uploads {
     let mut uploads = Uploads::new(UploadConfig::default());
-    (0..peers).for_each(|peer| uploads.peer_connected(at(0), PeerKey(peer)));
+    (0..peers).for_each(|peer| uploads.peer_connected(at(0), PeerKey(peer), Class::Within));
     uploads
+}
+
+/// How many of six peers, each of which asks for 128 KiB of its own, are sent something at once.
+fn served_at_once(class: Class) -> usize {
+    let mut uploads = Uploads::new(UploadConfig::default());
+    for peer in 0..6 {
+        uploads.peer_connected(at(0), PeerKey(peer), class);
+        let mut long = request(peer, 0);
+        long.groups = 8 * peer..8 * peer + 8;
+        uploads
+            .handle_request(at(0), PeerKey(peer), long)
+            .expect("room");
+    }
+    std::iter::from_fn(|| uploads.poll_serve(at(0))).count()
+}
+
+#[test]
+fn thin_links_to_other_sites_do_not_wait_for_each_other() {
+    assert_eq!(served_at_once(Class::Within), 2);
+    assert_eq!(served_at_once(Class::Beyond), 6);
 }
 
 /// Serves all that may be served, each response taking a millisecond; returns (peer, group) in order.

@@ -328,7 +328,7 @@ impl Engine {
         self.connector
             .directory
             .is_beyond(&id, class == Class::Beyond);
-        self.uploads.peer_connected(now, key);
+        self.uploads.peer_connected(now, key, class);
         self.announcements.peer_connected(now, key, class);
         if let Some(address) = address::to_socket(&connected.address).filter(|_| connected.dialled)
         {

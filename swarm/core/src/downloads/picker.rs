@@ -35,14 +35,19 @@ impl Downloads {
             return false;
         }
         let most = most.min(self.capped_groups(class));
-        let across = self.is_across(slot);
+        let (across, mut waits) = (self.is_across(slot), false);
         for i in 0..self.order.len() {
             let at = self.order[i];
+            let crosses = across && self.crosses_to(now, slot, at);
             let Some(blob) = self.blobs[at].as_mut().filter(|blob| blob.is_active()) else {
                 continue;
             };
-            let run = if across {
+            let run = if crosses {
                 self.pick_beyond(now, slot, at, most)
+            } else if across {
+                // Nothing is taken over while something may be left to ask for.
+                waits |= !blob.map.open().is_empty();
+                None
             } else {
                 pick(now, blob, &self.peers, slot, most, &mut self.rng)
             };
@@ -51,7 +56,7 @@ impl Downloads {
                 return true;
             }
         }
-        self.steal(now, slot)
+        !waits && self.steal(now, slot)
     }
 
     /// Outputs a request.

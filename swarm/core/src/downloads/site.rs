@@ -1,8 +1,8 @@
 //! Fetching from beyond the site: who does, and what not.
 //!
 //! While peers of both kinds are connected, only a blob's gateways (see `gateways`) ask those beyond, and only for what nobody of the site
-//! holds or is fetching. The others wait for them; whoever gets nothing at all for a while helps himself. Where the only peers are
-//! beyond, or none are, nothing of this applies.
+//! holds or is fetching, of few peers at a time (see `border`). The others wait for them; whoever gets nothing at all for a while helps
+//! himself. Where the only peers are beyond, or none are, nothing of this applies.
 
 use std::ops::Range;
 use std::time::Duration;
@@ -13,6 +13,7 @@ use rand::RngExt;
 
 use super::api::{GatewayNotice, Output};
 use super::blob::Blob;
+use super::border::Border;
 use super::gateways::{Gateways, MAX_CLAIMED_RUNS};
 use super::peer::Peer;
 use super::picker::most_at_once;
@@ -71,6 +72,7 @@ pub(super) struct Crossing {
     /// What was last told, and when.
     told: GroupRanges,
     told_at: Option<Time>,
+    border: Border,
     /// When something last came, or was first needed from beyond.
     moved: Time,
     needed: bool,
@@ -88,6 +90,7 @@ impl Crossing {
             sequence: 0,
             told: GroupRanges::new(),
             told_at: None,
+            border: Border::default(),
             moved: now,
             needed: false,
             looked: None,
@@ -270,6 +273,31 @@ impl Downloads {
         blob.is_some_and(|blob| blob.crossing.may_ask(now))
     }
 
+    /// Whether a peer beyond is among the few that this node asks for a blob just now, or may become one of them: who holds all of it comes
+    /// first, then who is asked already, and of those who gives most.
+    pub(super) fn crosses_to(&self, now: Time, slot: usize, at: usize) -> bool {
+        let Some(blob) = &self.blobs[at] else {
+            return false;
+        };
+        if blob.crossing.is_forsaken(now) {
+            return true;
+        }
+        let rank = |slot: usize, view: &View| {
+            let peer = self.peers[slot].as_ref()?;
+            let asked = !peer.live.is_empty();
+            let rate = peer.rate_at(now).unwrap_or_default() as u64;
+            // Who is neither asked nor holds all may have nothing that is lacking, and so keeps nobody back.
+            let counts = peer.is_beyond() && (asked || view.is_seeder() && peer.has_room());
+            Some((counts, (view.is_seeder(), asked, rate, slot)))
+        };
+        let own = blob.view(slot).and_then(|view| rank(slot, view));
+        let Some((_, own)) = own else { return false };
+        let before = blob.providers().filter(|(other, view)| {
+            rank(*other, view).is_some_and(|(counts, other)| counts && other > own)
+        });
+        before.count() < blob.crossing.border.width()
+    }
+
     /// What to ask a peer beyond for: what nobody of the site has or fetches. Long pieces are asked for in order; gateways begin
     /// each in their own part of the blob.
     pub(super) fn pick_beyond(
@@ -324,7 +352,9 @@ impl Downloads {
             self.review_at = earliest(self.review_at, Some(soon));
             return;
         }
-        let needed = blob.is_active() && self.must_cross(now, blob);
+        let lacking = blob.map.lacking().difference(&self.held_near(now, blob));
+        let needed = blob.is_active() && self.is_beyond(blob, &lacking);
+        let lacking = lacking.count();
         let (suffice, before) = (blob.crossing.gateways.suffice(now), blob.crossing.role);
         let role = match before {
             _ if !needed || suffice => Role::Waits,
@@ -338,6 +368,11 @@ impl Downloads {
             return;
         };
         let told = blob.crossing.review(now, role, needed, asked);
+        if role == Role::Gateway {
+            blob.crossing.border.turn(now, lacking);
+        } else {
+            blob.crossing.border.rest();
+        }
         if let Told::Now { sequence, groups } = &told {
             let notice = GatewayNotice {
                 root: blob.root,
@@ -369,9 +404,8 @@ impl Downloads {
         }
     }
 
-    /// Whether something is lacking that nobody of the site has, and somebody beyond does.
-    fn must_cross(&self, now: Time, blob: &Blob) -> bool {
-        let lacking = blob.map.lacking().difference(&self.held_near(now, blob));
+    /// Whether somebody beyond the site has something of what is lacking.
+    fn is_beyond(&self, blob: &Blob, lacking: &GroupRanges) -> bool {
         !lacking.is_empty()
             && blob.providers().any(|(slot, view)| {
                 let usable = self.peers[slot]
