@@ -4,6 +4,7 @@ use std::io::Write;
 use std::process::Stdio;
 use std::time::Duration;
 
+use capsule_node::control::{CapsuleRef, Client, Describe};
 use capsule_tests::machines::{Console, Machine, disk};
 use capsule_tests::node::Outcome;
 use capsule_tests::serving::packs;
@@ -254,6 +255,48 @@ fn one_capsule_becomes_two_machines_that_go_their_own_ways() {
         fleet[1].ok(&["machine", "stop", "again", "--force"]);
         fleet[1].ok(&["machine", "rm", "again", "--force"]);
     }
+}
+
+/// What a node knows of what resuming a capsule reads first of memory.
+fn first_reads(node: &Node, capsule: &str) -> Vec<(u64, u64)> {
+    let describe = Describe {
+        capsule: CapsuleRef(capsule.to_owned()),
+        wait: None,
+    };
+    let client = Client::connect(node.home()).unwrap();
+    let described = client.call(describe).unwrap();
+    let of_memory = described.prefetch.into_iter();
+    let of_memory = of_memory.filter(|first| first.component == "ram");
+    let ranges = of_memory.flat_map(|first| first.ranges);
+    ranges.map(|range| (range.start, range.length)).collect()
+}
+
+#[test]
+fn what_was_read_first_of_a_capture_is_known_of_the_next() {
+    let fleet = two();
+    let (here, there) = (&fleet[0], &fleet[1]);
+    let (first, mut console) = started(&fleet, "me");
+    mark(&mut console, 1);
+    first.capture(here, "me:1", &[]);
+    assert_eq!(first_reads(here, "me:1"), []);
+    // Somebody resumes it, and tells what that read when he captures it.
+    there.wait_until("the version is known", |node| {
+        node.run(&["show", "me:1"]).code == Some(0)
+    });
+    let (second, _) = Machine::resume(there, "me:1", "other");
+    let mut elsewhere = second.console();
+    assert_eq!(marks(&mut elsewhere), marked(&[1]));
+    drop(elsewhere);
+    second.capture(there, "other:1", &["--stop"]);
+    here.wait_until("what was read first is known", |node| {
+        !first_reads(node, "me:1").is_empty()
+    });
+    let told = first_reads(here, "me:1");
+    assert_eq!(first_reads(there, "other:1"), told);
+    // The machine that it was captured of was never resumed itself.
+    mark(&mut console, 2);
+    first.capture(here, "me:2", &["--stop"]);
+    assert_eq!(first_reads(here, "me:2"), told);
 }
 
 #[test]

@@ -65,6 +65,7 @@ impl Host {
             .await?;
         reporter.progress(waiting("the guest"));
         let stopped = self.freeze(&running, &request).await?;
+        let before = self.config().origin.as_ref().map(|origin| origin.capsule);
         let captured = self.keep(&running, &request, &stopped, reporter).await;
         let qemu = &running.qemu;
         match (&captured, request.stop) {
@@ -74,7 +75,7 @@ impl Host {
             (Err(_), _) => go_on(qemu, true).await,
         }
         let (published, disk_written) = captured?;
-        prefetch::hand_on(self, &running, &published.components).await;
+        prefetch::hand_on(self, &running, before, &published.components).await;
         Ok(CapturedMachine {
             machine: self.directory.name().to_owned(),
             pause_seconds: (!request.stop).then_some(stopped.pause.as_secs_f64()),

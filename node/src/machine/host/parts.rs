@@ -136,7 +136,8 @@ impl Parts {
     }
 }
 
-async fn describe(host: &Host, capsule: CapsuleRef) -> Result<Described, Failure> {
+/// What the daemon knows of a capsule.
+pub async fn describe(host: &Host, capsule: CapsuleRef) -> Result<Described, Failure> {
     host.tell(waiting("the capsule"));
     let request = Describe {
         capsule,

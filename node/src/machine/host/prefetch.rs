@@ -5,14 +5,15 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use capsule_chunker::content::ReadError;
-use capsule_proto::RootHash;
 use capsule_proto::record::MAX_PREFETCH_RANGES;
+use capsule_proto::{CapsuleId, RootHash};
 use futures::{StreamExt, TryStreamExt, stream};
 
-use super::parts::Reading;
+use super::parts::{Reading, describe};
 use super::{Host, Running};
 use crate::control::{
-    ByteRange, ComponentInfo, Described, Failure, FailureCode, Phase, Prefetch, Progress,
+    ByteRange, CapsuleRef, ComponentInfo, Described, Failure, FailureCode, Phase, Prefetch,
+    Progress,
 };
 
 /// Ranges that are asked for at a time: enough that a thin link never idles, and in order.
@@ -109,8 +110,21 @@ pub async fn publish(host: &Host, running: &Running) {
 }
 
 /// Hands what is read first on to what was captured: it lies in the same places there. Who resumes that would have to find out again.
-pub async fn hand_on(host: &Host, running: &Running, captured: &[ComponentInfo]) {
-    for (component, ranges) in first_reads(running) {
+/// Where this guest was not resumed itself, what is known of its capture before this one, by those who resumed that.
+pub async fn hand_on(
+    host: &Host,
+    running: &Running,
+    before: Option<CapsuleId>,
+    captured: &[ComponentInfo],
+) {
+    let mut first = first_reads(running);
+    if first.is_empty()
+        && let Some(before) = before
+        && let Ok(described) = describe(host, CapsuleRef(before.to_string())).await
+    {
+        first = told(&described);
+    }
+    for (component, ranges) in first {
         let mut all = captured.iter();
         if let Some(found) = all.find(|found| found.name == component) {
             tell(host, found.root, ranges).await;
@@ -118,15 +132,18 @@ pub async fn hand_on(host: &Host, running: &Running, captured: &[ComponentInfo])
     }
 }
 
+/// What is told of a capsule, by component.
+fn told(described: &Described) -> Vec<(String, Vec<ByteRange>)> {
+    let told = described.prefetch.iter();
+    told.map(|of| (of.component.clone(), of.ranges.clone()))
+        .collect()
+}
+
 /// What is known to be read first of each component: what was told of the capsule, or else what this guest has read until it had settled.
 fn first_reads(running: &Running) -> Vec<(String, Vec<ByteRange>)> {
     let mut first = lock(&running.first_reads);
     if first.is_empty() && running.parts.state.is_some() {
-        let told = running.parts.described.iter();
-        let told = told.flat_map(|described| &described.prefetch);
-        *first = told
-            .map(|of| (of.component.clone(), of.ranges.clone()))
-            .collect();
+        *first = running.parts.described.iter().flat_map(told).collect();
     }
     if first.is_empty() && running.parts.state.is_some() {
         let read = running.parts.reading.iter().map(|read| {

@@ -73,6 +73,10 @@ impl Bench<'_> {
         } else {
             IDLE
         };
+        // Somebody resumed it before, as its user does each day.
+        if self.found.first.is_none() && self.found.update.is_none() {
+            self.recorded(before)?;
+        }
         self.has_all(WORK, before)?;
         self.worked(home, 1)?;
         let (mut there, hop) = self.hop(home, EVENING, WORK, "work")?;
