@@ -118,6 +118,12 @@ impl EncodeOptions {
         }
     }
 
+    /// The same for a machine's component of this kind, which its guest reads while it comes.
+    pub fn of_machine(self, kind: ComponentKind) -> Self {
+        let frame_max = self.frame_max.min(Self::MACHINE_DISK_FRAME_MAX);
+        self.bounded((kind == ComponentKind::Disk).then_some(frame_max))
+    }
+
     /// With a bound, where there is one, to what a reader of any one byte decodes of the layer: frames then refer to no others
     /// of it.
     pub fn bounded(self, frame_max: Option<u32>) -> Self {

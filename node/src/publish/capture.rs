@@ -12,7 +12,6 @@ use std::time::Instant;
 use capsule_chunker::bao::Tree;
 use capsule_chunker::content::{Content, Source};
 use capsule_chunker::image::{self, ImageOptions, ReadAs};
-use capsule_chunker::layer::encode::EncodeOptions;
 use capsule_chunker::layer::read::ReadOptions;
 use capsule_chunker::layer::{EncodeStats, LayerSource};
 use capsule_proto::index::Space;
@@ -108,6 +107,7 @@ pub async fn capture(
             parent: None,
             work,
             reporter: &teller,
+            machine: true,
         };
         making.machine(&asked, &below)
     };
@@ -309,12 +309,7 @@ impl Making<'_> {
                 self.update_stream(&*source, captured.kind, old, recorded.as_ref())?
             }
             None if others.is_empty() => {
-                let options = match captured.kind {
-                    ComponentKind::Disk => self
-                        .options(captured.kind)
-                        .bounded(Some(EncodeOptions::MACHINE_DISK_FRAME_MAX)),
-                    kind => self.options(kind),
-                };
+                let options = self.options(captured.kind);
                 first_stream(self.store, &*source, &options, self.work)?
             }
             None => self.stream_beside(&*source, captured.kind, others)?,

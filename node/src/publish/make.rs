@@ -83,6 +83,8 @@ pub(super) struct Making<'a> {
     pub parent: Option<&'a Parent>,
     pub work: &'a Work,
     pub reporter: &'a Reporter,
+    /// Whether it is a machine that is captured.
+    pub machine: bool,
 }
 
 /// Reads and encodes. Blocks; nothing is kept when it fails or the draft is dropped.
@@ -129,7 +131,11 @@ fn unreadable(path: &Path, error: &std::io::Error) -> Failure {
 
 impl Making<'_> {
     pub fn options(&self, kind: ComponentKind) -> EncodeOptions {
-        EncodeOptions::new(kind, self.request.effort).bounded(self.request.frame_max)
+        let options = EncodeOptions::new(kind, self.request.effort).bounded(self.request.frame_max);
+        match self.machine {
+            true => options.of_machine(kind),
+            false => options,
+        }
     }
 
     fn stream(&self, read_as: ReadAs) -> Result<Draft, Failure> {

@@ -79,6 +79,7 @@ pub async fn publish(
                 parent: parent.as_ref(),
                 work,
                 reporter: &teller,
+                machine: false,
             })
         })
         .await?;

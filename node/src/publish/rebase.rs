@@ -57,6 +57,7 @@ pub async fn rebase(
         let making = Making {
             node: &shared,
             request: &request,
+            machine: manifest.machine.is_some(),
             work,
         };
         making.all(&manifest)
@@ -118,6 +119,8 @@ async fn settle(node: &Arc<Node>, made: Vec<Made>) -> Result<(), Failure> {
 struct Making<'a> {
     node: &'a Node,
     request: &'a Rebase,
+    /// Whether it is of a machine.
+    machine: bool,
     work: &'a Work,
 }
 
@@ -134,7 +137,11 @@ impl Making<'_> {
     }
 
     fn options(&self, kind: ComponentKind) -> EncodeOptions {
-        EncodeOptions::new(kind, self.request.effort).bounded(self.request.frame_max)
+        let options = EncodeOptions::new(kind, self.request.effort).bounded(self.request.frame_max);
+        match self.machine {
+            true => options.of_machine(kind),
+            false => options,
+        }
     }
 
     /// The layer to a stream, or to a tree's listing.

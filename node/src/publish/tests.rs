@@ -47,6 +47,7 @@ fn draft_against(
         parent: parent.as_ref(),
         work: &Work::default(),
         reporter: &Reporter::silent(),
+        machine: false,
     })
 }
 

@@ -244,9 +244,18 @@ impl Announcements {
         let becomes = gateway && !holding.gateway;
         holding.gateway = gateway;
         if becomes {
+            // Who becomes it again and again does not begin anew each time.
+            let anew = holding
+                .told_beyond
+                .is_none_or(|told| now - told > GATEWAY_EVERY);
             self.tell_beyond(now, *root);
             if let Some(holding) = self.holdings.get_mut(root) {
-                holding.gateway_wait = GATEWAY_FIRST;
+                let wait = if anew {
+                    GATEWAY_FIRST
+                } else {
+                    holding.gateway_wait
+                };
+                holding.gateway_wait = wait.max(GATEWAY_FIRST);
             }
         }
     }

@@ -26,13 +26,15 @@ use sent::SentLog;
 const IN_FLIGHT_SECONDS: f64 = 0.15;
 /// Least bound of bytes in flight: four requests to peers of unknown rate.
 const MIN_IN_FLIGHT: u64 = 256 << 10;
-/// Largest bound of bytes in flight: what responses may cost in memory.
+/// Largest bound of bytes in flight within the site, and to others: half of what responses may cost in memory.
 const MAX_IN_FLIGHT: u64 = 16 << 20;
 /// Bytes in flight to one peer while others wait; one response is always allowed.
 const PEER_IN_FLIGHT: u64 = 64 << 10;
 /// What may be in flight to other sites, as a multiple of the bound: the links to them are thin, so that what each takes lies in flight for
 /// long, and says nothing about our own. While one waited for another, its link would lie idle.
 const BEYOND_TIMES: u64 = 4;
+/// Bytes in flight to one peer of another site while others wait: less, as there may be many, and our own link may be thin too.
+const BEYOND_IN_FLIGHT: u64 = 32 << 10;
 /// A response that takes longer than twice what our own rate explains, and this, is held up by the receiver: until
 /// one is not, what is in flight to that receiver does not keep others from being served.
 const HELD_UP: Duration = Duration::from_millis(200);
@@ -431,8 +433,11 @@ impl Uploads {
         let waits = |queue: &&Queue| !queue.waiting.is_empty();
         let lone = self.peers.values().filter(waits).count() == 1;
         let credit = |queue: &&Queue| {
-            let room = if queue.beyond { room.1 } else { room.0 };
-            room && queue.in_flight() < if lone { bound } else { PEER_IN_FLIGHT }
+            let (room, most) = match queue.beyond {
+                true => (room.1, BEYOND_IN_FLIGHT),
+                false => (room.0, PEER_IN_FLIGHT),
+            };
+            room && queue.in_flight() < if lone { bound } else { most }
         };
         let least = self
             .peers

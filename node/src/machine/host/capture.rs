@@ -65,7 +65,11 @@ impl Host {
             .await?;
         reporter.progress(waiting("the guest"));
         let stopped = self.freeze(&running, &request).await?;
-        let before = self.config().origin.as_ref().map(|origin| origin.capsule);
+        // Memory of before the guest was started anew lay elsewhere.
+        let before = match running.is_of_origin.load(Ordering::Relaxed) {
+            true => self.config().origin.as_ref().map(|origin| origin.capsule),
+            false => None,
+        };
         let captured = self.keep(&running, &request, &stopped, reporter).await;
         let qemu = &running.qemu;
         match (&captured, request.stop) {

@@ -71,7 +71,10 @@ impl Parts {
     /// Brings together what the guest needs before its first step.
     pub async fn gather(host: &Host, config: &Config) -> Result<Self, Failure> {
         let described = match (&config.origin, config.resume) {
-            (Some(origin), true) => Some(describe(host, by_id(&origin.capsule)).await?),
+            (Some(origin), true) => {
+                host.tell(waiting("the capsule"));
+                Some(describe(host, by_id(&origin.capsule)).await?)
+            }
             _ => None,
         };
         let mut reading = Vec::new();
@@ -138,7 +141,6 @@ impl Parts {
 
 /// What the daemon knows of a capsule.
 pub async fn describe(host: &Host, capsule: CapsuleRef) -> Result<Described, Failure> {
-    host.tell(waiting("the capsule"));
     let request = Describe {
         capsule,
         wait: None,

@@ -2,8 +2,8 @@
 //!
 //! Flows that share a thin link push each other's packets out of its queue, and what other sites relay takes their links both ways, with
 //! the acknowledgements of it. So a gateway asks one peer, who holds all of the blob if there is such a one, and tries from time to time
-//! whether its site gets more by one more or no less by one fewer (hill climbing). What the site gets counts, not what the gateway does:
-//! of a link that is full, who asks more only takes from the others.
+//! whether its site gets more by more, or no less by fewer (hill climbing). What the site gets counts, not what the gateway does: of a
+//! link that is full, who asks more only takes from the others.
 
 use std::time::Duration;
 
@@ -12,14 +12,16 @@ use capsule_proto::ranges::GROUP_LEN;
 use crate::Time;
 
 /// Least time over which the pace is taken, and the most, where little comes.
-const LEG: Duration = Duration::from_secs(5);
+pub(super) const LEG: Duration = Duration::from_secs(5);
 const LONG_LEG: Duration = Duration::from_secs(20);
 /// What has to come in a leg for its pace to be believed, unless it is a long one: responses come whole, and count as they end.
 const ENOUGH: u64 = (1 << 20) / GROUP_LEN;
-/// Half as many again have to bring this much more, and a third fewer may cost this much: half of the way between nothing and all that they
-/// would, where each gives as much as the others.
+/// What about half as many again have to bring, and what a third fewer may cost: half of the way between nothing and all that they would, where
+/// each gives as much as the others.
 const GAIN: f64 = 1.25;
 const LOSS: f64 = 0.83;
+/// A leg of less than this part of the pace of before is looked into at once.
+const FELL: f64 = 0.5;
 /// Legs between two trials: at first, when the pace is still growing, and most of them, after trials in vain.
 const FIRST_REST: u32 = 2;
 const MAX_REST: u32 = 16;
@@ -39,8 +41,16 @@ pub(super) struct Border {
     rest: u32,
     /// Whether the next trial is of fewer.
     fewer_next: bool,
-    /// When this leg began, and what the site lacked then.
-    began: Option<(Time, u64)>,
+    leg: Option<Leg>,
+}
+
+/// A time over which the pace is taken.
+#[derive(Clone, Copy, Debug)]
+struct Leg {
+    began: Time,
+    /// Groups that the site lacked when it was last looked, and what came until then.
+    lacking: u64,
+    came: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,7 +68,7 @@ impl Default for Border {
             legs: 0,
             rest: FIRST_REST,
             fewer_next: false,
-            began: None,
+            leg: None,
         }
     }
 }
@@ -68,35 +78,49 @@ impl Border {
         self.width
     }
 
-    /// This node is no gateway, or nothing is lacking: time that passes says nothing.
+    /// Nothing is asked beyond just now: time that passes says nothing.
     pub fn rest(&mut self) {
-        self.began = None;
+        self.leg = None;
     }
 
-    /// Takes in how many groups nobody of the site holds by now.
-    pub fn turn(&mut self, now: Time, lacking: u64) {
-        let Some((began, lacked)) = self.began else {
-            self.began = Some((now, lacking));
-            return;
-        };
-        let (took, came) = (now - began, lacked.saturating_sub(lacking));
-        let stuck = came == 0 && took >= LEG;
-        if !stuck && took < LONG_LEG && (took < LEG || came < ENOUGH) {
-            return;
+    /// Takes in how many groups nobody of the site holds by now, and whether all who are asked are silent.
+    pub fn turn(&mut self, now: Time, lacking: u64, silent: bool) {
+        let leg = self.leg.get_or_insert(Leg {
+            began: now,
+            lacking,
+            came: 0,
+        });
+        // More may lack than before: a peer left, or more is wanted.
+        leg.came += leg.lacking.saturating_sub(lacking);
+        leg.lacking = lacking;
+        let (took, came) = (now - leg.began, leg.came);
+        let long = took >= LONG_LEG;
+        let stuck = came == 0 && (long || silent && took >= LEG);
+        if stuck || long || took >= LEG && came >= ENOUGH {
+            self.rest();
+            self.pace_of_leg(came as f64 / took.as_secs_f64());
         }
-        self.began = Some((now, lacking));
-        self.leg(came as f64 / took.as_secs_f64());
     }
 
-    /// Takes in the pace of a leg.
-    fn leg(&mut self, pace: f64) {
-        let stuck = pace == 0.0;
+    fn pace_of_leg(&mut self, pace: f64) {
+        let fell = self.legs > 0 && pace < self.pace * FELL;
         match self.trial.take() {
-            _ if stuck => self.widen(pace),
+            _ if pace == 0.0 => self.widen(pace),
             Some((Trial::More, before)) if pace < self.pace * GAIN => self.back(before, true),
-            Some((Trial::More, _)) => self.widen(pace),
+            Some((Trial::More, _)) => {
+                self.rest = FIRST_REST;
+                self.widen(pace);
+            }
             Some((Trial::Fewer, before)) if pace < self.pace * LOSS => self.back(before, false),
-            Some((Trial::Fewer, _)) => self.narrow(pace),
+            Some((Trial::Fewer, _)) => {
+                self.rest = FIRST_REST;
+                // All of them together may cost as much as one of them.
+                self.narrow(self.pace);
+            }
+            None if fell => {
+                self.rest = FIRST_REST;
+                self.widen(pace);
+            }
             None => {
                 self.legs += 1;
                 self.pace += (pace - self.pace) / f64::from(self.legs);
@@ -116,7 +140,7 @@ impl Border {
         let before = self.width;
         self.width = (before + before.div_ceil(2)).min(MAX_WIDTH);
         if self.width > before {
-            (self.trial, self.pace) = (Some((Trial::More, before)), pace);
+            (self.trial, self.pace, self.legs) = (Some((Trial::More, before)), pace, 0);
         } else {
             self.back(before, true);
         }
@@ -127,7 +151,7 @@ impl Border {
         let before = self.width;
         self.width = (2 * before / 3).max(1);
         if self.width < before {
-            (self.trial, self.pace) = (Some((Trial::Fewer, before)), pace);
+            (self.trial, self.pace, self.legs) = (Some((Trial::Fewer, before)), pace, 0);
         } else {
             self.back(1, false);
         }
@@ -159,7 +183,7 @@ mod tests {
             Self {
                 border: Border::default(),
                 now: Time::ZERO,
-                lacking: u64::MAX,
+                lacking: 1 << 40,
                 pace,
             }
         }
@@ -167,7 +191,7 @@ mod tests {
         /// How many were asked in each second.
         fn run(&mut self, seconds: u64) -> Vec<usize> {
             let second = |_| {
-                self.border.turn(self.now, self.lacking);
+                self.border.turn(self.now, self.lacking, true);
                 self.now = self.now + Duration::from_secs(1);
                 self.lacking -= (self.pace)(self.border.width());
                 self.border.width()
@@ -205,6 +229,25 @@ mod tests {
         let widths = link.run(11);
         assert_eq!(widths[4..=5], [1, 2]);
         assert!(link.run(300).iter().all(|width| *width > 1));
+    }
+
+    #[test]
+    fn who_lets_go_of_most_of_it_is_not_waited_for_either() {
+        let mut link = Link::new(&|_| 300);
+        link.run(100);
+        link.pace = &|width| if width > 1 { 300 } else { 14 };
+        assert!(link.run(25).iter().any(|width| *width > 1));
+    }
+
+    #[test]
+    fn a_response_that_takes_long_is_not_silence() {
+        let mut border = Border::default();
+        for second in 0..20 {
+            border.turn(Time::from_start(Duration::from_secs(second)), 100, false);
+            assert_eq!(border.width(), 1);
+        }
+        border.turn(Time::from_start(LONG_LEG), 100, false);
+        assert_eq!(border.width(), 2);
     }
 
     #[test]

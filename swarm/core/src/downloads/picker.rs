@@ -38,16 +38,18 @@ impl Downloads {
         let (across, mut waits) = (self.is_across(slot), false);
         for i in 0..self.order.len() {
             let at = self.order[i];
-            let crosses = across && self.crosses_to(now, slot, at);
             let Some(blob) = self.blobs[at].as_mut().filter(|blob| blob.is_active()) else {
                 continue;
             };
-            let run = if crosses {
-                self.pick_beyond(now, slot, at, most)
-            } else if across {
+            let run = if across {
+                let is_open = !blob.map.open().is_empty();
+                let may = self.may_cross(now, at);
+                let crosses = may && self.crosses_to(now, slot, at);
                 // Nothing is taken over while something may be left to ask for.
-                waits |= !blob.map.open().is_empty();
-                None
+                waits |= may && !crosses && is_open;
+                crosses
+                    .then(|| self.pick_beyond(now, slot, at, most))
+                    .flatten()
             } else {
                 pick(now, blob, &self.peers, slot, most, &mut self.rng)
             };

@@ -13,7 +13,7 @@ use rand::RngExt;
 
 use super::api::{GatewayNotice, Output};
 use super::blob::Blob;
-use super::border::Border;
+use super::border::{Border, LEG};
 use super::gateways::{Gateways, MAX_CLAIMED_RUNS};
 use super::peer::Peer;
 use super::picker::most_at_once;
@@ -260,6 +260,12 @@ impl Downloads {
         self.peers[slot].as_ref().is_some_and(Peer::is_beyond)
     }
 
+    /// Whether something came from this peer lately, or need not have.
+    fn is_heard(&self, now: Time, slot: usize) -> bool {
+        let peer = self.peers[slot].as_ref();
+        peer.is_some_and(|peer| peer.silent_for(now) < LEG)
+    }
+
     /// The peers of this site.
     fn of_site(&self) -> impl Iterator<Item = PeerKey> {
         let near = self.peers.iter().flatten();
@@ -284,7 +290,10 @@ impl Downloads {
         }
         let rank = |slot: usize, view: &View| {
             let peer = self.peers[slot].as_ref()?;
-            let asked = !peer.live.is_empty();
+            let asked = peer.live.iter().any(|id| {
+                let flight = self.flights.get(id);
+                flight.is_some_and(|flight| flight.blob == at)
+            });
             let rate = peer.rate_at(now).unwrap_or_default() as u64;
             // Who is neither asked nor holds all may have nothing that is lacking, and so keeps nobody back.
             let counts = peer.is_beyond() && (asked || view.is_seeder() && peer.has_room());
@@ -364,12 +373,16 @@ impl Downloads {
         };
         let asked = self.asked_beyond(at);
         let asked: GroupRanges = asked.map(|(_, flight)| flight.groups.clone()).collect();
+        let silent = !self
+            .asked_beyond(at)
+            .any(|(_, flight)| self.is_heard(now, flight.slot));
         let Some(blob) = &mut self.blobs[at] else {
             return;
         };
+        let asks = role == Role::Gateway && !asked.is_empty();
         let told = blob.crossing.review(now, role, needed, asked);
-        if role == Role::Gateway {
-            blob.crossing.border.turn(now, lacking);
+        if asks {
+            blob.crossing.border.turn(now, lacking, silent);
         } else {
             blob.crossing.border.rest();
         }
