@@ -192,7 +192,7 @@ mod tests {
         fn run(&mut self, seconds: u64) -> Vec<usize> {
             let second = |_| {
                 self.border.turn(self.now, self.lacking, true);
-                self.now = self.now + Duration::from_secs(1);
+                self.now += Duration::from_secs(1);
                 self.lacking -= (self.pace)(self.border.width());
                 self.border.width()
             };
@@ -255,7 +255,7 @@ mod tests {
         let mut link = Link::new(&|_| 30);
         link.run(2);
         link.border.rest();
-        link.now = link.now + Duration::from_secs(1000);
+        link.now += Duration::from_secs(1000);
         assert_eq!(link.run(10), [1; 10]);
     }
 }
