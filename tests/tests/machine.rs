@@ -295,8 +295,9 @@ fn what_was_read_first_of_a_capture_is_known_of_the_next() {
     assert_eq!(first_reads(there, "other:1"), told);
     // The machine that it was captured of was never resumed itself.
     mark(&mut console, 2);
-    first.capture(here, "me:2", &["--stop"]);
+    first.capture(here, "me:2", &[]);
     assert_eq!(first_reads(here, "me:2"), told);
+    assert_eq!(first.state(here), "running");
 }
 
 #[test]

@@ -10,7 +10,7 @@ use std::time::SystemTime;
 use capsule_chunker::content::{BytesSource, Source};
 use capsule_chunker::image::{self, ImageKind, ImageOptions, ReadAs};
 use capsule_chunker::layer::EncodeStats;
-use capsule_chunker::layer::encode::EncodeOptions;
+use capsule_chunker::layer::encode::{Effort, EncodeOptions};
 use capsule_chunker::tree::{ScanOptions, scan};
 use capsule_proto::RootHash;
 use capsule_proto::index::{Source as IndexSource, Space};
@@ -115,6 +115,20 @@ pub(super) fn make(making: &Making<'_>) -> Result<Draft, Failure> {
     }
 }
 
+/// How a component is encoded, by what was asked for, and whether it is a machine's.
+pub(super) fn options(
+    kind: ComponentKind,
+    effort: Effort,
+    frame_max: Option<u32>,
+    machine: bool,
+) -> EncodeOptions {
+    let options = EncodeOptions::new(kind, effort).bounded(frame_max);
+    match machine {
+        true => options.of_machine(kind),
+        false => options,
+    }
+}
+
 fn unreadable(path: &Path, error: &std::io::Error) -> Failure {
     let hint = match error.kind() {
         std::io::ErrorKind::PermissionDenied => {
@@ -131,11 +145,12 @@ fn unreadable(path: &Path, error: &std::io::Error) -> Failure {
 
 impl Making<'_> {
     pub fn options(&self, kind: ComponentKind) -> EncodeOptions {
-        let options = EncodeOptions::new(kind, self.request.effort).bounded(self.request.frame_max);
-        match self.machine {
-            true => options.of_machine(kind),
-            false => options,
-        }
+        options(
+            kind,
+            self.request.effort,
+            self.request.frame_max,
+            self.machine,
+        )
     }
 
     fn stream(&self, read_as: ReadAs) -> Result<Draft, Failure> {

@@ -14,6 +14,7 @@ use capsule_proto::index::Space;
 use capsule_proto::manifest::{Component, ComponentKind, Manifest};
 use capsule_proto::record::{BlobRef, Body, Layer};
 
+use super::make::options;
 use super::sign;
 use crate::control::{Failure, FailureCode, Phase, Rebase, Rebased, Reporter};
 use crate::encoding::{DraftLayer, finish_layer, first_contents, first_stream};
@@ -137,11 +138,12 @@ impl Making<'_> {
     }
 
     fn options(&self, kind: ComponentKind) -> EncodeOptions {
-        let options = EncodeOptions::new(kind, self.request.effort).bounded(self.request.frame_max);
-        match self.machine {
-            true => options.of_machine(kind),
-            false => options,
-        }
+        options(
+            kind,
+            self.request.effort,
+            self.request.frame_max,
+            self.machine,
+        )
     }
 
     /// The layer to a stream, or to a tree's listing.
