@@ -22,6 +22,7 @@ use crate::follow::Follower;
 use crate::held::Holdings;
 use crate::home::{Home, Identity, Settings};
 use crate::layers::Components;
+use crate::paging::ReadCache;
 use crate::rates::RateKeeper;
 use crate::records::{KnownName, Records, Resolution, ResolveError};
 use crate::store::{DatabaseError, Store};
@@ -80,6 +81,8 @@ pub struct Node {
     pub changed: Notify,
     /// When it started.
     pub started: Instant,
+    /// What is kept of capsules that are read while they come.
+    pub read_cache: ReadCache,
     memory: Mutex<Memory>,
 }
 
@@ -112,6 +115,7 @@ impl Node {
             keeping: Arc::default(),
             changed: Notify::new(),
             started: Instant::now(),
+            read_cache: ReadCache::default(),
             memory: Mutex::default(),
         })
     }

@@ -146,6 +146,38 @@ fn reads_wait_until_somebody_has_what_is_read() {
     served.stop();
 }
 
+#[test]
+fn what_the_disk_has_damaged_comes_again() {
+    let mut fleet = Fleet::of(2);
+    let image = fleet.path("disk.img");
+    disk(&image);
+    fleet[0].json(&["publish", text(&image), "--name", "lab:1", "--as", "disk"]);
+    fleet[1].json(&["pull", "lab:1"]);
+    let held = fleet[1].json(&["hashes"]);
+    let mut held = held["hashes"].as_array().unwrap().iter();
+    let pack = held.find(|blob| blob["kind"] == "pack").unwrap();
+    let root = pack["root"].as_str().unwrap();
+    fleet[1].stop();
+    let blobs = fleet[1].home().join("store/blobs").join(&root[..2]);
+    let file = blobs.join(format!("{root}.data"));
+    let file = File::options().read(true).write(true).open(file).unwrap();
+    // Of what is stored as it is, and of what is compressed.
+    for at in [MIB, file.metadata().unwrap().len() - MIB] {
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, at).unwrap();
+        file.write_all_at(&[byte[0] ^ 1], at).unwrap();
+    }
+    fleet[1].start();
+    fleet[1].wait_for_peers(1);
+    let served = Served::start(&fleet[1], "lab:1", &fleet.path("sock"));
+    let copy = fleet.path("copy");
+    run("nbdcopy", &[served.uri(), text(&copy)]);
+    same(&image, &copy);
+    served.stop();
+    let verified = fleet[1].json(&["verify"]);
+    assert_eq!(number(&verified, "damaged_bytes"), 0, "{verified:#}");
+}
+
 /// Any publisher may say that a layer leads somewhere. Where a pull finds out that it does not, who reads while it comes would not.
 #[test]
 fn layers_of_who_publishes_elsewhere_are_not_read() {

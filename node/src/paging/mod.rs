@@ -25,7 +25,7 @@ use crate::transfer::patience::Patience;
 use crate::transfer::prepare::{Excluded, MAX_TRIES, Prepared, not_as_recorded, prepare};
 use crate::transfer::{find, manner, patience};
 use crate::work::{Tell, blocking};
-pub use paged::Paged;
+pub use paged::{Paged, ReadCache};
 
 /// A capsule that can be read: its manifest and indexes are here.
 pub struct Opened {

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use capsule_chunker::bao::{Tree, decode_range};
@@ -27,7 +27,7 @@ use crate::node::Node;
 use crate::store::LayerBlobs;
 use crate::transfer::prepare::Prepared;
 
-/// Decoded frames that are kept: what readers come back to, such as a file system's tables.
+/// Decoded frames that are kept of all that is read so: what readers come back to, such as a file system's tables.
 const CACHE: usize = 64 << 20;
 /// Before it is tried again where too many fetches are under way.
 const PAUSE: Duration = Duration::from_millis(50);
@@ -39,10 +39,26 @@ const VERIFIED_AT_ONCE: u64 = 16;
 /// Attempts at a time, of all that is read: each decodes on a thread of those that all of the node shares.
 static ATTEMPTS: Semaphore = Semaphore::const_new(6);
 
+/// What is kept of all content that is read so, together, for as long as anything is: however many disks are served, they take no more memory.
+#[derive(Default)]
+pub struct ReadCache(Mutex<Weak<LayerCache>>);
+
+impl ReadCache {
+    fn get(&self) -> Arc<LayerCache> {
+        let mut shared = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        shared.upgrade().unwrap_or_else(|| {
+            let cache = Arc::new(LayerCache::new(&ReadOptions { cache_len: CACHE }));
+            *shared = Arc::downgrade(&cache);
+            cache
+        })
+    }
+}
+
 /// See the module.
 pub struct Paged {
     node: Arc<Node>,
     body: Body,
+    _cache: Option<Arc<LayerCache>>,
     /// Keeps all of it from removal.
     _prepared: Arc<Prepared>,
 }
@@ -57,7 +73,7 @@ enum Body {
     Blob(BlobRef),
 }
 
-/// What is missing, by blob.
+/// Parts of blobs, which a read takes or lacks.
 type Missing = Vec<(BlobRef, GroupRanges)>;
 
 impl Paged {
@@ -69,7 +85,7 @@ impl Paged {
         prepared: Arc<Prepared>,
     ) -> Result<Self, Failure> {
         let store = &node.store;
-        let cache = LayerCache::new(&ReadOptions { cache_len: CACHE });
+        let cache = node.read_cache.get();
         let known = |pack: &RootHash| packs.contains_key(pack);
         let pack = |layer: &LayerBlobs| match layer.pack.filter(known) {
             Some(pack) => Ok(store.open_coming(&pack)? as Storage),
@@ -91,6 +107,7 @@ impl Paged {
                 top,
                 all: all.into_iter().zip(packs).collect(),
             },
+            _cache: Some(cache),
             _prepared: prepared,
         })
     }
@@ -100,6 +117,7 @@ impl Paged {
         Self {
             node: node.clone(),
             body: Body::Blob(blob),
+            _cache: None,
             _prepared: prepared,
         }
     }
@@ -119,11 +137,33 @@ impl Paged {
                 }
             }
         };
-        let missing = self.missing(range)?;
+        let mut missing = self.missing(range)?;
+        if missing.is_empty() && self.condemn(range)? {
+            missing = self.missing(range)?;
+        }
         match missing.is_empty() {
             true => Err(error),
             false => Ok(missing),
         }
+    }
+
+    /// Looks whether the disk has damaged what a range takes; that is no longer here then, and can come again. Blocks.
+    fn condemn(&self, range: &Range<u64>) -> Result<bool, ReadError> {
+        // What is a blob of its own was compared with its hash as it was read.
+        let Body::Layers { .. } = &self.body else {
+            return Ok(false);
+        };
+        let mut damaged = false;
+        for (pack, groups) in self.takes(range)? {
+            for run in groups.runs() {
+                let checked = self.node.store.verify_part(&pack.root, run.clone());
+                let checked = checked.map_err(|error| {
+                    ReadError::io("a blob of the store", range.start, io::Error::other(error))
+                })?;
+                damaged |= !checked.bad.is_empty();
+            }
+        }
+        Ok(damaged)
     }
 
     /// Reads from a blob, and compares with its hash: nothing else would tell that the disk has damaged it. Blocks.
@@ -159,12 +199,18 @@ impl Paged {
 
     /// What a range takes that is not here. Blocks.
     fn missing(&self, range: &Range<u64>) -> Result<Missing, ReadError> {
-        let lacking = |blob: &BlobRef, groups: &GroupRanges| {
+        let mut missing = self.takes(range)?;
+        missing.retain_mut(|(blob, groups)| {
             let here = self.node.store.present(&blob.root);
             let here = here.map(|here| here.ranges).unwrap_or_default();
-            let lacking = groups.difference(&here);
-            (!lacking.is_empty()).then_some((*blob, lacking))
-        };
+            *groups = groups.difference(&here);
+            !groups.is_empty()
+        });
+        Ok(missing)
+    }
+
+    /// What a range is read from. Blocks.
+    fn takes(&self, range: &Range<u64>) -> Result<Missing, ReadError> {
         Ok(match &self.body {
             Body::Layers { top, all } => {
                 let reach = Reach::of_range(top, range.clone(), &());
@@ -172,13 +218,14 @@ impl Paged {
                     offset: range.start,
                     source: Box::new(error),
                 })?;
-                let each = all.iter();
-                each.filter_map(|(layer, pack)| lacking(pack.as_ref()?, &reach.groups(layer)))
+                let packs = all
+                    .iter()
+                    .filter_map(|(layer, pack)| Some((layer, (*pack)?)));
+                packs
+                    .map(|(layer, pack)| (pack, reach.groups(layer)))
                     .collect()
             }
-            Body::Blob(blob) => lacking(blob, &groups_touching(range).into())
-                .into_iter()
-                .collect(),
+            Body::Blob(blob) => vec![(*blob, groups_touching(range).into())],
         })
     }
 
@@ -208,8 +255,7 @@ impl Paged {
         range: Range<u64>,
         mut into: Vec<u8>,
     ) -> Result<Vec<u8>, ReadError> {
-        let start = into.len();
-        into.resize(start + (range.end - range.start) as usize, 0);
+        let (start, len) = (into.len(), (range.end - range.start) as usize);
         let failed = |error: String| ReadError::Io {
             path: "the network".into(),
             offset: range.start,
@@ -221,6 +267,7 @@ impl Paged {
             let place = place.map_err(|closed| failed(closed.to_string()))?;
             let (paged, wanted) = (self.clone(), range.clone());
             let attempt = tokio::task::spawn_blocking(move || {
+                into.resize(start + len, 0);
                 let missing = paged.attempt(&wanted, &mut into[start..]);
                 (missing, into)
             });
@@ -230,6 +277,9 @@ impl Paged {
             match missing {
                 Ok(missing) if missing.is_empty() => return Ok(into),
                 Ok(missing) => {
+                    // Any number of reads may wait, for as long as nobody has what they lack.
+                    into.truncate(start);
+                    into.shrink_to_fit();
                     // What came may be gone again, damaged or collected: not as fast as it can be tried.
                     if std::mem::replace(&mut fetched, true) {
                         tokio::time::sleep(PAUSE).await;
@@ -294,5 +344,19 @@ impl Disk for Paged {
         into: Vec<u8>,
     ) -> BoxFuture<'static, Result<Vec<u8>, ReadError>> {
         self.fill(range, into).boxed()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_that_is_read_shares_one_cache_which_ends_with_the_last() {
+        let cache = ReadCache::default();
+        let (one, other) = (cache.get(), cache.get());
+        assert!(Arc::ptr_eq(&one, &other));
+        drop((one, other));
+        assert_eq!(cache.0.lock().unwrap().strong_count(), 0);
     }
 }
