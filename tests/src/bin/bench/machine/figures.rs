@@ -106,9 +106,19 @@ fn figures(found: &Found, only: &[Row]) -> Vec<Figure> {
     for to in ["work", "home"] {
         let mut hops = found.hops.iter();
         let hop = hops.find(|hop| hop.to == to);
+        let whole = hop.and_then(|hop| hop.whole_seconds);
+        let whole = whole.map(|seconds| {
+            format!(
+                " ({:.0} minutes after it had come, when all of it was there)",
+                seconds / 60.0
+            )
+        });
         add(
             Row::Commute,
-            &format!("after work, to {to}: from the order to capture to the first answer there"),
+            &format!(
+                "after work, to {to}: from the order to capture to the first answer there{}",
+                whole.unwrap_or_default()
+            ),
             hop.map(|hop| minutes(hop.seconds)),
             Limit::AtMost(5.0),
             "minutes",
