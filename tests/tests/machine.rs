@@ -2,10 +2,10 @@
 
 use std::io::Write;
 use std::process::Stdio;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use capsule_node::control::{CapsuleRef, Client, Describe};
-use capsule_tests::machines::{Console, Machine, disk};
+use capsule_tests::machines::{Console, Machine, disk, wait_until};
 use capsule_tests::node::Outcome;
 use capsule_tests::serving::packs;
 use capsule_tests::short::{number, text};
@@ -298,6 +298,50 @@ fn what_was_read_first_of_a_capture_is_known_of_the_next() {
     first.capture(here, "me:2", &[]);
     assert_eq!(first_reads(here, "me:2"), told);
     assert_eq!(first.state(here), "running");
+}
+
+/// What of `qemu-ga` machines use, as a script of the guest.
+const AGENT: &str = r#"cat >/agent <<'END'
+port=$(grep -l org.qemu.guest_agent.0 /sys/class/virtio-ports/*/name)
+port=${port%/name}
+exec 3<>/dev/${port##*/}
+while :; do
+    while read -r asked <&3; do
+        case "$asked" in
+            *guest-sync-delimited*)
+                id=${asked##*'"id":'}
+                printf '\377{"return": %s}\n' "${id%%\}*}" >&3 ;;
+            *guest-set-time*)
+                time=${asked##*'"time":'}
+                date -s "@$((${time%%\}*} / 1000000000))" >/dev/null
+                printf '{"return": {}}\n' >&3 ;;
+        esac
+    done
+    sleep 0.1
+done
+END
+sh /agent </dev/null >/dev/null 2>&1 &"#;
+
+#[test]
+fn a_guest_with_an_agent_is_told_the_time_when_it_goes_on() {
+    const LONG_AGO: u64 = 1_000_000_000;
+    let fleet = Fleet::new();
+    let node = &fleet[0];
+    let machine = Machine::create(node, "me", "", &[]);
+    machine.run(node);
+    let mut console = machine.console();
+    console.ask(AGENT);
+    console.ask(&format!("date -s @{LONG_AGO}"));
+    machine.capture(node, "me:1", &["--stop"]);
+    drop(console);
+    let (other, _) = Machine::resume(node, "me:1", "other");
+    let mut console = other.console();
+    let now = || SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+    wait_until("the guest's clock is right", || {
+        let told = console.number("date +%s");
+        assert!(told >= LONG_AGO);
+        told.abs_diff(now().as_secs()) < 60
+    });
 }
 
 #[test]

@@ -20,7 +20,7 @@ use tokio::sync::{Notify, watch};
 
 use super::api::{MachineInfo, MachineRequest, MachineState, StopMachine, StoppedMachine};
 use super::config::{Config, Directory, Lock};
-use super::qemu::{self, BeforeExec, Qemu, Status};
+use super::qemu::{self, BeforeExec, Clock, Qemu, Status};
 use crate::control::{
     ByteRange, CapsuleRef, Failure, FailureCode, Handler, Phase, Progress, Pull, Reporter, Unpin,
     listen, serve,
@@ -46,6 +46,9 @@ const BLOCKING: usize = 64;
 const LOOK: Duration = Duration::from_millis(500);
 /// A read that takes longer waits for peers.
 const LATE: Duration = Duration::from_secs(5);
+/// How soon, and for how long, an agent is asked again to set the guest's clock that did not answer.
+const CLOCK_AGAIN: Duration = Duration::from_secs(10);
+const CLOCK_WITHIN: Duration = Duration::from_secs(30 * 60);
 
 /// A machine that runs, or is about to.
 pub struct Host {
@@ -427,7 +430,13 @@ async fn wake(running: Arc<Running>) {
         if let Err(error) = running.qemu.grow().await {
             tracing::warn!(%error, "the guest has less memory than it could");
         }
-        running.qemu.set_time().await;
+        // Over a thin link it takes until the agent itself has come.
+        let set = async {
+            while running.qemu.set_time().await == Clock::Unanswered {
+                tokio::time::sleep(CLOCK_AGAIN).await;
+            }
+        };
+        let _in_vain = tokio::time::timeout(CLOCK_WITHIN, set).await;
     }
 }
 

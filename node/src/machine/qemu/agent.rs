@@ -1,6 +1,7 @@
 //! The guest agent (`qemu-ga`), where there is one: it sets the clock of a guest that slept.
 
 use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde_json::{Value, json};
@@ -23,22 +24,31 @@ const AGENT: &str = "agent-host";
 /// It begins a synchronised answer with this, which is in no JSON.
 const MARK: u8 = 0xff;
 
+/// What came of setting a guest's clock.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Clock {
+    /// It is set.
+    Set,
+    /// The agent does not answer, or does not do it: it may not have come yet.
+    Unanswered,
+    /// Nobody in the guest listens.
+    NoAgent,
+}
+
 impl Qemu {
-    /// Sets the guest's clock to this machine's, if the guest's agent answers within a second; says whether it did.
-    pub async fn set_time(&self) -> bool {
-        let Ok(now) = SystemTime::now().duration_since(UNIX_EPOCH) else {
-            return false;
-        };
+    /// Sets the guest's clock to this machine's, if the guest's agent answers within a second.
+    pub async fn set_time(&self) -> Clock {
+        if !self.has_agent().await {
+            return Clock::NoAgent;
+        }
         let Some(mut agent) = self.agent().await else {
-            return false;
+            return Clock::Unanswered;
         };
-        let nanoseconds = u64::try_from(now.as_nanos()).unwrap_or_default();
-        let asked = agent.ask("guest-set-time", json!({ "time": nanoseconds }));
-        match timeout(WORK, asked).await {
-            Ok(Ok(answer)) if answer.get("return").is_some() => true,
+        match timeout(WORK, agent.set_time()).await {
+            Ok(Ok(answer)) if answer.get("return").is_some() => Clock::Set,
             answer => {
                 tracing::debug!(?answer, "the guest's clock was not set");
-                false
+                Clock::Unanswered
             }
         }
     }
@@ -61,12 +71,18 @@ impl Qemu {
         Ok(tools)
     }
 
+    /// Whether somebody in the guest listens. Where nobody does, what is written would wait in the socket.
+    async fn has_agent(&self) -> bool {
+        let ports = self.execute("query-chardev", json!({})).await;
+        let is_open = |port: &Value| port["label"] == AGENT && port["frontend-open"] == true;
+        let ports = ports.ok();
+        let ports = ports.as_ref().and_then(Value::as_array);
+        ports.is_some_and(|ports| ports.iter().any(is_open))
+    }
+
     /// The agent, if it answers.
     async fn agent(&self) -> Option<Agent> {
-        // Where nothing in the guest listens, what is written would wait in the socket.
-        let ports = self.execute("query-chardev", json!({})).await.ok()?;
-        let is_open = |port: &Value| port["label"] == AGENT && port["frontend-open"] == true;
-        if !ports.as_array()?.iter().any(is_open) {
+        if !self.has_agent().await {
             return None;
         }
         let connect = async {
@@ -84,7 +100,9 @@ struct Agent(BufReader<UnixStream>);
 impl Agent {
     /// Passes over what was said to others before.
     async fn synchronise(&mut self) -> io::Result<()> {
-        let id = u64::from(std::process::id());
+        // Nor is an answer that comes late to who asked before taken for this one.
+        static ASKED: AtomicU64 = AtomicU64::new(0);
+        let id = u64::from(std::process::id()) << 20 | ASKED.fetch_add(1, Ordering::Relaxed);
         // The mark makes the agent forget what was half said.
         self.0.write_all(&[MARK]).await?;
         self.say("guest-sync-delimited", &json!({ "id": id }))
@@ -103,6 +121,14 @@ impl Agent {
                 return Ok(());
             }
         }
+    }
+
+    async fn set_time(&mut self) -> io::Result<Value> {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH);
+        let now = now.map_err(io::Error::other)?.as_nanos();
+        let nanoseconds = u64::try_from(now).map_err(io::Error::other)?;
+        self.ask("guest-set-time", json!({ "time": nanoseconds }))
+            .await
     }
 
     async fn ask(&mut self, command: &str, arguments: Value) -> io::Result<Value> {

@@ -20,6 +20,7 @@ mod status;
 
 use std::path::PathBuf;
 
+pub use agent::Clock;
 pub use arguments::arguments;
 pub use balloon::Shrunk;
 pub use check::check;
