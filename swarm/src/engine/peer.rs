@@ -191,6 +191,8 @@ impl Peer {
         self.incoming.tick(elapsed);
         self.outgoing.tick(elapsed);
         let moving = !(self.asked.is_empty() && self.open.is_empty() && self.serving.is_empty());
+        // Of those in other sites most are asked for nothing, and links there are thin.
+        let fetching = fetching && self.class != Class::Beyond;
         self.pulse.tick(now, !fetching && !moving)
     }
 
