@@ -312,6 +312,22 @@ pub fn mark_lacking(node: &Node) -> Result<Vec<CapsuleId>, Failure> {
     Ok(lacking)
 }
 
+/// Notes that a capsule is whole again, where what the disk had damaged has come. What is in the way is only told: a pull notes it too.
+pub async fn note_whole(node: &Arc<Node>, capsule: CapsuleId) {
+    let noted = node.while_keeping(move |node| {
+        let held = node.store.capsule(&capsule)?;
+        let is_begun = held.is_some_and(|held| !held.complete);
+        Ok(is_begun && is_whole(node, &capsule)? && node.store.mark_capsule(&capsule, true)?)
+    });
+    let told = match noted.await {
+        Ok(true) => node.tell_capsules().await,
+        other => other.map(drop),
+    };
+    if let Err(failure) = told {
+        tracing::debug!(%failure, %capsule, "it is whole again, which is not noted");
+    }
+}
+
 /// Forgets ways of this node's own to a capsule's components, where they are bad.
 fn drop_own_ways(
     node: &Node,

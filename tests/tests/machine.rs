@@ -300,11 +300,12 @@ fn what_was_read_first_of_a_capture_is_known_of_the_next() {
     assert_eq!(first.state(here), "running");
 }
 
-/// What of `qemu-ga` machines use, as a script of the guest.
+/// What of `qemu-ga` machines use, as a script of the guest; it answers as late as one does that comes over a thin link.
 const AGENT: &str = r#"cat >/agent <<'END'
 port=$(grep -l org.qemu.guest_agent.0 /sys/class/virtio-ports/*/name)
 port=${port%/name}
 exec 3<>/dev/${port##*/}
+sleep 15
 while :; do
     while read -r asked <&3; do
         case "$asked" in

@@ -1,6 +1,6 @@
 //! What happens by itself: events of the network, damage on the disk, records that end.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -109,13 +109,21 @@ pub async fn lift_ended_bans(node: &Node, now: u64) -> Result<(), Failure> {
 
 /// Takes back what no longer verifies, and notes which capsules that hurts.
 pub async fn watch_damage(node: Arc<Node>, mut damage: mpsc::Receiver<Damage>) {
-    while let Some(found) = damage.recv().await {
-        let (root, groups) = (found.root, found.groups.count());
-        node.trouble(format!(
-            "{groups} chunk groups of {root} are damaged on the disk: `capsule verify --repair` fetches them again; look at the disk's health"
-        ));
-        if let Err(failure) = take_back(&node, found).await {
-            tracing::warn!(%failure, %root, "damage could not be taken note of");
+    while let Some(first) = damage.recv().await {
+        // Where much is damaged, much of it is found at a time.
+        let mut all = BTreeMap::from([(first.root, first)]);
+        while let Ok(more) = damage.try_recv() {
+            let same = all.entry(more.root).or_insert_with(|| more.clone());
+            same.groups.union_with(&more.groups);
+        }
+        for (root, found) in all {
+            let groups = found.groups.count();
+            node.trouble(format!(
+                "{groups} chunk groups of {root} are damaged on the disk: `capsule verify --repair` fetches them again; look at the disk's health"
+            ));
+            if let Err(failure) = take_back(&node, found).await {
+                tracing::warn!(%failure, %root, "damage could not be taken note of");
+            }
         }
     }
 }
@@ -123,8 +131,15 @@ pub async fn watch_damage(node: Arc<Node>, mut damage: mpsc::Receiver<Damage>) {
 async fn take_back(node: &Arc<Node>, found: Damage) -> Result<(), Failure> {
     node.network.withdraw(found.root).await?;
     node.announce([found.root]).await?;
-    node.while_keeping(move |node| mark_hurt(node, &BTreeSet::from([found.root])))
-        .await?;
+    let hurt = node.while_keeping(move |node| {
+        let here = node.store.present(&found.root);
+        // Whoever read it may have had it come again.
+        match here.is_some_and(|here| found.groups.difference(&here.ranges).is_empty()) {
+            true => Ok(Vec::new()),
+            false => mark_hurt(node, &BTreeSet::from([found.root])),
+        }
+    });
+    hurt.await?;
     // Followers look whether what they follow is still whole, and fetch what is not.
     node.records.touch();
     node.tell_capsules().await

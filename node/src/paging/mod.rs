@@ -9,8 +9,9 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use capsule_proto::credential::MachineId;
+use capsule_proto::index::Space;
 use capsule_proto::listing::{Listing, MAX_LISTING_LEN};
-use capsule_proto::manifest::{Component, Manifest};
+use capsule_proto::manifest::{Component, ComponentKind, Manifest};
 use capsule_proto::record::{BlobRef, Layer};
 use capsule_proto::{CapsuleId, RootHash};
 use capsule_swarm::Priority;
@@ -183,10 +184,10 @@ impl Opened {
     async fn blob(&self, component: &Component, kind: BlobKind) -> Result<Paged, Failure> {
         let (node, prepared) = (self.node.clone(), self.prepared.clone());
         let (root, size) = (component.root, component.size);
-        let blob = BlobRef { root, size };
+        let (capsule, blob) = (self.resolution.capsule, BlobRef { root, size });
         blocking(move || {
             expect(&node, &blob, kind)?;
-            Ok(Paged::of_blob(&node, blob, prepared))
+            Ok(Paged::of_blob(&node, (capsule, blob), prepared))
         })
         .await
     }
@@ -208,13 +209,20 @@ impl Opened {
         size: u64,
     ) -> Result<Paged, Failure> {
         let (node, prepared) = (self.node.clone(), self.prepared.clone());
-        let component = component.clone();
+        let (capsule, component) = (self.resolution.capsule, component.clone());
+        let space = match component.kind {
+            ComponentKind::Tree => Space::Contents,
+            _ => Space::Stream,
+        };
         blocking(move || {
+            let own = node.holdings.own_way(space, &component.root)?;
+            let own = own.iter().flatten().filter_map(|layer| layer.pack);
+            let own = own.collect();
             let packs = packs(&node, &prepared, &layers);
             for pack in packs.values() {
                 expect(&node, pack, BlobKind::Pack)?;
             }
-            let paged = Paged::of_layers(&node, &layers, &packs, prepared)?;
+            let paged = Paged::of_layers(&node, (capsule, &layers), &packs, own, prepared)?;
             match paged.len() == size {
                 true => Ok(paged),
                 false => Err(wrong(&component, "its layers make another length")),

@@ -1,7 +1,7 @@
 //! A stream of which some may be here. Reading tries what is here; what that lacks is found by the indexes, demanded from
 //! peers, and the read is tried again: so nothing is looked up for reads that need nothing, and one read asks for all that it lacks at once.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -14,7 +14,7 @@ use capsule_chunker::layer::reach::Reach;
 use capsule_chunker::layer::read::{LayerCache, LayerContent, ReadOptions};
 use capsule_proto::ranges::{Height, groups_touching};
 use capsule_proto::record::BlobRef;
-use capsule_proto::{GroupRanges, RootHash};
+use capsule_proto::{CapsuleId, GroupRanges, RootHash};
 use capsule_swarm::{FetchError, FetchSpec, Priority};
 use futures::FutureExt;
 use futures::future::{BoxFuture, try_join_all};
@@ -26,6 +26,7 @@ use crate::layers::{no_pack, open_all};
 use crate::node::Node;
 use crate::store::LayerBlobs;
 use crate::transfer::prepare::Prepared;
+use crate::verify::note_whole;
 
 /// Decoded frames that are kept of all that is read so: what readers come back to, such as a file system's tables.
 const CACHE: usize = 64 << 20;
@@ -33,6 +34,8 @@ const CACHE: usize = 64 << 20;
 const PAUSE: Duration = Duration::from_millis(50);
 /// How often a read is tried that fails though nothing seems to be missing: what it lacked may just have come.
 const TRIES: u32 = 3;
+/// After how many of these it is looked whether the disk has damaged something.
+const LOOKS_AFTER: u32 = 1;
 
 /// Chunk groups of a blob that are verified at a time.
 const VERIFIED_AT_ONCE: u64 = 16;
@@ -58,6 +61,11 @@ impl ReadCache {
 pub struct Paged {
     node: Arc<Node>,
     body: Body,
+    /// Of which capsule it is.
+    capsule: CapsuleId,
+    /// Packs that only this node has: of ways that it made itself.
+    own: BTreeSet<RootHash>,
+    /// Has all that is read share it.
     _cache: Option<Arc<LayerCache>>,
     /// Keeps all of it from removal.
     _prepared: Arc<Prepared>,
@@ -74,14 +82,15 @@ enum Body {
 }
 
 /// Parts of blobs, which a read takes or lacks.
-type Missing = Vec<(BlobRef, GroupRanges)>;
+type Parts = Vec<(BlobRef, GroupRanges)>;
 
 impl Paged {
     /// Content that is read through layers, whose indexes are here. Blocks.
     pub(super) fn of_layers(
         node: &Arc<Node>,
-        layers: &[LayerBlobs],
+        (capsule, layers): (CapsuleId, &[LayerBlobs]),
         packs: &BTreeMap<RootHash, BlobRef>,
+        own: BTreeSet<RootHash>,
         prepared: Arc<Prepared>,
     ) -> Result<Self, Failure> {
         let store = &node.store;
@@ -107,63 +116,78 @@ impl Paged {
                 top,
                 all: all.into_iter().zip(packs).collect(),
             },
+            capsule,
+            own,
             _cache: Some(cache),
             _prepared: prepared,
         })
     }
 
     /// Content that is a blob of its own.
-    pub(super) fn of_blob(node: &Arc<Node>, blob: BlobRef, prepared: Arc<Prepared>) -> Self {
+    pub(super) fn of_blob(
+        node: &Arc<Node>,
+        (capsule, blob): (CapsuleId, BlobRef),
+        prepared: Arc<Prepared>,
+    ) -> Self {
         Self {
             node: node.clone(),
             body: Body::Blob(blob),
+            capsule,
+            own: BTreeSet::new(),
             _cache: None,
             _prepared: prepared,
         }
     }
 
-    /// Reads what is here; or tells what is missing. Blocks.
-    fn attempt(&self, range: &Range<u64>, into: &mut [u8]) -> Result<Missing, ReadError> {
+    /// Reads what is here; or tells what is missing. Where that fails though nothing is, it may be looked for damage. Blocks.
+    fn attempt(
+        &self,
+        range: &Range<u64>,
+        into: &mut [u8],
+        look_for_damage: bool,
+    ) -> Result<Parts, ReadError> {
         let error = match &self.body {
             Body::Layers { top, .. } => match top.read_at(range.start, into) {
-                Ok(()) => return Ok(Missing::new()),
+                Ok(()) => return Ok(Parts::new()),
                 Err(error) => error,
             },
             Body::Blob(blob) => {
                 check_range(blob.size, range.start, into.len())?;
                 match self.read_blob(blob, range, into) {
-                    Ok(()) => return Ok(Missing::new()),
+                    Ok(()) => return Ok(Parts::new()),
                     Err(error) => ReadError::io("a blob of the store", range.start, error),
                 }
             }
         };
         let mut missing = self.missing(range)?;
-        if missing.is_empty() && self.condemn(range)? {
+        if missing.is_empty() && look_for_damage {
+            self.condemn(range)?;
+            // Another reader may have found it.
             missing = self.missing(range)?;
         }
-        match missing.is_empty() {
+        // What only this node made, nobody sends.
+        let is_own = |(blob, _): &(BlobRef, GroupRanges)| self.own.contains(&blob.root);
+        match missing.is_empty() || missing.iter().any(is_own) {
             true => Err(error),
             false => Ok(missing),
         }
     }
 
-    /// Looks whether the disk has damaged what a range takes; that is no longer here then, and can come again. Blocks.
-    fn condemn(&self, range: &Range<u64>) -> Result<bool, ReadError> {
+    /// Looks whether the disk has damaged what a range is read from; that is no longer here then, and can come again. Blocks.
+    fn condemn(&self, range: &Range<u64>) -> Result<(), ReadError> {
         // What is a blob of its own was compared with its hash as it was read.
-        let Body::Layers { .. } = &self.body else {
-            return Ok(false);
-        };
-        let mut damaged = false;
+        if matches!(self.body, Body::Blob(_)) {
+            return Ok(());
+        }
         for (pack, groups) in self.takes(range)? {
             for run in groups.runs() {
                 let checked = self.node.store.verify_part(&pack.root, run.clone());
-                let checked = checked.map_err(|error| {
+                checked.map_err(|error| {
                     ReadError::io("a blob of the store", range.start, io::Error::other(error))
                 })?;
-                damaged |= !checked.bad.is_empty();
             }
         }
-        Ok(damaged)
+        Ok(())
     }
 
     /// Reads from a blob, and compares with its hash: nothing else would tell that the disk has damaged it. Blocks.
@@ -198,7 +222,7 @@ impl Paged {
     }
 
     /// What a range takes that is not here. Blocks.
-    fn missing(&self, range: &Range<u64>) -> Result<Missing, ReadError> {
+    fn missing(&self, range: &Range<u64>) -> Result<Parts, ReadError> {
         let mut missing = self.takes(range)?;
         missing.retain_mut(|(blob, groups)| {
             let here = self.node.store.present(&blob.root);
@@ -210,7 +234,7 @@ impl Paged {
     }
 
     /// What a range is read from. Blocks.
-    fn takes(&self, range: &Range<u64>) -> Result<Missing, ReadError> {
+    fn takes(&self, range: &Range<u64>) -> Result<Parts, ReadError> {
         Ok(match &self.body {
             Body::Layers { top, all } => {
                 let reach = Reach::of_range(top, range.clone(), &());
@@ -230,7 +254,7 @@ impl Paged {
     }
 
     /// Has what is missing come, before everything else. Takes until a peer has it.
-    async fn come(&self, missing: Missing) -> Result<(), FetchError> {
+    async fn come(&self, missing: Parts) -> Result<(), FetchError> {
         let fetch = async |(blob, groups): (BlobRef, GroupRanges)| loop {
             let spec = FetchSpec {
                 want: Some(groups.clone()),
@@ -265,10 +289,10 @@ impl Paged {
         loop {
             let place = ATTEMPTS.acquire().await;
             let place = place.map_err(|closed| failed(closed.to_string()))?;
-            let (paged, wanted) = (self.clone(), range.clone());
+            let (paged, wanted, look) = (self.clone(), range.clone(), tries == LOOKS_AFTER);
             let attempt = tokio::task::spawn_blocking(move || {
                 into.resize(start + len, 0);
-                let missing = paged.attempt(&wanted, &mut into[start..]);
+                let missing = paged.attempt(&wanted, &mut into[start..], look);
                 (missing, into)
             });
             let (missing, bytes) = attempt.await.map_err(|panic| failed(panic.to_string()))?;
@@ -286,12 +310,17 @@ impl Paged {
                     }
                     let came = self.come(missing).await;
                     came.map_err(|error| failed(error.to_string()))?;
+                    if look {
+                        note_whole(&self.node, self.capsule).await;
+                    }
                 }
                 Err(error) => {
                     tries += 1;
                     if tries == TRIES {
                         return Err(error);
                     }
+                    into.truncate(start);
+                    into.shrink_to_fit();
                 }
             }
         }

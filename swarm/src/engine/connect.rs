@@ -406,6 +406,8 @@ impl Engine {
     pub(super) fn tick_peers(&mut self, now: Instant, elapsed: Duration) {
         let time = self.now();
         let fetching = !self.transfers.is_empty();
+        // Of those in other sites most are asked for nothing, and links there are thin; who is alone depends on them all.
+        let fetching_beyond = fetching && self.near() == 0;
         let keys: Vec<_> = self.peers.keys().copied().collect();
         for key in keys {
             let Some(peer) = self.peers.get_mut(&key) else {
@@ -419,7 +421,11 @@ impl Engine {
                 self.swarm.behaviour_mut().peers.close(key);
                 continue;
             }
-            match peer.tick(now, elapsed, fetching) {
+            let wanted = match peer.class {
+                Class::Beyond => fetching_beyond,
+                _ => fetching,
+            };
+            match peer.tick(now, elapsed, wanted) {
                 Vital::Fine => {}
                 Vital::Ping(nonce) => self.send(key, &Control::Ping { nonce }),
                 Vital::Dead => {

@@ -186,14 +186,12 @@ impl Peer {
         (bytes > before).then_some((request, bytes - before))
     }
 
-    /// Renews rates and looks at silence; `fetching` says that something is wanted of anybody.
-    pub fn tick(&mut self, now: Instant, elapsed: Duration, fetching: bool) -> Vital {
+    /// Renews rates and looks at silence; `wanted` says that what is fetched may depend on it.
+    pub fn tick(&mut self, now: Instant, elapsed: Duration, wanted: bool) -> Vital {
         self.incoming.tick(elapsed);
         self.outgoing.tick(elapsed);
         let moving = !(self.asked.is_empty() && self.open.is_empty() && self.serving.is_empty());
-        // Of those in other sites most are asked for nothing, and links there are thin.
-        let fetching = fetching && self.class != Class::Beyond;
-        self.pulse.tick(now, !fetching && !moving)
+        self.pulse.tick(now, !wanted && !moving)
     }
 
     /// What the connection is good for just now; `fetched` are the blobs that we fetch.

@@ -46,6 +46,8 @@ impl Engine {
         for (key, id) in self.uploads.remove_blob(&root) {
             self.reject(key, id.0, RejectReason::NotHeld);
         }
+        // Who fetches more of it lacks what was taken back, too: the store says anew what is here.
+        self.ask_store_again(root);
     }
 
     pub(super) fn pump_announcements(&mut self) {

@@ -304,6 +304,18 @@ impl Engine {
         self.demand(root, demanded);
     }
 
+    /// Begins anew with what the scheduler has of a transfer: some of what was here is not any more.
+    pub(super) fn ask_store_again(&mut self, root: RootHash) {
+        let now = self.now();
+        if let Some(transfer) = self.transfers.get_mut(&root)
+            && transfer.stage == Stage::Active
+        {
+            transfer.stage = Stage::Asking;
+            self.downloads.remove_blob(now, &root);
+            self.pool.submit(Job::Presence { root });
+        }
+    }
+
     /// Another fetch joined a transfer that the scheduler has.
     fn want_more(&mut self, root: RootHash, size: u64) {
         let now = self.now();

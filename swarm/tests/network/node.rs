@@ -156,6 +156,13 @@ impl Memory {
         self.blobs.lock().unwrap().remove(root);
     }
 
+    /// Loses some of a blob, as a disk does.
+    pub fn lose(&self, root: &RootHash, groups: &GroupRanges) {
+        let mut blobs = self.blobs.lock().unwrap();
+        let blob = blobs.get_mut(root).unwrap();
+        blob.groups = blob.groups.difference(groups);
+    }
+
     /// A whole blob's content, checked.
     pub fn content(&self, root: &RootHash) -> Option<Vec<u8>> {
         let blobs = self.blobs.lock().unwrap();

@@ -136,3 +136,18 @@ async fn a_node_alone_in_its_site_waits_for_nobody() {
         started.elapsed()
     );
 }
+
+/// They know a third of yet another site, and of each other nobody tells them but that one.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nodes_that_are_alone_in_their_sites_find_each_other() {
+    let fleet = Fleet::new(5);
+    let hub = Start::new(fleet.enrol()).in_site("hub").go().await;
+    let alone = async |site: &str| {
+        let start = Start::new(fleet.enrol()).in_site(site);
+        start.to(&hub).go().await
+    };
+    let nodes = [alone("one").await, alone("two").await, alone("three").await];
+    for node in &nodes {
+        node.connected(3).await;
+    }
+}

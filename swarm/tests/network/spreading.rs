@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use capsule_proto::{CapsuleId, GroupRanges, RootHash};
-use capsule_swarm::{Event, FetchError, FetchSpec};
+use capsule_swarm::{Event, FetchError, FetchSpec, Priority};
 
 use crate::node::{Fleet, Node, Records, Start, content, within};
 
@@ -140,6 +140,40 @@ async fn a_part_can_be_wanted_and_demanded() {
     let done = within(fetch.done()).await.unwrap();
     assert_eq!(done.bytes_done, 10 << 14);
     assert_eq!(puller.store.held(&tree.root), want);
+}
+
+/// Also while more of it is being fetched, which nobody has.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_lost_comes_again() {
+    let fleet = Fleet::new(1);
+    let publisher = Start::new(fleet.enrol()).go().await;
+    let tree = publisher.share(&content(3, 8 << 20)).await;
+    let there = GroupRanges::from(0..100);
+    let (absent, lost) = (
+        GroupRanges::all(tree.size).difference(&there),
+        GroupRanges::from(20..30),
+    );
+    publisher.store.lose(&tree.root, &absent);
+    let withdrawn = publisher.net.withdraw(tree.root).await;
+    withdrawn.unwrap();
+    let announced = publisher.net.announce(tree.root, tree.size, there.clone());
+    announced.await.unwrap();
+    let puller = Start::new(fleet.enrol()).to(&publisher).go().await;
+    let whole = FetchSpec::whole(tree.root, Some(tree.size));
+    let _all = puller.net.fetch(whole.clone()).await.unwrap();
+    puller
+        .until(async || puller.store.held(&tree.root) == there)
+        .await;
+    puller.store.lose(&tree.root, &lost);
+    puller.net.withdraw(tree.root).await.unwrap();
+    let spec = FetchSpec {
+        want: Some(lost.clone()),
+        priority: Priority::Demand,
+        ..whole
+    };
+    let mut fetch = puller.net.fetch(spec).await.unwrap();
+    within(fetch.done()).await.unwrap();
+    assert_eq!(puller.store.held(&tree.root), there);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -169,6 +169,7 @@ impl Host {
         balloon: bool,
     ) -> Result<Stopped, Failure> {
         let qemu = &running.qemu;
+        let _alone = qemu.leave_agent_alone().await;
         let tools = qemu.agent_tools().await?;
         // What is written now need not be while the guest stands still.
         self.sync_memory(running).await?;

@@ -7,6 +7,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
+use tokio::sync::MutexGuard;
 use tokio::time::timeout;
 
 use super::monitor::line;
@@ -27,9 +28,9 @@ const MARK: u8 = 0xff;
 /// What came of setting a guest's clock.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Clock {
-    /// It is set.
-    Set,
-    /// The agent does not answer, or does not do it: it may not have come yet.
+    /// The agent did what it could.
+    Asked,
+    /// The agent does not answer: it may not have come yet, or the guest stands still.
     Unanswered,
     /// Nobody in the guest listens.
     NoAgent,
@@ -38,22 +39,37 @@ pub enum Clock {
 impl Qemu {
     /// Sets the guest's clock to this machine's, if the guest's agent answers within a second.
     pub async fn set_time(&self) -> Clock {
-        if !self.has_agent().await {
-            return Clock::NoAgent;
+        let _alone = self.agent_port.lock().await;
+        if !matches!(self.status().await, Ok(Status::Running)) {
+            return Clock::Unanswered;
+        }
+        match self.has_agent().await {
+            Ok(true) => {}
+            Ok(false) => return Clock::NoAgent,
+            Err(_silent) => return Clock::Unanswered,
         }
         let Some(mut agent) = self.agent().await else {
             return Clock::Unanswered;
         };
         match timeout(WORK, agent.set_time()).await {
-            Ok(Ok(answer)) if answer.get("return").is_some() => Clock::Set,
-            answer => {
-                tracing::debug!(?answer, "the guest's clock was not set");
-                Clock::Unanswered
+            Ok(Ok(answer)) => {
+                // It has set the time also where it fails afterwards, for want of `hwclock`, say.
+                if let Some(error) = answer.get("error") {
+                    tracing::info!(%error, "what the guest's agent says to the time");
+                }
+                Clock::Asked
             }
+            Ok(Err(_)) | Err(_) => Clock::Unanswered,
         }
     }
 
-    /// The tools seen in the running guest: `balloon`, `qemu-ga`.
+    /// Keeps the agent from being asked while a guest is frozen: what is written to its port, or opens and closes it, is written to the guest's
+    /// memory, which then would be newer than the state of its devices.
+    pub async fn leave_agent_alone(&self) -> MutexGuard<'_, ()> {
+        self.agent_port.lock().await
+    }
+
+    /// The tools seen in the running guest: `balloon`, `qemu-ga`. Whoever asks leaves the agent alone otherwise.
     ///
     /// # Errors
     /// QEMU has gone.
@@ -72,17 +88,17 @@ impl Qemu {
     }
 
     /// Whether somebody in the guest listens. Where nobody does, what is written would wait in the socket.
-    async fn has_agent(&self) -> bool {
-        let ports = self.execute("query-chardev", json!({})).await;
+    async fn has_agent(&self) -> Result<bool, Failure> {
+        let ports = self.execute("query-chardev", json!({})).await?;
         let is_open = |port: &Value| port["label"] == AGENT && port["frontend-open"] == true;
-        let ports = ports.ok();
-        let ports = ports.as_ref().and_then(Value::as_array);
-        ports.is_some_and(|ports| ports.iter().any(is_open))
+        Ok(ports
+            .as_array()
+            .is_some_and(|ports| ports.iter().any(is_open)))
     }
 
-    /// The agent, if it answers.
+    /// The agent, if it answers. One may be asked at a time.
     async fn agent(&self) -> Option<Agent> {
-        if !self.has_agent().await {
+        if !self.has_agent().await.unwrap_or_default() {
             return None;
         }
         let connect = async {

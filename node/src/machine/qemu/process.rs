@@ -46,6 +46,8 @@ pub struct Qemu {
     pub(super) ram_size: u64,
     /// Id of the balloon, where there is one.
     pub(super) balloon: Option<String>,
+    /// Held by who asks the guest's agent.
+    pub(super) agent_port: tokio::sync::Mutex<()>,
 }
 
 impl Qemu {
@@ -120,6 +122,7 @@ impl Qemu {
             places: places.clone(),
             ram_size: machine.ram_size,
             balloon: balloon.map(|device| device.id.clone()),
+            agent_port: tokio::sync::Mutex::default(),
         })
     }
 

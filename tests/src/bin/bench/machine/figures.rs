@@ -109,7 +109,7 @@ fn figures(found: &Found, only: &[Row]) -> Vec<Figure> {
         let whole = hop.and_then(|hop| hop.whole_seconds);
         let whole = whole.map(|seconds| {
             format!(
-                " ({:.0} minutes after it had come, when all of it was there)",
+                " ({:.0} minutes after it had come; all of it was there by then)",
                 seconds / 60.0
             )
         });

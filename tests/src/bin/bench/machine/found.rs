@@ -101,7 +101,7 @@ pub struct Hop {
     pub seconds: f64,
     /// Of that, capturing and publishing.
     pub capture_seconds: f64,
-    /// Before: how long it had been there until all of it had come, which was waited for. None where it was made there.
+    /// Before: how long it had been there when work was done and all of it had come, which was waited for. None where it was made there.
     pub whole_seconds: Option<f64>,
     /// The arrival.
     pub arrival: Arrival,
