@@ -125,7 +125,11 @@ impl Network {
             site: Site::new(config.site.clone()),
             topics,
             records: Records::new(),
-            status: Statuses::new(config.credential.machine(), listening.clone()),
+            status: Statuses::new(
+                config.credential.machine(),
+                listening.clone(),
+                (config.unix_time)(),
+            ),
             machine_name,
             connector: Connector::new(local, &config, search),
             found,

@@ -45,15 +45,17 @@ pub(super) struct Statuses {
 }
 
 impl Statuses {
-    pub(super) fn new(machine: MachineId, listening: Vec<SocketAddr>) -> Self {
+    /// Who begins and holds nothing tells those that it is connected to, and nobody else soon: of hundreds of machines that are switched on
+    /// together, everybody's word would cross every connection between sites.
+    pub(super) fn new(machine: MachineId, listening: Vec<SocketAddr>, sequence: u64) -> Self {
         Self {
             machine,
             listening,
             capsules: Vec::new(),
-            sequence: 0,
+            sequence,
             gossiped: Instant::now(),
             jitter: 1.0,
-            due: Some(Instant::now() + STATUS_DELAY),
+            due: None,
             heard: BTreeMap::new(),
         }
     }
@@ -80,7 +82,11 @@ impl Statuses {
 impl Engine {
     pub(super) fn set_capsules(&mut self, capsules: Vec<(CapsuleId, bool)>) {
         let held = |(id, complete)| HeldCapsule { id, complete };
-        self.status.capsules = capsules.into_iter().map(held).collect();
+        let capsules: Vec<_> = capsules.into_iter().map(held).collect();
+        if capsules == self.status.capsules {
+            return;
+        }
+        self.status.capsules = capsules;
         let soon = Instant::now() + STATUS_DELAY;
         self.status.due = Some(self.status.due.map_or(soon, |due| due.min(soon)));
     }
@@ -119,9 +125,7 @@ impl Engine {
 
     /// Tells a newcomer what was gossiped before it came.
     pub(super) fn send_status(&mut self, key: PeerKey) {
-        if self.status.sequence > 0 {
-            self.send(key, &Control::Status(self.own_status()));
-        }
+        self.send(key, &Control::Status(self.own_status()));
     }
 
     /// A peer told its status, as it does once, on connecting.
