@@ -1,4 +1,4 @@
-//! What the layers of a stack keep together: decoded frames and pages of indexes.
+//! What the layers of a stack, or of several that are read side by side, keep together: decoded frames and pages of indexes.
 //!
 //! One limit for all of them, as which layers are wanted differs from place to place. What was not used since it was last
 //! looked at goes first. What two readers want at the same time is made once: the second waits for the first, as long as

@@ -1,6 +1,6 @@
 //! Damage: groups that no longer verify are taken out of what the store holds, durably, and reported.
 //!
-//! Found while serving, or by [`Store::verify`]. Fetching them again is the daemon's business.
+//! Found while serving, by reads on demand that fail, or by [`Store::verify`]. Fetching them again is the daemon's business.
 
 use std::ops::Range;
 use std::sync::{Arc, PoisonError};

@@ -1,6 +1,7 @@
 //! Whether a peer lives: silence, pings and the round trip. No sockets, no clock.
 //!
-//! While content moves, or is wanted, whoever is silent is asked soon, so that nobody waits for the dead. Otherwise nothing
+//! While content moves, or is wanted, whoever is silent is asked soon, so that nobody waits for the dead; in other sites only who was asked for
+//! something, unless there is nobody else. Otherwise nothing
 //! depends on it, and hundreds of idle nodes should not be heard on their network: then TCP's keep-alive has to do (`transport`), and a
 //! question now and then, as a kernel also answers for a program that hangs.
 
