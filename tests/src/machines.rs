@@ -170,6 +170,12 @@ impl Machine {
             assert!(Instant::now() < until, "process {left:?} is left behind");
             std::thread::sleep(PAUSE);
         }
+        // A process that ends has no arguments any more before it lets go of its files, and so of the machine.
+        let directory = Directory::of(&Home::new(&self.home), &self.name);
+        let directory = directory.expect("its name is one");
+        wait_until("its process has let go of it", || {
+            directory.lock().is_ok_and(|lock| lock.is_some())
+        });
     }
 }
 

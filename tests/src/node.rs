@@ -63,6 +63,12 @@ impl Node {
         &self.home
     }
 
+    /// Where the bytes of a blob lie that its store has as a file of its own.
+    pub fn blob_file(&self, root: &str) -> PathBuf {
+        let blobs = self.home.join("store/blobs").join(&root[..2]);
+        blobs.join(format!("{root}.data"))
+    }
+
     /// Where the daemon listens: `HOST:PORT`.
     pub fn address(&self) -> &str {
         self.address.as_deref().expect("the node was started")

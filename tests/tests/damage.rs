@@ -133,8 +133,7 @@ fn largest_file(dir: &Path) -> PathBuf {
 
 /// Flips a bit in the middle of a blob of a store that nobody has open.
 fn damage_blob(node: &Node, root: &str) {
-    let blobs = node.home().join("store/blobs").join(&root[..2]);
-    let path = blobs.join(format!("{root}.data"));
+    let path = node.blob_file(root);
     let mut bytes = fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
     let middle = bytes.len() / 2;
     bytes[middle] ^= 1;

@@ -158,8 +158,7 @@ fn what_the_disk_has_damaged_comes_again() {
     let pack = held.find(|blob| blob["kind"] == "pack").unwrap();
     let root = pack["root"].as_str().unwrap();
     fleet[1].stop();
-    let blobs = fleet[1].home().join("store/blobs").join(&root[..2]);
-    let file = blobs.join(format!("{root}.data"));
+    let file = fleet[1].blob_file(root);
     let file = File::options().read(true).write(true).open(file).unwrap();
     // Of what is stored as it is, and of what is compressed.
     for at in [MIB, file.metadata().unwrap().len() - MIB] {

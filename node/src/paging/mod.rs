@@ -184,10 +184,10 @@ impl Opened {
     async fn blob(&self, component: &Component, kind: BlobKind) -> Result<Paged, Failure> {
         let (node, prepared) = (self.node.clone(), self.prepared.clone());
         let (root, size) = (component.root, component.size);
-        let (capsule, blob) = (self.resolution.capsule, BlobRef { root, size });
+        let blob = BlobRef { root, size };
         blocking(move || {
             expect(&node, &blob, kind)?;
-            Ok(Paged::of_blob(&node, (capsule, blob), prepared))
+            Ok(Paged::of_blob(&node, blob, prepared))
         })
         .await
     }
@@ -209,7 +209,7 @@ impl Opened {
         size: u64,
     ) -> Result<Paged, Failure> {
         let (node, prepared) = (self.node.clone(), self.prepared.clone());
-        let (capsule, component) = (self.resolution.capsule, component.clone());
+        let component = component.clone();
         let space = match component.kind {
             ComponentKind::Tree => Space::Contents,
             _ => Space::Stream,
@@ -222,7 +222,7 @@ impl Opened {
             for pack in packs.values() {
                 expect(&node, pack, BlobKind::Pack)?;
             }
-            let paged = Paged::of_layers(&node, (capsule, &layers), &packs, own, prepared)?;
+            let paged = Paged::of_layers(&node, &layers, &packs, own, prepared)?;
             match paged.len() == size {
                 true => Ok(paged),
                 false => Err(wrong(&component, "its layers make another length")),

@@ -14,7 +14,7 @@ use capsule_chunker::layer::reach::Reach;
 use capsule_chunker::layer::read::{LayerCache, LayerContent, ReadOptions};
 use capsule_proto::ranges::{Height, groups_touching};
 use capsule_proto::record::BlobRef;
-use capsule_proto::{CapsuleId, GroupRanges, RootHash};
+use capsule_proto::{GroupRanges, RootHash};
 use capsule_swarm::{FetchError, FetchSpec, Priority};
 use futures::FutureExt;
 use futures::future::{BoxFuture, try_join_all};
@@ -61,14 +61,8 @@ impl ReadCache {
 pub struct Paged {
     node: Arc<Node>,
     body: Body,
-    /// Of which capsule it is.
-    capsule: CapsuleId,
-    /// Packs that only this node has: of ways that it made itself.
-    own: BTreeSet<RootHash>,
-    /// Has all that is read share it.
-    _cache: Option<Arc<LayerCache>>,
-    /// Keeps all of it from removal.
-    _prepared: Arc<Prepared>,
+    /// Of which capsule it is; keeps all of it from removal.
+    prepared: Arc<Prepared>,
 }
 
 enum Body {
@@ -76,6 +70,10 @@ enum Body {
     Layers {
         top: Arc<LayerContent>,
         all: Vec<(Arc<LayerContent>, Option<BlobRef>)>,
+        /// Packs that only this node has: of a way that it made itself.
+        own: BTreeSet<RootHash>,
+        /// Has others share it for as long as this is read.
+        _cache: Arc<LayerCache>,
     },
     /// A blob of its own, kept from removal with the rest.
     Blob(BlobRef),
@@ -88,7 +86,7 @@ impl Paged {
     /// Content that is read through layers, whose indexes are here. Blocks.
     pub(super) fn of_layers(
         node: &Arc<Node>,
-        (capsule, layers): (CapsuleId, &[LayerBlobs]),
+        layers: &[LayerBlobs],
         packs: &BTreeMap<RootHash, BlobRef>,
         own: BTreeSet<RootHash>,
         prepared: Arc<Prepared>,
@@ -115,27 +113,19 @@ impl Paged {
             body: Body::Layers {
                 top,
                 all: all.into_iter().zip(packs).collect(),
+                own,
+                _cache: cache,
             },
-            capsule,
-            own,
-            _cache: Some(cache),
-            _prepared: prepared,
+            prepared,
         })
     }
 
     /// Content that is a blob of its own.
-    pub(super) fn of_blob(
-        node: &Arc<Node>,
-        (capsule, blob): (CapsuleId, BlobRef),
-        prepared: Arc<Prepared>,
-    ) -> Self {
+    pub(super) fn of_blob(node: &Arc<Node>, blob: BlobRef, prepared: Arc<Prepared>) -> Self {
         Self {
             node: node.clone(),
             body: Body::Blob(blob),
-            capsule,
-            own: BTreeSet::new(),
-            _cache: None,
-            _prepared: prepared,
+            prepared,
         }
     }
 
@@ -165,12 +155,15 @@ impl Paged {
             // Another reader may have found it.
             missing = self.missing(range)?;
         }
-        // What only this node made, nobody sends.
-        let is_own = |(blob, _): &(BlobRef, GroupRanges)| self.own.contains(&blob.root);
-        match missing.is_empty() || missing.iter().any(is_own) {
+        match missing.is_empty() || missing.iter().any(|(blob, _)| self.is_own(blob)) {
             true => Err(error),
             false => Ok(missing),
         }
+    }
+
+    /// Whether only this node has a pack: nobody sends it.
+    fn is_own(&self, pack: &BlobRef) -> bool {
+        matches!(&self.body, Body::Layers { own, .. } if own.contains(&pack.root))
     }
 
     /// Looks whether the disk has damaged what a range is read from; that is no longer here then, and can come again. Blocks.
@@ -236,7 +229,7 @@ impl Paged {
     /// What a range is read from. Blocks.
     fn takes(&self, range: &Range<u64>) -> Result<Parts, ReadError> {
         Ok(match &self.body {
-            Body::Layers { top, all } => {
+            Body::Layers { top, all, .. } => {
                 let reach = Reach::of_range(top, range.clone(), &());
                 let reach = reach.map_err(|error| ReadError::Decode {
                     offset: range.start,
@@ -285,11 +278,13 @@ impl Paged {
             offset: range.start,
             source: io::Error::other(error),
         };
-        let (mut tries, mut fetched) = (0, false);
+        let (mut tries, mut fetched, mut looked) = (0, false, false);
         loop {
             let place = ATTEMPTS.acquire().await;
             let place = place.map_err(|closed| failed(closed.to_string()))?;
-            let (paged, wanted, look) = (self.clone(), range.clone(), tries == LOOKS_AFTER);
+            let (paged, wanted) = (self.clone(), range.clone());
+            // Once: a disk that damages it again is not a reason to fetch without end.
+            let look = tries == LOOKS_AFTER && !std::mem::replace(&mut looked, true);
             let attempt = tokio::task::spawn_blocking(move || {
                 into.resize(start + len, 0);
                 let missing = paged.attempt(&wanted, &mut into[start..], look);
@@ -311,7 +306,7 @@ impl Paged {
                     let came = self.come(missing).await;
                     came.map_err(|error| failed(error.to_string()))?;
                     if look {
-                        note_whole(&self.node, self.capsule).await;
+                        note_whole(&self.node, self.prepared.manifest.id()).await;
                     }
                 }
                 Err(error) => {

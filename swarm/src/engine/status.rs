@@ -123,7 +123,7 @@ impl Engine {
         }
     }
 
-    /// Tells a newcomer what was gossiped before it came.
+    /// Tells a newcomer who this is, and what it holds: what was gossiped before, it did not hear.
     pub(super) fn send_status(&mut self, key: PeerKey) {
         self.send(key, &Control::Status(self.own_status()));
     }

@@ -81,7 +81,7 @@ impl Qemu {
         if self.has_balloon().await? {
             tools.push("balloon".to_owned());
         }
-        if self.agent().await.is_some() {
+        if self.has_agent().await.unwrap_or_default() && self.agent().await.is_some() {
             tools.push("qemu-ga".to_owned());
         }
         Ok(tools)
@@ -96,11 +96,8 @@ impl Qemu {
             .is_some_and(|ports| ports.iter().any(is_open)))
     }
 
-    /// The agent, if it answers. One may be asked at a time.
+    /// The agent of a guest that has one, if it answers. One may be asked at a time.
     async fn agent(&self) -> Option<Agent> {
-        if !self.has_agent().await.unwrap_or_default() {
-            return None;
-        }
         let connect = async {
             let stream = UnixStream::connect(self.places.agent()).await?;
             let mut agent = Agent(BufReader::new(stream));

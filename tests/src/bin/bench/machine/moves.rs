@@ -67,7 +67,6 @@ impl Bench<'_> {
 
     /// From home to work and back.
     pub(super) fn commute(&mut self, home: &mut Guest) -> Result<()> {
-        let deadline = Deadline::after(MOVE);
         let before = if self.found.update.is_some() {
             UPDATED
         } else {
@@ -91,7 +90,7 @@ impl Bench<'_> {
         let (back, mut hop) = self.hop(&there, MORNING, HOME, "home")?;
         hop.whole_seconds = Some(whole_seconds);
         self.found.hops.push(hop);
-        back.remove(&deadline)
+        back.remove(&Deadline::after(STEP))
     }
 
     fn worked(&self, guest: &mut Guest, seed: u32) -> Result<()> {
