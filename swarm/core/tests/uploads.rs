@@ -53,6 +53,12 @@ fn thin_links_to_other_sites_do_not_wait_for_each_other() {
     assert_eq!(served_at_once(Class::Beyond), 6);
 }
 
+/// Who is sent what next, if anything may be sent.
+fn next_served(uploads: &mut Uploads) -> Option<(u64, u64)> {
+    let serve = uploads.poll_serve(at(1))?;
+    Some((serve.peer.0, serve.groups.start))
+}
+
 /// Serves all that may be served, each response taking a millisecond; returns (peer, group) in order.
 fn drain(uploads: &mut Uploads, from: u64) -> Vec<(u64, u64)> {
     let mut served = Vec::new();
@@ -85,6 +91,43 @@ fn distinct_pieces_go_to_different_peers_and_second_copies_wait() {
     let wake = uploads.poll_timeout().expect("second copies are kept back");
     assert!(wake <= at(160), "{wake:?}");
     assert_eq!(drain(&mut uploads, 200).len(), 2);
+}
+
+#[test]
+fn a_second_copy_waits_until_the_link_is_nearly_idle() {
+    let second = |change: fn(&mut IncomingRequest)| {
+        let (echo, echo_max) = (Duration::ZERO, Duration::ZERO);
+        let mut uploads = Uploads::new(UploadConfig {
+            echo,
+            echo_max,
+            ..UploadConfig::default()
+        });
+        (0..3).for_each(|peer| uploads.peer_connected(at(0), PeerKey(peer), Class::Within));
+        let mut ask = |peer, mut request: IncomingRequest, long| {
+            request.groups.end += long;
+            uploads
+                .handle_request(at(0), PeerKey(peer), request)
+                .expect("room");
+        };
+        ask(0, request(1, 0), 0);
+        ask(1, request(2, 100), 7);
+        assert_eq!(next_served(&mut uploads), Some((0, 0)));
+        uploads.handle_finished(at(1), PeerKey(0), RequestId(1), true);
+        assert_eq!(next_served(&mut uploads), Some((1, 100)));
+        let mut again = request(4, 0);
+        change(&mut again);
+        uploads
+            .handle_request(at(1), PeerKey(2), again)
+            .expect("room");
+        let before = next_served(&mut uploads);
+        uploads.handle_sent(at(2), PeerKey(1), RequestId(2), 64 << 10);
+        (before, next_served(&mut uploads))
+    };
+    // 128 KiB are in flight, then half of that.
+    assert_eq!(second(|_| ()), (None, Some((2, 0))));
+    let at_once = (Some((2, 0)), None);
+    assert_eq!(second(|request| request.demand = true), at_once);
+    assert_eq!(second(|request| request.whole = false), at_once);
 }
 
 #[test]

@@ -39,8 +39,9 @@ const MAX_QUEUED: usize = 8 << 20;
 const EVENTS_READY: usize = 4;
 /// Frames given to a lane's writer ahead of the one being written.
 const FRAMES_AHEAD: usize = 1;
-/// Bytes written between two reports of how far a response has got, where no cap makes them fewer.
-const REPORT_EVERY: usize = 256 << 10;
+/// Bytes written between two reports of how far a response has got, where no cap makes them fewer. As few as the scheduler lets be in flight to one
+/// peer among others: with eight times as many the lane ran dry before the next response was chosen (two nodes of 20 Mbit/s: 92 % of the bound, not 97 %).
+const REPORT_EVERY: usize = 32 << 10;
 /// Read-ahead of the control lane, so that small messages come several to a read.
 const CONTROL_READ_AHEAD: usize = 8 << 10;
 
