@@ -4,6 +4,7 @@
 //! too: to what is chosen here they look like a slow link, or a receiver that holds up what it is sent.
 
 mod api;
+mod credit;
 mod sent;
 
 use std::collections::BTreeMap;
@@ -18,34 +19,9 @@ use crate::rates::Class;
 use crate::time::earliest;
 use crate::{MAX_REQUEST_GROUPS, PeerKey, PieceGeometry, RequestId, Time};
 pub use api::*;
+use credit::Credit;
 use sent::SentLog;
 
-/// Bytes handed to the transport, and not on their way yet, are bounded by this much of the measured rate: enough that reading the next
-/// response leaves no gap, and that some ten receivers take at the same time, as the links of a few may just be full of what others send them
-/// (16 nodes of 20 Mbit/s: with half of it their uplinks were used to 84 %, with twice as much no more); little enough that what comes next is
-/// chosen late.
-const IN_FLIGHT_SECONDS: f64 = 0.3;
-/// Least bound of bytes in flight: four requests to peers of unknown rate.
-const MIN_IN_FLIGHT: u64 = 256 << 10;
-/// Largest bound of bytes in flight within the site, and to others: half of what responses may cost in memory.
-const MAX_IN_FLIGHT: u64 = 16 << 20;
-/// Bytes in flight to one peer while others wait, of this site or beyond; one response is always allowed.
-const PEER_IN_FLIGHT: u64 = 32 << 10;
-/// What may be in flight to other sites, as a multiple of the bound: the links to them are thin, so that what each takes lies in flight for
-/// long, and says nothing about our own. While one waited for another, its link would lie idle.
-const BEYOND_TIMES: u64 = 2;
-/// Least bound of it.
-const MIN_BEYOND: u64 = 1 << 20;
-/// What was sent before waits while more than this part of the bound is in flight, where this node holds all: whoever has room may ask for
-/// something new any moment, and the others for what was sent of each other (32 nodes, 4 MiB, simulated: 1.19 copies are sent instead of 1.33).
-const NEARLY_IDLE: u64 = 3;
-/// A response that takes longer than twice what our own rate explains, and this, is held up by the receiver: until
-/// one is not, what is in flight to that receiver does not keep others from being served.
-const HELD_UP: Duration = Duration::from_millis(200);
-/// A response that is held up for so long is not taken at all.
-const TAKES_NOTHING: Duration = Duration::from_secs(10);
-/// [`HELD_UP`] before our own rate is known: two responses at 1 Mbit/s.
-const UNKNOWN_HELD_UP: Duration = Duration::from_secs(1);
 /// Weight of one announcement in the mean time from sending a piece to hearing that its receiver has it.
 const HEARD_WEIGHT: f64 = 0.125;
 /// A second copy is kept back for so many of these mean times: most announcements have come by then.
@@ -322,17 +298,12 @@ impl Uploads {
     /// The next response to send, if the transport has credit for it.
     pub fn poll_serve(&mut self, now: Time) -> Option<Serve> {
         self.wake_at = None;
-        let bound = self.in_flight_bound();
-        let (within, beyond) = self.counted_in_flight(now);
-        let room = (
-            within < bound,
-            beyond < (BEYOND_TIMES * bound).clamp(MIN_BEYOND, MAX_IN_FLIGHT),
-        );
-        if room == (false, false) {
+        let credit = self.credit(now);
+        if credit.is_used_up() {
             return None;
         }
         let furthest = self.furthest();
-        let (peer, at) = self.choose(now, bound, room, within < bound / NEARLY_IDLE, &furthest)?;
+        let (peer, at) = self.choose(now, credit, &furthest)?;
         let queue = self.peers.get_mut(&peer)?;
         let Waiting {
             request,
@@ -382,76 +353,26 @@ impl Uploads {
         self.sent.bytes(root)
     }
 
-    fn in_flight_bound(&self) -> u64 {
-        let rate = self.meter.rate().unwrap_or_default();
-        ((rate * IN_FLIGHT_SECONDS) as u64).clamp(MIN_IN_FLIGHT, MAX_IN_FLIGHT)
-    }
-
-    /// How long a response may take before the receiver counts as slow, when so many bytes are sent at once.
-    fn held_up(&self, bytes: u64) -> Duration {
-        let Some(rate) = self.meter.rate() else {
-            // Patience that one member used up is not there for the next: many that do not read would add it up.
-            let slow = self.peers.values().any(|queue| queue.slow);
-            return if slow { HELD_UP } else { UNKNOWN_HELD_UP };
-        };
-        HELD_UP + Duration::from_secs_f64((2.0 * bytes as f64 / rate.max(1.0)).min(60.0))
-    }
-
-    /// Bytes in flight to this site and to others, without those that receivers hold up.
-    fn counted_in_flight(&mut self, now: Time) -> (u64, u64) {
-        // Who takes nothing takes nothing of our rate; who is only slow does.
-        let takes = |queue: &&Queue| {
-            let lately = |sending: &Sending| now - sending.since <= TAKES_NOTHING;
-            !queue.slow || queue.sending.iter().all(lately)
-        };
-        let taking = self.peers.values().filter(takes);
-        let held_up = self.held_up(taking.map(Queue::in_flight).sum());
-        let (mut within, mut beyond) = (0, 0);
-        for queue in self.peers.values_mut() {
-            let Some(oldest) = queue.sending.iter().map(|sending| sending.since).min() else {
-                continue;
-            };
-            queue.slow |= now - oldest >= held_up;
-            if !queue.slow {
-                let counted = if queue.beyond {
-                    &mut beyond
-                } else {
-                    &mut within
-                };
-                *counted += queue.in_flight();
-                self.wake_at = earliest(self.wake_at, Some(oldest + held_up));
-            }
-        }
-        self.measure(now);
-        (within, beyond)
-    }
-
-    /// The peer and the place in its queue of the request to serve next; `room` says whether for one of this site, and of others,
-    /// `idle` whether one of this site may be for what was sent before.
+    /// The peer and the place in its queue of the request to serve next.
     fn choose(
         &mut self,
         now: Time,
-        bound: u64,
-        room: (bool, bool),
-        idle: bool,
+        credit: Credit,
         furthest: &BTreeMap<usize, f64>,
     ) -> Option<(PeerKey, usize)> {
         let waits = |queue: &&Queue| !queue.waiting.is_empty();
         let lone = self.peers.values().filter(waits).count() == 1;
-        let credit = |queue: &&Queue| {
-            let room = if queue.beyond { room.1 } else { room.0 };
-            room && queue.in_flight() < if lone { bound } else { PEER_IN_FLIGHT }
-        };
+        let may_be_sent = |queue: &&Queue| credit.allows(queue, lone);
         let least = self
             .peers
             .values()
             .filter(waits)
-            .filter(credit)
+            .filter(may_be_sent)
             .map(|queue| queue.served)
             .min()?;
         self.virtual_time = self.virtual_time.max(least);
         let mut best: Option<(Rank, PeerKey, usize)> = None;
-        for (&peer, queue) in self.peers.iter().filter(|(_, queue)| credit(queue)) {
+        for (&peer, queue) in self.peers.iter().filter(|(_, queue)| may_be_sent(queue)) {
             let ahead = queue.served > least + SLACK;
             let may_be_first = queue.served <= least + BEHIND_SLACK;
             for (at, waiting) in queue.waiting.iter().enumerate() {
@@ -464,7 +385,7 @@ impl Uploads {
                         self.wake_at = earliest(self.wake_at, Some(end));
                         continue;
                     }
-                    if copies > 0 && request.whole && !request.demand && !idle {
+                    if copies > 0 && request.whole && !request.demand && !credit.is_idle {
                         continue;
                     }
                 }
@@ -501,14 +422,6 @@ impl Uploads {
                 .sent_elsewhere(waiting.log, &request.groups, peer)?
                 + self.echo(),
         )
-    }
-
-    /// Time counts for the rate while something is in flight that no receiver holds up: the rate is our own.
-    fn measure(&mut self, now: Time) {
-        let rests = |queue: &Queue| queue.slow || queue.sending.is_empty();
-        if self.peers.values().all(rests) {
-            self.meter.stop(now);
-        }
     }
 }
 
