@@ -153,16 +153,26 @@ fn among(manner: Manner, bad: usize) -> Plan {
 
 #[test]
 fn peers_that_announce_everything_and_serve_nothing_hold_nobody_up() {
-    // That a peer stalls is noticed after 5 s, which is most of this run: from 0.77 to 0.82, by the seed. Of ten seeds, dripping peers left
-    // 0.80 to 0.91, and refusing ones too, mostly 0.91.
-    for (manner, efficiency) in [
-        (Manner::Stalls, 0.75),
-        (Manner::Drips, 0.78),
-        (Manner::Refuses, 0.78),
+    // That a peer stalls is noticed after 5 s, which is most of this run: from 0.77 to 0.82, by the seed. Dripping peers left 0.73 to 0.92: how many of
+    // their responses, a second each, somebody waits for at the end is chance. Refusing ones left 0.90 to 0.94.
+    for (manner, usual, least) in [
+        (Manner::Stalls, 0.75, 0.73),
+        (Manner::Drips, 0.78, 0.7),
+        (Manner::Refuses, 0.85, 0.8),
     ] {
-        let report = run(&format!("{manner:?}"), among(manner, 3));
-        reaches(&report, efficiency, 1.2, 0.01, 0.02);
-        assert_eq!(report.bans, []);
+        let mut runs: Vec<_> = (1..=5)
+            .map(|seed| {
+                let mut plan = among(manner, 3);
+                plan.seed = seed;
+                run(&format!("{manner:?}"), plan)
+            })
+            .collect();
+        for report in &runs {
+            reaches(report, least, 1.2, 0.01, 0.02);
+            assert_eq!(report.bans, []);
+        }
+        runs.sort_by(|a, b| a.efficiency().total_cmp(&b.efficiency()));
+        reaches(&runs[runs.len() / 2], usual, 1.2, 0.01, 0.02);
     }
 }
 

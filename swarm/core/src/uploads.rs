@@ -376,19 +376,16 @@ impl Uploads {
             let ahead = queue.served > least + SLACK;
             let may_be_first = queue.served <= least + BEHIND_SLACK;
             for (at, waiting) in queue.waiting.iter().enumerate() {
-                let kept_back = || self.kept_back(peer, waiting).filter(|&end| now < end);
+                let kept_back = || self.kept_back(peer, waiting, credit.is_idle);
+                // What was sent to another site is no nearer to this one.
+                if !queue.beyond
+                    && let Some(end) = kept_back().filter(|&end| now < end)
+                {
+                    self.wake_at = earliest(self.wake_at, Some(end));
+                    continue;
+                }
                 let request = &waiting.request;
                 let copies = self.sent.copies(waiting.log, &request.groups);
-                // What was sent to another site is no nearer to this one.
-                if !queue.beyond {
-                    if let Some(end) = kept_back() {
-                        self.wake_at = earliest(self.wake_at, Some(end));
-                        continue;
-                    }
-                    if copies > 0 && request.whole && !request.demand && !credit.is_idle {
-                        continue;
-                    }
-                }
                 let behind = may_be_first
                     && !request.whole
                     && progress(request) + BEHIND < furthest[&waiting.log];
@@ -411,17 +408,17 @@ impl Uploads {
         furthest
     }
 
-    /// Until when a request is kept back, as another peer was just sent the same.
-    fn kept_back(&self, peer: PeerKey, waiting: &Waiting) -> Option<Time> {
+    /// Until when a request is kept back, as another peer was just sent the same: twice as long while the link is busy with something else.
+    fn kept_back(&self, peer: PeerKey, waiting: &Waiting, is_idle: bool) -> Option<Time> {
         let request = &waiting.request;
         if !request.whole || request.demand {
             return None;
         }
-        Some(
-            self.sent
-                .sent_elsewhere(waiting.log, &request.groups, peer)?
-                + self.echo(),
-        )
+        let sent = self
+            .sent
+            .sent_elsewhere(waiting.log, &request.groups, peer)?;
+        let long = if is_idle { 1 } else { 2 };
+        Some(sent + (long * self.echo()).min(self.config.echo_max))
     }
 }
 

@@ -53,12 +53,6 @@ fn thin_links_to_other_sites_do_not_wait_for_each_other() {
     assert_eq!(served_at_once(Class::Beyond), 6);
 }
 
-/// Who is sent what next, if anything may be sent.
-fn next_served(uploads: &mut Uploads) -> Option<(u64, u64)> {
-    let serve = uploads.poll_serve(at(1))?;
-    Some((serve.peer.0, serve.groups.start))
-}
-
 /// Serves all that may be served, each response taking a millisecond; returns (peer, group) in order.
 fn drain(uploads: &mut Uploads, from: u64) -> Vec<(u64, u64)> {
     let mut served = Vec::new();
@@ -94,40 +88,56 @@ fn distinct_pieces_go_to_different_peers_and_second_copies_wait() {
 }
 
 #[test]
-fn a_second_copy_waits_until_the_link_is_nearly_idle() {
-    let second = |change: fn(&mut IncomingRequest)| {
-        let (echo, echo_max) = (Duration::ZERO, Duration::ZERO);
-        let mut uploads = Uploads::new(UploadConfig {
-            echo,
-            echo_max,
-            ..UploadConfig::default()
-        });
-        (0..3).for_each(|peer| uploads.peer_connected(at(0), PeerKey(peer), Class::Within));
-        let mut ask = |peer, mut request: IncomingRequest, long| {
-            request.groups.end += long;
+fn a_second_copy_is_kept_back_longer_while_much_is_in_flight() {
+    let second = |change: fn(&mut IncomingRequest), ms, sent| {
+        let mut uploads = uploads(3);
+        let mut ask = |now, peer, request| {
             uploads
-                .handle_request(at(0), PeerKey(peer), request)
+                .handle_request(at(now), PeerKey(peer), request)
                 .expect("room");
+            uploads
+                .poll_serve(at(now))
+                .map(|serve| (serve.peer.0, serve.groups.start))
         };
-        ask(0, request(1, 0), 0);
-        ask(1, request(2, 100), 7);
-        assert_eq!(next_served(&mut uploads), Some((0, 0)));
-        uploads.handle_finished(at(1), PeerKey(0), RequestId(1), true);
-        assert_eq!(next_served(&mut uploads), Some((1, 100)));
-        let mut again = request(4, 0);
+        assert_eq!(ask(0, 0, request(1, 0)), Some((0, 0)));
+        let mut long = request(2, 100);
+        long.groups.end += 7;
+        assert_eq!(ask(0, 1, long), Some((1, 100)));
+        let mut again = request(3, 0);
         change(&mut again);
-        uploads
-            .handle_request(at(1), PeerKey(2), again)
-            .expect("room");
-        let before = next_served(&mut uploads);
-        uploads.handle_sent(at(2), PeerKey(1), RequestId(2), 64 << 10);
-        (before, next_served(&mut uploads))
+        assert_eq!(
+            ask(0, 2, again.clone()).is_some(),
+            again.demand || !again.whole
+        );
+        uploads.handle_finished(at(1), PeerKey(0), RequestId(1), true);
+        uploads.handle_sent(at(ms), PeerKey(1), RequestId(2), sent);
+        uploads.poll_serve(at(ms)).map(|serve| serve.peer.0)
     };
     // 128 KiB are in flight, then half of that.
-    assert_eq!(second(|_| ()), (None, Some((2, 0))));
-    let at_once = (Some((2, 0)), None);
-    assert_eq!(second(|request| request.demand = true), at_once);
-    assert_eq!(second(|request| request.whole = false), at_once);
+    assert_eq!(second(|_| (), 100, 64 << 10), None, "it was just sent");
+    assert_eq!(second(|_| (), 200, 0), None);
+    assert_eq!(second(|_| (), 200, 64 << 10), Some(2));
+    assert_eq!(second(|_| (), 310, 0), Some(2), "not without end");
+    second(|request| request.demand = true, 2, 0);
+    second(|request| request.whole = false, 2, 0);
+}
+
+#[test]
+fn short_responses_go_to_ten_at_once_and_long_ones_to_fewer() {
+    let at_once = |groups: u64| {
+        let mut uploads = uploads(20);
+        for peer in 0..20 {
+            let mut short = request(peer, 0);
+            short.groups = groups * peer..groups * (peer + 1);
+            uploads
+                .handle_request(at(0), PeerKey(peer), short)
+                .expect("room");
+        }
+        std::iter::from_fn(|| uploads.poll_serve(at(0))).count()
+    };
+    assert_eq!(at_once(1), 10);
+    // 256 KiB.
+    assert_eq!(at_once(4), 4);
 }
 
 #[test]

@@ -17,7 +17,7 @@ pub struct UploadConfig {
     pub max_peers: usize,
     /// How long at least a node that holds all of a blob keeps back a second copy of a piece, when it has nothing
     /// better to send: the first receiver is about to announce it, and to pass it on itself. Where receivers take
-    /// longer to announce what they were sent, so does this.
+    /// longer to announce what they were sent, so does this; and it is twice as long while much is in flight.
     pub echo: Duration,
     /// How long at most. Zero, with `echo`, turns it off.
     pub echo_max: Duration,
