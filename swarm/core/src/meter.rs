@@ -35,6 +35,12 @@ impl RateMeter {
         }
     }
 
+    /// Forgets the sample that is not full yet: what hindered it was something else than what is measured.
+    pub(crate) fn discard(&mut self, now: Time) {
+        (self.bytes, self.elapsed) = (0, Duration::ZERO);
+        self.busy_since = self.busy_since.map(|_| now);
+    }
+
     /// Counts bytes that came.
     pub(crate) fn add(&mut self, now: Time, bytes: u64) {
         self.bytes += bytes;

@@ -330,6 +330,29 @@ fn a_receiver_that_takes_nothing_does_not_hold_up_the_others() {
 }
 
 #[test]
+fn patience_does_not_grow_with_those_who_take_a_little_and_then_nothing() {
+    let mut uploads = uploads(6);
+    for peer in 0..6 {
+        let mut greedy = request(1, 0);
+        greedy.groups = 0..64;
+        greedy.demand = true;
+        uploads
+            .handle_request(at(0), PeerKey(peer), greedy)
+            .expect("room");
+    }
+    let mut served = Vec::new();
+    for ms in (0..5000).step_by(10) {
+        while let Some(serve) = uploads.poll_serve(at(ms)) {
+            served.push(ms);
+            uploads.handle_sent(at(ms), serve.peer, serve.id, 64 << 10);
+        }
+    }
+    // A second for the first of them, a fifth of one for each other.
+    assert_eq!(served.len(), 6, "{served:?}");
+    assert!(served[5] <= 2000, "{served:?}");
+}
+
+#[test]
 fn what_is_held_up_is_not_taken_for_our_own_rate() {
     let mut uploads = uploads(4);
     // Peer 2 asks for a little now and then and takes it within a millisecond; the others take nothing.

@@ -102,12 +102,14 @@ impl Uploads {
         };
         let taking = self.peers.values().filter(takes);
         let held_up = self.held_up(taking.map(Queue::in_flight).sum());
-        let (mut within, mut beyond) = (0, 0);
+        let (mut within, mut beyond, mut is_held_up) = (0, 0, false);
         for queue in self.peers.values_mut() {
             let Some(oldest) = queue.sending.iter().map(|sending| sending.since).min() else {
                 continue;
             };
-            queue.slow |= now - oldest >= held_up;
+            if !queue.slow && now - oldest >= held_up {
+                (queue.slow, is_held_up) = (true, true);
+            }
             if !queue.slow {
                 let counted = if queue.beyond {
                     &mut beyond
@@ -117,6 +119,10 @@ impl Uploads {
                 *counted += queue.in_flight();
                 self.wake_at = earliest(self.wake_at, Some(oldest + held_up));
             }
+        }
+        if is_held_up {
+            // Else many that take a little each and then nothing would make our rate look low, and patience with the next of them long.
+            self.meter.discard(now);
         }
         self.measure(now);
         (within, beyond)
