@@ -376,10 +376,10 @@ impl Uploads {
             let ahead = queue.served > least + SLACK;
             let may_be_first = queue.served <= least + BEHIND_SLACK;
             for (at, waiting) in queue.waiting.iter().enumerate() {
-                let kept_back = || self.kept_back(peer, waiting, credit.is_idle);
                 // What was sent to another site is no nearer to this one.
                 if !queue.beyond
-                    && let Some(end) = kept_back().filter(|&end| now < end)
+                    && let Some(end) = self.kept_back(peer, waiting, credit.is_idle)
+                    && now < end
                 {
                     self.wake_at = earliest(self.wake_at, Some(end));
                     continue;

@@ -41,7 +41,7 @@ const EVENTS_READY: usize = 4;
 const FRAMES_AHEAD: usize = 1;
 /// Bytes written between two reports of how far a response has got, where no cap makes them fewer. The scheduler gives out a peer's next response when less
 /// than 32 KiB of the last are left, which is to show before all of it has: with reports every 256 KiB the lane ran dry (two nodes of 20 Mbit/s: 92 % of the
-/// bound, not 97).
+/// bound, not 97 to 99).
 const REPORT_EVERY: usize = 24 << 10;
 /// But no more reports than these of a response: at 10 Gbit/s each is work for the engine.
 const MOST_REPORTS: usize = 16;

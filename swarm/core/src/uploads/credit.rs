@@ -10,10 +10,11 @@ use crate::time::earliest;
 /// something at the same time ([`RECEIVERS`]), so that what comes next is chosen late.
 const IN_FLIGHT_SECONDS: f64 = 0.3;
 /// So many: the links of a few may be full of what others send them just then. With 0.15 s, which is five such, 16 nodes of 20 Mbit/s used 84 % of their
-/// uplinks, and were done at 89 % of the bound instead of 94.
+/// uplinks, and were done at 89 % of the bound instead of 95.
 const RECEIVERS: usize = 10;
 /// In any case this part of the bound is in flight: enough that reading the next response leaves no gap. While more is, second copies are kept back twice as long: whoever
-/// has room may ask for something new any moment, and the others for what was sent of each other (32 nodes, 4 MiB, simulated: 1.19 copies are sent instead of 1.33).
+/// has room may ask for something new any moment, and the others for what was sent of each other (32 nodes, 4 MiB, simulated, together with
+/// the rule of ten receivers: 1.15 copies are sent instead of 1.33).
 const NEARLY_IDLE: u64 = 3;
 /// Least bound of bytes in flight: four requests to peers of unknown rate.
 const MIN_IN_FLIGHT: u64 = 256 << 10;
