@@ -1,7 +1,7 @@
 //! What this node fetches: the public face of the requester's side, and its inputs.
 //!
 //! Choosing what to ask of whom is in `picker`, how requests end in `requests`, what to do about lateness
-//! in `late`, what caps allow in `pace`, figures in `stats`. The tables are in `blob` (with `pieces` and `view`) and `peer`.
+//! in `late`, what caps allow in `pace`, what waits for demands in `yielding`, figures in `stats`. The tables are in `blob` (with `pieces` and `view`) and `peer`.
 
 mod api;
 mod audit;
@@ -17,6 +17,7 @@ mod requests;
 mod site;
 mod stats;
 mod view;
+mod yielding;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ops::Range;
@@ -77,6 +78,8 @@ pub struct Downloads {
     /// Whether notices of gateways are passed on.
     passes_on: bool,
     pace: Pace,
+    /// When something was last asked for that nobody waits for.
+    besides_at: Option<Time>,
 }
 
 impl Downloads {
@@ -100,6 +103,7 @@ impl Downloads {
             beyond: 0,
             passes_on: false,
             pace: Pace::default(),
+            besides_at: None,
         }
     }
 
@@ -188,6 +192,7 @@ impl Downloads {
         let at = self.at(root)?;
         if let Some(blob) = &mut self.blobs[at] {
             blob.extend_want(&groups.clone().into());
+            blob.demanded_at = Some(now);
             spans::overlaps(blob.map.lacking(), groups).for_each(|part| blob.demanded.insert(part));
         }
         self.blob_changed(now, at);
@@ -345,7 +350,7 @@ impl Downloads {
         if groups.is_empty() {
             return false;
         }
-        let at = flight.blob;
+        let (at, demand) = (flight.blob, flight.demand);
         flight.got += spans::len(&groups);
         let ended = flight.got >= spans::len(&flight.groups);
         let Some(blob) = &mut self.blobs[at] else {
@@ -358,6 +363,9 @@ impl Downloads {
             .bytes(&(flight.groups.start..flight.groups.start + flight.got));
         let missed = known.saturating_sub(flight.arrived);
         blob.receive(now, peer, &groups);
+        if demand {
+            blob.demanded_at = Some(now);
+        }
         blob.crossing.received(now, &groups, across);
         self.count_arrival(now, id, missed);
         if let Some(peer) = &mut self.peers[slot] {

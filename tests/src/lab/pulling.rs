@@ -31,6 +31,10 @@ pub struct Went {
     pub fetched_bytes: u64,
     /// The same, of what was here before.
     pub had_bytes: u64,
+    /// What the last attempt spent on finding out what to fetch, on fetching it, and on checking what it makes.
+    pub planning_seconds: f64,
+    pub fetch_seconds: f64,
+    pub check_seconds: f64,
     /// How often it was begun.
     pub attempts: u32,
     /// On the way.
@@ -67,6 +71,9 @@ impl Puller {
                 went.seconds = Some(ended);
                 went.fetched_bytes = pulled.fetched_bytes;
                 went.had_bytes = pulled.had_bytes;
+                went.planning_seconds = pulled.planning_seconds;
+                went.fetch_seconds = pulled.fetch_seconds;
+                went.check_seconds = pulled.check_seconds;
                 went.timeline.push(Point {
                     at: ended,
                     bytes: pulled.fetched_bytes + pulled.had_bytes,

@@ -26,6 +26,8 @@ pub(crate) struct Blob {
     pub(crate) flights: Flights,
     /// What somebody waits for and is not held.
     pub(crate) demanded: GroupRanges,
+    /// When somebody last began to, or something came of it.
+    pub(crate) demanded_at: Option<Time>,
     pub(crate) paused: Option<PauseReason>,
     /// Whether its completion was reported.
     pub(crate) reported: bool,
@@ -48,6 +50,7 @@ impl Blob {
             views: Vec::new(),
             flights: Flights::default(),
             demanded: GroupRanges::new(),
+            demanded_at: None,
             paused: None,
             reported: false,
             received: BTreeMap::new(),

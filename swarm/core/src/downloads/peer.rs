@@ -32,7 +32,7 @@ pub(crate) const MAX_OPEN: usize = 2 * MAX_REQUESTS;
 const REQUEST_SECONDS: f64 = 0.5;
 /// Up to this length a request may take longer (but not above [`SLOW_REQUEST_SECONDS`]): what goes with each, messages and at first a path of
 /// hashes, would be too large a part of it otherwise.
-const SHORT_REQUEST: f64 = (64 << 10) as f64;
+pub(super) const SHORT_REQUEST: f64 = (64 << 10) as f64;
 /// Longest time that a short request may take.
 const SLOW_REQUEST_SECONDS: f64 = 4.0;
 /// Least time without a byte after which a peer counts as stalled. A provider of 100 peers at 20 Mbit/s sends

@@ -35,6 +35,11 @@ impl Downloads {
             return false;
         }
         let most = most.min(self.capped_groups(class));
+        let besides = self.most_besides(now, slot, most);
+        if besides == 0 {
+            return false;
+        }
+        let (most, yields) = (besides, besides < most);
         let (across, mut waits) = (self.is_across(slot), false);
         for i in 0..self.order.len() {
             let at = self.order[i];
@@ -58,7 +63,7 @@ impl Downloads {
                 return true;
             }
         }
-        !waits && self.steal(now, slot)
+        !waits && !yields && self.steal(now, slot)
     }
 
     /// Outputs a request.
@@ -75,6 +80,9 @@ impl Downloads {
         };
         let id = RequestId(self.next_id);
         self.next_id += 1;
+        if !demand {
+            self.besides_at = Some(now);
+        }
         let bytes = blob.map.geometry().bytes(&groups);
         let cost = pace::cost(blob.map.geometry(), &groups);
         self.pace.limiter.reserve(now, peer.class, cost);
