@@ -31,9 +31,11 @@ pub struct Went {
     pub fetched_bytes: u64,
     /// The same, of what was here before.
     pub had_bytes: u64,
-    /// What the last attempt spent on finding out what to fetch, on fetching it, and on checking what it makes.
+    /// What the last attempt spent on finding out what to fetch.
     pub planning_seconds: f64,
+    /// On fetching it.
     pub fetch_seconds: f64,
+    /// On checking what it makes.
     pub check_seconds: f64,
     /// How often it was begun.
     pub attempts: u32,
