@@ -1,7 +1,7 @@
 //! What this node fetches: the public face of the requester's side, and its inputs.
 //!
 //! Choosing what to ask of whom is in `picker`, how requests end in `requests`, what to do about lateness
-//! in `late`, what caps allow in `pace`, what waits for demands in `yielding`, figures in `stats`. The tables are in `blob` (with `pieces` and `view`) and `peer`.
+//! in `late`, what caps allow in `pace`, what yields to readers in `yielding`, figures in `stats`. The tables are in `blob` (with `pieces` and `view`) and `peer`.
 
 mod api;
 mod audit;
@@ -33,6 +33,7 @@ use blob::Blob;
 use pace::Pace;
 use peer::Peer;
 use requests::Flight;
+use yielding::Reading;
 
 use crate::rates::Class;
 use crate::time::earliest;
@@ -78,8 +79,8 @@ pub struct Downloads {
     /// Whether notices of gateways are passed on.
     passes_on: bool,
     pace: Pace,
-    /// When something was last asked for that nobody waits for.
-    besides_at: Option<Time>,
+    /// By class.
+    reading: [Reading; 2],
 }
 
 impl Downloads {
@@ -103,7 +104,7 @@ impl Downloads {
             beyond: 0,
             passes_on: false,
             pace: Pace::default(),
-            besides_at: None,
+            reading: Default::default(),
         }
     }
 
@@ -192,8 +193,9 @@ impl Downloads {
         let at = self.at(root)?;
         if let Some(blob) = &mut self.blobs[at] {
             blob.extend_want(&groups.clone().into());
-            blob.demanded_at = Some(now);
             spans::overlaps(blob.map.lacking(), groups).for_each(|part| blob.demanded.insert(part));
+            let whole = blob.map.geometry().groups();
+            blob.is_read |= blob.map.held().count() + blob.demanded.count() < whole;
         }
         self.blob_changed(now, at);
         Ok(())
@@ -363,11 +365,11 @@ impl Downloads {
             .bytes(&(flight.groups.start..flight.groups.start + flight.got));
         let missed = known.saturating_sub(flight.arrived);
         blob.receive(now, peer, &groups);
-        if demand {
-            blob.demanded_at = Some(now);
-        }
         blob.crossing.received(now, &groups, across);
         self.count_arrival(now, id, missed);
+        if demand {
+            self.note_reading(now, slot, at, demand);
+        }
         if let Some(peer) = &mut self.peers[slot] {
             peer.served(now);
         }

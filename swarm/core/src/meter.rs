@@ -83,6 +83,42 @@ impl RateMeter {
     }
 }
 
+/// How fast responses come once they have begun to: what the link carries, however long each is waited for.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Transit {
+    meter: RateMeter,
+    /// Responses of which something has come, but not all.
+    coming: usize,
+}
+
+impl Transit {
+    /// Bytes came. What comes first of a response says nothing, unless another was coming already.
+    pub(crate) fn came(&mut self, now: Time, bytes: u64) {
+        if self.coming > 0 {
+            self.meter.add(now, bytes);
+        }
+    }
+
+    /// Something of a response has come.
+    pub(crate) fn began(&mut self, now: Time) {
+        self.coming += 1;
+        self.meter.start(now);
+    }
+
+    /// All of it has, or nothing more is expected.
+    pub(crate) fn ended(&mut self, now: Time) {
+        self.coming = self.coming.saturating_sub(1);
+        if self.coming == 0 {
+            self.meter.stop(now);
+        }
+    }
+
+    /// Bytes a second; `None` where responses came too fast, or too few, to tell.
+    pub(crate) fn rate(&self) -> Option<f64> {
+        self.meter.rate()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -115,6 +151,29 @@ mod tests {
                 "{rate}"
             );
         }
+    }
+
+    #[test]
+    fn transit_is_what_the_link_carries_however_late_it_begins() {
+        let mut transit = Transit::default();
+        for round in 0..10 {
+            let came = at(round * 1000 + 500);
+            transit.came(came, 10_000);
+            transit.began(came);
+            assert_eq!(transit.rate().is_some(), round > 0);
+            let ended = at(round * 1000 + 700);
+            transit.came(ended, 10_000);
+            transit.ended(ended);
+        }
+        assert_eq!(transit.rate(), Some(50_000.0));
+        // What comes at once tells nothing.
+        let mut transit = Transit::default();
+        for round in 0..100 {
+            transit.came(at(round * 1000), 10_000);
+            transit.began(at(round * 1000));
+            transit.ended(at(round * 1000));
+        }
+        assert_eq!(transit.rate(), None);
     }
 
     #[test]

@@ -26,8 +26,8 @@ pub(crate) struct Blob {
     pub(crate) flights: Flights,
     /// What somebody waits for and is not held.
     pub(crate) demanded: GroupRanges,
-    /// When somebody last began to, or something came of it.
-    pub(crate) demanded_at: Option<Time>,
+    /// Whether somebody demanded a part of it.
+    pub(crate) is_read: bool,
     pub(crate) paused: Option<PauseReason>,
     /// Whether its completion was reported.
     pub(crate) reported: bool,
@@ -50,7 +50,7 @@ impl Blob {
             views: Vec::new(),
             flights: Flights::default(),
             demanded: GroupRanges::new(),
-            demanded_at: None,
+            is_read: false,
             paused: None,
             reported: false,
             received: BTreeMap::new(),

@@ -9,7 +9,7 @@ use std::time::Duration;
 use capsule_proto::hash::RootHash;
 use capsule_proto::ranges::{GROUP_LEN, GroupRanges};
 
-use crate::meter::RateMeter;
+use crate::meter::{RateMeter, Transit};
 use crate::rates::Class;
 use crate::{MAX_REQUEST_GROUPS, PeerKey, RequestId, Time};
 
@@ -32,7 +32,7 @@ pub(crate) const MAX_OPEN: usize = 2 * MAX_REQUESTS;
 const REQUEST_SECONDS: f64 = 0.5;
 /// Up to this length a request may take longer (but not above [`SLOW_REQUEST_SECONDS`]): what goes with each, messages and at first a path of
 /// hashes, would be too large a part of it otherwise.
-pub(super) const SHORT_REQUEST: f64 = (64 << 10) as f64;
+const SHORT_REQUEST: f64 = (64 << 10) as f64;
 /// Longest time that a short request may take.
 const SLOW_REQUEST_SECONDS: f64 = 4.0;
 /// Least time without a byte after which a peer counts as stalled. A provider of 100 peers at 20 Mbit/s sends
@@ -68,6 +68,8 @@ pub(crate) struct Peer {
     pub(crate) class: Class,
     outstanding: u64,
     meter: RateMeter,
+    /// How fast its responses come once they have begun to.
+    pub(crate) transit: Transit,
     /// The window while it is found out how much the peer and the path can carry.
     ramp: Option<u64>,
     delay: Option<Duration>,
@@ -94,6 +96,7 @@ impl Peer {
             class,
             outstanding: 0,
             meter: RateMeter::default(),
+            transit: Transit::default(),
             ramp: Some(FIRST_WINDOW),
             delay: None,
             heard: Time::ZERO,

@@ -10,6 +10,7 @@ use rand::rngs::SmallRng;
 use super::blob::Blob;
 use super::peer::Peer;
 use super::view::View;
+use super::yielding::Besides;
 use super::{Downloads, Flight, Output, pace};
 use crate::{PieceGeometry, RequestId, Time, spans};
 
@@ -34,12 +35,12 @@ impl Downloads {
         if !self.is_next(now, slot, class) {
             return false;
         }
-        let most = most.min(self.capped_groups(class));
-        let besides = self.most_besides(now, slot, most);
-        if besides == 0 {
-            return false;
-        }
-        let (most, yields) = (besides, besides < most);
+        let besides = self.besides(now, slot);
+        let most = match besides {
+            Besides::All => most.min(self.capped_groups(class)),
+            Besides::OneGroup => 1,
+            Besides::Nothing => return false,
+        };
         let (across, mut waits) = (self.is_across(slot), false);
         for i in 0..self.order.len() {
             let at = self.order[i];
@@ -63,7 +64,7 @@ impl Downloads {
                 return true;
             }
         }
-        !waits && !yields && self.steal(now, slot)
+        !waits && besides == Besides::All && self.steal(now, slot)
     }
 
     /// Outputs a request.
@@ -80,9 +81,6 @@ impl Downloads {
         };
         let id = RequestId(self.next_id);
         self.next_id += 1;
-        if !demand {
-            self.besides_at = Some(now);
-        }
         let bytes = blob.map.geometry().bytes(&groups);
         let cost = pace::cost(blob.map.geometry(), &groups);
         self.pace.limiter.reserve(now, peer.class, cost);
@@ -116,6 +114,7 @@ impl Downloads {
             heir: None,
         };
         self.flights.insert(id, flight);
+        self.note_reading(now, slot, at, demand);
         if self.is_across(slot) {
             self.review_crossing(now, at);
         }

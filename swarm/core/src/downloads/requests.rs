@@ -61,7 +61,8 @@ impl Downloads {
             return;
         };
         let bytes = bytes.min(flight.bytes - flight.arrived);
-        if flight.arrived == 0 && bytes > 0 {
+        let first = flight.arrived == 0 && bytes > 0;
+        if first {
             peer.started(now - flight.issued);
             flight.began = Some(now);
         }
@@ -73,6 +74,8 @@ impl Downloads {
                 .reserve(now, peer.class, flight.cost_of(bytes));
         }
         peer.arrived(now, bytes, flight.live);
+        let (slot, first) = (flight.slot, first && flight.live);
+        self.note_transit(now, slot, bytes, first);
     }
 
     /// A request ended: its groups that are lacking are open again, unless in another request.
@@ -106,6 +109,7 @@ impl Downloads {
         if !std::mem::take(&mut flight.live) {
             return;
         }
+        let (slot, has_begun) = (flight.slot, flight.began.is_some());
         if let Some(peer) = &mut self.peers[flight.slot] {
             let left = flight.bytes - flight.arrived;
             self.pace.limiter.refund(peer.class, flight.cost_of(left));
@@ -113,6 +117,9 @@ impl Downloads {
         }
         if let Some(blob) = &mut self.blobs[flight.blob] {
             blob.release(id, &flight.groups);
+        }
+        if has_begun {
+            self.end_transit(now, slot);
         }
     }
 

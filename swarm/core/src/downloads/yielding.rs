@@ -1,59 +1,128 @@
-//! What nobody waits for yields to what somebody does. Providers serve demands first, but what is on its way already they cannot
-//! overtake: on a thin link one short response takes seconds, and whoever reads waits for it with each read.
+//! What nobody waits for yields to what somebody reads. Providers serve demands first, but what is on its way already they cannot overtake:
+//! over a thin link one short response takes more than a second, and with each page that a guest needs it would wait for that first.
 //!
-//! So, where a link is thin, hardly anything else is asked for while there are demands, and for a while after the last: whoever reads
-//! goes on reading. A guest that runs over 384 kbit/s would otherwise wait for a second or two with each page that it needs.
+//! So, over a thin link, and while something is read, little else is asked for: one group at a time, and only when nothing was read for a while.
+//! Whoever reads in one go then waits for what he reads only, and whoever reads now and then for one group at most.
+//!
+//! What is read is a part of a blob. Who demands all of it, as pulls do of manifests and indexes, has it then and reads nothing more.
 
-use std::collections::BTreeSet;
 use std::time::Duration;
 
-use super::Downloads;
-use super::peer::{Peer, SHORT_REQUEST};
+use super::{Downloads, Flight};
 use crate::Time;
+use crate::meter::Transit;
+use crate::rates::Class;
 use crate::time::earliest;
 
-/// A link is thin if a short response takes longer on it: below 2 Mbit/s.
+/// A link is thin if so many bytes take longer on it than this: below 2 Mbit/s.
+const SHORT: f64 = (64 << 10) as f64;
 const FELT: Duration = Duration::from_millis(250);
-/// For so long after a demand, or after something came of one, another is expected.
+/// Whoever has read something will read more, as long as that is not longer ago.
 const LATELY: Duration = Duration::from_secs(10);
-/// One group of something else is asked for so often in any case: fetches to which nothing comes are given up.
+/// Whoever has read nothing for so long is not in the middle of it.
+const PAUSE: Duration = Duration::from_secs(1);
+/// Even so something else is asked for this often, if its provider has room: fetches to which nothing comes are given up.
 const TRICKLE: Duration = Duration::from_secs(10);
+/// How often it is looked at again.
+const LOOK: Duration = Duration::from_millis(250);
+
+/// What is known of reading from the peers of one class.
+#[derive(Debug, Default)]
+pub(super) struct Reading {
+    /// When something was last asked for that is read, or came.
+    read_at: Option<Time>,
+    /// When something else last was.
+    besides_at: Option<Time>,
+    /// What comes from all of them.
+    transit: Transit,
+}
+
+/// What may be asked for that nobody waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Besides {
+    All,
+    OneGroup,
+    Nothing,
+}
 
 impl Downloads {
-    /// How many groups a peer may be asked for that nobody waits for, where `most` are asked for otherwise. None: it is looked at again in time.
-    pub(super) fn most_besides(&mut self, now: Time, slot: usize, most: u64) -> u64 {
-        let Some(until) = self.yields_until(now, slot) else {
-            return most;
+    /// What a peer may be asked for that nobody waits for. Where that is nothing, it is looked at again.
+    pub(super) fn besides(&mut self, now: Time, slot: usize) -> Besides {
+        let Some(peer) = &self.peers[slot] else {
+            return Besides::Nothing;
         };
-        let next = self.besides_at.map_or(now, |last| last + TRICKLE);
-        if next <= now {
-            return 1;
+        let class = peer.class;
+        let reading = &self.reading[class as usize];
+        let Some(read_at) = reading.read_at.filter(|at| now - *at < LATELY) else {
+            return Besides::All;
+        };
+        if !is_thin(&peer.transit) || !is_thin(&reading.transit) {
+            return Besides::All;
+        }
+        let trickles_at = reading.besides_at.map_or(now, |last| last + TRICKLE);
+        let rests = now - read_at >= PAUSE && !self.anything_comes(class);
+        if rests || trickles_at <= now {
+            return Besides::OneGroup;
         }
         if !self.pace.waiting.contains(&slot) {
             self.pace.waiting.push_back(slot);
         }
-        self.pace.at = earliest(self.pace.at, Some(until.min(next)));
-        0
+        let next = (now + LOOK).max(read_at + PAUSE).min(trickles_at);
+        self.pace.at = earliest(self.pace.at, Some(next));
+        Besides::Nothing
     }
 
-    /// Until when a peer is asked for hardly anything but demands, if it is.
-    fn yields_until(&self, now: Time, slot: usize) -> Option<Time> {
-        let across = self.is_across(slot);
-        let (mut last, mut providers) = (None, BTreeSet::new());
-        for blob in self.blobs.iter().flatten() {
-            let lately = blob.demanded_at.filter(|at| now - *at < LATELY);
-            if lately.is_some() {
-                last = last.max(lately);
-                let here = blob.providers().map(|(slot, _)| slot);
-                providers.extend(here.filter(|slot| self.is_across(*slot) == across));
+    /// Whether a request to any peer of a class is open.
+    fn anything_comes(&self, class: Class) -> bool {
+        let of_class = |flight: &&Flight| {
+            let peer = self.peers[flight.slot].as_ref();
+            flight.live && peer.is_some_and(|peer| peer.class == class)
+        };
+        self.flights.values().any(|flight| of_class(&flight))
+    }
+
+    /// Something is asked for, or has come.
+    pub(super) fn note_reading(&mut self, now: Time, slot: usize, blob: usize, demand: bool) {
+        let (Some(peer), Some(blob)) = (&self.peers[slot], &self.blobs[blob]) else {
+            return;
+        };
+        let reading = &mut self.reading[peer.class as usize];
+        if !demand {
+            reading.besides_at = Some(now);
+        } else if blob.is_read {
+            reading.read_at = Some(now);
+        }
+    }
+
+    /// Bytes of a response came; `first` of it.
+    pub(super) fn note_transit(&mut self, now: Time, slot: usize, bytes: u64, first: bool) {
+        let Some(peer) = &mut self.peers[slot] else {
+            return;
+        };
+        for transit in [
+            &mut self.reading[peer.class as usize].transit,
+            &mut peer.transit,
+        ] {
+            transit.came(now, bytes);
+            if first {
+                transit.began(now);
             }
         }
-        let last = last?;
-        let peers = providers
-            .iter()
-            .filter_map(|slot| self.peers[*slot].as_ref());
-        let rate: f64 = peers.filter_map(Peer::rate).sum();
-        let is_thin = rate > 0.0 && rate * FELT.as_secs_f64() < SHORT_REQUEST;
-        is_thin.then_some(last + LATELY)
     }
+
+    /// A response of which something came has ended, or nothing more of it is expected.
+    pub(super) fn end_transit(&mut self, now: Time, slot: usize) {
+        let Some(peer) = &mut self.peers[slot] else {
+            return;
+        };
+        self.reading[peer.class as usize].transit.ended(now);
+        peer.transit.ended(now);
+    }
+}
+
+/// Whether it is known to be: who answers late is not thin, and neither who answers at once.
+fn is_thin(transit: &Transit) -> bool {
+    transit
+        .rate()
+        .is_some_and(|rate| rate * FELT.as_secs_f64() < SHORT)
 }

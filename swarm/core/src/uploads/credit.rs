@@ -16,11 +16,8 @@ const RECEIVERS: usize = 10;
 /// has room may ask for something new any moment, and the others for what was sent of each other (32 nodes, 4 MiB, simulated, together with
 /// the rule of ten receivers: 1.15 copies are sent instead of 1.33).
 const NEARLY_IDLE: u64 = 3;
-/// Least bound of bytes in flight: four requests to peers of unknown rate. Of a link that is known to be thin at most this much of its rate: what is in
-/// flight is ahead of what somebody waits for. But enough that the next response is there before the last has gone.
+/// Least bound of bytes in flight: four requests to peers of unknown rate.
 const MIN_IN_FLIGHT: u64 = 256 << 10;
-const THIN_SECONDS: f64 = 1.0;
-const THIN_IN_FLIGHT: u64 = 32 << 10;
 /// Largest bound of bytes in flight within the site, and to others: half of what responses may cost in memory.
 const MAX_IN_FLIGHT: u64 = 16 << 20;
 /// Bytes in flight to one peer while others wait, of this site or beyond; one response is always allowed.
@@ -69,11 +66,8 @@ impl Credit {
 impl Uploads {
     /// What may be sent now.
     pub(super) fn credit(&mut self, now: Time) -> Credit {
-        let least = self.meter.rate().map_or(MIN_IN_FLIGHT, |rate| {
-            ((rate * THIN_SECONDS) as u64).clamp(THIN_IN_FLIGHT, MIN_IN_FLIGHT)
-        });
         let rate = self.meter.rate().unwrap_or_default();
-        let bound = ((rate * IN_FLIGHT_SECONDS) as u64).clamp(least, MAX_IN_FLIGHT);
+        let bound = ((rate * IN_FLIGHT_SECONDS) as u64).clamp(MIN_IN_FLIGHT, MAX_IN_FLIGHT);
         let (within, beyond) = self.counted_in_flight(now);
         let is_idle = within < bound / NEARLY_IDLE;
         Credit {
