@@ -188,12 +188,13 @@ impl Downloads {
         &mut self,
         now: Time,
         root: &RootHash,
-        groups: Range<u64>,
+        groups: &GroupRanges,
     ) -> Result<(), UnknownBlob> {
         let at = self.at(root)?;
         if let Some(blob) = &mut self.blobs[at] {
-            blob.extend_want(&groups.clone().into());
-            spans::overlaps(blob.map.lacking(), groups).for_each(|part| blob.demanded.insert(part));
+            blob.extend_want(groups);
+            let lacking = blob.map.lacking().intersection(groups);
+            blob.demanded.union_with(&lacking);
             let whole = blob.map.geometry().groups();
             blob.is_read |= blob.map.held().count() + blob.demanded.count() < whole;
         }

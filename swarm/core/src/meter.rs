@@ -83,39 +83,67 @@ impl RateMeter {
     }
 }
 
-/// How fast responses come once they have begun to: what the link carries, however long each is waited for.
+/// How fast responses come once they have begun to: what the link carries, however long each is waited for. Of the last ten to twenty seconds: where
+/// responses come too fast to be seen on their way, nothing is known soon.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Transit {
-    meter: RateMeter,
-    /// Responses of which something has come, but not all.
+    /// Responses of which something has come, but not all; and since when it was not counted.
     coming: usize,
+    since: Time,
+    /// Bytes, and the time in which they came: of this span and the one before.
+    spans: [(u64, Duration); 2],
+    began: Time,
 }
+
+/// Length of a span, and the least time that tells a rate.
+const SPAN: Duration = Duration::from_secs(10);
+const TELLING: Duration = Duration::from_millis(100);
 
 impl Transit {
     /// Bytes came. What comes first of a response says nothing, unless another was coming already.
     pub(crate) fn came(&mut self, now: Time, bytes: u64) {
+        self.count(now);
         if self.coming > 0 {
-            self.meter.add(now, bytes);
+            self.spans[0].0 += bytes;
         }
     }
 
     /// Something of a response has come.
     pub(crate) fn began(&mut self, now: Time) {
+        self.count(now);
         self.coming += 1;
-        self.meter.start(now);
     }
 
     /// All of it has, or nothing more is expected.
     pub(crate) fn ended(&mut self, now: Time) {
+        self.count(now);
         self.coming = self.coming.saturating_sub(1);
-        if self.coming == 0 {
-            self.meter.stop(now);
-        }
     }
 
     /// Bytes a second; `None` where responses came too fast, or too few, to tell.
-    pub(crate) fn rate(&self) -> Option<f64> {
-        self.meter.rate()
+    pub(crate) fn rate(&mut self, now: Time) -> Option<f64> {
+        self.count(now);
+        let [(bytes, time), (before, long)] = self.spans;
+        let time = time + long;
+        (time >= TELLING).then(|| (bytes + before) as f64 / time.as_secs_f64())
+    }
+
+    /// Counts the time that has passed.
+    fn count(&mut self, now: Time) {
+        let passed = now - self.began;
+        if passed >= SPAN {
+            let last = std::mem::take(&mut self.spans[0]);
+            self.spans[1] = if passed < 2 * SPAN {
+                last
+            } else {
+                Default::default()
+            };
+            self.began = now;
+        }
+        if self.coming > 0 {
+            self.spans[0].1 += now - self.since;
+        }
+        self.since = now;
     }
 }
 
@@ -160,20 +188,23 @@ mod tests {
             let came = at(round * 1000 + 500);
             transit.came(came, 10_000);
             transit.began(came);
-            assert_eq!(transit.rate().is_some(), round > 0);
+            assert_eq!(transit.rate(came).is_some(), round > 0);
             let ended = at(round * 1000 + 700);
             transit.came(ended, 10_000);
             transit.ended(ended);
         }
-        assert_eq!(transit.rate(), Some(50_000.0));
-        // What comes at once tells nothing.
-        let mut transit = Transit::default();
-        for round in 0..100 {
+        assert_eq!(transit.rate(at(9_700)), Some(50_000.0));
+        // What comes at once tells nothing, and what was known is forgotten.
+        for round in 10..40 {
             transit.came(at(round * 1000), 10_000);
             transit.began(at(round * 1000));
             transit.ended(at(round * 1000));
+            assert_eq!(
+                transit.rate(at(round * 1000)).is_some(),
+                round < 20,
+                "{round}"
+            );
         }
-        assert_eq!(transit.rate(), None);
     }
 
     #[test]

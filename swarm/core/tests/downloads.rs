@@ -188,7 +188,9 @@ fn what_cannot_be_stored_pauses_the_blob_and_counts_for_nothing() {
 fn demand_goes_out_first_and_is_hedged_when_late() {
     let mut downloads = with_seeders(4096, 2);
     outputs(&mut downloads, at(0));
-    downloads.demand(at(1), &root(), 4000..4002).expect("known");
+    downloads
+        .demand(at(1), &root(), &(4000..4002).into())
+        .expect("known");
     let asked = requests(&outputs(&mut downloads, at(1)));
     let (first, _, groups, demand) = asked[0].clone();
     assert!(demand && groups.contains(&4000), "{groups:?}");
@@ -221,7 +223,7 @@ fn demand_is_answered_although_the_window_is_full() {
         .find(|g| before.iter().all(|(_, _, run, _)| !run.contains(g)))
         .expect("more than a window");
     downloads
-        .demand(at(1), &root(), target..target + 1)
+        .demand(at(1), &root(), &(target..target + 1).into())
         .expect("known");
     let asked = requests(&outputs(&mut downloads, at(1)));
     assert_eq!(asked.len(), 1);
@@ -485,7 +487,7 @@ impl Oracle {
                 downloads.peer_disconnected(now, peer);
             }
             Step::Demand(group) => downloads
-                .demand(now, &root(), group..(group + 3).min(GROUPS))
+                .demand(now, &root(), &(group..(group + 3).min(GROUPS)).into())
                 .expect("known"),
             Step::Wait(_) => {}
         }

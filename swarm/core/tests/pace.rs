@@ -165,14 +165,16 @@ fn what_is_demanded_goes_first_and_within_the_cap() {
         .expect("most lacks");
     let demanded = lacking..lacking + 1;
     let (root, now) = (root(), fleet.now);
-    let _known = fleet.downloads.demand(now, &root, demanded.clone());
+    let _known = fleet.downloads.demand(now, &root, &demanded.clone().into());
     fleet.run(at(5_300));
     let first = fleet.asked.iter().find(|(asked, ..)| *asked >= at(5_000));
     let (asked, _, groups, demand) = first.expect("something is asked in 300 ms");
     assert!(*demand && *groups == demanded, "{groups:?}");
     assert!(*asked <= at(5_010), "it waited until {asked:?}");
     // And if everything is demanded, the cap holds all the same.
-    let _known = fleet.downloads.demand(at(5_300), &root, 0..GROUPS);
+    let _known = fleet
+        .downloads
+        .demand(at(5_300), &root, &(0..GROUPS).into());
     fleet.run(at(16_000));
     let bytes = fleet.between(at(6_000), at(16_000), |_| true);
     let share = bytes as f64 / (1e6 / 8.0 * 10.0);

@@ -37,10 +37,14 @@ struct Node {
     rate: u64,
     /// Milliseconds from a request to the first of its bytes.
     delay: u64,
+    /// Milliseconds that writing takes.
+    store: u64,
     now: u64,
     queue: VecDeque<Asked>,
     sending: Option<(Asked, u64)>,
     untold: u64,
+    /// What is being written, and until when.
+    writing: VecDeque<(u64, RequestId, Range<u64>)>,
     /// When something was asked for that nobody waits for, and how many groups.
     besides: Vec<(u64, u64)>,
 }
@@ -53,10 +57,12 @@ impl Node {
             downloads,
             rate,
             delay,
+            store: 1,
             now: 0,
             queue: VecDeque::new(),
             sending: None,
             untold: 0,
+            writing: VecDeque::new(),
             besides: vec![],
         }
     }
@@ -86,6 +92,9 @@ impl Node {
     fn step(&mut self) {
         self.now += 1;
         let now = at(self.now);
+        while let Some((_, id, groups)) = self.writing.pop_front_if(|(at, ..)| *at <= self.now) {
+            self.downloads.handle_received(now, PROVIDER, id, &groups);
+        }
         while let Some(output) = self.downloads.poll_output(now) {
             if let Output::Request {
                 id, groups, demand, ..
@@ -119,8 +128,10 @@ impl Node {
         self.untold += self.rate;
         if *sent >= asked.bytes {
             let (id, groups) = (asked.id, asked.groups.clone());
+            let bytes = asked.bytes;
             (self.sending, self.untold) = (None, 0);
-            self.downloads.handle_received(now, PROVIDER, id, &groups);
+            self.downloads.handle_progress(now, PROVIDER, id, bytes);
+            self.writing.push_back((self.now + self.store, id, groups));
         } else if self.now.is_multiple_of(TICK) {
             let told = std::mem::take(&mut self.untold);
             self.downloads
@@ -136,7 +147,7 @@ impl Node {
     fn demand(&mut self, root: &RootHash, groups: Range<u64>) -> u64 {
         let began = self.now;
         self.downloads
-            .demand(at(began), root, groups.clone())
+            .demand(at(began), root, &groups.clone().into())
             .expect("known");
         while !self.holds(root, &groups) {
             self.step();
@@ -244,9 +255,8 @@ fn where_a_response_is_not_felt_all_goes_on() {
     assert!(groups * 10 > most * 8, "{groups} of {most}");
 }
 
-#[test]
-fn who_is_far_is_not_thin() {
-    let mut node = Node::over(2_500, 90);
+/// What of the link is used when all of a pack is fetched of which only single groups were read before.
+fn used_after_reads(mut node: Node) -> f64 {
     let pack = node.fetch("pack", GROUPS, 0..0);
     node.read(&pack, 0..50, 5);
     let began = node.now;
@@ -255,6 +265,34 @@ fn who_is_far_is_not_thin() {
         .expect("known");
     node.read(&pack, 50..80, 5);
     let (_, groups) = node.besides_since(began);
-    let most = (node.now - began) * 2_500 / GROUP_LEN;
-    assert!(groups * 10 > most * 5, "{groups} of {most}");
+    (groups * GROUP_LEN) as f64 / ((node.now - began) * node.rate) as f64
+}
+
+#[test]
+fn who_is_far_or_writes_slowly_is_not_thin() {
+    let used = used_after_reads(Node::over(2_500, 90));
+    assert!(used > 0.5, "far: {used}");
+    let mut slow = Node::over(2_500, 5);
+    slow.store = 150;
+    let used = used_after_reads(slow);
+    assert!(used > 0.5, "slow: {used}");
+}
+
+#[test]
+fn an_index_of_which_some_is_here_is_not_read_either() {
+    let mut node = Node::over(THIN, 20);
+    let index = node.fetch("index", 32, 0..32);
+    let rest: GroupRanges = [0..10, 12..32].into_iter().collect();
+    node.demand(&index, 10..12);
+    node.pass(12_000);
+    let now = at(node.now);
+    node.downloads.demand(now, &index, &rest).expect("known");
+    while !node.holds(&index, &(0..32)) {
+        node.step();
+    }
+    let ended = node.now;
+    node.fetch("pack", GROUPS, 0..GROUPS);
+    node.pass(1_000);
+    let (_, groups) = node.besides_since(ended);
+    assert!(groups >= 8, "{groups}");
 }

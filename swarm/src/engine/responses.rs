@@ -50,6 +50,11 @@ impl Engine {
         if asked.groups.is_empty() {
             peer.asked.remove(&id);
         }
+        // What comes next need not wait until it is written.
+        let bytes = group_bytes(&groups, part.size);
+        let bytes = bytes.end - bytes.start;
+        self.downloads
+            .handle_progress(now, key, RequestId(id), bytes);
         self.pool.submit(Job::Write { part, encoded });
     }
 

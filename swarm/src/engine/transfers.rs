@@ -347,8 +347,9 @@ impl Engine {
         match transfer.size() {
             None => transfer.demanded.union_with(&groups),
             Some(size) => {
-                for run in groups.intersection(&GroupRanges::all(size)).runs() {
-                    let _known = self.downloads.demand(now, &root, run.clone());
+                let groups = groups.intersection(&GroupRanges::all(size));
+                if !groups.is_empty() {
+                    let _known = self.downloads.demand(now, &root, &groups);
                 }
             }
         }

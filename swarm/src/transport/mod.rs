@@ -5,13 +5,14 @@
 
 mod admission;
 mod outgoing;
+mod records;
 mod refusal;
 mod tls;
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::io::{BufReader, BufWriter};
+use futures::io::BufWriter;
 use futures::{AsyncRead, AsyncWrite};
 use libp2p::core::muxing::StreamMuxerBox;
 use libp2p::core::transport::Boxed;
@@ -23,6 +24,7 @@ use socket2::{SockRef, TcpKeepalive};
 
 pub use admission::{Gatekeeper, peer_id_of};
 pub use outgoing::{Outgoing, Sockets};
+use records::Records;
 pub use refusal::AdmissionError;
 use tls::Tls;
 
@@ -42,8 +44,6 @@ const ASKED: u32 = 3;
 #[cfg(target_os = "linux")]
 const UNSENT: u32 = 16 << 10;
 
-/// Bytes asked of the socket at once: rustls by itself asks for 4 KiB, a quarter of a record.
-const READ_AHEAD: usize = 128 << 10;
 /// Bytes gathered before they are encrypted, unless the multiplexer flushes: it writes each frame's header by itself, which
 /// would become a record, and a packet, of 12 bytes.
 const WRITE_BEHIND: usize = 64 << 10;
@@ -58,7 +58,8 @@ pub fn build(
     let tcp = tcp::tokio::Transport::new(tcp::Config::default().nodelay(true));
     let upgraded = tcp.and_then(move |socket, endpoint| async move {
         tune(&socket).map_err(AdmissionError::Socket)?;
-        let upgrade = upgrade(sockets.count(socket), endpoint, tls, gatekeeper);
+        let socket = Records::new(sockets.count(socket));
+        let upgrade = upgrade(socket, endpoint, tls, gatekeeper);
         tokio::time::timeout(admission::TIMEOUT, upgrade)
             .await
             .unwrap_or(Err(AdmissionError::Timeout))
@@ -100,7 +101,6 @@ where
         ConnectedPoint::Listener { .. } => true,
         ConnectedPoint::Dialer { role_override, .. } => role_override == Endpoint::Listener,
     };
-    let socket = BufReader::with_capacity(READ_AHEAD, socket);
     let mut secured: futures_rustls::TlsStream<_> = if is_server {
         tokio::time::timeout(TLS_PATIENCE, tls.acceptor.accept(socket))
             .await

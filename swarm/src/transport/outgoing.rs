@@ -8,6 +8,8 @@
 use std::collections::HashMap;
 use std::io::{ErrorKind, IoSlice, Result};
 use std::net::SocketAddr;
+#[cfg(target_os = "linux")]
+use std::os::fd::AsRawFd;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::task::{Context, Poll, Waker, ready};
@@ -158,6 +160,28 @@ impl Sockets {
 pub(super) struct Counted {
     socket: Socket,
     outgoing: Arc<Outgoing>,
+}
+
+impl Counted {
+    /// Has the system say that there is something to read when so many bytes are there, or the end.
+    pub(super) fn wake_at(&self, bytes: usize) -> Result<()> {
+        #[cfg(not(target_os = "linux"))]
+        let _each_packet_wakes = bytes;
+        #[cfg(target_os = "linux")]
+        {
+            let (socket, bytes) = (self.socket.0.as_raw_fd(), bytes as libc::c_int);
+            let len = size_of_val(&bytes) as libc::socklen_t;
+            // SAFETY: the descriptor is open for as long as `self` is borrowed, and the option's value is an integer that outlives the call.
+            let set = unsafe {
+                let value = (&raw const bytes).cast();
+                libc::setsockopt(socket, libc::SOL_SOCKET, libc::SO_RCVLOWAT, value, len)
+            };
+            if set != 0 {
+                return Err(std::io::Error::last_os_error());
+            }
+        }
+        Ok(())
+    }
 }
 
 impl Drop for Counted {

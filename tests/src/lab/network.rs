@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::namespace::{Namespace, batch, make_room_for_names};
+use super::namespace::{Namespace, batch, make_room_for_names, unfilter_bridges};
 use super::scenario::{Rate, Scenario};
 
 /// What a bucket may send at once, in time of its link; and at least, in bytes.
@@ -81,6 +81,7 @@ impl Network {
     /// Sets up what a scenario asks for.
     pub fn set_up(scenario: &Scenario) -> Result<Self> {
         make_room_for_names()?;
+        unfilter_bridges();
         let mut ip = String::from("link set lo up\n");
         let mut tc = String::new();
         let routed = scenario.sites.len() > 1;

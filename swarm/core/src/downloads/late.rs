@@ -33,7 +33,7 @@ const CANCEL_PATIENCE: Duration = Duration::from_millis(250);
 /// Longest time for which it may be that the answer is the response itself, and still in the provider's buffers.
 const MAX_CANCEL_PATIENCE: Duration = Duration::from_millis(1500);
 /// A provider that was silent for so long does not have the response on its way.
-const SILENCE: Duration = Duration::from_secs(2);
+pub(super) const SILENCE: Duration = Duration::from_secs(2);
 /// Least time that a demanded group is waited for before it is asked of another provider too.
 const HEDGE_AFTER: Duration = Duration::from_millis(50);
 /// What somebody waits for is asked of a peer beyond the site if that brings it so much sooner.

@@ -107,6 +107,7 @@ impl Downloads {
             cost,
             issued: now,
             began: None,
+            is_coming: false,
             arrived: 0,
             got: 0,
             demand,

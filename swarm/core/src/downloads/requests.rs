@@ -23,6 +23,8 @@ pub(super) struct Flight {
     pub(super) issued: Time,
     /// When its first bytes came.
     pub(super) began: Option<Time>,
+    /// Whether some have come, and not all.
+    pub(super) is_coming: bool,
     /// Bytes of it that came, verified or not.
     pub(super) arrived: u64,
     /// Groups of it that came verified.
@@ -67,6 +69,9 @@ impl Downloads {
             flight.began = Some(now);
         }
         flight.arrived += bytes;
+        let (began, is_whole) = (first && flight.live, flight.arrived == flight.bytes);
+        let was_coming = began || flight.is_coming;
+        flight.is_coming = was_coming && !is_whole;
         if !flight.live {
             // Taken out of line when it was given up.
             self.pace
@@ -74,8 +79,11 @@ impl Downloads {
                 .reserve(now, peer.class, flight.cost_of(bytes));
         }
         peer.arrived(now, bytes, flight.live);
-        let (slot, first) = (flight.slot, first && flight.live);
-        self.note_transit(now, slot, bytes, first);
+        let slot = flight.slot;
+        self.note_transit(now, slot, bytes, began);
+        if was_coming && is_whole {
+            self.end_transit(now, slot);
+        }
     }
 
     /// A request ended: its groups that are lacking are open again, unless in another request.
@@ -109,7 +117,7 @@ impl Downloads {
         if !std::mem::take(&mut flight.live) {
             return;
         }
-        let (slot, has_begun) = (flight.slot, flight.began.is_some());
+        let (slot, was_coming) = (flight.slot, std::mem::take(&mut flight.is_coming));
         if let Some(peer) = &mut self.peers[flight.slot] {
             let left = flight.bytes - flight.arrived;
             self.pace.limiter.refund(peer.class, flight.cost_of(left));
@@ -118,7 +126,7 @@ impl Downloads {
         if let Some(blob) = &mut self.blobs[flight.blob] {
             blob.release(id, &flight.groups);
         }
-        if has_begun {
+        if was_coming {
             self.end_transit(now, slot);
         }
     }

@@ -8,6 +8,8 @@
 
 use std::time::Duration;
 
+use super::late::SILENCE;
+use super::peer::Peer;
 use super::{Downloads, Flight};
 use crate::Time;
 use crate::meter::Transit;
@@ -48,19 +50,19 @@ pub(super) enum Besides {
 impl Downloads {
     /// What a peer may be asked for that nobody waits for. Where that is nothing, it is looked at again.
     pub(super) fn besides(&mut self, now: Time, slot: usize) -> Besides {
-        let Some(peer) = &self.peers[slot] else {
+        let Some(peer) = &mut self.peers[slot] else {
             return Besides::Nothing;
         };
         let class = peer.class;
-        let reading = &self.reading[class as usize];
+        let reading = &mut self.reading[class as usize];
         let Some(read_at) = reading.read_at.filter(|at| now - *at < LATELY) else {
             return Besides::All;
         };
-        if !is_thin(&peer.transit) || !is_thin(&reading.transit) {
+        if !is_thin(now, &mut peer.transit) || !is_thin(now, &mut reading.transit) {
             return Besides::All;
         }
         let trickles_at = reading.besides_at.map_or(now, |last| last + TRICKLE);
-        let rests = now - read_at >= PAUSE && !self.anything_comes(class);
+        let rests = now - read_at >= PAUSE && !self.anything_comes(now, class);
         if rests || trickles_at <= now {
             return Besides::OneGroup;
         }
@@ -72,13 +74,14 @@ impl Downloads {
         Besides::Nothing
     }
 
-    /// Whether a request to any peer of a class is open.
-    fn anything_comes(&self, class: Class) -> bool {
-        let of_class = |flight: &&Flight| {
+    /// Whether a request is open to any peer of a class that is not silent.
+    fn anything_comes(&self, now: Time, class: Class) -> bool {
+        let answers = |peer: &Peer| peer.class == class && peer.silent_for(now) < SILENCE;
+        let comes = |flight: &Flight| {
             let peer = self.peers[flight.slot].as_ref();
-            flight.live && peer.is_some_and(|peer| peer.class == class)
+            flight.live && peer.is_some_and(answers)
         };
-        self.flights.values().any(|flight| of_class(&flight))
+        self.flights.values().any(comes)
     }
 
     /// Something is asked for, or has come.
@@ -94,15 +97,13 @@ impl Downloads {
         }
     }
 
-    /// Bytes of a response came; `first` of it.
+    /// Bytes of a response came; `first` says that they are the first of it.
     pub(super) fn note_transit(&mut self, now: Time, slot: usize, bytes: u64, first: bool) {
         let Some(peer) = &mut self.peers[slot] else {
             return;
         };
-        for transit in [
-            &mut self.reading[peer.class as usize].transit,
-            &mut peer.transit,
-        ] {
+        let of_class = &mut self.reading[peer.class as usize].transit;
+        for transit in [of_class, &mut peer.transit] {
             transit.came(now, bytes);
             if first {
                 transit.began(now);
@@ -120,9 +121,8 @@ impl Downloads {
     }
 }
 
-/// Whether it is known to be: who answers late is not thin, and neither who answers at once.
-fn is_thin(transit: &Transit) -> bool {
-    transit
-        .rate()
-        .is_some_and(|rate| rate * FELT.as_secs_f64() < SHORT)
+/// Whether it is known to be: who answers late is not thin, and neither is who answers at once.
+fn is_thin(now: Time, transit: &mut Transit) -> bool {
+    let is_thin = |rate: f64| rate * FELT.as_secs_f64() < SHORT;
+    transit.rate(now).is_some_and(is_thin)
 }
