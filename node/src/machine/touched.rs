@@ -13,7 +13,7 @@ use futures::future::BoxFuture;
 use crate::disk::Disk;
 
 /// What is told apart: the smallest that programs and page tables know.
-const PAGE: u64 = 4096;
+pub const PAGE: u64 = 4096;
 /// Most ranges that are remembered: more than a record of them holds.
 const MAX_RANGES: usize = 65_536;
 /// Ranges that may still grow.

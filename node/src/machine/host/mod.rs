@@ -22,8 +22,8 @@ use super::api::{MachineInfo, MachineRequest, MachineState, StopMachine, Stopped
 use super::config::{Config, Directory, Lock};
 use super::qemu::{self, BeforeExec, Clock, Qemu, Status};
 use crate::control::{
-    ByteRange, CapsuleRef, Failure, FailureCode, Handler, Phase, Progress, Pull, Reporter, Unpin,
-    listen, serve,
+    CapsuleRef, Failure, FailureCode, Handler, Phase, Progress, Pull, Reporter, Unpin, listen,
+    serve,
 };
 use crate::home::Home;
 use daemon::Daemon;
@@ -82,7 +82,7 @@ struct Running {
     /// Whether its memory was written upon that of the origin: it was resumed from it, or captured as it.
     is_of_origin: AtomicBool,
     /// What resuming read first, by component, once that is known.
-    first_reads: Mutex<Vec<(String, Vec<ByteRange>)>>,
+    first_reads: Mutex<Vec<prefetch::Reads>>,
     /// From the start of the process until the guest ran.
     after: Duration,
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use capsule_chunker::content::ReadError;
 use capsule_proto::record::MAX_PREFETCH_RANGES;
-use capsule_proto::{CapsuleId, RootHash};
+use capsule_proto::{CapsuleId, GroupRanges, RootHash};
 use futures::{StreamExt, TryStreamExt, stream};
 
 use super::parts::{Reading, describe};
@@ -15,6 +15,7 @@ use crate::control::{
     ByteRange, CapsuleRef, ComponentInfo, Described, Failure, FailureCode, Phase, Prefetch,
     Progress,
 };
+use crate::machine::touched::PAGE;
 
 /// Ranges that are asked for at a time: enough that a thin link never idles, and in order.
 const AT_ONCE: usize = 64;
@@ -25,6 +26,12 @@ const SETTLED: Duration = Duration::from_secs(10);
 /// How often it is looked whether it waits, and how long it may.
 const TICK: Duration = Duration::from_millis(500);
 const WAITS: Duration = Duration::from_millis(200);
+
+/// What was read first may have missed this part of what is known, and that is still told.
+const MISSED_PART: u64 = 16;
+
+/// A component, and what is read of it first, in order.
+pub type Reads = (String, Vec<ByteRange>);
 
 /// Brings what is known to be read first.
 pub async fn bring(host: &Host, described: &Described, reading: &[Reading]) -> Result<(), Failure> {
@@ -79,6 +86,7 @@ pub async fn bring(host: &Host, described: &Described, reading: &[Reading]) -> R
 /// Publishes what was read by a guest that was resumed, once that is over.
 pub async fn publish_later(host: Arc<Host>, running: Arc<Running>) {
     settled(&running).await;
+    note_first_reads(&running);
     publish(&host, &running).await;
     std::future::pending().await
 }
@@ -133,27 +141,82 @@ pub async fn hand_on(
 }
 
 /// What is told of a capsule, by component.
-fn told(described: &Described) -> Vec<(String, Vec<ByteRange>)> {
+fn told(described: &Described) -> Vec<Reads> {
     let told = described.prefetch.iter();
     told.map(|of| (of.component.clone(), of.ranges.clone()))
         .collect()
 }
 
-/// What is known to be read first of each component: what was told of the capsule, or else what this guest has read until it had settled.
-fn first_reads(running: &Running) -> Vec<(String, Vec<ByteRange>)> {
+/// What is known to be read first of each component: what this guest read until it had settled; before that, what was told of the capsule, or else
+/// what it has read so far.
+fn first_reads(running: &Running) -> Vec<Reads> {
+    let noted = lock(&running.first_reads).clone();
+    if !noted.is_empty() || running.parts.state.is_none() {
+        return noted;
+    }
+    let known: Vec<Reads> = running.parts.described.iter().flat_map(told).collect();
+    if known.is_empty() {
+        reads(running)
+    } else {
+        known
+    }
+}
+
+/// Notes what a guest has read first that has settled now.
+fn note_first_reads(running: &Running) {
+    if running.parts.state.is_none() {
+        return;
+    }
+    let known: Vec<Reads> = running.parts.described.iter().flat_map(told).collect();
+    let read = reads(running);
     let mut first = lock(&running.first_reads);
-    if first.is_empty() && running.parts.state.is_some() {
-        *first = running.parts.described.iter().flat_map(told).collect();
+    if first.is_empty() {
+        *first = if tells(&known, &read) { known } else { read };
     }
-    if first.is_empty() && running.parts.state.is_some() {
-        let read = running.parts.reading.iter().map(|read| {
-            let ranges = read.watched.touched().into_iter().take(MAX_PREFETCH_RANGES);
-            let ranges = ranges.map(|(start, length)| ByteRange { start, length });
-            (read.component.clone(), ranges.collect())
-        });
-        *first = read.collect();
+}
+
+/// What was read of each component so far.
+fn reads(running: &Running) -> Vec<Reads> {
+    let read = running.parts.reading.iter().map(|read| {
+        let ranges = read.watched.touched().into_iter().take(MAX_PREFETCH_RANGES);
+        let ranges = ranges.map(|(start, length)| ByteRange { start, length });
+        (read.component.clone(), ranges.collect())
+    });
+    read.collect()
+}
+
+/// Whether what is known tells what was read, but for a little, as no two guests read quite the same. It does not where it was handed on from a capsule
+/// before, and much has happened since.
+fn tells(known: &[Reads], read: &[Reads]) -> bool {
+    let pages_of = |component: &str| {
+        let mut known = known.iter().filter(|(name, _)| name == component);
+        known
+            .next()
+            .map_or_else(GroupRanges::new, |(_, ranges)| pages(ranges))
+    };
+    let (mut told, mut missed) = (0, 0);
+    for (component, ranges) in read {
+        let known = pages_of(component);
+        told += known.count();
+        missed += pages(ranges).difference(&known).count();
     }
-    first.clone()
+    missed * MISSED_PART <= told
+}
+
+/// The pages of ranges.
+fn pages(ranges: &[ByteRange]) -> GroupRanges {
+    let page = |range: &ByteRange| {
+        let end = range.start.saturating_add(range.length);
+        range.start / PAGE..end.div_ceil(PAGE)
+    };
+    let mut pages: Vec<_> = ranges
+        .iter()
+        .map(page)
+        .filter(|run| !run.is_empty())
+        .collect();
+    // In order each is put behind the others.
+    pages.sort_unstable_by_key(|run| run.start);
+    pages.into_iter().collect()
 }
 
 async fn tell(host: &Host, component: RootHash, ranges: Vec<ByteRange>) {
@@ -169,4 +232,46 @@ async fn tell(host: &Host, component: RootHash, ranges: Vec<ByteRange>) {
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn reads(component: &str, pages: &[(u64, u64)]) -> Reads {
+        let range = |&(start, length): &(u64, u64)| ByteRange {
+            start: start * PAGE,
+            length: length * PAGE,
+        };
+        (component.to_owned(), pages.iter().map(range).collect())
+    }
+
+    #[test]
+    fn what_is_known_is_told_until_it_misses_much() {
+        let known = [
+            reads("ram", &[(1000, 100), (0, 50)]),
+            reads("disk0", &[(7, 10)]),
+        ];
+        assert!(tells(&known, &known));
+        let little = [
+            reads("ram", &[(0, 60), (1000, 3)]),
+            reads("disk0", &[(7, 10)]),
+        ];
+        assert!(tells(&known, &little), "10 pages of 160 are new");
+        let much = [reads("ram", &[(0, 60)]), reads("disk0", &[(0, 17)])];
+        assert!(!tells(&known, &much), "17 are");
+        assert!(!tells(&[], &little), "nothing is known");
+        assert!(
+            !tells(&known[..1], &[reads("disk0", &[(0, 1)])]),
+            "not of this one"
+        );
+    }
+
+    #[test]
+    fn ranges_in_any_order_are_pages() {
+        let ranges = [(5 * PAGE, 1), (2 * PAGE, 2 * PAGE), (0, PAGE + 1), (9, 0)];
+        let ranges = ranges.map(|(start, length)| ByteRange { start, length });
+        let all: GroupRanges = [0..4, 5..6].into_iter().collect();
+        assert_eq!(pages(&ranges), all);
+    }
 }
