@@ -148,18 +148,17 @@ fn told(described: &Described) -> Vec<Reads> {
 }
 
 /// What is known to be read first of each component: what this guest read until it had settled; before that, what was told of the capsule, or else
-/// what it has read so far.
+/// what it has read until this is asked first, as a capture reads too.
 fn first_reads(running: &Running) -> Vec<Reads> {
-    let noted = lock(&running.first_reads).clone();
-    if !noted.is_empty() || running.parts.state.is_none() {
-        return noted;
+    let mut first = lock(&running.first_reads);
+    if first.is_empty() && running.parts.state.is_some() {
+        let known: Vec<Reads> = running.parts.described.iter().flat_map(told).collect();
+        if !known.is_empty() {
+            return known;
+        }
+        *first = reads(running);
     }
-    let known: Vec<Reads> = running.parts.described.iter().flat_map(told).collect();
-    if known.is_empty() {
-        reads(running)
-    } else {
-        known
-    }
+    first.clone()
 }
 
 /// Notes what a guest has read first that has settled now.
