@@ -369,7 +369,7 @@ impl Downloads {
         blob.crossing.received(now, &groups, across);
         self.count_arrival(now, id, missed);
         if demand {
-            self.note_reading(now, slot, at, demand);
+            self.note_reading(now, slot, at, true);
         }
         if let Some(peer) = &mut self.peers[slot] {
             peer.served(now);

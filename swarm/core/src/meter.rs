@@ -10,6 +10,9 @@ use crate::Time;
 const SAMPLE: Duration = Duration::from_millis(100);
 /// Memory of the average: some responses of a busy provider long, which come in bursts.
 const MEMORY: f64 = 1.0;
+/// Of a transit: length of one of the two spans that count, and the least time that tells a rate.
+const SPAN: Duration = Duration::from_secs(10);
+const TELLING: Duration = Duration::from_millis(100);
 
 /// Exponentially weighted rate over the time in which something was expected.
 #[derive(Clone, Debug, Default)]
@@ -94,10 +97,6 @@ pub(crate) struct Transit {
     spans: [(u64, Duration); 2],
     began: Time,
 }
-
-/// Length of a span, and the least time that tells a rate.
-const SPAN: Duration = Duration::from_secs(10);
-const TELLING: Duration = Duration::from_millis(100);
 
 impl Transit {
     /// Bytes came. What comes first of a response says nothing, unless another was coming already.

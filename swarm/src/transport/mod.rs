@@ -12,7 +12,7 @@ mod tls;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::io::BufWriter;
+use futures::io::{BufReader, BufWriter};
 use futures::{AsyncRead, AsyncWrite};
 use libp2p::core::muxing::StreamMuxerBox;
 use libp2p::core::transport::Boxed;
@@ -44,6 +44,8 @@ const ASKED: u32 = 3;
 #[cfg(target_os = "linux")]
 const UNSENT: u32 = 16 << 10;
 
+/// Bytes asked of the socket at once: rustls by itself asks for 4 KiB, a quarter of a record.
+const READ_AHEAD: usize = 128 << 10;
 /// Bytes gathered before they are encrypted, unless the multiplexer flushes: it writes each frame's header by itself, which
 /// would become a record, and a packet, of 12 bytes.
 const WRITE_BEHIND: usize = 64 << 10;
@@ -101,6 +103,7 @@ where
         ConnectedPoint::Listener { .. } => true,
         ConnectedPoint::Dialer { role_override, .. } => role_override == Endpoint::Listener,
     };
+    let socket = BufReader::with_capacity(READ_AHEAD, socket);
     let mut secured: futures_rustls::TlsStream<_> = if is_server {
         tokio::time::timeout(TLS_PATIENCE, tls.acceptor.accept(socket))
             .await

@@ -12,8 +12,6 @@ use futures::{AsyncRead, AsyncWrite};
 
 use super::outgoing::Counted;
 
-/// Bytes asked of the socket at once: rustls by itself asks for 4 KiB, a quarter of a record.
-const READ_AHEAD: usize = 128 << 10;
 /// A record's header, and the most that may follow (RFC 8446, section 5).
 const HEADER: usize = 5;
 const MAX_RECORD: usize = (16 << 10) + 256;
@@ -21,10 +19,6 @@ const MAX_RECORD: usize = (16 << 10) + 256;
 /// A socket of which records are read.
 pub(super) struct Records {
     socket: Counted,
-    buffer: Box<[u8]>,
-    /// What of the buffer was not taken yet.
-    start: usize,
-    end: usize,
     framing: Framing,
     /// How many bytes the system waits for.
     awaited: usize,
@@ -34,9 +28,6 @@ impl Records {
     pub(super) fn new(socket: Counted) -> Self {
         Self {
             socket,
-            buffer: vec![0; READ_AHEAD].into(),
-            start: 0,
-            end: 0,
             framing: Framing::default(),
             awaited: 1,
         }
@@ -49,20 +40,13 @@ impl AsyncRead for Records {
         context: &mut Context<'_>,
         into: &mut [u8],
     ) -> Poll<Result<usize>> {
-        let this = &mut *self;
-        if this.start == this.end {
-            let read = Pin::new(&mut this.socket).poll_read(context, &mut this.buffer);
-            let missing = this.framing.missing();
-            if read.is_pending() && this.awaited != missing && this.socket.wake_at(missing).is_ok()
-            {
-                this.awaited = missing;
-            }
-            (this.start, this.end) = (0, ready!(read)?);
-            this.framing.pass(&this.buffer[..this.end]);
+        let read = Pin::new(&mut self.socket).poll_read(context, into);
+        let missing = self.framing.missing();
+        if read.is_pending() && self.awaited != missing && self.socket.wake_at(missing).is_ok() {
+            self.awaited = missing;
         }
-        let count = into.len().min(this.end - this.start);
-        into[..count].copy_from_slice(&this.buffer[this.start..this.start + count]);
-        this.start += count;
+        let count = ready!(read)?;
+        self.framing.pass(&into[..count]);
         Poll::Ready(Ok(count))
     }
 }

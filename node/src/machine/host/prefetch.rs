@@ -26,8 +26,7 @@ const SETTLED: Duration = Duration::from_secs(10);
 /// How often it is looked whether it waits, and how long it may.
 const TICK: Duration = Duration::from_millis(500);
 const WAITS: Duration = Duration::from_millis(200);
-
-/// What was read first may have missed this part of what is known, and that is still told.
+/// What is known of a capsule is told again, unless more was read beside it than this part of it.
 const MISSED_PART: u64 = 16;
 
 /// A component, and what is read of it first, in order.
@@ -147,12 +146,17 @@ fn told(described: &Described) -> Vec<Reads> {
         .collect()
 }
 
+/// What was told of the capsule from which a guest was resumed.
+fn known(running: &Running) -> Vec<Reads> {
+    running.parts.described.iter().flat_map(told).collect()
+}
+
 /// What is known to be read first of each component: what this guest read until it had settled; before that, what was told of the capsule, or else
 /// what it has read until this is asked first, as a capture reads too.
 fn first_reads(running: &Running) -> Vec<Reads> {
     let mut first = lock(&running.first_reads);
     if first.is_empty() && running.parts.state.is_some() {
-        let known: Vec<Reads> = running.parts.described.iter().flat_map(told).collect();
+        let known = known(running);
         if !known.is_empty() {
             return known;
         }
@@ -166,8 +170,7 @@ fn note_first_reads(running: &Running) {
     if running.parts.state.is_none() {
         return;
     }
-    let known: Vec<Reads> = running.parts.described.iter().flat_map(told).collect();
-    let read = reads(running);
+    let (known, read) = (known(running), reads(running));
     let mut first = lock(&running.first_reads);
     if first.is_empty() {
         *first = if tells(&known, &read) { known } else { read };

@@ -107,7 +107,6 @@ impl Downloads {
             cost,
             issued: now,
             began: None,
-            is_coming: false,
             arrived: 0,
             got: 0,
             demand,

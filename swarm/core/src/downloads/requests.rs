@@ -23,8 +23,6 @@ pub(super) struct Flight {
     pub(super) issued: Time,
     /// When its first bytes came.
     pub(super) began: Option<Time>,
-    /// Whether some have come, and not all.
-    pub(super) is_coming: bool,
     /// Bytes of it that came, verified or not.
     pub(super) arrived: u64,
     /// Groups of it that came verified.
@@ -37,6 +35,11 @@ pub(super) struct Flight {
 }
 
 impl Flight {
+    /// Whether some of its bytes have come, and more are expected.
+    fn is_coming(&self) -> bool {
+        self.live && self.began.is_some() && self.arrived < self.bytes
+    }
+
     /// The part of the cost that so many of its bytes have.
     fn cost_of(&self, bytes: u64) -> u64 {
         let part = u128::from(self.cost) * u128::from(bytes) / u128::from(self.bytes.max(1));
@@ -64,14 +67,14 @@ impl Downloads {
         };
         let bytes = bytes.min(flight.bytes - flight.arrived);
         let first = flight.arrived == 0 && bytes > 0;
+        let begins = first && flight.live;
+        let came = begins || flight.is_coming();
         if first {
             peer.started(now - flight.issued);
             flight.began = Some(now);
         }
         flight.arrived += bytes;
-        let (began, is_whole) = (first && flight.live, flight.arrived == flight.bytes);
-        let was_coming = began || flight.is_coming;
-        flight.is_coming = was_coming && !is_whole;
+        let ends = came && !flight.is_coming();
         if !flight.live {
             // Taken out of line when it was given up.
             self.pace
@@ -80,8 +83,8 @@ impl Downloads {
         }
         peer.arrived(now, bytes, flight.live);
         let slot = flight.slot;
-        self.note_transit(now, slot, bytes, began);
-        if was_coming && is_whole {
+        self.note_transit(now, slot, bytes, begins);
+        if ends {
             self.end_transit(now, slot);
         }
     }
@@ -114,10 +117,10 @@ impl Downloads {
         let Some(flight) = self.flights.get_mut(&id) else {
             return;
         };
+        let (slot, was_coming) = (flight.slot, flight.is_coming());
         if !std::mem::take(&mut flight.live) {
             return;
         }
-        let (slot, was_coming) = (flight.slot, std::mem::take(&mut flight.is_coming));
         if let Some(peer) = &mut self.peers[flight.slot] {
             let left = flight.bytes - flight.arrived;
             self.pace.limiter.refund(peer.class, flight.cost_of(left));
