@@ -17,6 +17,7 @@ mod effort;
 pub mod encode;
 mod error;
 mod follow;
+pub mod front;
 pub mod hash;
 mod making;
 mod pages;

@@ -180,13 +180,17 @@ pub struct ByteRange {
     pub length: u64,
 }
 
-/// Publishes what was read of a component first, so that the next who resumes it fetches exactly that.
+/// Publishes what was read of a component first, so that the next who resumes it fetches exactly that; unless somebody did, or at most eight times in the place of
+/// what they said.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Prefetch {
     /// The component.
     pub component: RootHash,
     /// Which ranges, in order of use; at most 8,192.
     pub ranges: Vec<ByteRange>,
+    /// Whether that is to be told in the place of what is known already, as that misses much.
+    #[serde(default)]
+    pub renews: bool,
 }
 
 /// Answer to `prefetch`.

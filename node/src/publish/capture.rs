@@ -5,6 +5,7 @@
 //! runs on.
 
 use std::collections::BTreeSet;
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
@@ -38,6 +39,8 @@ use crate::store::Store;
 use crate::transfer::pull;
 use crate::work::{Task, Work, blocking};
 
+/// Most words on what is read first of a component, each in the place of those before: guests that never read the same come to an end with it.
+const MAX_PREFETCHES: usize = 8;
 /// Most patches on a component: one for each stop of which nothing could be published.
 const MAX_PATCHES: usize = 256;
 
@@ -47,6 +50,8 @@ struct Here {
     capsule: CapsuleId,
     name: String,
     component: Component,
+    /// What is known to be read first of it, in no order.
+    read_first: Vec<Range<u64>>,
 }
 
 /// Publishes a machine.
@@ -198,11 +203,18 @@ fn find(node: &Node, captured: &Captured) -> Result<Option<Here>, Failure> {
     let name = spelled(&resolution);
     let manifest = node.holdings.complete(&resolution.capsule, &name)?;
     match manifest.component(component) {
-        Some(found) if found.kind != ComponentKind::Tree => Ok(Some(Here {
-            capsule: resolution.capsule,
-            name,
-            component: found.clone(),
-        })),
+        Some(found) if found.kind != ComponentKind::Tree => {
+            let told = node.records.prefetches_of(&found.root)?;
+            let told = told.into_iter().next().map(|newest| newest.ranges);
+            let ranges = told.into_iter().flatten();
+            let ranges = ranges.map(|(start, len)| start..start.saturating_add(len));
+            Ok(Some(Here {
+                capsule: resolution.capsule,
+                name,
+                component: found.clone(),
+                read_first: ranges.collect(),
+            }))
+        }
         _ => {
             let message = format!("{name} has no stream named {component}");
             Err(Failure::new(FailureCode::NotFound, message)
@@ -306,7 +318,9 @@ impl Making<'_> {
                 // Of an earlier version nobody told what was written since; of one of another length, all is looked at.
                 let told = !old.is_earlier() && old.component.size == size;
                 let recorded = told.then(|| Recorded::known(base, source.written()));
-                self.update_stream(&*source, captured.kind, old, recorded.as_ref())?
+                let made = self.update_stream(&*source, captured.kind, old, recorded.as_ref())?;
+                let read_first = below.map_or(&[][..], |here| &here.read_first);
+                made.with_in_front(self.store, read_first, self.work)?
             }
             None if others.is_empty() => {
                 let options = self.options(captured.kind);
@@ -368,16 +382,20 @@ fn gone(root: RootHash) -> Failure {
         .hint("`capsule verify --repair` fetches what is missing")
 }
 
-/// Publishes what was read of a component first, unless somebody did.
+/// Publishes what was read of a component first, unless somebody did; or in the place of that.
 pub async fn prefetch(node: &Arc<Node>, request: Prefetch) -> Result<Prefetched, Failure> {
     let component = request.component;
     let (ranges, record) = node
         .while_keeping(move |node| {
-            if node.records.prefetch_of(&component)?.is_some() {
-                return Ok((0, None));
-            }
             let ranges = request.ranges.iter().take(MAX_PREFETCH_RANGES);
             let ranges: Vec<(u64, u64)> = ranges.map(|range| (range.start, range.length)).collect();
+            let told = node.records.prefetches_of(&component)?;
+            let is_told = told.first().is_some_and(|newest| {
+                !request.renews || newest.ranges == ranges || told.len() >= MAX_PREFETCHES
+            });
+            if is_told {
+                return Ok((0, None));
+            }
             let count = ranges.len();
             let body = Body::Prefetch(record::Prefetch { component, ranges });
             Ok((count, Some(sign(node, 0, body, None)?)))

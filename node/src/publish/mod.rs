@@ -6,6 +6,7 @@
 //! published. A machine that was stopped is published by `capture`.
 
 mod capture;
+mod front;
 mod make;
 mod parent;
 mod patched;

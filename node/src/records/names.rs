@@ -1,5 +1,6 @@
 //! What the records say together: which capsule a name means, which layers lead to a component.
 
+use std::cmp::Reverse;
 use std::collections::BTreeSet;
 
 use capsule_proto::CapsuleId;
@@ -152,20 +153,20 @@ impl Records {
         Ok(ended.map(|ended| ended.name))
     }
 
-    /// What who resumed a component read of it first, by the newest word of a member who may say so.
-    pub fn prefetch_of(&self, component: &RootHash) -> Result<Option<Prefetch>, DatabaseError> {
-        let (now, mut newest) = (self.clock.now(), None);
+    /// What those who resumed a component read of it first, by the members who may say so: the newest word first.
+    pub fn prefetches_of(&self, component: &RootHash) -> Result<Vec<Prefetch>, DatabaseError> {
+        let (now, mut told) = (self.clock.now(), vec![]);
         for record in self.store.records_about(component)? {
-            let issued = record.record().issued;
-            let ended = record.record().expires.is_some_and(|end| end <= now);
-            if let Body::Prefetch(prefetch) = &record.record().body
+            let record = record.record();
+            let ended = record.expires.is_some_and(|end| end <= now);
+            if let Body::Prefetch(prefetch) = &record.body
                 && !ended
-                && newest.as_ref().is_none_or(|(known, _)| *known < issued)
             {
-                newest = Some((issued, prefetch.clone()));
+                told.push((record.issued, prefetch.clone()));
             }
         }
-        Ok(newest.map(|(_, prefetch)| prefetch))
+        told.sort_by_key(|(issued, _)| Reverse(*issued));
+        Ok(told.into_iter().map(|(_, prefetch)| prefetch).collect())
     }
 
     /// The layers that lead to a component.

@@ -118,6 +118,12 @@ impl Import {
         inner.place(self, &mut outboard, root, kind)
     }
 
+    /// Reads what was written.
+    pub fn read_exact_at(&mut self, offset: u64, into: &mut [u8]) -> Result<(), WriteError> {
+        self.write_out().map_err(|e| self.fault(e))?;
+        read_exact(&*self.scratch.file, offset, into).map_err(|e| self.scratch.fault("read", e))
+    }
+
     /// All bytes of a blob that turned out small.
     fn take_all(&mut self) -> Result<Vec<u8>, WriteError> {
         let mut bytes = vec![0; self.written as usize];

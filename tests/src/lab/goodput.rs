@@ -1,6 +1,7 @@
 //! What plain TCP carries over a lab's links while they are busy both ways: what results are compared with.
 //!
-//! All nodes of a site send in a ring, each to the next, at the same time; then one node of each site to one of the next site.
+//! All nodes of a site send in a ring, each to the next, at the same time; then one node of each site to one of the next site. Of several
+//! rounds the best counts: whatever else the machine does takes something away, and a bound that is too easy flatters.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -19,6 +20,8 @@ const PORT: u16 = 5001;
 const WARM_UP: Duration = Duration::from_secs(2);
 /// Counted.
 const SPAN: Duration = Duration::from_secs(4);
+/// Rounds: on two cores, 33 nodes' links carried 16.5 to 18.7 Mbit/s of 20 from one to the next.
+const ROUNDS: usize = 3;
 /// How long connecting may take, and one read or write.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -108,8 +111,17 @@ struct Flows {
     overhead: f64,
 }
 
-/// A stream from each to each, all at the same time.
+/// A stream from each to each, all at the same time: the round in which most was carried.
 fn flows(network: &Network, pairs: &[(usize, usize)]) -> Result<Flows> {
+    let rounds = (0..ROUNDS).map(|_| round(network, pairs));
+    let rounds = rounds.collect::<Result<Vec<_>>>()?.into_iter();
+    let carried = |flows: &Flows| flows.rates.iter().sum::<f64>();
+    rounds
+        .max_by(|a, b| carried(a).total_cmp(&carried(b)))
+        .context("there is at least one round")
+}
+
+fn round(network: &Network, pairs: &[(usize, usize)]) -> Result<Flows> {
     let streams = pairs
         .iter()
         .map(|(from, to)| connect(network, *from, *to))

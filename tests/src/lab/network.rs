@@ -18,7 +18,7 @@ use super::namespace::{Namespace, batch, make_room_for_names, unfilter_bridges};
 use super::scenario::{Rate, Scenario};
 
 /// What a bucket may send at once, in time of its link; and at least, in bytes.
-const BURST_SECONDS: f64 = 0.004;
+const BURST_SECONDS: f64 = 0.02;
 const LEAST_BURST: u64 = 16 << 10;
 /// What may wait before a link, in time of that link; and at least, in bytes.
 const QUEUE_SECONDS: f64 = 0.05;

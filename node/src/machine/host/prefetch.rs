@@ -107,11 +107,13 @@ pub async fn publish(host: &Host, running: &Running) {
     if running.parts.state.is_none() {
         return;
     }
+    // What was told before it ran stays, unless it turned out to miss much.
+    let renews = !known(running).is_empty();
     for (component, ranges) in first_reads(running) {
         let mut reading = running.parts.reading.iter();
         let read = reading.find(|read| read.component == component);
         if let Some(root) = read.and_then(|read| running.parts.root_of(read)) {
-            tell(host, root, ranges).await;
+            tell(host, root, ranges, renews).await;
         }
     }
 }
@@ -134,7 +136,7 @@ pub async fn hand_on(
     for (component, ranges) in first {
         let mut all = captured.iter();
         if let Some(found) = all.find(|found| found.name == component) {
-            tell(host, found.root, ranges).await;
+            tell(host, found.root, ranges, false).await;
         }
     }
 }
@@ -198,9 +200,12 @@ fn tells(known: &[Reads], read: &[Reads]) -> bool {
     };
     let (mut told, mut missed) = (0, 0);
     for (component, ranges) in read {
-        let known = pages_of(component);
-        told += known.count();
-        missed += pages(ranges).difference(&known).count();
+        let (known, read) = (pages_of(component), pages(ranges));
+        let beside = read.difference(&known).count();
+        let (told_pages, read_pages) = (known.count(), read.count());
+        tracing::info!(%component, told_pages, read_pages, beside, "what was read first");
+        told += told_pages;
+        missed += beside;
     }
     missed * MISSED_PART <= told
 }
@@ -221,11 +226,15 @@ fn pages(ranges: &[ByteRange]) -> GroupRanges {
     pages.into_iter().collect()
 }
 
-async fn tell(host: &Host, component: RootHash, ranges: Vec<ByteRange>) {
+async fn tell(host: &Host, component: RootHash, ranges: Vec<ByteRange>, renews: bool) {
     if ranges.is_empty() {
         return;
     }
-    let told = Prefetch { component, ranges };
+    let told = Prefetch {
+        component,
+        ranges,
+        renews,
+    };
     if let Err(error) = host.daemon.ask(told, |_| {}).await {
         // Who may not publish does not tell: the next has to find out again.
         tracing::debug!(%error, "what was read first is not published");
