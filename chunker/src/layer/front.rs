@@ -170,13 +170,16 @@ mod tests {
     #[test]
     fn an_order_that_is_right_stays() {
         let before = index(4, &[]);
-        let of = |reads: &[Range<u64>]| Front::of(&before, reads.to_vec());
+        let of = |reads: &[(u64, u64)]| {
+            let reads = reads.iter().map(|(start, end)| *start..*end);
+            Front::of(&before, reads.collect())
+        };
         assert_eq!(of(&[]), None);
-        assert_eq!(of(&[0..5, 19..20]), None, "the first two");
-        assert_eq!(of(&[0..40]), None, "all");
-        assert_eq!(of(&[40..50]), None, "beyond the end");
-        assert!(of(&[10..11]).is_some());
+        assert_eq!(of(&[(0, 5), (19, 20)]), None, "the first two");
+        assert_eq!(of(&[(0, 40)]), None, "all");
+        assert_eq!(of(&[(40, 50)]), None, "beyond the end");
+        assert!(of(&[(10, 11)]).is_some());
         // Ranges that lie within each other.
-        assert_eq!(of(&[0..40, 5..6, 30..31]), None);
+        assert_eq!(of(&[(0, 40), (5, 6), (30, 31)]), None);
     }
 }

@@ -180,8 +180,8 @@ pub struct ByteRange {
     pub length: u64,
 }
 
-/// Publishes what was read of a component first, so that the next who resumes it fetches exactly that; unless somebody did, or at most eight times in the place of
-/// what they said.
+/// Publishes what was read of a component first, so that the next who resumes it fetches exactly that; unless somebody did, or in the place of what they said, eight
+/// times in all.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Prefetch {
     /// The component.

@@ -39,7 +39,7 @@ use crate::store::Store;
 use crate::transfer::pull;
 use crate::work::{Task, Work, blocking};
 
-/// Most words on what is read first of a component, each in the place of those before: guests that never read the same come to an end with it.
+/// Most words on what is read first of a component, all but the first in the place of those before: guests that never read the same come to an end with it.
 const MAX_PREFETCHES: usize = 8;
 /// Most patches on a component: one for each stop of which nothing could be published.
 const MAX_PATCHES: usize = 256;
@@ -205,7 +205,7 @@ fn find(node: &Node, captured: &Captured) -> Result<Option<Here>, Failure> {
     match manifest.component(component) {
         Some(found) if found.kind != ComponentKind::Tree => {
             let told = node.records.prefetches_of(&found.root)?;
-            let told = told.into_iter().next().map(|newest| newest.ranges);
+            let told = told.into_iter().next().map(|(_, newest)| newest.ranges);
             let ranges = told.into_iter().flatten();
             let ranges = ranges.map(|(start, len)| start..start.saturating_add(len));
             Ok(Some(Here {
@@ -390,15 +390,18 @@ pub async fn prefetch(node: &Arc<Node>, request: Prefetch) -> Result<Prefetched,
             let ranges = request.ranges.iter().take(MAX_PREFETCH_RANGES);
             let ranges: Vec<(u64, u64)> = ranges.map(|range| (range.start, range.length)).collect();
             let told = node.records.prefetches_of(&component)?;
-            let is_told = told.first().is_some_and(|newest| {
-                !request.renews || newest.ranges == ranges || told.len() >= MAX_PREFETCHES
-            });
-            if is_told {
-                return Ok((0, None));
-            }
+            let next = match told.first() {
+                None => 0,
+                Some(_) if !request.renews || told.len() >= MAX_PREFETCHES => return Ok((0, None)),
+                // What was said before and has been replaced does not come back.
+                Some(_) if told.iter().any(|(_, told)| told.ranges == ranges) => {
+                    return Ok((0, None));
+                }
+                Some((sequence, _)) => sequence.saturating_add(1),
+            };
             let count = ranges.len();
             let body = Body::Prefetch(record::Prefetch { component, ranges });
-            Ok((count, Some(sign(node, 0, body, None)?)))
+            Ok((count, Some(sign(node, next, body, None)?)))
         })
         .await?;
     if let Some(record) = record {

@@ -20,17 +20,24 @@ use crate::work::Work;
 const MAX_PACK: u64 = 4 << 30;
 
 impl MadeLayer {
-    /// The same, with what these ranges of it take at the front of the pack. Blocks.
+    /// The same, with what these ranges of it take at the front of the pack, where there is room for both packs. Blocks.
     pub(super) fn with_in_front(
         mut self,
         store: &Store,
         reads: &[Range<u64>],
         work: &Work,
     ) -> Result<Self, Failure> {
+        if reads.is_empty() {
+            return Ok(self);
+        }
         if let Some(layer) = &mut self.layer
             && let Some(blobs) = self.way.last_mut()
         {
-            put_in_front(store, layer, reads, work)?;
+            if let Err(failure) = put_in_front(store, layer, reads, work) {
+                work.check()?;
+                // The layer is as it was: only slower to resume from.
+                tracing::warn!(%failure.message, "what is read first lies where it was");
+            }
             *blobs = layer.blobs;
         }
         Ok(self)
@@ -117,11 +124,18 @@ mod tests {
         };
         let (before, first) = (made().way, 500 * PAGE);
         // Nothing is known, or it lies there anyhow.
-        for reads in [vec![], vec![0..PAGE], vec![0..4 << 20]] {
+        for end in [0, PAGE, 4 << 20] {
+            let reads = [0..end, 0..end];
             let same = made().with_in_front(&store, &reads, &Work::default());
-            assert_eq!(same.unwrap().way, before, "{reads:?}");
+            assert_eq!(same.unwrap().way, before, "{end}");
         }
         let reads = [first..first + PAGE, 900 * PAGE..901 * PAGE];
+        // It is not worth failing for.
+        let full = made();
+        store.set_quota(Some(store.usage().used + 1000));
+        let full = full.with_in_front(&store, &reads, &Work::default());
+        assert_eq!(full.unwrap().way, before);
+        store.set_quota(None);
         let made = made().with_in_front(&store, &reads, &Work::default());
         let made = made.unwrap();
         let mut layer = made.layer.unwrap();

@@ -153,8 +153,11 @@ impl Records {
         Ok(ended.map(|ended| ended.name))
     }
 
-    /// What those who resumed a component read of it first, by the members who may say so: the newest word first.
-    pub fn prefetches_of(&self, component: &RootHash) -> Result<Vec<Prefetch>, DatabaseError> {
+    /// What those who resumed a component read of it first, by the members who may say so, with the sequence of each word: what counts is first.
+    pub fn prefetches_of(
+        &self,
+        component: &RootHash,
+    ) -> Result<Vec<(u64, Prefetch)>, DatabaseError> {
         let (now, mut told) = (self.clock.now(), vec![]);
         for record in self.store.records_about(component)? {
             let record = record.record();
@@ -162,11 +165,12 @@ impl Records {
             if let Body::Prefetch(prefetch) = &record.body
                 && !ended
             {
-                told.push((record.issued, prefetch.clone()));
+                told.push(((record.sequence, record.issued), prefetch.clone()));
             }
         }
-        told.sort_by_key(|(issued, _)| Reverse(*issued));
-        Ok(told.into_iter().map(|(_, prefetch)| prefetch).collect())
+        told.sort_by_key(|(order, _)| Reverse(*order));
+        let with_sequence = |((sequence, _), prefetch)| (sequence, prefetch);
+        Ok(told.into_iter().map(with_sequence).collect())
     }
 
     /// The layers that lead to a component.

@@ -195,9 +195,10 @@ fn requests_and_answers_have_the_keys_that_the_document_names() {
         samples::described,
     );
     commands.add(
-        |_| Prefetch {
+        |full| Prefetch {
             component: RootHash::of(b"sample"),
             ranges: vec![samples::range()],
+            renews: full,
         },
         samples::prefetched,
     );

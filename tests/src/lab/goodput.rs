@@ -20,7 +20,7 @@ const PORT: u16 = 5001;
 const WARM_UP: Duration = Duration::from_secs(2);
 /// Counted.
 const SPAN: Duration = Duration::from_secs(4);
-/// Rounds: on two cores, 33 nodes' links carried 16.5 to 18.7 Mbit/s of 20 from one to the next.
+/// Rounds.
 const ROUNDS: usize = 3;
 /// How long connecting may take, and one read or write.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -111,14 +111,17 @@ struct Flows {
     overhead: f64,
 }
 
-/// A stream from each to each, all at the same time: the round in which most was carried.
+/// A stream from each to each, all at the same time: the most that each pair carried in any round, with the least overhead.
 fn flows(network: &Network, pairs: &[(usize, usize)]) -> Result<Flows> {
-    let rounds = (0..ROUNDS).map(|_| round(network, pairs));
-    let rounds = rounds.collect::<Result<Vec<_>>>()?.into_iter();
-    let carried = |flows: &Flows| flows.rates.iter().sum::<f64>();
-    rounds
-        .max_by(|a, b| carried(a).total_cmp(&carried(b)))
-        .context("there is at least one round")
+    let mut best = round(network, pairs)?;
+    for _ in 1..ROUNDS {
+        let again = round(network, pairs)?;
+        best.overhead = best.overhead.min(again.overhead);
+        for (rate, again) in best.rates.iter_mut().zip(again.rates) {
+            *rate = rate.max(again);
+        }
+    }
+    Ok(best)
 }
 
 fn round(network: &Network, pairs: &[(usize, usize)]) -> Result<Flows> {

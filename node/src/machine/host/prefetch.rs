@@ -102,14 +102,16 @@ pub async fn settled(running: &Running) {
     }
 }
 
-/// Publishes what was read so far, where the guest was resumed and nobody has told it yet.
+/// Publishes what was read so far, where the guest was resumed and nobody has told it yet, or what was told misses much.
 pub async fn publish(host: &Host, running: &Running) {
     if running.parts.state.is_none() {
         return;
     }
-    // What was told before it ran stays, unless it turned out to miss much.
-    let renews = !known(running).is_empty();
+    let known = known(running);
     for (component, ranges) in first_reads(running) {
+        let before = known.iter().find(|(name, _)| *name == component);
+        // What was told before it ran stays, unless it turned out to miss much.
+        let renews = before.is_some_and(|(_, known)| *known != ranges);
         let mut reading = running.parts.reading.iter();
         let read = reading.find(|read| read.component == component);
         if let Some(root) = read.and_then(|read| running.parts.root_of(read)) {
@@ -175,7 +177,11 @@ fn note_first_reads(running: &Running) {
     let (known, read) = (known(running), reads(running));
     let mut first = lock(&running.first_reads);
     if first.is_empty() {
-        *first = if tells(&known, &read) { known } else { read };
+        *first = if tells(&known, &read) {
+            known
+        } else {
+            read.into_iter().map(|read| better(&known, read)).collect()
+        };
     }
 }
 
@@ -202,12 +208,21 @@ fn tells(known: &[Reads], read: &[Reads]) -> bool {
     for (component, ranges) in read {
         let (known, read) = (pages_of(component), pages(ranges));
         let beside = read.difference(&known).count();
-        let (told_pages, read_pages) = (known.count(), read.count());
-        tracing::info!(%component, told_pages, read_pages, beside, "what was read first");
-        told += told_pages;
+        told += known.count();
         missed += beside;
     }
     missed * MISSED_PART <= told
+}
+
+/// What was read of a component, or what is known of it where that tells it.
+fn better(known: &[Reads], read: Reads) -> Reads {
+    let of_it = known.iter().find(|(name, _)| *name == read.0);
+    match of_it {
+        Some(known) if tells(std::slice::from_ref(known), std::slice::from_ref(&read)) => {
+            known.clone()
+        }
+        _ => read,
+    }
 }
 
 /// The pages of ranges.
@@ -272,6 +287,10 @@ mod tests {
         let much = [reads("ram", &[(0, 60)]), reads("disk0", &[(0, 17)])];
         assert!(!tells(&known, &much), "17 are");
         assert!(!tells(&[], &little), "nothing is known");
+        let ram = reads("ram", &[(0, 55)]);
+        assert_eq!(better(&known, ram), known[0], "by component");
+        assert_eq!(better(&known, much[1].clone()), much[1]);
+        assert_eq!(better(&known[..1], much[1].clone()), much[1]);
         assert!(
             !tells(&known[..1], &[reads("disk0", &[(0, 1)])]),
             "not of this one"
