@@ -33,23 +33,19 @@ impl Front {
         }
         // Frames refer to earlier ones, which come with them.
         for (id, frame) in index.frames.iter().enumerate().rev() {
-            let references = frame.references.iter().filter(|_| is_first[id]);
-            let earlier = references.filter_map(|reference| match reference.to {
-                ReferenceTo::Frame(id) => Some(id as usize),
-                ReferenceTo::Source(_) => None,
-            });
-            let earlier: Vec<_> = earlier.collect();
-            earlier.into_iter().for_each(|id| is_first[id] = true);
+            if !is_first[id] {
+                continue;
+            }
+            for reference in &frame.references {
+                if let ReferenceTo::Frame(earlier) = reference.to {
+                    is_first[earlier as usize] = true;
+                }
+            }
         }
         let ids = 0..index.frames.len() as u32;
         let (mut order, rest): (Vec<u32>, Vec<u32>) = ids.partition(|id| is_first[*id as usize]);
-        let ahead = order.len();
         order.extend(rest);
-        let moves = order[..ahead]
-            .iter()
-            .zip(0..)
-            .any(|(id, place)| *id != place);
-        moves.then_some(Self { order })
+        (!order.is_sorted()).then_some(Self { order })
     }
 
     /// Where the frames lie in the pack as it was, in the new order.

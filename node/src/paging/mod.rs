@@ -91,8 +91,7 @@ pub async fn describe(
     blocking(move || {
         let mut prefetch = Vec::new();
         for component in &manifest.components {
-            let told = shared.records.prefetches_of(&component.root)?;
-            if let Some((_, found)) = told.into_iter().next() {
+            if let Some(found) = shared.records.prefetch_of(&component.root)? {
                 let fits = |(start, len): &(u64, u64)| start + len <= component.size;
                 let ranges = found.ranges.into_iter().filter(fits);
                 let ranges = ranges.map(|(start, length)| ByteRange { start, length });

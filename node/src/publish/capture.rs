@@ -204,9 +204,8 @@ fn find(node: &Node, captured: &Captured) -> Result<Option<Here>, Failure> {
     let manifest = node.holdings.complete(&resolution.capsule, &name)?;
     match manifest.component(component) {
         Some(found) if found.kind != ComponentKind::Tree => {
-            let told = node.records.prefetches_of(&found.root)?;
-            let told = told.into_iter().next().map(|(_, newest)| newest.ranges);
-            let ranges = told.into_iter().flatten();
+            let told = node.records.prefetch_of(&found.root)?;
+            let ranges = told.into_iter().flat_map(|told| told.ranges);
             let ranges = ranges.map(|(start, len)| start..start.saturating_add(len));
             Ok(Some(Here {
                 capsule: resolution.capsule,

@@ -6,13 +6,15 @@ use std::io::Write;
 use std::ops::Range;
 
 use capsule_chunker::bao::TreeHasher;
+use capsule_chunker::layer::encode::EncodeError;
 use capsule_chunker::layer::front::Front;
 use capsule_proto::RootHash;
 use capsule_proto::index::Index;
 use capsule_proto::record::BlobRef;
 
 use crate::control::Failure;
-use crate::encoding::{DraftLayer, DraftPack, MadeLayer, unexpected};
+use crate::encoding::{DraftLayer, DraftPack, MadeLayer};
+use crate::failure::of_hash;
 use crate::store::Store;
 use crate::work::Work;
 
@@ -72,16 +74,10 @@ fn put_in_front(
         frame.resize((place.end - place.start) as usize, 0);
         pack.import.read_exact_at(place.start, &mut frame)?;
         import.write_all(&frame).map_err(|e| import.fault(e))?;
-        hasher
-            .push(&frame)
-            .map_err(|e| unexpected(&format!("hashing a pack: {e}")))?;
+        hasher.push(&frame).map_err(of_hash)?;
     }
-    let (tree, outboard) = hasher
-        .finish()
-        .map_err(|e| unexpected(&format!("hashing a pack: {e}")))?;
-    let index = front
-        .index(&index)
-        .map_err(|e| unexpected(&format!("an index in another order: {e}")))?;
+    let (tree, outboard) = hasher.finish().map_err(of_hash)?;
+    let index = front.index(&index).map_err(EncodeError::from)?;
     let blob = BlobRef {
         root: tree.root,
         size: tree.size,

@@ -153,6 +153,12 @@ impl Records {
         Ok(ended.map(|ended| ended.name))
     }
 
+    /// The word of [`prefetches_of`](Self::prefetches_of) that counts.
+    pub fn prefetch_of(&self, component: &RootHash) -> Result<Option<Prefetch>, DatabaseError> {
+        let told = self.prefetches_of(component)?;
+        Ok(told.into_iter().next().map(|(_, prefetch)| prefetch))
+    }
+
     /// What those who resumed a component read of it first, by the members who may say so, with the sequence of each word: what counts is first.
     pub fn prefetches_of(
         &self,

@@ -1,7 +1,7 @@
 //! What plain TCP carries over a lab's links while they are busy both ways: what results are compared with.
 //!
 //! All nodes of a site send in a ring, each to the next, at the same time; then one node of each site to one of the next site. Of several
-//! rounds the best counts: whatever else the machine does takes something away, and a bound that is too easy flatters.
+//! rounds the best of each pair counts: whatever else the machine does takes something away, and a bound that is too easy flatters.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -20,7 +20,7 @@ const PORT: u16 = 5001;
 const WARM_UP: Duration = Duration::from_secs(2);
 /// Counted.
 const SPAN: Duration = Duration::from_secs(4);
-/// Rounds.
+/// How often that is measured.
 const ROUNDS: usize = 3;
 /// How long connecting may take, and one read or write.
 const PATIENCE: Duration = Duration::from_secs(10);

@@ -17,8 +17,8 @@ use anyhow::{Context, Result, bail, ensure};
 use super::namespace::{Namespace, batch, make_room_for_names, unfilter_bridges};
 use super::scenario::{Rate, Scenario};
 
-/// What a bucket may send at once, in time of its link; and at least, in bytes. With 4 ms, timers that a busy machine serves late took some of a
-/// link's capacity away: 33 nodes' links carried 16.5 to 18.7 Mbit/s of 20 from one run to the next.
+/// What a bucket may send at once, in time of its link; and at least, in bytes. Capacity that comes while a busy
+/// machine serves the link's timer late is lost beyond it: with 4 ms, 33 nodes' links carried 16.5 to 18.7 Mbit/s of 20 from one run to the next.
 const BURST_SECONDS: f64 = 0.02;
 const LEAST_BURST: u64 = 16 << 10;
 /// What may wait before a link beside that, in time of the link; and at least, in bytes.

@@ -19,8 +19,8 @@ async fn tell(node: &Arc<Node>, component: RootHash, start: u64, renews: bool) -
 
 /// Where the page lies of which was told last.
 fn newest(node: &Arc<Node>, component: RootHash) -> Option<u64> {
-    let told = node.records.prefetches_of(&component).unwrap();
-    told.first().map(|(_, newest)| newest.ranges[0].0)
+    let told = node.records.prefetch_of(&component).unwrap();
+    told.map(|newest| newest.ranges[0].0)
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -207,9 +207,8 @@ fn tells(known: &[Reads], read: &[Reads]) -> bool {
     let (mut told, mut missed) = (0, 0);
     for (component, ranges) in read {
         let (known, read) = (pages_of(component), pages(ranges));
-        let beside = read.difference(&known).count();
         told += known.count();
-        missed += beside;
+        missed += read.difference(&known).count();
     }
     missed * MISSED_PART <= told
 }
@@ -218,9 +217,7 @@ fn tells(known: &[Reads], read: &[Reads]) -> bool {
 fn better(known: &[Reads], read: Reads) -> Reads {
     let of_it = known.iter().find(|(name, _)| *name == read.0);
     match of_it {
-        Some(known) if tells(std::slice::from_ref(known), std::slice::from_ref(&read)) => {
-            known.clone()
-        }
+        Some(told) if tells(known, std::slice::from_ref(&read)) => told.clone(),
         _ => read,
     }
 }
