@@ -2,6 +2,7 @@
 
 mod layer_support;
 
+use std::num::NonZeroUsize;
 use std::sync::Arc;
 
 use capsule_chunker::content::{BytesSource, Content};
@@ -10,7 +11,7 @@ use capsule_proto::index::{
     Codec, Frame, Index, IndexBuilder, IndexHeader, Reference, ReferenceTo, Run, RunFrom, Source,
     SourceKind, Space, Span,
 };
-use capsule_proto::{FrameHash, RootHash};
+use capsule_proto::{FrameHash, GroupRanges, RootHash};
 use layer_support::*;
 use proptest::prelude::*;
 use proptest::sample::Index as Pick;
@@ -284,35 +285,42 @@ proptest! {
         let (restored, root) = restore_all(&content, 2).unwrap();
         prop_assert!(restored == making.target);
         prop_assert_eq!(root, header.target);
-        prop_assert!(!content.is_its_pack().unwrap() || making.pack.starts_with(&making.target));
+        prop_assert!(content.unproved().unwrap().is_none() || making.pack.starts_with(&making.target));
     }
+}
+
+/// Index and pack of frames of 10,000 bytes by those codecs; the component is those of them that `order` says, without their first bytes.
+fn of_frames(codecs: &[u8], order: &[u32], skip: u32) -> (Vec<u8>, Vec<u8>, Vec<Arc<dyn Content>>) {
+    let mut making = Making::new();
+    let frames = codecs.iter().zip(1u64..);
+    frames.for_each(|(codec, seed)| making.new_frame(*codec, &[], seed, 10_000));
+    let (content, pack) = (std::mem::take(&mut making.frames), making.pack.clone());
+    let mut index = IndexBuilder::new();
+    let packed = Index::decode(&std::mem::take(&mut making.builder).finish(&making.header()));
+    let packed = packed.unwrap();
+    packed.frames.into_iter().for_each(|frame| {
+        index.push_frame(frame).unwrap();
+    });
+    making.builder = index;
+    making.target.clear();
+    for id in order {
+        let from = RunFrom::Frame {
+            id: *id,
+            offset: skip,
+        };
+        making.run(from, &content[*id as usize].0[skip as usize..]);
+    }
+    let (header, sources) = (making.header(), making.contents());
+    let index = std::mem::take(&mut making.builder).finish(&header);
+    (index, pack, sources)
 }
 
 #[test]
 fn a_layer_of_stored_frames_in_order_is_its_pack() {
     let is_its_pack = |codecs: &[u8], order: &[u32], skip: u32| {
-        let mut making = Making::new();
-        let frames = codecs.iter().zip(1u64..);
-        frames.for_each(|(codec, seed)| making.new_frame(*codec, &[], seed, 10_000));
-        let (content, pack) = (std::mem::take(&mut making.frames), making.pack.clone());
-        let mut index = IndexBuilder::new();
-        let packed = Index::decode(&std::mem::take(&mut making.builder).finish(&making.header()));
-        let packed = packed.unwrap();
-        packed.frames.into_iter().for_each(|frame| {
-            index.push_frame(frame).unwrap();
-        });
-        making.builder = index;
-        making.target.clear();
-        for id in order {
-            let from = RunFrom::Frame {
-                id: *id,
-                offset: skip,
-            };
-            making.run(from, &content[*id as usize].0[skip as usize..]);
-        }
-        let (header, sources) = (making.header(), making.contents());
-        let index = std::mem::take(&mut making.builder).finish(&header);
-        open(index, pack, sources).unwrap().is_its_pack().unwrap()
+        let (index, pack, sources) = of_frames(codecs, order, skip);
+        let content = open(index, pack, sources).unwrap();
+        content.unproved().unwrap().is_some()
     };
     assert!(is_its_pack(&[0, 0, 0], &[0, 1, 2], 0));
     assert!(!is_its_pack(&[0, 0, 0], &[0, 2, 1], 0), "another order");
@@ -320,6 +328,35 @@ fn a_layer_of_stored_frames_in_order_is_its_pack() {
     assert!(!is_its_pack(&[0, 0, 0], &[0, 1, 2], 5), "parts of frames");
     assert!(!is_its_pack(&[0, 1, 0], &[0, 1, 2], 0), "compressed");
     assert!(!is_its_pack(&[0, 0, 0], &[0, 1, 1], 0), "one of them twice");
+}
+
+#[test]
+fn frames_of_a_pack_are_proved_as_it_comes() {
+    let (index, mut pack, sources) = of_frames(&[0, 0, 0], &[0, 1, 2], 0);
+    let groups = |end| GroupRanges::from_runs(vec![0..end]).unwrap();
+    let (one, first, all) = (NonZeroUsize::MIN, groups(1), groups(2));
+    let content = open(index.clone(), pack.clone(), sources.clone()).unwrap();
+    let mut unproved = content.unproved().unwrap().unwrap();
+    let mut prove = |groups, most| unproved.prove(&content, groups, most, one, &()).unwrap();
+    // The first chunk group ends in the middle of the second frame.
+    assert_eq!(prove(&first, u64::MAX), 10_000);
+    assert_eq!(prove(&first, u64::MAX), 0, "once is enough");
+    assert_eq!(prove(&all, 1), 10_000, "what was begun is ended");
+    assert_eq!(prove(&all, u64::MAX), 10_000);
+    assert!(unproved.is_empty());
+
+    pack[25_000] ^= 1;
+    let content = open(index, pack, sources).unwrap();
+    for threads in [1, 4] {
+        let threads = NonZeroUsize::new(threads).unwrap();
+        let mut unproved = content.unproved().unwrap().unwrap();
+        let mut prove = |groups| unproved.prove(&content, groups, u64::MAX, threads, &());
+        assert_eq!(prove(&first).unwrap(), 10_000);
+        for _ in 0..2 {
+            let error = prove(&all).unwrap_err().to_string();
+            assert!(error.starts_with("frame 2, at byte 20000"), "{error}");
+        }
+    }
 }
 
 // The content of one layer is the parent of the next.

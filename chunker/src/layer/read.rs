@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use capsule_proto::FrameHash;
 use capsule_proto::index::{Frame, IndexHeader, Reference};
+use positioned_io::ReadAt;
 
 pub use super::budget::Spent;
 use super::budget::{Budget, UNIT};
@@ -155,6 +156,10 @@ impl LayerContent {
 
     pub(super) const fn pages(&self) -> &Pages {
         &self.pages
+    }
+
+    pub(super) fn pack(&self) -> &dyn ReadAt {
+        &*self.pack
     }
 
     pub(super) fn cache(&self) -> &Shared {

@@ -7,11 +7,7 @@ use capsule_proto::index::{
 };
 use capsule_proto::{FrameHash, RootHash};
 
-use super::budget::Budget;
 use super::encode::{EncodeError, EncodeOptions};
-use super::error::LayerError;
-use super::pages::PartFrom;
-use super::read::LayerContent;
 use crate::content::{Content, Progress};
 
 /// Most frames, but of content beyond 16 TiB: 40 MiB of index.
@@ -63,28 +59,4 @@ pub fn stored_index(
         })
     };
     Ok((hasher.finalize().as_bytes() == root.as_bytes()).then(index))
-}
-
-impl LayerContent {
-    /// Whether reading through this layer gives its pack as it lies, by the index alone. Whoever has verified the pack then knows the
-    /// content; whether the frames' hashes are right is another question.
-    pub fn is_its_pack(&self) -> Result<bool, LayerError> {
-        let size = self.header().target_size;
-        let mut parts = self.parts(0..size);
-        // Each part may pay as a read of its own: the index's length bounds them all.
-        while let Some(part) = parts.next(&mut Budget::new(0))? {
-            let PartFrom::Mentioned(RunFrom::Frame { id, offset }) = part.from else {
-                return Ok(false);
-            };
-            let frame = self.pages().frame(id, &mut Budget::new(0))?;
-            let (at, end) = (u64::from(offset), u64::from(offset) + part.len());
-            let lies_there = frame.codec == Codec::Stored
-                && end <= frame.len.into()
-                && frame.pack_offset.checked_add(at) == Some(part.range.start);
-            if !lies_there {
-                return Ok(false);
-            }
-        }
-        Ok(true)
-    }
 }

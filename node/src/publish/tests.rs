@@ -86,7 +86,7 @@ fn a_tree_is_kept_found_and_checked() {
     let Some(way @ HeldWay::Tree(_)) = holdings.way_to(component).unwrap() else {
         panic!("a tree")
     };
-    check(&store, component, &way, &Work::default()).unwrap();
+    check(&store, component, &way, None, &Work::default()).unwrap();
     assert_eq!(holdings.manifest(&manifest.id()), Some(manifest.clone()));
     assert_eq!(
         holdings.listing(component).unwrap().content_size(),
@@ -221,7 +221,7 @@ fn a_stream_is_served_under_its_own_hash_whether_it_compresses_or_not() {
             "{name}"
         );
         if let Some(way) = Holdings::new(store.clone()).way_to(component).unwrap() {
-            check(&store, component, &way, &Work::default()).unwrap();
+            check(&store, component, &way, None, &Work::default()).unwrap();
         }
     }
 }
@@ -279,7 +279,7 @@ fn layers_that_make_something_else_are_refused() {
     let (one, other) = (file("one", "one one "), file("other", "two two "));
     let holdings = Holdings::new(store.clone());
     let way = holdings.way_to(&other).unwrap().unwrap();
-    let refused = check(&store, &one, &way, &Work::default()).unwrap_err();
+    let refused = check(&store, &one, &way, None, &Work::default()).unwrap_err();
     assert_eq!(refused.code, FailureCode::Damaged);
     assert!(
         refused.message.contains("not what the manifest says"),
@@ -306,7 +306,7 @@ fn layers_that_make_something_else_are_refused() {
         ..way.clone()
     });
     assert_eq!(
-        check(&store, &tree, &mixed, &Work::default())
+        check(&store, &tree, &mixed, None, &Work::default())
             .unwrap_err()
             .code,
         FailureCode::Damaged
@@ -316,7 +316,7 @@ fn layers_that_make_something_else_are_refused() {
         ..way
     });
     assert_eq!(
-        check(&store, &tree, &mixed, &Work::default())
+        check(&store, &tree, &mixed, None, &Work::default())
             .unwrap_err()
             .code,
         FailureCode::Damaged

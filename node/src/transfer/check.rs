@@ -12,13 +12,14 @@ use capsule_chunker::bao::{ContentHasher, Tree, TreeHasher};
 use capsule_chunker::content::{Content, Progress, ReadError, check_range};
 use capsule_chunker::layer::read::{LayerContent, ReadOptions};
 use capsule_chunker::layer::restore::{RestoreError, Sink, restore};
-use capsule_chunker::layer::stored_index;
-use capsule_proto::RootHash;
+use capsule_chunker::layer::{Unproved, stored_index};
 use capsule_proto::index::Space;
 use capsule_proto::listing::{Listing, MAX_LISTING_LEN};
 use capsule_proto::manifest::Component;
+use capsule_proto::{GroupRanges, RootHash};
 use positioned_io::ReadAt;
 
+use super::early::by_pack;
 use crate::control::{Failure, FailureCode};
 use crate::failure::of_hash;
 use crate::held::{HeldWay, Holdings, TreeWay};
@@ -31,13 +32,19 @@ use crate::work::Work;
 const PARALLEL_HASH_LEN: usize = 128 << 10;
 static ZEROS: [u8; 1 << 18] = [0; 1 << 18];
 
-/// Checks a component that came by `way`, and registers it: from then on it is held.
+/// Checks a component that came by `way`, and registers it: from then on it is held. What `early` is left of it was not proved before.
 pub fn check(
     store: &Store,
     component: &Component,
     way: &HeldWay,
+    early: Option<Unproved>,
     work: &Work,
 ) -> Result<(), Failure> {
+    if let Some(layers) = by_pack(component, way)
+        && check_pack(store, component, layers, early, work)?
+    {
+        return Ok(());
+    }
     match way {
         HeldWay::Blob => check_blob(store, component, work),
         HeldWay::Layers(layers) => check_stream(store, component, layers, work),
@@ -118,12 +125,6 @@ fn check_stream(
 ) -> Result<(), Failure> {
     let content = open(store, layers, &ReadOptions::default())?;
     check_size(component, content.len())?;
-    let is_pack = layers.last().and_then(|layer| layer.pack) == Some(component.root);
-    if is_pack && holds_pack(store, component, &content)? {
-        // Its frames' hashes are the publisher's word, which later versions rest on.
-        pass(store, component, layers, &content, &mut Nowhere, None, work)?;
-        return Ok(Holdings::new(store.clone()).put_blob_way(&component.root, layers)?);
-    }
     if let Some((tree, outboard)) = check_changes(store, component, layers, &content, work)? {
         if tree.root != component.root {
             return Err(wrong(component, "its bytes have another hash"));
@@ -147,18 +148,40 @@ fn check_stream(
     register(store, component, layers, outboard)
 }
 
-/// Whether a stream is one pack as it lies, all of which is here: then its bytes were verified as they came.
-fn holds_pack(
+/// Checks a stream that is one pack as it lies, all of which is here: its bytes were verified as they came. But its frames' hashes are its
+/// publisher's word, which later versions rest on. False where that is not how it lies.
+fn check_pack(
     store: &Store,
     component: &Component,
-    content: &LayerContent,
+    layers: &[LayerBlobs],
+    early: Option<Unproved>,
+    work: &Work,
 ) -> Result<bool, Failure> {
-    if !Holdings::new(store.clone()).is_complete(&component.root) {
+    let holdings = Holdings::new(store.clone());
+    if !holdings.is_complete(&component.root) {
         return Ok(false);
     }
-    content
-        .is_its_pack()
-        .map_err(|error| wrong(component, &error.to_string()))
+    let content = open(store, layers, &ReadOptions::default())?;
+    check_size(component, content.len())?;
+    let unproved = match early {
+        Some(early) => Some(early),
+        None => content
+            .unproved()
+            .map_err(|error| wrong(component, &error.to_string()))?,
+    };
+    let Some(mut unproved) = unproved else {
+        return Ok(false);
+    };
+    let all = GroupRanges::all(component.size);
+    if let Err(error) = unproved.prove(&content, &all, u64::MAX, threads(), work) {
+        if work.cancelled() {
+            return Err(Failure::cancelled());
+        }
+        damaged_here(store, layers)?;
+        return Err(wrong(component, &error.to_string()));
+    }
+    holdings.put_blob_way(&component.root, layers)?;
+    Ok(true)
 }
 
 /// The tree of an update of content that is here and was checked by the same layers: only what the last layer changes is decoded.

@@ -6,6 +6,7 @@
 
 pub mod build;
 pub mod check;
+mod early;
 pub mod fetch;
 pub mod like;
 mod part;
@@ -29,6 +30,7 @@ use crate::node::{Node, machine_of, spelled};
 use crate::records::Resolution;
 use crate::store::HeldCapsule;
 use crate::work::{Task, Tell, blocking, panicked};
+use early::Early;
 use fetch::{Fetched, Manner, fetch};
 use patience::Patience;
 use prepare::{ComponentPlan, Excluded, MAX_TRIES, Prepared, prepare};
@@ -281,15 +283,16 @@ async fn attempt(
     begin(node, resolution.capsule).await?;
     let (begun, cpu) = (Instant::now(), cpu_seconds());
     let wanted = prepared.wanted(node);
-    let fetched = fetch(
+    let early = Early::new(prepared);
+    let fetching = fetch(
         node,
         wanted.clone(),
         manner,
         patience,
         tell,
         &mut spent.fetched,
-    )
-    .await;
+    );
+    let fetched = early.during(&node.store, fetching).await;
     spent.fetch_seconds += begun.elapsed().as_secs_f64();
     spent.fetch_cpu_seconds += cpu_seconds() - cpu;
     if let Err(failure) = fetched {
@@ -298,7 +301,7 @@ async fn attempt(
     }
     let begun = Instant::now();
     for plan in prepared.components.iter().filter(|plan| !plan.held) {
-        match check_component(node, plan, tell).await {
+        match check_component(node, plan, &early, tell).await {
             // Local data may have changed since it was looked at: once more, without it.
             Err(failure)
                 if plan.like.is_some()
@@ -396,6 +399,7 @@ async fn complete(
 async fn check_component(
     node: &Node,
     plan: &ComponentPlan,
+    early: &Early,
     tell: &dyn Tell,
 ) -> Result<(), Failure> {
     let ComponentPlan { component, way, .. } = plan.clone();
@@ -405,11 +409,15 @@ async fn check_component(
         what: Some(component.name.clone()),
     };
     let (store, like) = (node.store.clone(), plan.like.clone());
+    let early = early.clone();
     let checked = node
         .works
         .run(task, tell, move |work| match like {
             Some(like) => build::build(&store, &component, &way, like.open(&store)?, work),
-            None => check::check(&store, &component, &way, work),
+            None => {
+                let early = early.take(&component.root);
+                check::check(&store, &component, &way, early, work)
+            }
         })
         .await;
     if let Err(failure) = &checked
