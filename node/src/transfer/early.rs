@@ -154,3 +154,149 @@ fn open(
     let unproved = top.unproved()?;
     Ok(unproved.map(|unproved| (top, unproved)))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::ops::Range;
+    use std::path::Path;
+
+    use capsule_proto::FrameHash;
+    use capsule_proto::index::{Index, IndexBuilder, Space};
+    use capsule_proto::ranges::{Height, group_count};
+    use rand::{Rng, SeedableRng, rngs::StdRng};
+
+    use super::*;
+    use crate::control::FailureCode;
+    use crate::held::Holdings;
+    use crate::publish::tests::published;
+    use crate::store::{BlobKind, StoreOptions};
+    use crate::transfer::check::check;
+    use crate::work::Work;
+
+    fn store(path: &Path) -> Store {
+        Store::open(path, StoreOptions::default()).unwrap()
+    }
+
+    /// A store with a component that does not compress, and another that begins to fetch it.
+    struct Fetching {
+        from: Store,
+        to: Store,
+        component: Component,
+        layer: LayerBlobs,
+        _temp: tempfile::TempDir,
+    }
+
+    impl Fetching {
+        /// `change` may make the index say something else.
+        fn begin(change: impl Fn(&mut Index)) -> Self {
+            let temp = tempfile::tempdir().unwrap();
+            let mut bytes = vec![0; 3 << 20];
+            StdRng::seed_from_u64(7).fill_bytes(&mut bytes);
+            std::fs::write(temp.path().join("file"), &bytes).unwrap();
+            let (from, to) = (store(&temp.path().join("a")), store(&temp.path().join("b")));
+            let component = published(&from, &temp.path().join("file")).components[0].clone();
+            let holdings = Holdings::new(from.clone());
+            let layers = holdings.recipe(Space::Stream, &component.root);
+            let layers = layers.unwrap().unwrap();
+            let index = from.read_whole(&layers[0].index, 1 << 20).unwrap();
+            let mut index = Index::decode(&index).unwrap();
+            change(&mut index);
+            let mut builder = IndexBuilder::new();
+            for frame in index.frames {
+                builder.push_frame(frame).unwrap();
+            }
+            for run in index.runs {
+                builder.push_run(run).unwrap();
+            }
+            let index = builder.finish(index.directory.header());
+            to.put_small(&index, BlobKind::Index).unwrap();
+            let layer = LayerBlobs {
+                index: RootHash::of(&index),
+                pack: layers[0].pack,
+            };
+            assert_eq!(layer.pack, Some(component.root), "it does not compress");
+            Self {
+                from,
+                to,
+                component,
+                layer,
+                _temp: temp,
+            }
+        }
+
+        fn early(&self) -> Early {
+            let coming = Coming {
+                layers: vec![self.layer.clone()],
+                open: None,
+                seen: 0,
+            };
+            let all = BTreeMap::from([(self.component.root, coming)]);
+            Early(Arc::new(Mutex::new(all)))
+        }
+
+        fn create(&self) {
+            let Component { root, size, .. } = self.component;
+            self.to.create_partial(&root, size, BlobKind::Pack).unwrap();
+        }
+
+        fn fetch(&self, groups: Range<u64>) {
+            let (root, height, mut encoded) = (&self.component.root, Height::ROOT, Vec::new());
+            let read = self
+                .from
+                .read_encoded(root, groups.clone(), height, &mut encoded);
+            read.unwrap();
+            self.to
+                .write_encoded(root, groups, height, &encoded)
+                .unwrap();
+        }
+
+        fn check(&self, early: Option<Unproved>) -> Result<(), Failure> {
+            self.to.flush(&self.component.root).unwrap();
+            let way = HeldWay::Layers(vec![self.layer.clone()]);
+            check(&self.to, &self.component, &way, early, &Work::default())
+        }
+    }
+
+    #[test]
+    fn what_came_is_proved_before_the_rest_comes() {
+        let fetching = Fetching::begin(|_| ());
+        let (early, root) = (fetching.early(), &fetching.component.root);
+        let groups = group_count(fetching.component.size);
+        assert!(early.step(&fetching.to), "its pack may still begin to come");
+        assert!(early.take(root).is_none());
+
+        let early = fetching.early();
+        fetching.create();
+        fetching.fetch(0..groups / 2);
+        assert!(early.step(&fetching.to));
+        fetching.fetch(groups / 2..groups);
+        assert!(!early.take(root).unwrap().is_empty(), "half of it is left");
+
+        let early = fetching.early();
+        assert!(early.step(&fetching.to));
+        let unproved = early.take(root).unwrap();
+        assert!(unproved.is_empty());
+        fetching.check(Some(unproved)).unwrap();
+        let holdings = Holdings::new(fetching.to.clone());
+        assert!(holdings.way_to(&fetching.component).unwrap().is_some());
+    }
+
+    #[test]
+    fn a_frame_that_is_not_what_its_hash_says_is_refused_in_the_end() {
+        let lie = |index: &mut Index| index.frames.last_mut().unwrap().hash = FrameHash([1; 16]);
+        let fetching = Fetching::begin(lie);
+        fetching.create();
+        fetching.fetch(0..group_count(fetching.component.size));
+        let early = fetching.early();
+        assert!(!early.step(&fetching.to), "there is no use in going on");
+        let unproved = early.take(&fetching.component.root);
+        assert!(unproved.is_none());
+        let refused = fetching.check(unproved).unwrap_err();
+        assert_eq!(refused.code, FailureCode::Damaged);
+        assert!(
+            refused.message.contains("its content has hash"),
+            "{}",
+            refused.message
+        );
+    }
+}

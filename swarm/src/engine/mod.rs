@@ -42,7 +42,7 @@ use std::time::{Duration, Instant};
 use capsule_proto::wire::Control;
 use capsule_proto::{CapsuleId, GroupRanges, RootHash};
 use capsule_swarm_core::{Announcements, Caps, Downloads, PeerKey, Time, Uploads};
-use futures::StreamExt;
+use futures::{FutureExt, StreamExt};
 use libp2p::connection_limits::{self};
 use libp2p::swarm::{NetworkBehaviour, Swarm, SwarmEvent};
 use libp2p::{PeerId, gossipsub};
@@ -71,6 +71,8 @@ use transfers::Transfer;
 
 /// Events kept for the node while it is behind; then the oldest that can be spared are lost.
 const MAX_EVENTS: usize = 4096;
+/// Most events after which it is looked what is to be done: on a busy machine that many may wait.
+const AT_ONCE: usize = 64;
 /// How often figures are renewed while content moves, and otherwise.
 const BUSY_TICK: Duration = Duration::from_millis(200);
 const IDLE_TICK: Duration = Duration::from_secs(1);
@@ -214,12 +216,26 @@ impl Engine {
                 () = self.dropped.notified() => self.reap_transfers(),
                 () = sleep_until(wake.into()) => {}
             }
+            self.take_ready();
             if self.ticked.elapsed() >= self.tick_length() {
                 self.tick();
             }
             self.pump();
         }
         self.close().await;
+    }
+
+    /// Takes in what else has come by now: what follows from it is decided once for all of it.
+    fn take_ready(&mut self) {
+        for _ in 0..AT_ONCE {
+            if let Some(Some(done)) = self.pool.done().now_or_never() {
+                self.on_done(done);
+            } else if let Some(Some(event)) = self.swarm.next().now_or_never() {
+                self.on_swarm_event(event);
+            } else {
+                break;
+            }
+        }
     }
 
     /// Time as the scheduler counts it.
