@@ -333,7 +333,7 @@ fn a_layer_of_stored_frames_in_order_is_its_pack() {
 #[test]
 fn frames_of_a_pack_are_proved_as_it_comes() {
     let (index, mut pack, sources) = of_frames(&[0, 0, 0], &[0, 1, 2], 0);
-    let groups = |end| GroupRanges::from_runs(vec![0..end]).unwrap();
+    let groups = |end| GroupRanges::from(0..end);
     let (one, first, all) = (NonZeroUsize::MIN, groups(1), groups(2));
     let content = open(index.clone(), pack.clone(), sources.clone()).unwrap();
     let mut unproved = content.unproved().unwrap().unwrap();

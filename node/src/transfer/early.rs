@@ -226,7 +226,7 @@ mod tests {
 
         fn early(&self) -> Early {
             let coming = Coming {
-                layers: vec![self.layer.clone()],
+                layers: vec![self.layer],
                 open: None,
                 seen: 0,
             };
@@ -252,7 +252,7 @@ mod tests {
 
         fn check(&self, early: Option<Unproved>) -> Result<(), Failure> {
             self.to.flush(&self.component.root).unwrap();
-            let way = HeldWay::Layers(vec![self.layer.clone()]);
+            let way = HeldWay::Layers(vec![self.layer]);
             check(&self.to, &self.component, &way, early, &Work::default())
         }
     }
