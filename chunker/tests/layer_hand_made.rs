@@ -3,6 +3,7 @@
 mod layer_support;
 
 use std::num::NonZeroUsize;
+use std::ops::Range;
 use std::sync::Arc;
 
 use capsule_chunker::content::{BytesSource, Content};
@@ -285,7 +286,12 @@ proptest! {
         let (restored, root) = restore_all(&content, 2).unwrap();
         prop_assert!(restored == making.target);
         prop_assert_eq!(root, header.target);
-        prop_assert!(content.unproved().unwrap().is_none() || making.pack.starts_with(&making.target));
+        prop_assert!(!content.is_its_pack().unwrap() || making.pack.starts_with(&making.target));
+        if let Some(mut unproved) = content.unproved().unwrap() {
+            let all = &GroupRanges::all(making.pack.len() as u64);
+            let proved = unproved.prove(&content, (all, all), u64::MAX, NonZeroUsize::MIN, &());
+            prop_assert!(proved.is_ok() && unproved.left() == 0);
+        }
     }
 }
 
@@ -320,7 +326,9 @@ fn a_layer_of_stored_frames_in_order_is_its_pack() {
     let is_its_pack = |codecs: &[u8], order: &[u32], skip: u32| {
         let (index, pack, sources) = of_frames(codecs, order, skip);
         let content = open(index, pack, sources).unwrap();
-        content.unproved().unwrap().is_some()
+        let is_its_pack = content.is_its_pack().unwrap();
+        assert_eq!(content.unproved().unwrap().is_some(), is_its_pack);
+        is_its_pack
     };
     assert!(is_its_pack(&[0, 0, 0], &[0, 1, 2], 0));
     assert!(!is_its_pack(&[0, 0, 0], &[0, 2, 1], 0), "another order");
@@ -333,28 +341,37 @@ fn a_layer_of_stored_frames_in_order_is_its_pack() {
 #[test]
 fn frames_of_a_pack_are_proved_as_it_comes() {
     let (index, mut pack, sources) = of_frames(&[0, 0, 0], &[0, 1, 2], 0);
-    let groups = |end| GroupRanges::from(0..end);
-    let (one, first, all) = (NonZeroUsize::MIN, groups(1), groups(2));
+    let groups = |run: Range<u64>| GroupRanges::from(run);
+    let (one, none) = (NonZeroUsize::MIN, GroupRanges::new());
+    let (first, second, all) = (groups(0..1), groups(1..2), groups(0..2));
     let content = open(index.clone(), pack.clone(), sources.clone()).unwrap();
     let mut unproved = content.unproved().unwrap().unwrap();
-    let mut prove = |groups, most| unproved.prove(&content, groups, most, one, &()).unwrap();
+    let mut prove = |here, fresh, most| {
+        let proved = unproved.prove(&content, (here, fresh), most, one, &());
+        (proved.unwrap(), unproved.left())
+    };
     // The first chunk group ends in the middle of the second frame.
-    assert_eq!(prove(&first, u64::MAX), 10_000);
-    assert_eq!(prove(&first, u64::MAX), 0, "once is enough");
-    assert_eq!(prove(&all, 1), 10_000, "what was begun is ended");
-    assert_eq!(prove(&all, u64::MAX), 10_000);
-    assert!(unproved.is_empty());
+    assert_eq!(prove(&first, &first, u64::MAX), (10_000, 20_000));
+    assert_eq!(prove(&first, &first, u64::MAX), (0, 20_000), "once");
+    assert_eq!(prove(&all, &none, u64::MAX), (0, 20_000), "nothing new");
+    assert_eq!(prove(&all, &second, 1), (10_000, 10_000), "all of a frame");
+    assert_eq!(prove(&all, &second, u64::MAX), (10_000, 0));
 
     pack[25_000] ^= 1;
     let content = open(index, pack, sources).unwrap();
     for threads in [1, 4] {
         let threads = NonZeroUsize::new(threads).unwrap();
         let mut unproved = content.unproved().unwrap().unwrap();
-        let mut prove = |groups| unproved.prove(&content, groups, u64::MAX, threads, &());
-        assert_eq!(prove(&first).unwrap(), 10_000);
+        let mut prove = |groups| {
+            let proved = unproved.prove(&content, (groups, groups), u64::MAX, threads, &());
+            (proved, unproved.left())
+        };
+        assert_eq!(prove(&first).0.unwrap(), 10_000);
         for _ in 0..2 {
-            let error = prove(&all).unwrap_err().to_string();
+            let (proved, left) = prove(&all);
+            let error = proved.unwrap_err().to_string();
             assert!(error.starts_with("frame 2, at byte 20000"), "{error}");
+            assert_eq!(left, 20_000);
         }
     }
 }

@@ -10,7 +10,7 @@ use std::thread;
 
 use capsule_proto::index::{Codec, RunFrom};
 use capsule_proto::ranges::groups_touching;
-use capsule_proto::{FrameHash, GroupRanges};
+use capsule_proto::{FrameHash, GROUP_LEN, GroupRanges};
 
 use super::budget::{Budget, Spent};
 use super::codec::FrameFault;
@@ -19,13 +19,18 @@ use super::pages::PartFrom;
 use super::read::LayerContent;
 use crate::content::Progress;
 
-/// Most frames of which it is kept whether they were compared, in 16 MiB: at the default length, those of 256 GiB.
-const MAX_FRAMES: usize = 1 << 20;
+/// Most frames of which it is kept whether they were compared, in 4 MiB: at the default length, those of 64 GiB.
+const MAX_FRAMES: usize = 1 << 18;
 
-/// Frames of a pack that were not compared with their hashes yet.
+/// Frames of a pack, and which of them were not compared with their hashes yet.
 #[derive(Clone, Debug)]
 pub struct Unproved {
+    /// All of them, as they lie.
     frames: Vec<Lying>,
+    /// A bit for each.
+    proved: Vec<u64>,
+    /// Bytes of those that were not.
+    left: u64,
 }
 
 /// A frame that lies in its pack as it is.
@@ -43,34 +48,53 @@ impl Lying {
 }
 
 impl LayerContent {
-    /// All of its frames, if by the index alone reading through this layer gives its pack as it lies. None also where there are too
-    /// many of them.
+    /// Whether reading through this layer gives its pack as it lies, by the index alone. Whoever has verified the pack then knows the
+    /// content; whether the frames' hashes are right is another question.
+    pub fn is_its_pack(&self) -> Result<bool, LayerError> {
+        self.each_lying(|_| true)
+    }
+
+    /// The frames of a layer that gives its pack as it lies. None also where there are too many of them.
     pub fn unproved(&self) -> Result<Option<Unproved>, LayerError> {
-        let mut parts = self.parts(0..self.header().target_size);
         let mut frames: Vec<Lying> = Vec::new();
+        let is_its_pack = self.each_lying(|frame| {
+            // Runs may split one.
+            if frames.last().is_none_or(|last| last.id != frame.id) {
+                frames.push(frame);
+            }
+            frames.len() <= MAX_FRAMES
+        });
+        let left = frames.iter().map(|frame| u64::from(frame.len)).sum();
+        Ok(is_its_pack?.then(|| Unproved {
+            proved: vec![0; frames.len().div_ceil(64)],
+            frames,
+            left,
+        }))
+    }
+
+    /// Goes through what lies in the pack as it is, in order; false where something does not, or `each` says so.
+    fn each_lying(&self, mut each: impl FnMut(Lying) -> bool) -> Result<bool, LayerError> {
+        let mut parts = self.parts(0..self.header().target_size);
         // Each part may pay as a read of its own: the index's length bounds them all.
         while let Some(part) = parts.next(&mut Budget::new(0))? {
             let PartFrom::Mentioned(RunFrom::Frame { id, offset }) = part.from else {
-                return Ok(None);
+                return Ok(false);
             };
             let frame = self.pages().frame(id, &mut Budget::new(0))?;
             let (at, end) = (u64::from(offset), u64::from(offset) + part.len());
             let lies_there = frame.codec == Codec::Stored
                 && end <= frame.len.into()
                 && frame.pack_offset.checked_add(at) == Some(part.range.start);
-            if !lies_there || frames.len() == MAX_FRAMES {
-                return Ok(None);
-            }
-            // Runs may split one.
-            if frames.last().is_none_or(|last| last.id != id) {
-                frames.push(Lying {
-                    at: frame.pack_offset,
-                    len: frame.len,
-                    id,
-                });
+            let lying = Lying {
+                at: frame.pack_offset,
+                len: frame.len,
+                id,
+            };
+            if !lies_there || !each(lying) {
+                return Ok(false);
             }
         }
-        Ok(Some(Unproved { frames }))
+        Ok(true)
     }
 
     fn prove(&self, frame: &Lying, bytes: &mut Vec<u8>) -> Result<(), LayerError> {
@@ -97,35 +121,35 @@ impl LayerContent {
 }
 
 impl Unproved {
-    /// Whether all frames were compared.
-    pub fn is_empty(&self) -> bool {
-        self.frames.is_empty()
+    /// Bytes of frames that were not compared yet.
+    pub fn left(&self) -> u64 {
+        self.left
     }
 
-    /// Compares frames that lie in these groups of the pack, on so many threads, until it is as many bytes; says how many it was.
-    /// Where it fails, none of them counts as compared.
+    /// Compares frames all of which is `here`, a part of them `fresh`, in groups of the pack, on so many threads, until it is as many bytes; says how
+    /// many it was. Where it fails, none of them counts as compared.
     pub fn prove(
         &mut self,
         content: &LayerContent,
-        groups: &GroupRanges,
+        (here, fresh): (&GroupRanges, &GroupRanges),
         most: u64,
         threads: NonZeroUsize,
         progress: &dyn Progress,
     ) -> Result<u64, LayerError> {
-        let mut len = 0;
-        let (now, later): (Vec<Lying>, Vec<Lying>) = self.frames.iter().partition(|frame| {
-            let taken = len < most && groups.contains_run(&groups_touching(&frame.bytes()));
-            len += if taken { frame.len.into() } else { 0 };
-            taken
-        });
+        let now = self.choose(here, fresh, most);
         let next = AtomicUsize::new(0);
         let work = || {
             let mut bytes = Vec::new();
-            while let Some(frame) = now.get(next.fetch_add(1, Ordering::Relaxed)) {
+            while let Some(at) = now.get(next.fetch_add(1, Ordering::Relaxed)) {
                 if progress.cancelled() {
                     return Err(LayerError::from(Spent::Cancelled));
                 }
-                content.prove(frame, &mut bytes)?;
+                let frame = &self.frames[*at];
+                if let Err(error) = content.prove(frame, &mut bytes) {
+                    // That is enough for all of them.
+                    next.store(now.len(), Ordering::Relaxed);
+                    return Err(error);
+                }
                 progress.written(frame.len.into());
             }
             Ok(())
@@ -133,16 +157,44 @@ impl Unproved {
         thread::scope(|scope| {
             let others = threads.get().min(now.len()).saturating_sub(1);
             let others: Vec<_> = (0..others).map(|_| scope.spawn(work)).collect();
-            let here = work();
+            let own = work();
             let joined = others.into_iter().map(|other| {
                 other
                     .join()
                     .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
             });
             // All of them, whichever failed.
-            joined.fold(here, Result::and)
+            joined.fold(own, Result::and)
         })?;
-        self.frames = later;
-        Ok(len)
+        let mut bytes = 0;
+        for at in now {
+            self.proved[at / 64] |= 1 << (at % 64);
+            bytes += u64::from(self.frames[at].len);
+        }
+        self.left -= bytes;
+        Ok(bytes)
+    }
+
+    /// The places of frames to be compared next.
+    fn choose(&self, here: &GroupRanges, fresh: &GroupRanges, most: u64) -> Vec<usize> {
+        let (mut chosen, mut len) = (Vec::new(), 0);
+        for run in fresh.runs() {
+            let bytes = run.start.saturating_mul(GROUP_LEN)..run.end.saturating_mul(GROUP_LEN);
+            let first = |frame: &Lying| frame.bytes().end <= bytes.start;
+            let first = self.frames.partition_point(first);
+            for (at, frame) in self.frames.iter().enumerate().skip(first) {
+                if frame.at >= bytes.end || len >= most {
+                    break;
+                }
+                let is_proved = self.proved[at / 64] & 1 << (at % 64) != 0;
+                // It may reach into the next run, too.
+                let is_chosen = chosen.last() == Some(&at);
+                if !is_proved && !is_chosen && here.contains_run(&groups_touching(&frame.bytes())) {
+                    chosen.push(at);
+                    len += u64::from(frame.len);
+                }
+            }
+        }
+        chosen
     }
 }

@@ -20,6 +20,7 @@ use capsule_proto::{GroupRanges, RootHash};
 use positioned_io::ReadAt;
 
 use super::early::by_pack;
+use super::files::Files;
 use crate::control::{Failure, FailureCode};
 use crate::failure::of_hash;
 use crate::held::{HeldWay, Holdings, TreeWay};
@@ -28,11 +29,7 @@ use crate::rehash::{Differing, RehashError, rehash, tree_of};
 use crate::store::{BlobKind, ComponentRecipe, LayerBlobs, Scratch, Store};
 use crate::work::Work;
 
-/// From this length on, hashing a file's piece in parallel pays.
-const PARALLEL_HASH_LEN: usize = 128 << 10;
-static ZEROS: [u8; 1 << 18] = [0; 1 << 18];
-
-/// Checks a component that came by `way`, and registers it: from then on it is held. What `early` is left of it was not proved before.
+/// Checks a component that came by `way`, and registers it: from then on it is held. `early`: of what was proved while it came, what is left.
 pub fn check(
     store: &Store,
     component: &Component,
@@ -163,25 +160,40 @@ fn check_pack(
     }
     let content = open(store, layers, &ReadOptions::default())?;
     check_size(component, content.len())?;
-    let unproved = match early {
-        Some(early) => Some(early),
-        None => content
-            .unproved()
-            .map_err(|error| wrong(component, &error.to_string()))?,
-    };
-    let Some(mut unproved) = unproved else {
+    if let Some(unproved) = early {
+        prove(store, component, layers, &content, unproved, work)?;
+    } else if content
+        .is_its_pack()
+        .map_err(|error| wrong(component, &error.to_string()))?
+    {
+        pass(store, component, layers, &content, &mut Nowhere, None, work)?;
+    } else {
         return Ok(false);
-    };
-    let all = GroupRanges::all(component.size);
-    if let Err(error) = unproved.prove(&content, &all, u64::MAX, threads(), work) {
-        if work.cancelled() {
-            return Err(Failure::cancelled());
-        }
-        damaged_here(store, layers)?;
-        return Err(wrong(component, &error.to_string()));
     }
     holdings.put_blob_way(&component.root, layers)?;
     Ok(true)
+}
+
+/// Proves what is left of a pack.
+fn prove(
+    store: &Store,
+    component: &Component,
+    layers: &[LayerBlobs],
+    content: &LayerContent,
+    mut unproved: Unproved,
+    work: &Work,
+) -> Result<(), Failure> {
+    let all = &GroupRanges::all(component.size);
+    work.written(component.size.saturating_sub(unproved.left()));
+    match unproved.prove(content, (all, all), u64::MAX, threads(), work) {
+        Ok(_) if unproved.left() == 0 => Ok(()),
+        Ok(_) => Err(wrong(component, "its frames reach beyond its end")),
+        Err(error) => {
+            work.check()?;
+            damaged_here(store, layers)?;
+            Err(wrong(component, &error.to_string()))
+        }
+    }
 }
 
 /// The tree of an update of content that is here and was checked by the same layers: only what the last layer changes is decoded.
@@ -419,105 +431,5 @@ impl Sink for Nowhere {
 
     fn zeros(&mut self, _: u64, _: u64) -> io::Result<()> {
         Ok(())
-    }
-}
-
-/// Hashes a tree's contents file by file, and compares with the listing.
-struct Files<'a> {
-    component: &'a Component,
-    listing: &'a Listing,
-    files: Box<dyn Iterator<Item = (usize, u64, RootHash)> + 'a>,
-    current: Option<(usize, u64, RootHash)>,
-    hasher: blake3::Hasher,
-}
-
-impl<'a> Files<'a> {
-    fn new(listing: &'a Listing, component: &'a Component) -> Self {
-        let mut files: Box<dyn Iterator<Item = _> + 'a> = Box::new(listing.files());
-        let current = files.next();
-        Self {
-            component,
-            listing,
-            files,
-            current,
-            hasher: blake3::Hasher::new(),
-        }
-    }
-
-    /// Closes the files that end here; empty ones among them.
-    fn close(&mut self) -> Result<(), Failure> {
-        while let Some((entry, 0, root)) = self.current {
-            let found = std::mem::replace(&mut self.hasher, blake3::Hasher::new()).finalize();
-            if found.as_bytes() != root.as_bytes() {
-                let path = &self.listing.entries()[entry].path;
-                return Err(wrong(
-                    self.component,
-                    &format!("file {path} has another hash than in the listing"),
-                ));
-            }
-            self.current = self.files.next();
-        }
-        Ok(())
-    }
-
-    /// Gives each file its part of a piece of `len` bytes.
-    fn take(
-        &mut self,
-        len: u64,
-        mut part_of: impl FnMut(&mut blake3::Hasher, std::ops::Range<u64>),
-    ) -> Result<(), Failure> {
-        let mut at = 0;
-        while at < len {
-            self.close()?;
-            let Some((_, left, _)) = &mut self.current else {
-                return Err(wrong(
-                    self.component,
-                    "its contents are longer than its files",
-                ));
-            };
-            let part = (*left).min(len - at);
-            part_of(&mut self.hasher, at..at + part);
-            *left -= part;
-            at += part;
-        }
-        Ok(())
-    }
-
-    fn finish(mut self) -> Result<(), Failure> {
-        self.close()?;
-        if self.current.is_some() {
-            return Err(wrong(
-                self.component,
-                "its contents are shorter than its files",
-            ));
-        }
-        Ok(())
-    }
-}
-
-impl Sink for Files<'_> {
-    fn data(&mut self, _: u64, bytes: &[u8]) -> io::Result<()> {
-        let hash = |hasher: &mut blake3::Hasher, part: std::ops::Range<u64>| {
-            let part = &bytes[part.start as usize..part.end as usize];
-            if part.len() < PARALLEL_HASH_LEN {
-                hasher.update(part)
-            } else {
-                hasher.update_rayon(part)
-            };
-        };
-        self.take(bytes.len() as u64, hash)
-            .map_err(io::Error::other)
-    }
-
-    fn zeros(&mut self, _: u64, len: u64) -> io::Result<()> {
-        let hash = |hasher: &mut blake3::Hasher, part: std::ops::Range<u64>| {
-            let mut left = part.end - part.start;
-            while left > 0 {
-                let piece = left.min(ZEROS.len() as u64);
-                hasher.update_rayon(&ZEROS[..piece as usize]);
-                left -= piece;
-            }
-        };
-        self.take(len, hash).map_err(io::Error::other)
     }
 }

@@ -1,31 +1,34 @@
 //! Proving components while they come, as far as each frame can be proved alone: at the end of a transfer, when all machines of a room are
-//! done at once, there is little left to do.
+//! done at once, there is little left to do. What was proved then is not read again.
 
 use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
 use std::pin::pin;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use capsule_chunker::layer::read::{LayerCache, LayerContent, ReadOptions};
 use capsule_chunker::layer::{Storage, Unproved};
-use capsule_proto::RootHash;
 use capsule_proto::manifest::Component;
+use capsule_proto::{GroupRanges, RootHash};
 use tokio::time::MissedTickBehavior;
 
 use super::prepare::{ComponentPlan, Prepared};
 use crate::control::Failure;
 use crate::held::HeldWay;
-use crate::layers::{open_all, open_pack};
+use crate::layers::open_all;
 use crate::store::{LayerBlobs, Store};
 use crate::work::blocking;
 
 /// How often it is looked what has come.
 const TICK: Duration = Duration::from_millis(250);
-/// Compared at a time: this long, some tens of milliseconds, the end of a transfer may have to wait.
-const STEP: u64 = 64 << 20;
+/// Compared at a time, some milliseconds: so long the check may wait for it to end.
+const STEP: u64 = 8 << 20;
+/// Components of one pull that are proved so: each keeps files open.
+const MOST: usize = 4;
 
-/// The layers of a component that is one of its packs, as far as can be told without the index.
+/// The layers of a component that is the pack of the last of them, as far as can be told without the index.
 pub fn by_pack<'a>(component: &Component, way: &'a HeldWay) -> Option<&'a [LayerBlobs]> {
     match way {
         HeldWay::Layers(layers) if layers.last()?.pack == Some(component.root) => Some(layers),
@@ -34,35 +37,55 @@ pub fn by_pack<'a>(component: &Component, way: &'a HeldWay) -> Option<&'a [Layer
 }
 
 /// What was proved of components of which not all was here.
-#[derive(Clone, Default)]
-pub struct Early(Arc<Mutex<BTreeMap<RootHash, Coming>>>);
+#[derive(Clone)]
+pub struct Early(Arc<Shared>);
+
+struct Shared {
+    coming: BTreeMap<RootHash, Mutex<Coming>>,
+    /// Nothing more comes.
+    ended: AtomicBool,
+}
 
 struct Coming {
-    layers: Vec<LayerBlobs>,
+    layer: LayerBlobs,
     /// None before its pack has begun to come.
     open: Option<(Arc<LayerContent>, Unproved)>,
-    /// Chunk groups that were here at the last look.
-    seen: u64,
+    /// What was here at the last look.
+    seen: GroupRanges,
+    /// There is no use in another.
+    over: bool,
 }
 
 impl Early {
     /// For the components of a capsule that are fetched. Their indexes are here.
     pub fn new(prepared: &Prepared) -> Self {
         let fetched = |plan: &&ComponentPlan| !plan.held && plan.like.is_none();
-        let coming = |plan: &ComponentPlan| {
-            let coming = Coming {
-                layers: by_pack(&plan.component, &plan.way)?.to_vec(),
-                open: None,
-                seen: 0,
-            };
-            Some((plan.component.root, coming))
+        let one_layer = |plan: &ComponentPlan| match by_pack(&plan.component, &plan.way)? {
+            [layer] => Some((plan.component.root, *layer)),
+            _ => None,
         };
         let all = prepared.components.iter().filter(fetched);
-        Self(Arc::new(Mutex::new(all.filter_map(coming).collect())))
+        Self::of(all.filter_map(one_layer).take(MOST))
+    }
+
+    fn of(layers: impl Iterator<Item = (RootHash, LayerBlobs)>) -> Self {
+        let coming = |layer| Coming {
+            layer,
+            open: None,
+            seen: GroupRanges::new(),
+            over: false,
+        };
+        Self(Arc::new(Shared {
+            coming: layers
+                .map(|(root, layer)| (root, Mutex::new(coming(layer))))
+                .collect(),
+            ended: AtomicBool::new(false),
+        }))
     }
 
     /// Proves what comes while it is fetched.
     pub async fn during<T>(&self, store: &Store, fetching: impl Future<Output = T>) -> T {
+        let _ended = EndOnDrop(&self.0.ended);
         let mut fetching = pin!(fetching);
         tokio::select! {
             fetched = &mut fetching => return fetched,
@@ -74,85 +97,96 @@ impl Early {
         fetching.await
     }
 
-    /// Until there is nothing left, or it is dropped: what was proved by then counts.
+    /// Until there is no use in it, or it is dropped: what was proved by then counts.
     async fn prove(&self, store: &Store) -> Result<(), Failure> {
         let mut ticks = tokio::time::interval(TICK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut goes_on = !self.coming().is_empty();
+        let mut goes_on = !self.0.coming.is_empty();
         while goes_on {
             ticks.tick().await;
             let (early, store) = (self.clone(), store.clone());
-            goes_on = blocking(move || Ok(early.step(&store))).await?;
+            goes_on = blocking(move || Ok(early.look(&store))).await?;
         }
         Ok(())
     }
 
-    /// What is left to be proved of a component; none if nothing of it was. Blocks while a step lasts.
-    pub fn take(&self, root: &RootHash) -> Option<Unproved> {
-        let coming = self.coming().remove(root)?;
-        Some(coming.open?.1)
+    /// What is left to be proved of a component that comes by this way; none if nothing of it was. May block for some milliseconds.
+    pub fn take(&self, root: &RootHash, way: &HeldWay) -> Option<Unproved> {
+        let coming = self.0.coming.get(root)?;
+        let mut coming = coming.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_it = matches!(way, HeldWay::Layers(layers) if *layers == [coming.layer]);
+        coming.open.take_if(|_| is_it).map(|(_, unproved)| unproved)
     }
 
-    fn coming(&self) -> MutexGuard<'_, BTreeMap<RootHash, Coming>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// One look at each; false if there is no use in another. What fails is left to the check at the end, which says whose fault it is.
-    fn step(&self, store: &Store) -> bool {
-        let mut coming = self.coming();
-        coming.retain(|root, coming| {
-            let stepped = coming.step(root, store);
-            if let Err(failure) = &stepped {
-                tracing::debug!(%root, %failure.message, "not proved while it comes");
+    /// Looks what has come; false if there is no use in another look. What fails is left to the check, which says whose fault it is.
+    fn look(&self, store: &Store) -> bool {
+        let mut goes_on = false;
+        for (root, coming) in &self.0.coming {
+            let mut coming = coming.lock().unwrap_or_else(PoisonError::into_inner);
+            if coming.over {
+                continue;
             }
-            stepped.unwrap_or(false)
-        });
-        !coming.is_empty()
+            if let Err(failure) = coming.look(root, store, &self.0.ended) {
+                tracing::debug!(%root, %failure.message, "not proved while it comes");
+                coming.over = true;
+            }
+            goes_on |= !coming.over;
+        }
+        goes_on
+    }
+}
+
+/// Has a look end that is under way when nobody waits any more.
+struct EndOnDrop<'a>(&'a AtomicBool);
+
+impl Drop for EndOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
     }
 }
 
 impl Coming {
-    /// False if there is no use in going on.
-    fn step(&mut self, root: &RootHash, store: &Store) -> Result<bool, Failure> {
+    fn look(&mut self, root: &RootHash, store: &Store, ended: &AtomicBool) -> Result<(), Failure> {
         let Some(here) = store.present(root) else {
-            return Ok(true);
+            return Ok(());
         };
         let (content, unproved) = match &mut self.open {
             Some(open) => open,
-            closed => match open(root, &self.layers, store)? {
+            closed => match open(root, self.layer, store)? {
                 Some(opened) => closed.insert(opened),
-                None => return Ok(false),
+                None => {
+                    self.over = true;
+                    return Ok(());
+                }
             },
         };
-        let count = here.ranges.count();
-        if count > self.seen {
-            let proved = unproved.prove(content, &here.ranges, STEP, NonZeroUsize::MIN, &())?;
-            if proved < STEP {
-                self.seen = count;
+        let fresh = here.ranges.difference(&self.seen);
+        let (groups, one) = ((&here.ranges, &fresh), NonZeroUsize::MIN);
+        while !ended.load(Ordering::Relaxed) {
+            if unproved.prove(content, groups, STEP, one, &())? < STEP {
+                self.seen = here.ranges;
+                self.over = unproved.left() == 0;
+                break;
             }
         }
-        Ok(true)
+        Ok(())
     }
 }
 
 /// Opens a component whose pack may be coming, if it is one as it lies.
 fn open(
     root: &RootHash,
-    layers: &[LayerBlobs],
+    layer: LayerBlobs,
     store: &Store,
 ) -> Result<Option<(Arc<LayerContent>, Unproved)>, Failure> {
-    let pack = |layer: &LayerBlobs| match layer.pack {
-        Some(pack) if pack == *root => Ok(store.open_coming(root)? as Storage),
-        _ => open_pack(store, layer),
-    };
+    let pack = |_: &LayerBlobs| Ok(store.open_coming(root)? as Storage);
     let cache = LayerCache::new(&ReadOptions { cache_len: 0 });
     let as_it_is = |_: &LayerBlobs, content| Ok(content);
-    let top = open_all(store, layers, &cache, &pack, &as_it_is)?.pop();
-    let Some(top) = top else {
+    let Some(content) = open_all(store, &[layer], &cache, &pack, &as_it_is)?.pop() else {
         return Ok(None);
     };
-    let unproved = top.unproved()?;
-    Ok(unproved.map(|unproved| (top, unproved)))
+    let unproved = content.unproved()?;
+    Ok(unproved.map(|unproved| (content, unproved)))
 }
 
 #[cfg(test)]
@@ -183,7 +217,7 @@ mod tests {
         to: Store,
         component: Component,
         layer: LayerBlobs,
-        _temp: tempfile::TempDir,
+        temp: tempfile::TempDir,
     }
 
     impl Fetching {
@@ -220,18 +254,20 @@ mod tests {
                 to,
                 component,
                 layer,
-                _temp: temp,
+                temp,
             }
         }
 
         fn early(&self) -> Early {
-            let coming = Coming {
-                layers: vec![self.layer],
-                open: None,
-                seen: 0,
-            };
-            let all = BTreeMap::from([(self.component.root, coming)]);
-            Early(Arc::new(Mutex::new(all)))
+            Early::of([(self.component.root, self.layer)].into_iter())
+        }
+
+        fn left(&self, early: &Early) -> Option<u64> {
+            Some(early.take(&self.component.root, &self.way())?.left())
+        }
+
+        fn way(&self) -> HeldWay {
+            HeldWay::Layers(vec![self.layer])
         }
 
         fn create(&self) {
@@ -250,35 +286,70 @@ mod tests {
                 .unwrap();
         }
 
-        fn check(&self, early: Option<Unproved>) -> Result<(), Failure> {
+        fn check(&self, early: Option<&Early>) -> Result<(), Failure> {
             self.to.flush(&self.component.root).unwrap();
-            let way = HeldWay::Layers(vec![self.layer]);
+            let way = self.way();
+            let early = early.and_then(|early| early.take(&self.component.root, &way));
             check(&self.to, &self.component, &way, early, &Work::default())
+        }
+
+        /// Changes what lies on the disk of the pack.
+        fn damage(&self) {
+            let name = format!("{}.data", self.component.root);
+            let mut dirs = vec![self.temp.path().join("b")];
+            while let Some(dir) = dirs.pop() {
+                for entry in std::fs::read_dir(dir).unwrap() {
+                    let path = entry.unwrap().path();
+                    if path.is_dir() {
+                        dirs.push(path);
+                    } else if path.ends_with(&name) {
+                        std::fs::write(path, vec![7; self.component.size as usize]).unwrap();
+                        return;
+                    }
+                }
+            }
+            panic!("the pack's file was not found");
         }
     }
 
     #[test]
     fn what_came_is_proved_before_the_rest_comes() {
         let fetching = Fetching::begin(|_| ());
-        let (early, root) = (fetching.early(), &fetching.component.root);
-        let groups = group_count(fetching.component.size);
-        assert!(early.step(&fetching.to), "its pack may still begin to come");
-        assert!(early.take(root).is_none());
-
+        let Component { root, size, .. } = fetching.component;
+        let groups = group_count(size);
         let early = fetching.early();
+        assert!(early.look(&fetching.to), "its pack may still begin to come");
+        assert_eq!(fetching.left(&early), None);
         fetching.create();
         fetching.fetch(0..groups / 2);
-        assert!(early.step(&fetching.to));
+        assert!(early.look(&fetching.to));
+        assert!(early.look(&fetching.to), "nothing new");
         fetching.fetch(groups / 2..groups);
-        assert!(!early.take(root).unwrap().is_empty(), "half of it is left");
+        assert!(!early.look(&fetching.to), "all is proved");
+        let other = HeldWay::Layers(vec![fetching.layer; 2]);
+        assert!(early.take(&root, &other).is_none(), "another way");
 
-        let early = fetching.early();
-        assert!(early.step(&fetching.to));
-        let unproved = early.take(root).unwrap();
-        assert!(unproved.is_empty());
-        fetching.check(Some(unproved)).unwrap();
+        // It needs not be read again.
+        fetching.to.flush(&root).unwrap();
+        fetching.damage();
+        fetching.check(Some(&early)).unwrap();
         let holdings = Holdings::new(fetching.to.clone());
         assert!(holdings.way_to(&fetching.component).unwrap().is_some());
+        let refused = fetching.check(Some(&early)).unwrap_err();
+        assert_eq!(refused.code, FailureCode::Io, "taken once");
+    }
+
+    #[test]
+    fn what_comes_after_the_last_look_is_left() {
+        let fetching = Fetching::begin(|_| ());
+        let (early, groups) = (fetching.early(), group_count(fetching.component.size));
+        fetching.create();
+        fetching.fetch(groups / 2..groups);
+        assert!(early.look(&fetching.to));
+        let left = fetching.left(&early).unwrap();
+        // But for frames of which some is here.
+        let half = fetching.component.size / 2;
+        assert!((half..half + (1 << 20)).contains(&left), "{left}");
     }
 
     #[test]
@@ -288,15 +359,12 @@ mod tests {
         fetching.create();
         fetching.fetch(0..group_count(fetching.component.size));
         let early = fetching.early();
-        assert!(!early.step(&fetching.to), "there is no use in going on");
-        let unproved = early.take(&fetching.component.root);
-        assert!(unproved.is_none());
-        let refused = fetching.check(unproved).unwrap_err();
-        assert_eq!(refused.code, FailureCode::Damaged);
-        assert!(
-            refused.message.contains("its content has hash"),
-            "{}",
-            refused.message
-        );
+        assert!(!early.look(&fetching.to), "there is no use in going on");
+        for early in [Some(&early), None] {
+            let refused = fetching.check(early).unwrap_err();
+            assert_eq!(refused.code, FailureCode::Damaged);
+            let said = &refused.message;
+            assert!(said.contains("its content has hash"), "{said}");
+        }
     }
 }

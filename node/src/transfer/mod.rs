@@ -8,6 +8,7 @@ pub mod build;
 pub mod check;
 mod early;
 pub mod fetch;
+mod files;
 pub mod like;
 mod part;
 pub mod patience;
@@ -415,7 +416,7 @@ async fn check_component(
         .run(task, tell, move |work| match like {
             Some(like) => build::build(&store, &component, &way, like.open(&store)?, work),
             None => {
-                let early = early.take(&component.root);
+                let early = early.take(&component.root, &way);
                 check::check(&store, &component, &way, early, work)
             }
         })

@@ -1,7 +1,7 @@
 //! The engine: one task that owns the libp2p swarm and the scheduler, and carries what one says to the other.
 //!
-//! Nothing here waits: the stores are called by `pool`'s threads, connections run in libp2p's tasks. After every
-//! event the scheduler is asked what to do (`pump`); so all its decisions are made in one place and in one order.
+//! Nothing here waits: the stores are called by `pool`'s threads, connections run in libp2p's tasks. After an event, and those that have come
+//! with it, the scheduler is asked what to do (`pump`); so all its decisions are made in one place and in one order.
 //!
 //! | file | what |
 //! |---|---|
