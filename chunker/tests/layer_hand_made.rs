@@ -3,7 +3,6 @@
 mod layer_support;
 
 use std::num::NonZeroUsize;
-use std::ops::Range;
 use std::sync::Arc;
 
 use capsule_chunker::content::{BytesSource, Content};
@@ -341,9 +340,8 @@ fn a_layer_of_stored_frames_in_order_is_its_pack() {
 #[test]
 fn frames_of_a_pack_are_proved_as_it_comes() {
     let (index, mut pack, sources) = of_frames(&[0, 0, 0], &[0, 1, 2], 0);
-    let groups = |run: Range<u64>| GroupRanges::from(run);
     let (one, none) = (NonZeroUsize::MIN, GroupRanges::new());
-    let (first, second, all) = (groups(0..1), groups(1..2), groups(0..2));
+    let [first, second, all] = [0..1, 1..2, 0..2].map(GroupRanges::from);
     let content = open(index.clone(), pack.clone(), sources.clone()).unwrap();
     let mut unproved = content.unproved().unwrap().unwrap();
     let mut prove = |here, fresh, most| {

@@ -19,7 +19,6 @@ use capsule_proto::manifest::Component;
 use capsule_proto::{GroupRanges, RootHash};
 use positioned_io::ReadAt;
 
-use super::early::by_pack;
 use super::files::Files;
 use crate::control::{Failure, FailureCode};
 use crate::failure::of_hash;
@@ -37,14 +36,9 @@ pub fn check(
     early: Option<Unproved>,
     work: &Work,
 ) -> Result<(), Failure> {
-    if let Some(layers) = by_pack(component, way)
-        && check_pack(store, component, layers, early, work)?
-    {
-        return Ok(());
-    }
     match way {
         HeldWay::Blob => check_blob(store, component, work),
-        HeldWay::Layers(layers) => check_stream(store, component, layers, work),
+        HeldWay::Layers(layers) => check_stream(store, component, layers, early, work),
         HeldWay::Tree(way) => check_tree(store, component, way, work),
     }
 }
@@ -118,10 +112,15 @@ fn check_stream(
     store: &Store,
     component: &Component,
     layers: &[LayerBlobs],
+    early: Option<Unproved>,
     work: &Work,
 ) -> Result<(), Failure> {
     let content = open(store, layers, &ReadOptions::default())?;
     check_size(component, content.len())?;
+    let is_pack = layers.last().and_then(|layer| layer.pack) == Some(component.root);
+    if is_pack && check_pack(store, component, layers, &content, early, work)? {
+        return Ok(Holdings::new(store.clone()).put_blob_way(&component.root, layers)?);
+    }
     if let Some((tree, outboard)) = check_changes(store, component, layers, &content, work)? {
         if tree.root != component.root {
             return Err(wrong(component, "its bytes have another hash"));
@@ -145,33 +144,29 @@ fn check_stream(
     register(store, component, layers, outboard)
 }
 
-/// Checks a stream that is one pack as it lies, all of which is here: its bytes were verified as they came. But its frames' hashes are its
-/// publisher's word, which later versions rest on. False where that is not how it lies.
+/// Checks a stream that is its last layer's pack as it lies, where all of that is here: its bytes were verified as they came. But its frames' hashes
+/// are its publisher's word, which later versions rest on. False where that is not how it lies.
 fn check_pack(
     store: &Store,
     component: &Component,
     layers: &[LayerBlobs],
+    content: &LayerContent,
     early: Option<Unproved>,
     work: &Work,
 ) -> Result<bool, Failure> {
-    let holdings = Holdings::new(store.clone());
-    if !holdings.is_complete(&component.root) {
+    if !Holdings::new(store.clone()).is_complete(&component.root) {
         return Ok(false);
     }
-    let content = open(store, layers, &ReadOptions::default())?;
-    check_size(component, content.len())?;
     if let Some(unproved) = early {
-        prove(store, component, layers, &content, unproved, work)?;
-    } else if content
-        .is_its_pack()
-        .map_err(|error| wrong(component, &error.to_string()))?
-    {
-        pass(store, component, layers, &content, &mut Nowhere, None, work)?;
-    } else {
-        return Ok(false);
+        prove(store, component, layers, content, unproved, work)?;
+        return Ok(true);
     }
-    holdings.put_blob_way(&component.root, layers)?;
-    Ok(true)
+    let is_its_pack = content.is_its_pack();
+    let is_its_pack = is_its_pack.map_err(|error| wrong(component, &error.to_string()))?;
+    if is_its_pack {
+        pass(store, component, layers, content, &mut Nowhere, None, work)?;
+    }
+    Ok(is_its_pack)
 }
 
 /// Proves what is left of a pack.

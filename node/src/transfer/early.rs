@@ -10,7 +10,6 @@ use std::time::Duration;
 
 use capsule_chunker::layer::read::{LayerCache, LayerContent, ReadOptions};
 use capsule_chunker::layer::{Storage, Unproved};
-use capsule_proto::manifest::Component;
 use capsule_proto::{GroupRanges, RootHash};
 use tokio::time::MissedTickBehavior;
 
@@ -27,14 +26,6 @@ const TICK: Duration = Duration::from_millis(250);
 const STEP: u64 = 8 << 20;
 /// Components of one pull that are proved so: each keeps files open.
 const MOST: usize = 4;
-
-/// The layers of a component that is the pack of the last of them, as far as can be told without the index.
-pub fn by_pack<'a>(component: &Component, way: &'a HeldWay) -> Option<&'a [LayerBlobs]> {
-    match way {
-        HeldWay::Layers(layers) if layers.last()?.pack == Some(component.root) => Some(layers),
-        _ => None,
-    }
-}
 
 /// What was proved of components of which not all was here.
 #[derive(Clone)]
@@ -60,12 +51,19 @@ impl Early {
     /// For the components of a capsule that are fetched. Their indexes are here.
     pub fn new(prepared: &Prepared) -> Self {
         let fetched = |plan: &&ComponentPlan| !plan.held && plan.like.is_none();
-        let one_layer = |plan: &ComponentPlan| match by_pack(&plan.component, &plan.way)? {
-            [layer] => Some((plan.component.root, *layer)),
-            _ => None,
+        // A component that is the pack of its one layer, as far as can be told without the index.
+        let by_pack = |plan: &ComponentPlan| {
+            let root = plan.component.root;
+            match &plan.way {
+                HeldWay::Layers(layers) => match layers[..] {
+                    [layer] if layer.pack == Some(root) => Some((root, layer)),
+                    _ => None,
+                },
+                _ => None,
+            }
         };
         let all = prepared.components.iter().filter(fetched);
-        Self::of(all.filter_map(one_layer).take(MOST))
+        Self::of(all.filter_map(by_pack).take(MOST))
     }
 
     fn of(layers: impl Iterator<Item = (RootHash, LayerBlobs)>) -> Self {
@@ -92,7 +90,6 @@ impl Early {
             Err(failure) = self.prove(store) => {
                 tracing::warn!(%failure.message, "nothing more is proved while it comes");
             }
-            else => {}
         }
         fetching.await
     }
@@ -196,6 +193,7 @@ mod tests {
 
     use capsule_proto::FrameHash;
     use capsule_proto::index::{Index, IndexBuilder, Space};
+    use capsule_proto::manifest::Component;
     use capsule_proto::ranges::{Height, group_count};
     use rand::{Rng, SeedableRng, rngs::StdRng};
 
