@@ -75,6 +75,14 @@ pub fn layer_blobs(layer: &Layer) -> LayerBlobs {
     }
 }
 
+/// Whether two layers are one with its frames in another order, as far as records tell: they lead from and to the same, by packs of one length.
+pub fn is_reordered(a: &Layer, b: &Layer) -> bool {
+    let len = |layer: &Layer| layer.pack.map(|pack| pack.size);
+    (a.space, a.parent, a.target) == (b.space, b.parent, b.target)
+        && a.pack.is_some()
+        && len(a) == len(b)
+}
+
 impl HeldWay {
     /// Its layers, from nothing on: a tree has two ways.
     pub fn ways(&self) -> impl Iterator<Item = &[LayerBlobs]> {

@@ -44,6 +44,15 @@ pub fn open(
     })
 }
 
+/// Opens an index, of which only what is read need be here.
+pub fn open_index(store: &Store, index: &RootHash) -> Result<Storage, Failure> {
+    let is_complete = store.durable(index).is_some_and(|here| here.complete);
+    Ok(match is_complete {
+        true => store.open_blob(index)?,
+        false => store.open_coming(index)?,
+    })
+}
+
 /// Opens a layer's pack, of which only what is read need be here; one without is read as an empty one.
 pub fn open_pack(store: &Store, layer: &LayerBlobs) -> Result<Storage, Failure> {
     Ok(match &layer.pack {
@@ -87,10 +96,22 @@ pub fn open_all(
     pack: &dyn Fn(&LayerBlobs) -> Result<Storage, Failure>,
     finish: &dyn Fn(&LayerBlobs, LayerContent) -> Result<LayerContent, Failure>,
 ) -> Result<Vec<Arc<LayerContent>>, Failure> {
+    let index = |index: &RootHash| open_index(store, index);
+    open_all_by(&index, layers, cache, pack, finish)
+}
+
+/// The same; `index` opens their indexes.
+pub fn open_all_by(
+    index: &dyn Fn(&RootHash) -> Result<Storage, Failure>,
+    layers: &[LayerBlobs],
+    cache: &LayerCache,
+    pack: &dyn Fn(&LayerBlobs) -> Result<Storage, Failure>,
+    finish: &dyn Fn(&LayerBlobs, LayerContent) -> Result<LayerContent, Failure>,
+) -> Result<Vec<Arc<LayerContent>>, Failure> {
     let mut all: Vec<Arc<LayerContent>> = Vec::with_capacity(layers.len());
     let mut made = Made::new();
     for layer in layers {
-        let content = open_one(store, layer, pack(layer)?, &made, cache)?;
+        let content = open_one(layer, index(&layer.index)?, pack(layer)?, &made, cache)?;
         let content = Arc::new(finish(layer, content)?);
         let header = content.header();
         made.insert((header.space as u8, header.target), content.clone());
@@ -103,13 +124,12 @@ pub fn open_all(
 type Made = HashMap<(u8, RootHash), Arc<LayerContent>>;
 
 fn open_one(
-    store: &Store,
     layer: &LayerBlobs,
+    index: Storage,
     pack: Storage,
     made: &Made,
     cache: &LayerCache,
 ) -> Result<LayerContent, Failure> {
-    let index: Storage = store.open_blob(&layer.index)?;
     let directory = read_directory(&*index)?;
     let mut sources = Vec::new();
     for source in &directory.header().sources {
@@ -137,11 +157,11 @@ pub struct Beside {
     pub reader: usize,
 }
 
-/// The first component that layers read, but none before them makes; their indexes are here.
+/// The first component that layers read, but none before them makes; the directories of their indexes are here.
 pub fn beside(store: &Store, layers: &[LayerBlobs]) -> Result<Option<Beside>, Failure> {
     let mut made = HashSet::new();
     for (reader, layer) in layers.iter().enumerate() {
-        let directory = read_directory(&*store.open_blob(&layer.index)?)?;
+        let directory = read_directory(&*open_index(store, &layer.index)?)?;
         let header = directory.header();
         let is_made = |source: &&Source| made.contains(&(source.space as u8, source.root));
         if let Some(source) = header.sources.iter().find(|source| !is_made(source)) {
@@ -157,11 +177,11 @@ pub fn beside(store: &Store, layers: &[LayerBlobs]) -> Result<Option<Beside>, Fa
 }
 
 /// The places of the layers that lead to the last one's component: the last, that of its parent, and so on to the first. The others make what these
-/// read beside that. Their indexes are here.
+/// read beside that. The directories of their indexes are here.
 pub fn lineage(store: &Store, layers: &[LayerBlobs]) -> Result<Vec<usize>, Failure> {
     let (mut places, mut wanted) = (Vec::new(), None);
     for (place, layer) in layers.iter().enumerate().rev() {
-        let directory = read_directory(&*store.open_blob(&layer.index)?)?;
+        let directory = read_directory(&*open_index(store, &layer.index)?)?;
         let header = directory.header();
         if wanted.is_none_or(|wanted| wanted == (header.space as u8, header.target)) {
             places.push(place);
@@ -183,7 +203,7 @@ pub fn read_directory(index: &dyn ReadAt) -> Result<Directory, Failure> {
             format!("a layer's index cannot be read: {e}"),
         )
     };
-    let mut head = [0; 9];
+    let mut head = [0; Directory::HEAD_LEN];
     let len = read_up_to(index, &mut head).map_err(|e| damaged(&e))?;
     let needed = Directory::needed(&head[..len]).map_err(|e| damaged(&e))?;
     let mut bytes = vec![0; needed];
@@ -191,7 +211,8 @@ pub fn read_directory(index: &dyn ReadAt) -> Result<Directory, Failure> {
     Directory::decode(&bytes[..len]).map_err(|e| damaged(&e))
 }
 
-fn read_up_to(from: &dyn ReadAt, buffer: &mut [u8]) -> std::io::Result<usize> {
+/// Reads from the start on, until there is no more.
+pub fn read_up_to(from: &dyn ReadAt, buffer: &mut [u8]) -> std::io::Result<usize> {
     let mut done = 0;
     while done < buffer.len() {
         match from.read_at(done as u64, &mut buffer[done..])? {

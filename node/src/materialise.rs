@@ -200,7 +200,7 @@ fn cheaper(node: &Node, candidate: &Candidate, work: &Work) -> Result<Cheaper, F
 
 /// Whether there is room for a new layer, twice over: it takes about as much as those that it stands for, and nobody who wants to keep
 /// something is to find the store full of it.
-fn has_room(store: &Store, dir: &Path, layers: &[LayerBlobs]) -> bool {
+pub fn has_room(store: &Store, dir: &Path, layers: &[LayerBlobs]) -> bool {
     let blobs: BTreeSet<RootHash> = blobs_of(layers).collect();
     let here = blobs.iter().filter_map(|blob| store.durable(blob));
     let needed: u64 = here.map(|here| here.ranges.bytes(here.size)).sum();

@@ -148,6 +148,7 @@ impl Node {
     /// Tells the fleet which capsules are here.
     pub async fn tell_capsules(&self) -> Result<(), Failure> {
         self.changed.notify_one();
+        self.records.look_at_reads();
         let store = self.store.clone();
         let held = crate::work::blocking(move || Ok(store.capsules()?)).await?;
         Ok(self

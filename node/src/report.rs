@@ -239,6 +239,7 @@ fn layers_to(node: &Node, component: &str, root: &RootHash) -> Result<Vec<LayerI
         target_size: known.layer.target_size,
         index: status(&known.layer.index),
         pack: known.layer.pack.as_ref().map(status),
+        order: known.sequence,
         signer: known.signer.to_string(),
         issued: known.issued,
     };

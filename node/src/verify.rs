@@ -14,7 +14,7 @@ use capsule_swarm::Priority;
 use crate::control::{
     CapsuleRef, DamageInfo, Failure, FailureCode, Phase, Reporter, Verified, Verify,
 };
-use crate::held::{blobs_of, kind_word};
+use crate::held::{blobs_of, kind_word, layer_blobs};
 use crate::needs::{Needs, note_ways};
 use crate::node::{Node, spelled};
 use crate::store::{BlobInfo, BlobKind, DatabaseError, LayerBlobs, ReadError, Store};
@@ -281,13 +281,15 @@ fn add_fetched(node: &Node, lacking: &[Held], answer: &mut Verified) {
 /// Notes which capsules are no longer complete without some roots. The caller holds `Node::keeping`: what is removed
 /// meanwhile would come back.
 ///
-/// A way of this node's own is forgotten instead, and made again: the capsule is as complete without it.
+/// A way of this node's own is forgotten instead, and made again: the capsule is as complete without it. So are further orders of a layer, which
+/// perhaps nobody else has.
 pub fn mark_hurt(node: &Node, roots: &BTreeSet<RootHash>) -> Result<Vec<CapsuleId>, Failure> {
     let mut hurt = Vec::new();
     for (id, held) in node.store.capsules()? {
         drop_own_ways(node, &id, |component, own| {
             Ok(roots.contains(component) || blobs_of(own).any(|blob| roots.contains(&blob)))
         })?;
+        drop_orders(node, &id, roots)?;
         // A damaged manifest no longer tells what the capsule takes: it is damaged itself.
         let takes = node.holdings.takes(&id, &node.records)?.lasting();
         if takes.is_disjoint(roots) {
@@ -352,6 +354,28 @@ fn drop_own_ways(
     Ok(())
 }
 
+/// No longer keeps further orders of a capsule's layers, where they are bad.
+fn drop_orders(
+    node: &Node,
+    capsule: &CapsuleId,
+    roots: &BTreeSet<RootHash>,
+) -> Result<(), DatabaseError> {
+    let manifest = node.holdings.manifest(capsule);
+    let components = manifest
+        .into_iter()
+        .flat_map(|manifest| manifest.components);
+    for root in components.map(|component| component.root) {
+        let known = node.records.layers_to(&root)?;
+        let orders = known.iter().filter(|known| known.sequence > 0);
+        let orders: Vec<_> = orders.map(|known| layer_blobs(&known.layer)).collect();
+        node.holdings.take_back(&root, |layer| {
+            let is_bad = blobs_of(std::slice::from_ref(layer)).any(|blob| roots.contains(&blob));
+            is_bad && orders.contains(layer)
+        })?;
+    }
+    Ok(())
+}
+
 fn is_whole(node: &Node, capsule: &CapsuleId) -> Result<bool, DatabaseError> {
     let Some(manifest) = node.holdings.manifest(capsule) else {
         return Ok(false);
@@ -400,6 +424,7 @@ async fn repair(
         name,
         priority: Priority::Normal,
         like: None,
+        paged: false,
     };
     let patience = Arc::new(Patience::default());
     let _place = patience.wait(Instant::now(), DEFAULT_PATIENCE);

@@ -42,7 +42,7 @@ pub struct Record {
     /// When it ends, if it does: seconds since 1970.
     pub expires: Option<u64>,
     /// Orders the statements about one subject (a channel's names, its releases, a component's prefetch lists, the fleet's
-    /// revocations): the highest counts. Zero where there is no order.
+    /// revocations): the highest counts. Counts the orders of a layer's frames. Zero where there is no order.
     pub sequence: u64,
     /// What is said.
     pub body: Body,

@@ -6,12 +6,16 @@
 use std::ops::Range;
 
 use capsule_proto::index::{BuildError, Frame, Index, IndexBuilder, ReferenceTo, RunFrom};
+use capsule_proto::ranges::groups_touching;
+use capsule_proto::{GROUP_LEN, GroupRanges};
 
 /// An order of a layer's frames.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Front {
     /// Ids as they were, in the new order.
     order: Vec<u32>,
+    /// How many of them are read first.
+    first: usize,
 }
 
 impl Front {
@@ -44,8 +48,19 @@ impl Front {
         }
         let ids = 0..index.frames.len() as u32;
         let (mut order, rest): (Vec<u32>, Vec<u32>) = ids.partition(|id| is_first[*id as usize]);
+        let first = order.len();
         order.extend(rest);
-        (!order.is_sorted()).then_some(Self { order })
+        (!order.is_sorted()).then_some(Self { order, first })
+    }
+
+    /// Bytes of the chunk groups that what is read first touches: as the frames lay, and in front.
+    pub fn fetched(&self, index: &Index) -> (u64, u64) {
+        let (mut groups, mut len) = (GroupRanges::new(), 0_u64);
+        for place in self.places(index).take(self.first) {
+            groups.insert(groups_touching(&place));
+            len += place.end - place.start;
+        }
+        (groups.count() * GROUP_LEN, len.next_multiple_of(GROUP_LEN))
     }
 
     /// Where the frames lie in the pack as it was, in the new order.
@@ -161,6 +176,44 @@ mod tests {
             frames.collect()
         };
         assert_eq!(hashes(&after), hashes(&before));
+    }
+
+    #[test]
+    fn what_is_fetched_of_it_is_counted_in_chunk_groups() {
+        const LEN: u32 = 5000;
+        let mut builder = IndexBuilder::new();
+        for id in 0..100 {
+            let frame = Frame {
+                pack_offset: builder.pack_len(),
+                pack_len: LEN,
+                len: 10,
+                codec: Codec::Zstd,
+                hash: FrameHash::of(&[id]),
+                depth: 0,
+                references: Vec::new(),
+                spans: Vec::new(),
+            };
+            builder.push_frame(frame).unwrap();
+            let from = RunFrom::Frame {
+                id: id.into(),
+                offset: 0,
+            };
+            let (start, len) = (10 * u64::from(id), 10);
+            builder.push_run(Run { start, len, from }).unwrap();
+        }
+        let header = index(1, &[]).directory.header().clone();
+        let target_size = 1000;
+        let index = builder.finish(&IndexHeader {
+            target_size,
+            ..header
+        });
+        let index = Index::decode(&index).unwrap();
+        // Bytes 50,000 to 55,000 lie in groups 3; 100,000 to 105,000 in 6; 115,000 to 120,000 in 7: the last two in neighbours.
+        let front = Front::of(&index, vec![100..101, 200..201, 230..231]).unwrap();
+        assert_eq!(front.fetched(&index), (3 * GROUP_LEN, GROUP_LEN));
+        let front = Front::of(&index, vec![10..500, 500..990]).unwrap();
+        let all = (98 * u64::from(LEN)).next_multiple_of(GROUP_LEN);
+        assert_eq!(front.fetched(&index), (31 * GROUP_LEN, all));
     }
 
     #[test]

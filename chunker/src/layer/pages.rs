@@ -17,7 +17,7 @@ use super::cache::Shared;
 use super::error::LayerError;
 
 /// First bytes of an index, which tell how long its directory is.
-const HEAD_LEN: usize = 9;
+const HEAD_LEN: usize = Directory::HEAD_LEN;
 
 /// Bytes by offset, from many threads.
 pub type Storage = Arc<dyn ReadAt + Send + Sync>;

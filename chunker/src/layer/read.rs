@@ -145,6 +145,11 @@ impl LayerContent {
         self.pages.directory().header()
     }
 
+    /// Length of its index, in bytes.
+    pub fn index_len(&self) -> u64 {
+        self.pages.directory().index_len()
+    }
+
     /// What the component consists of, in order.
     pub(super) fn parts(&self, range: Range<u64>) -> Parts<'_> {
         self.pages.parts(range)

@@ -33,6 +33,7 @@ use crate::home::{Home, HomeError, socket};
 use crate::layers::Components;
 use crate::materialise;
 use crate::node::{Answers, Node, Parts};
+use crate::publish::reorder;
 use crate::rates::{self, RateKeeper};
 use crate::records::Records;
 use crate::store::{
@@ -316,6 +317,7 @@ impl Daemon {
         parts.start("end of bans", events::lift_bans(node.clone()));
         parts.start("trimming of memory", events::trim_when_quiet(node.clone()));
         parts.start("shortening of chains", materialise::run(node.clone()));
+        parts.start("order of layers", reorder::run(node.clone()));
         parts.start("hours of rates", rates::follow_hours(node.clone()));
         parts.start("closing of components", async move {
             components.close_idle().await

@@ -170,6 +170,23 @@ impl Holdings {
         self.store.set_value(&offer_key(root), &out.finish())
     }
 
+    /// No longer keeps those layers to a component for others of which this holds.
+    pub fn take_back(
+        &self,
+        root: &RootHash,
+        is_bad: impl Fn(&LayerBlobs) -> bool,
+    ) -> Result<(), DatabaseError> {
+        let mut layers = self.offered(root)?;
+        let before = layers.len();
+        layers.retain(|layer| !is_bad(layer));
+        if layers.len() == before {
+            return Ok(());
+        }
+        let mut out = Writer::default();
+        write_layers(&layers, &mut out);
+        self.store.set_value(&offer_key(root), &out.finish())
+    }
+
     /// The layers through which a tree was checked here.
     pub fn tree_way(&self, root: &RootHash) -> Result<Option<TreeWay>, DatabaseError> {
         let value = self

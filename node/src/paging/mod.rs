@@ -18,17 +18,18 @@ use capsule_swarm::Priority;
 
 use crate::control::{ByteRange, CapsuleRef, Describe, Described, Failure, FailureCode, ReadFirst};
 use crate::disk::Disk;
-use crate::held::{HeldWay, component_info};
+use crate::held::{HeldWay, blobs_of, component_info};
 use crate::node::{Node, spelled};
 use crate::records::{KnownLayer, Resolution};
 use crate::store::{BlobKind, LayerBlobs};
+use crate::transfer::fetch::Manner;
 use crate::transfer::patience::Patience;
 use crate::transfer::prepare::{Excluded, MAX_TRIES, Prepared, not_as_recorded, prepare};
 use crate::transfer::{find, manner, patience};
 use crate::work::{Tell, blocking};
 pub use paged::{Paged, ReadCache};
 
-/// A capsule that can be read: its manifest and indexes are here.
+/// A capsule that can be read: its manifest is here, and of its indexes what tells where their pages lie.
 pub struct Opened {
     node: Arc<Node>,
     /// Which it is.
@@ -36,7 +37,7 @@ pub struct Opened {
     prepared: Arc<Prepared>,
 }
 
-/// Opens a capsule, wherever it is. Its manifest and indexes are fetched, and nothing else.
+/// Opens a capsule, wherever it is. Its manifest and the beginnings of its indexes are fetched, and nothing else.
 pub async fn open(
     node: &Arc<Node>,
     capsule: &CapsuleRef,
@@ -44,7 +45,10 @@ pub async fn open(
     tell: &dyn Tell,
 ) -> Result<Opened, Failure> {
     let resolution = find(node, capsule, wait, tell).await?;
-    let manner = manner(&resolution, Priority::Normal);
+    let manner = Manner {
+        paged: true,
+        ..manner(&resolution, Priority::Normal)
+    };
     let asked = Arc::new(Patience::default());
     let _place = asked.wait(Instant::now(), patience(wait));
     // Local data that only resembles it is not looked for: that reads all of it first.
@@ -216,8 +220,7 @@ impl Opened {
         };
         blocking(move || {
             let own = node.holdings.own_way(space, &component.root)?;
-            let own = own.iter().flatten().filter_map(|layer| layer.pack);
-            let own = own.collect();
+            let own = blobs_of(own.as_deref().unwrap_or_default()).collect();
             let packs = packs(&node, &prepared, &layers);
             for pack in packs.values() {
                 expect(&node, pack, BlobKind::Pack)?;

@@ -1,4 +1,4 @@
-//! A stream of which some may be here. Reading tries what is here; what that lacks is found by the indexes, demanded from
+//! A stream of which some may be here. Reading tries what is here; what that lacks is found by the indexes, which may be here in part themselves, demanded from
 //! peers, and the read is tried again: so nothing is looked up for reads that need nothing, and one read asks for all that it lacks at once.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -9,9 +9,9 @@ use std::time::Duration;
 
 use capsule_chunker::bao::{Tree, decode_range};
 use capsule_chunker::content::{Content, ReadError, check_range};
-use capsule_chunker::layer::Storage;
 use capsule_chunker::layer::reach::Reach;
-use capsule_chunker::layer::read::{LayerCache, LayerContent, ReadOptions};
+use capsule_chunker::layer::read::{LayerCache, LayerContent, LayerError, ReadOptions};
+use capsule_chunker::layer::{IndexFault, Storage};
 use capsule_proto::ranges::{Height, groups_touching};
 use capsule_proto::record::BlobRef;
 use capsule_proto::{GroupRanges, RootHash};
@@ -22,7 +22,7 @@ use tokio::sync::Semaphore;
 
 use crate::control::{Failure, FailureCode};
 use crate::disk::Disk;
-use crate::layers::{no_pack, open_all};
+use crate::layers::{no_pack, open_all_by};
 use crate::node::Node;
 use crate::store::LayerBlobs;
 use crate::transfer::prepare::Prepared;
@@ -32,10 +32,13 @@ use crate::verify::note_whole;
 const CACHE: usize = 64 << 20;
 /// Before it is tried again where too many fetches are under way.
 const PAUSE: Duration = Duration::from_millis(50);
+/// How often a read fetches what it lacks before it pauses: through a few layers, a page of each index, and then what they tell.
+const IN_TURN: u32 = 16;
 /// How often a read is tried that fails though nothing seems to be missing: what it lacked may just have come.
 const TRIES: u32 = 3;
-/// After how many of these it is looked whether the disk has damaged something.
+/// After how many of these it is looked whether the disk has damaged something, and how often.
 const LOOKS_AFTER: u32 = 1;
+const LOOKS: u32 = 2;
 
 /// Chunk groups of a blob that are verified at a time.
 const VERIFIED_AT_ONCE: u64 = 16;
@@ -66,11 +69,11 @@ pub struct Paged {
 }
 
 enum Body {
-    /// Read through layers, the top one of which is the component; by each its pack.
+    /// Read through layers, the top one of which is the component.
     Layers {
         top: Arc<LayerContent>,
-        all: Vec<(Arc<LayerContent>, Option<BlobRef>)>,
-        /// Packs that only this node has: of a way that it made itself.
+        all: Vec<Layer>,
+        /// Blobs that only this node has: of a way that it made itself.
         own: BTreeSet<RootHash>,
         /// Has others share it for as long as this is read.
         _cache: Arc<LayerCache>,
@@ -79,11 +82,18 @@ enum Body {
     Blob(BlobRef),
 }
 
+/// A layer, and the blobs that it is read from.
+struct Layer {
+    content: Arc<LayerContent>,
+    index: BlobRef,
+    pack: Option<BlobRef>,
+}
+
 /// Parts of blobs, which a read takes or lacks.
 type Parts = Vec<(BlobRef, GroupRanges)>;
 
 impl Paged {
-    /// Content that is read through layers, whose indexes are here. Blocks.
+    /// Content that is read through layers, of whose indexes the directories are here. Blocks.
     pub(super) fn of_layers(
         node: &Arc<Node>,
         layers: &[LayerBlobs],
@@ -99,20 +109,26 @@ impl Paged {
             None => no_pack(layer),
         };
         let as_it_is = |_: &LayerBlobs, content| Ok(content);
-        let all = open_all(store, layers, &cache, &pack, &as_it_is)?;
+        // Also one that is whole: what the disk damages of it may come again.
+        let index = |index: &RootHash| Ok(store.open_coming(index)? as Storage);
+        let all = open_all_by(&index, layers, &cache, &pack, &as_it_is)?;
         let top = all.last().cloned().ok_or_else(|| {
             let message = "a component without layers cannot be read";
             Failure::new(FailureCode::Internal, message)
         })?;
-        let packs = layers.iter().map(|layer| {
-            let pack = layer.pack.as_ref();
-            pack.and_then(|pack| packs.get(pack).copied())
-        });
+        let layer = |(content, blobs): (Arc<LayerContent>, &LayerBlobs)| Layer {
+            index: BlobRef {
+                root: blobs.index,
+                size: content.index_len(),
+            },
+            pack: blobs.pack.and_then(|pack| packs.get(&pack).copied()),
+            content,
+        };
         Ok(Self {
             node: node.clone(),
             body: Body::Layers {
                 top,
-                all: all.into_iter().zip(packs).collect(),
+                all: all.into_iter().zip(layers).map(layer).collect(),
                 own,
                 _cache: cache,
             },
@@ -149,35 +165,41 @@ impl Paged {
                 }
             }
         };
-        let mut missing = self.missing(range)?;
-        if missing.is_empty() && look_for_damage {
+        let mut missing = self.missing(range);
+        if look_for_damage && missing.as_ref().map_or(true, Parts::is_empty) {
             self.condemn(range)?;
             // Another reader may have found it.
-            missing = self.missing(range)?;
+            missing = self.missing(range);
         }
+        let missing = missing?;
         match missing.is_empty() || missing.iter().any(|(blob, _)| self.is_own(blob)) {
             true => Err(error),
             false => Ok(missing),
         }
     }
 
-    /// Whether only this node has a pack: nobody sends it.
-    fn is_own(&self, pack: &BlobRef) -> bool {
-        matches!(&self.body, Body::Layers { own, .. } if own.contains(&pack.root))
+    /// Whether only this node has a blob: nobody sends it.
+    fn is_own(&self, blob: &BlobRef) -> bool {
+        matches!(&self.body, Body::Layers { own, .. } if own.contains(&blob.root))
     }
 
     /// Looks whether the disk has damaged what a range is read from; that is no longer here then, and can come again. Blocks.
     fn condemn(&self, range: &Range<u64>) -> Result<(), ReadError> {
         // What is a blob of its own was compared with its hash as it was read.
-        if matches!(self.body, Body::Blob(_)) {
+        let Body::Layers { all, .. } = &self.body else {
             return Ok(());
+        };
+        let store = &self.node.store;
+        let of_store =
+            |error| ReadError::io("a blob of the store", range.start, io::Error::other(error));
+        for layer in all {
+            store.verify(&layer.index.root).map_err(of_store)?;
         }
-        for (pack, groups) in self.takes(range)? {
+        // Else what of the packs it is can be told when the indexes have come again.
+        for (pack, groups) in self.takes(range).unwrap_or_default() {
             for run in groups.runs() {
-                let checked = self.node.store.verify_part(&pack.root, run.clone());
-                checked.map_err(|error| {
-                    ReadError::io("a blob of the store", range.start, io::Error::other(error))
-                })?;
+                let checked = store.verify_part(&pack.root, run.clone());
+                checked.map_err(of_store)?;
             }
         }
         Ok(())
@@ -214,9 +236,15 @@ impl Paged {
         Ok(())
     }
 
-    /// What a range takes that is not here. Blocks.
+    /// What a range takes that is not here; of an index first, where that does not tell. Blocks.
     fn missing(&self, range: &Range<u64>) -> Result<Parts, ReadError> {
-        let mut missing = self.takes(range)?;
+        let mut missing = match self.takes(range) {
+            Ok(takes) => takes,
+            Err(error) => match self.unread(&error) {
+                Some(parts) => parts,
+                None => return Err(of_layers(range, error)),
+            },
+        };
         missing.retain_mut(|(blob, groups)| {
             let here = self.node.store.present(&blob.root);
             let here = here.map(|here| here.ranges).unwrap_or_default();
@@ -227,23 +255,36 @@ impl Paged {
     }
 
     /// What a range is read from. Blocks.
-    fn takes(&self, range: &Range<u64>) -> Result<Parts, ReadError> {
+    fn takes(&self, range: &Range<u64>) -> Result<Parts, LayerError> {
         Ok(match &self.body {
             Body::Layers { top, all, .. } => {
-                let reach = Reach::of_range(top, range.clone(), &());
-                let reach = reach.map_err(|error| ReadError::Decode {
-                    offset: range.start,
-                    source: Box::new(error),
-                })?;
-                let packs = all
-                    .iter()
-                    .filter_map(|(layer, pack)| Some((layer, (*pack)?)));
-                packs
-                    .map(|(layer, pack)| (pack, reach.groups(layer)))
-                    .collect()
+                let reach = Reach::of_range(top, range.clone(), &())?;
+                let part = |layer: &Layer| Some((layer.pack?, reach.groups(&layer.content)));
+                all.iter().filter_map(part).collect()
             }
             Body::Blob(blob) => vec![(*blob, groups_touching(range).into())],
         })
+    }
+
+    /// The part of an index that could not be read, where that is what an error says.
+    fn unread(&self, error: &LayerError) -> Option<Parts> {
+        let Body::Layers { top, all, .. } = &self.body else {
+            return None;
+        };
+        let (mut at, mut target) = (error, top.header().target);
+        while let LayerError::Below { target: of, source } = at {
+            (at, target) = (source, *of);
+        }
+        let LayerError::Index(IndexFault::Read { at, len, .. }) = at else {
+            return None;
+        };
+        let part = *at..*at + *len as u64;
+        // Layers that make the same are asked for the same: what is here of them is left out.
+        let of_it = all.iter().filter(|layer| {
+            layer.content.header().target == target && part.end <= layer.index.size
+        });
+        let part = |layer: &Layer| (layer.index, groups_touching(&part).into());
+        Some(of_it.map(part).collect())
     }
 
     /// Has what is missing come, before everything else. Takes until a peer has it.
@@ -278,13 +319,14 @@ impl Paged {
             offset: range.start,
             source: io::Error::other(error),
         };
-        let (mut tries, mut fetched, mut looked) = (0, false, false);
+        let (mut tries, mut fetched, mut looked) = (0, 0_u32, 0);
         loop {
             let place = ATTEMPTS.acquire().await;
             let place = place.map_err(|closed| failed(closed.to_string()))?;
             let (paged, wanted) = (self.clone(), range.clone());
-            // Once: a disk that damages it again is not a reason to fetch without end.
-            let look = tries == LOOKS_AFTER && !std::mem::replace(&mut looked, true);
+            // For indexes, and by them for packs: a disk that damages it again is not a reason to fetch without end.
+            let look = tries == LOOKS_AFTER && looked < LOOKS;
+            looked += u32::from(look);
             let attempt = tokio::task::spawn_blocking(move || {
                 into.resize(start + len, 0);
                 let missing = paged.attempt(&wanted, &mut into[start..], look);
@@ -299,12 +341,14 @@ impl Paged {
                     // Any number of reads may wait, for as long as nobody has what they lack.
                     into.truncate(start);
                     into.shrink_to_fit();
-                    // What came may be gone again, damaged or collected: not as fast as it can be tried.
-                    if std::mem::replace(&mut fetched, true) {
+                    // What came may be gone again, damaged or collected: not as fast as it can be tried. Of indexes it takes a page after the other.
+                    fetched += 1;
+                    if fetched > IN_TURN {
                         tokio::time::sleep(PAUSE).await;
                     }
                     let came = self.come(missing).await;
                     came.map_err(|error| failed(error.to_string()))?;
+                    tries = 0;
                     if look {
                         note_whole(&self.node, self.prepared.manifest.id()).await;
                     }
@@ -327,8 +371,9 @@ impl Drop for Paged {
     fn drop(&mut self) {
         let blobs: Vec<RootHash> = match &self.body {
             Body::Layers { all, .. } => {
-                let packs = all.iter().filter_map(|(_, pack)| pack.as_ref());
-                packs.map(|pack| pack.root).collect()
+                let blobs = |layer: &Layer| [Some(layer.index), layer.pack];
+                let blobs = all.iter().flat_map(blobs).flatten();
+                blobs.map(|blob| blob.root).collect()
             }
             Body::Blob(blob) => vec![blob.root],
         };
@@ -368,6 +413,13 @@ impl Disk for Paged {
         into: Vec<u8>,
     ) -> BoxFuture<'static, Result<Vec<u8>, ReadError>> {
         self.fill(range, into).boxed()
+    }
+}
+
+fn of_layers(range: &Range<u64>, error: LayerError) -> ReadError {
+    ReadError::Decode {
+        offset: range.start,
+        source: Box::new(error),
     }
 }
 

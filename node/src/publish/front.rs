@@ -52,45 +52,65 @@ fn put_in_front(
     reads: &[Range<u64>],
     work: &Work,
 ) -> Result<(), Failure> {
-    let Some(pack) = layer
-        .pack
-        .as_mut()
-        .filter(|pack| pack.blob.size <= MAX_PACK)
-    else {
+    let Some(pack) = &mut layer.pack else {
         return Ok(());
     };
-    // One that is too large to be held whole stays as it is.
-    let Ok(index) = Index::decode(&layer.index) else {
+    let Some((index, front)) = front_of(&layer.index, pack.blob.size, reads) else {
         return Ok(());
     };
-    let Some(front) = Front::of(&index, reads.to_vec()) else {
-        return Ok(());
-    };
+    let read = |at, into: &mut [u8]| Ok(pack.import.read_exact_at(at, into)?);
+    let (index, in_front) = in_order(store, &index, &front, read, work)?;
+    layer.blobs.index = RootHash::of(&index);
+    layer.blobs.pack = Some(in_front.blob.root);
+    layer.index = index;
+    *pack = in_front;
+    Ok(())
+}
+
+/// The order in which what is read of a layer's content lies in front; none where it does, or where the layer is too large to be held whole.
+pub(super) fn front_of(
+    index: &[u8],
+    pack_size: u64,
+    reads: &[Range<u64>],
+) -> Option<(Index, Front)> {
+    if pack_size > MAX_PACK {
+        return None;
+    }
+    let index = Index::decode(index).ok()?;
+    let front = Front::of(&index, reads.to_vec())?;
+    Some((index, front))
+}
+
+/// A layer's index and pack in another order. `read` reads the pack as it is.
+pub(super) fn in_order(
+    store: &Store,
+    index: &Index,
+    front: &Front,
+    mut read: impl FnMut(u64, &mut [u8]) -> Result<(), Failure>,
+    work: &Work,
+) -> Result<(Vec<u8>, DraftPack), Failure> {
     let mut import = store.begin_import()?;
     let mut hasher = TreeHasher::with_storage(store.scratch()?);
     let mut frame = Vec::new();
-    for place in front.places(&index) {
+    for place in front.places(index) {
         work.check()?;
         frame.resize((place.end - place.start) as usize, 0);
-        pack.import.read_exact_at(place.start, &mut frame)?;
+        read(place.start, &mut frame)?;
         import.write_all(&frame).map_err(|e| import.fault(e))?;
         hasher.push(&frame).map_err(of_hash)?;
     }
     let (tree, outboard) = hasher.finish().map_err(of_hash)?;
-    let index = front.index(&index).map_err(EncodeError::from)?;
+    let index = front.index(index).map_err(EncodeError::from)?;
     let blob = BlobRef {
         root: tree.root,
         size: tree.size,
     };
-    layer.blobs.index = RootHash::of(&index);
-    layer.blobs.pack = Some(blob.root);
-    layer.index = index;
-    *pack = DraftPack {
+    let pack = DraftPack {
         blob,
         import,
         outboard,
     };
-    Ok(())
+    Ok((index, pack))
 }
 
 #[cfg(test)]

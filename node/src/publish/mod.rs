@@ -3,7 +3,8 @@
 //! Blobs are written and durable before anything names them; records come last. What fails before that leaves nothing, not even
 //! space taken. Content that is here already is not stored twice, and publishing the same again does nothing. Reading and encoding live
 //! in `make`, what comes of an older version in `parent` and `update`, a disk without its free space in `trim`; `rebase` adds layers to what is
-//! published. A machine that was stopped is published by `capture`, what resuming it reads first in `front` of the rest.
+//! published. A machine that was stopped is published by `capture`, what resuming it reads first in `front` of the rest; once somebody told better,
+//! `reorder` adds that.
 
 mod capture;
 mod front;
@@ -12,6 +13,7 @@ mod parent;
 mod patched;
 mod rebase;
 mod record;
+pub mod reorder;
 #[cfg(test)]
 pub(crate) mod tests;
 mod trim;

@@ -9,10 +9,10 @@ use capsule_chunker::content::BytesSource;
 use capsule_chunker::layer::LayerSource;
 use capsule_chunker::layer::encode::EncodeOptions;
 use capsule_chunker::layer::read::ReadOptions;
-use capsule_proto::RootHash;
 use capsule_proto::index::Space;
 use capsule_proto::manifest::{Component, ComponentKind, Manifest};
 use capsule_proto::record::{BlobRef, Body, Layer};
+use capsule_proto::{CapsuleId, RootHash};
 
 use super::make::options;
 use super::sign;
@@ -70,8 +70,8 @@ pub async fn rebase(
     });
     let new = made.iter().any(|made| !made.known);
     // Not stopped half-way: what is kept is also announced.
-    let settling = node.clone();
-    let settled = tokio::spawn(async move { settle(&settling, made).await });
+    let (settling, capsule) = (node.clone(), resolution.capsule);
+    let settled = tokio::spawn(async move { settle(&settling, capsule, made).await });
     settled
         .await
         .unwrap_or_else(|panic| Err(crate::work::panicked(&panic)))?;
@@ -85,26 +85,68 @@ pub async fn rebase(
     })
 }
 
-/// A layer that is kept.
-struct Made {
+/// A further layer to a component, which is kept.
+pub(super) struct Made {
     layer: Layer,
+    /// Of its record.
+    sequence: u64,
     /// Whether a record tells of it already.
     known: bool,
     /// Keeps its blobs until they are noted as offered.
     _guard: crate::store::ActiveGuard,
 }
 
-/// Signs, notes and announces.
-async fn settle(node: &Arc<Node>, made: Vec<Made>) -> Result<(), Failure> {
+/// Keeps a further layer to what is here, whose content has that length.
+pub(super) fn keep(
+    node: &Node,
+    mut layer: DraftLayer,
+    sequence: u64,
+    (target, target_size): (RootHash, u64),
+) -> Result<Made, Failure> {
+    let guard = node.store.guard(blobs_of(&[layer.blobs]));
+    let pack = layer.pack.as_ref().map(|pack| pack.blob);
+    let index = BlobRef {
+        root: layer.blobs.index,
+        size: layer.index.len() as u64,
+    };
+    layer.keep(&node.store)?;
+    let known = node.records.layers_to(&target)?;
+    let known = known
+        .iter()
+        .any(|known| known.layer.space == layer.space && layer_blobs(&known.layer) == layer.blobs);
+    Ok(Made {
+        layer: Layer {
+            space: layer.space,
+            parent: layer.parent,
+            target,
+            target_size,
+            index,
+            pack,
+        },
+        sequence,
+        known,
+        _guard: guard,
+    })
+}
+
+/// Signs, notes and announces; unless the capsule was removed meanwhile.
+pub(super) async fn settle(
+    node: &Arc<Node>,
+    capsule: CapsuleId,
+    made: Vec<Made>,
+) -> Result<(), Failure> {
     let (roots, records, _made) = node
         .while_keeping(move |node| {
+            node.holdings.complete(&capsule, &capsule.to_string())?;
             let (mut roots, mut records) = (Vec::new(), Vec::new());
-            for Made { layer, known, .. } in &made {
+            for made in &made {
+                let layer = &made.layer;
                 let blobs = layer_blobs(layer);
                 node.holdings.offer(&layer.target, blobs)?;
                 roots.extend(blobs_of(&[blobs]));
-                if !known {
-                    records.push(sign(node, 0, Body::Layer(layer.clone()), None)?);
+                if !made.known {
+                    let body = Body::Layer(layer.clone());
+                    records.push(sign(node, made.sequence, body, None)?);
                 }
             }
             Ok((roots, records, made))
@@ -162,7 +204,7 @@ impl Making<'_> {
             return Err(changed(component));
         }
         let layer = made.layer.ok_or_else(|| changed(component))?;
-        self.keep(layer, root, component.size)
+        keep(self.node, layer, 0, (root, component.size))
     }
 
     fn contents(&self, component: &Component) -> Result<Made, Failure> {
@@ -177,7 +219,7 @@ impl Making<'_> {
         }
         let root = component.root;
         let (layer, _) = finish_layer(made.encoded, made.import, root, None, Vec::new());
-        self.keep(layer, root, component.content_size)
+        keep(self.node, layer, 0, (root, component.content_size))
     }
 
     fn content(
@@ -195,33 +237,6 @@ impl Making<'_> {
                 .hint("nothing is lost: newcomers fetch it as it is")
         })?;
         open(&self.node.store, &layers, &ReadOptions::default())
-    }
-
-    fn keep(&self, mut layer: DraftLayer, target: RootHash, size: u64) -> Result<Made, Failure> {
-        let store = &self.node.store;
-        let guard = store.guard(blobs_of(&[layer.blobs]));
-        let pack = layer.pack.as_ref().map(|pack| pack.blob);
-        let index = BlobRef {
-            root: layer.blobs.index,
-            size: layer.index.len() as u64,
-        };
-        layer.keep(store)?;
-        let known = self.node.records.layers_to(&target)?;
-        let known = known.iter().any(|known| {
-            known.layer.space == layer.space && layer_blobs(&known.layer) == layer.blobs
-        });
-        Ok(Made {
-            layer: Layer {
-                space: layer.space,
-                parent: None,
-                target,
-                target_size: size,
-                index,
-                pack,
-            },
-            known,
-            _guard: guard,
-        })
     }
 }
 

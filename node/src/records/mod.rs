@@ -15,7 +15,7 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use capsule_proto::credential::{Credential, FleetId, MachineId, MachineKey, Revoked};
 use capsule_proto::record::{Body, Record, RecordError, RecordId, SignedRecord};
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 
 use crate::clock::Clock;
 use crate::store::{DatabaseError, Store};
@@ -35,6 +35,8 @@ pub struct Records {
     state: RwLock<State>,
     /// Counts changes, for those who wait for a name.
     changed: watch::Sender<u64>,
+    /// What is read first of something may have to be looked at.
+    told_of_reads: Notify,
 }
 
 #[derive(Debug, Default)]
@@ -55,6 +57,7 @@ impl Records {
             clock,
             state: RwLock::default(),
             changed: watch::channel(0).0,
+            told_of_reads: Notify::new(),
         };
         let revocations = records.store.revocations()?;
         let now = records.clock.now();
@@ -136,6 +139,16 @@ impl Records {
         self.changed.subscribe()
     }
 
+    /// Returns when somebody told what is read first of something, or it was asked to be looked at, since this was asked last.
+    pub async fn told_of_reads(&self) {
+        self.told_of_reads.notified().await;
+    }
+
+    /// Has what is read first looked at.
+    pub fn look_at_reads(&self) {
+        self.told_of_reads.notify_one();
+    }
+
     fn keep(&self, record: &SignedRecord) -> Result<(), DatabaseError> {
         if self.store.put_record(record)? {
             let mut state = self.write();
@@ -144,6 +157,9 @@ impl Records {
         }
         self.store
             .note_time(self.clock.note(record.record().issued))?;
+        if matches!(record.record().body, Body::Prefetch(_)) {
+            self.look_at_reads();
+        }
         self.tell_change();
         Ok(())
     }

@@ -43,6 +43,8 @@ pub struct KnownName {
 pub struct KnownLayer {
     /// The layer.
     pub layer: Layer,
+    /// Of one in several orders, which: higher ones are put by what is read first, as somebody told.
+    pub sequence: u64,
     /// Who signed the record.
     pub signer: MachineId,
     /// When.
@@ -187,13 +189,14 @@ impl Records {
             .records_about(target)?
             .into_iter()
             .filter_map(|record| {
-                let (signer, issued) = (record.signer(), record.record().issued);
-                let ended = record.record().expires.is_some_and(|end| end <= now);
-                match &record.record().body {
+                let (signer, record) = (record.signer(), record.record());
+                let ended = record.expires.is_some_and(|end| end <= now);
+                match &record.body {
                     Body::Layer(layer) if layer.target == *target && !ended => Some(KnownLayer {
                         layer: layer.clone(),
+                        sequence: record.sequence,
                         signer,
-                        issued,
+                        issued: record.issued,
                     }),
                     _ => None,
                 }

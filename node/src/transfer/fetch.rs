@@ -69,6 +69,8 @@ pub struct Manner {
     pub priority: Priority,
     /// Local data in which to look for what is wanted, beside the capsules that are here.
     pub like: Option<PathBuf>,
+    /// Whether it is read while it comes, and so what is read first is to lie together.
+    pub paged: bool,
 }
 
 /// Fetches blobs until all are here and durable. What it brought is added to `fetched`, also where it fails in the end.
@@ -180,7 +182,9 @@ impl Fetching<'_> {
             None => self.node.blobs.expect(root, kind),
         }
         // A pull stands still until these few bytes are here; behind packs that others fetch they would wait long.
-        let urgent = self.manner.phase == Phase::Planning && size.is_none_or(|size| size <= URGENT);
+        let bytes = size.map(|size| groups.as_ref().map_or(size, |groups| groups.bytes(size)));
+        let urgent =
+            self.manner.phase == Phase::Planning && bytes.is_none_or(|bytes| bytes <= URGENT);
         let spec = FetchSpec {
             priority: if urgent {
                 Priority::Demand

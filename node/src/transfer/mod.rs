@@ -1,6 +1,6 @@
 //! Pulling capsules: from a name to content that is here, checked and served.
 //!
-//! `prepare` finds out what is needed, `search` the cheapest ways, `fetch` brings it, `check` proves it; here they are put in
+//! `prepare` finds out what is needed, by `search` the cheapest ways, and by their `indexes`; `fetch` brings it, `check` proves it; here they are put in
 //! order. Pulls of the same capsule join (`shared`): one transfer, heard by all who wait for it, stopped when none of them does
 //! any more. Each of them waits as long as it said (`patience`).
 
@@ -9,6 +9,7 @@ pub mod check;
 mod early;
 pub mod fetch;
 mod files;
+mod indexes;
 pub mod like;
 mod part;
 pub mod patience;
@@ -145,6 +146,7 @@ pub fn manner(resolution: &Resolution, priority: Priority) -> Manner {
         name: spelled(resolution),
         priority,
         like: None,
+        paged: false,
     }
 }
 

@@ -1,6 +1,6 @@
 //! What a pull takes: the manifest, the cheapest way to each component, and which blobs that needs.
 //!
-//! Fetches manifest and indexes, and nothing else; so `plan` and the beginning of a pull are the same code, and their
+//! Fetches manifest and indexes, and nothing else (of long indexes the beginning, for who reads while it comes); so `plan` and the beginning of a pull are the same code, and their
 //! figures agree to the byte.
 
 use std::collections::{BTreeMap, HashSet};
@@ -13,6 +13,7 @@ use capsule_proto::record::{BlobRef, Layer};
 use capsule_proto::{CapsuleId, GroupRanges, RootHash};
 
 use super::fetch::{Fetched, Manner, Wanted, fetch};
+use super::indexes::{check_indexes, fetch_indexes};
 use super::like::{Like, look};
 use super::part::{short, with_reached};
 use super::patience::{Mood, Patience};
@@ -20,8 +21,8 @@ use super::search::{Choice, Reach, choose, reach_of};
 use super::shared::waiting;
 use super::{LOOK, settled};
 use crate::control::{ComponentInfo, Failure, FailureCode, Phase, PlannedComponent};
-use crate::held::{HeldWay, blobs_of, check_len, component_info, fits, layer_blobs};
-use crate::layers::{Beside, beside, read_directory};
+use crate::held::{HeldWay, blobs_of, check_len, component_info, layer_blobs};
+use crate::layers::{Beside, beside, open_index, read_directory};
 use crate::node::Node;
 use crate::records::Resolution;
 use crate::store::{ActiveGuard, BlobKind, LayerBlobs, Presence, Reached, Store};
@@ -284,28 +285,14 @@ pub async fn prepare(
     let mut planning = Fetched::default();
     let manifest = manifest(node, resolution, (&manner, patience), tell, &mut planning).await?;
     let manifest_size = manifest.encode().len() as u64;
+    let mut in_part = manner.paged;
     for tries in (1..=MAX_TRIES).rev() {
-        let choice = choose_in_time(node, &manifest, patience, tell, excluded).await?;
+        let choice = choose_in_time(node, &manifest, (&manner, patience), tell, excluded).await?;
         let guard = roots(&choice.components).chain([resolution.capsule.0]);
         let guard = node.store.guard(guard);
-        let indexes: BTreeMap<RootHash, u64> = choice
-            .components
-            .iter()
-            .flat_map(|plan| &plan.layers)
-            .map(|layer| (layer.index.root, layer.index.size))
-            .filter(|(root, _)| !node.holdings.is_complete(root))
-            .collect();
-        let wanted: Vec<Wanted> = indexes
-            .into_iter()
-            .map(|(root, size)| Wanted {
-                root,
-                size: Some(size),
-                kind: BlobKind::Index,
-                groups: None,
-            })
-            .collect();
-        let fetched = fetch(node, wanted.clone(), &manner, patience, tell, &mut planning);
-        if let Err(failure) = fetched.await {
+        let (plans, how) = (&choice.components, (&manner, patience));
+        let fetched = fetch_indexes(node, plans, in_part, how, tell, &mut planning);
+        if let Err((wanted, failure)) = fetched.await {
             excluded.missing(node, &wanted, failure).await?;
             continue;
         }
@@ -313,10 +300,17 @@ pub async fn prepare(
             && let Some(components) = with_beside(node, choice.components, excluded).await?
         {
             let guard = (guard, node.store.guard(roots(&components)));
-            let mut components = tallied(node, components).await?;
-            components = with_reached(node, components, tell).await?;
+            let components = match in_part {
+                true => components,
+                false => tallied(node, components).await?,
+            };
+            let mut components = with_reached(node, components, tell).await?;
             // What is read of a pack may be had where not all of it is, which the choice hoped for.
             let short = short(node, &components).await;
+            // Where not all of a pack can be had, only whole indexes tell whether what is needed can.
+            if !short.is_empty() && std::mem::take(&mut in_part) && tries > 1 {
+                continue;
+            }
             let found = short.difference(&excluded.short).count() > 0;
             excluded.short.extend(short);
             if found && excluded.failure.is_none() && tries > 1 {
@@ -413,7 +407,7 @@ fn leading_to(
     wanted: &Beside,
 ) -> Result<Option<Vec<LayerBlobs>>, Failure> {
     for (place, layer) in layers.iter().enumerate() {
-        let directory = read_directory(&*store.open_blob(&layer.index)?)?;
+        let directory = read_directory(&*open_index(store, &layer.index)?)?;
         let header = directory.header();
         if header.space == wanted.space && header.target == wanted.root {
             return Ok(Some(layers[..=place].to_vec()));
@@ -456,7 +450,7 @@ pub fn not_as_recorded(name: &str) -> Failure {
 async fn choose_in_time(
     node: &Node,
     manifest: &Manifest,
-    patience: &Patience,
+    (manner, patience): (&Manner, &Patience),
     tell: &dyn Tell,
     excluded: &Excluded,
 ) -> Result<Choice, Failure> {
@@ -464,7 +458,7 @@ async fn choose_in_time(
     let mut changes = node.records.changes();
     loop {
         changes.borrow_and_update();
-        let failure = match choose(node, manifest, excluded).await {
+        let failure = match choose(node, manifest, manner.paged, excluded).await {
             Err(failure)
                 if failure.code == FailureCode::Unreachable && excluded.failure.is_none() =>
             {
@@ -513,34 +507,4 @@ async fn manifest(
         );
         Failure::new(FailureCode::Damaged, message).hint("check the id; or use a newer capsule")
     })
-}
-
-/// Whether the indexes are what the layers' records say, and can be read here; layers of which they are not what was said are
-/// never tried again, by no pull.
-async fn check_indexes(node: &Node, components: &[ComponentPlan]) -> Result<bool, Failure> {
-    let layers = components.iter().flat_map(|plan| &plan.layers);
-    let layers: HashSet<Layer> = layers.cloned().collect();
-    let store = node.store.clone();
-    let wrong = blocking(move || {
-        let mut wrong = Vec::new();
-        for layer in layers {
-            let directory = read_directory(&*store.open_blob(&layer.index.root)?);
-            let pack_len = layer.pack.map_or(0, |pack| pack.size);
-            let fine = directory.as_ref().is_ok_and(|d| {
-                fits(d.header(), &layer)
-                    && d.pack_len() == pack_len
-                    && d.index_len() == layer.index.size
-            });
-            if !fine {
-                wrong.push(layer);
-            }
-        }
-        Ok(wrong)
-    })
-    .await?;
-    let fine = wrong.is_empty();
-    wrong
-        .into_iter()
-        .for_each(|layer| node.transfers.refuse(layer));
-    Ok(fine)
 }

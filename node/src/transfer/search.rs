@@ -4,6 +4,7 @@
 //! `graph` finds the cheapest way; here is what it asks, and what its answer takes in blobs.
 
 use std::cell::RefCell;
+use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 
@@ -13,20 +14,23 @@ use capsule_proto::index::Space;
 use capsule_proto::manifest::{Component, ComponentKind, Manifest};
 use capsule_proto::ranges::GroupRanges;
 use capsule_proto::record::{BlobRef, Layer};
-use capsule_swarm::NetworkHandle;
+use capsule_swarm::{NetworkHandle, PeerId};
 use tokio::runtime::Handle;
 
 use super::prepare::{ComponentPlan, Excluded, not_as_recorded};
 use crate::control::{Failure, FailureCode};
 use crate::graph::{Cost, Known, Way, cheapest};
-use crate::held::{HeldWay, Holdings, TreeWay, blobs_of, check_len, layer_blobs};
+use crate::held::{HeldWay, Holdings, TreeWay, blobs_of, check_len, is_reordered, layer_blobs};
 use crate::node::Node;
-use crate::records::Records;
+use crate::records::{KnownLayer, Records};
 use crate::store::{BlobKind, DatabaseError, LayerBlobs, MAX_LAYERS, Reached, Store};
 use crate::work::blocking;
 
 /// A component as a blob must be cheaper than its layers by this part of its bytes.
 const BLOB_SURCHARGE: u64 = 8;
+
+/// Of a pack in several orders, that of which most is here is gone on with, counted in so many parts of it.
+const BEGUN: u64 = 32;
 
 /// The ways chosen.
 pub(super) struct Choice {
@@ -35,13 +39,15 @@ pub(super) struct Choice {
     absent: bool,
 }
 
-/// Chooses ways. After a failure only ones that need not be waited for: patience was spent on what failed.
+/// Chooses ways, for who reads it while it comes or pulls it. After a failure only ones that need not be waited for: patience was spent on
+/// what failed.
 pub(super) async fn choose(
     node: &Node,
     manifest: &Manifest,
+    paged: bool,
     excluded: &Excluded,
 ) -> Result<Choice, Failure> {
-    let chosen = choose_any(node, manifest, excluded).await;
+    let chosen = choose_any(node, manifest, paged, excluded).await;
     match (chosen, &excluded.failure) {
         (Ok(choice), Some(_)) if !choice.absent => Ok(choice),
         (_, Some(failure)) => Err(failure.clone()),
@@ -52,6 +58,7 @@ pub(super) async fn choose(
 async fn choose_any(
     node: &Node,
     manifest: &Manifest,
+    paged: bool,
     excluded: &Excluded,
 ) -> Result<Choice, Failure> {
     let components = manifest.components.clone();
@@ -64,17 +71,21 @@ async fn choose_any(
         .map(|c| ((Space::Contents as u8, c.root), c.content_size));
     let mut refused = node.transfers.refused();
     refused.extend(excluded.layers.iter().cloned());
+    let peers = node.network.peers().await?;
+    let near = peers.iter().filter(|peer| !peer.beyond);
     let search = Search {
         store: node.store.clone(),
         holdings: node.holdings.clone(),
         records: node.records.clone(),
         network: node.network.clone(),
         runtime: Handle::current(),
+        paged,
         refused,
         absent: excluded.blobs.clone(),
         short: excluded.short.clone(),
         sizes: streams.chain(trees).collect(),
-        reach: RefCell::default(),
+        near: near.map(|peer| peer.id).collect(),
+        found: RefCell::default(),
     };
     blocking(move || {
         let mut choice = Choice {
@@ -98,6 +109,8 @@ struct Search {
     network: NetworkHandle,
     /// For asking the network from a thread that may block.
     runtime: Handle,
+    /// Whether it is read while it comes.
+    paged: bool,
     /// Layers that turned out wrong.
     refused: HashSet<Layer>,
     /// Blobs that this pull tried in vain.
@@ -106,8 +119,20 @@ struct Search {
     short: HashSet<RootHash>,
     /// What the manifest says of lengths, by space.
     sizes: HashMap<(u8, RootHash), u64>,
-    /// What the network said of blobs, and how many bytes of each are here or there.
-    reach: RefCell<HashMap<RootHash, (Reach, u64)>>,
+    /// Connected machines of this site.
+    near: HashSet<PeerId>,
+    /// What the network said of blobs.
+    found: RefCell<HashMap<RootHash, Found>>,
+}
+
+/// How much of a blob can be had.
+#[derive(Debug, Clone, Copy)]
+struct Found {
+    reach: Reach,
+    /// Bytes that are here or at connected machines.
+    bytes: u64,
+    /// Whether all of it is here or in this site.
+    near: bool,
 }
 
 /// How much of a blob is here or at connected machines.
@@ -138,11 +163,21 @@ fn reach_by(wanted: &GroupRanges, available: &GroupRanges) -> Reach {
 
 /// The chunk groups of a blob that are here or at connected machines.
 async fn available(network: &NetworkHandle, store: &Store, blob: &BlobRef) -> GroupRanges {
+    available_by(network, store, blob, |_| true).await
+}
+
+/// Those that are here or at machines that count.
+async fn available_by(
+    network: &NetworkHandle,
+    store: &Store,
+    blob: &BlobRef,
+    counts: impl Fn(&PeerId) -> bool,
+) -> GroupRanges {
     let here = store.durable(&blob.root);
     let mut groups = here.map_or_else(GroupRanges::new, |here| here.ranges);
     // A closing network has no providers; whoever fetches hears of it.
     for provider in network.providers(blob.root).await.unwrap_or_default() {
-        if provider.size == blob.size {
+        if provider.size == blob.size && counts(&provider.peer) {
             groups.union_with(&provider.groups);
         }
     }
@@ -299,21 +334,33 @@ impl Search {
     }
 
     fn reach(&self, blob: &BlobRef) -> Reach {
-        self.reach_and_bytes(blob).0
+        self.found(blob).reach
     }
 
-    fn reach_and_bytes(&self, blob: &BlobRef) -> (Reach, u64) {
+    fn found(&self, blob: &BlobRef) -> Found {
         if self.holdings.is_complete(&blob.root) {
-            return (Reach::All, blob.size);
+            return Found {
+                reach: Reach::All,
+                bytes: blob.size,
+                near: true,
+            };
         }
-        if let Some(known) = self.reach.borrow().get(&blob.root) {
+        if let Some(known) = self.found.borrow().get(&blob.root) {
             return *known;
         }
-        let groups = available(&self.network, &self.store, blob);
-        let groups = self.runtime.block_on(groups);
-        let reach = reach_by(&GroupRanges::all(blob.size), &groups);
-        let found = (reach, groups.bytes(blob.size));
-        self.reach.borrow_mut().insert(blob.root, found);
+        let (all, near) = self.runtime.block_on(async {
+            let is_near = |peer: &PeerId| self.near.contains(peer);
+            let near = available_by(&self.network, &self.store, blob, is_near);
+            let all = available(&self.network, &self.store, blob);
+            (all.await, near.await)
+        });
+        let whole = GroupRanges::all(blob.size);
+        let found = Found {
+            reach: reach_by(&whole, &all),
+            bytes: all.bytes(blob.size),
+            near: reach_by(&whole, &near) == Reach::All,
+        };
+        self.found.borrow_mut().insert(blob.root, found);
         found
     }
 
@@ -322,6 +369,37 @@ impl Search {
     fn may_do_in_part(&self, blob: &BlobRef) -> bool {
         let as_blob = self.sizes.contains_key(&(Space::Stream as u8, blob.root));
         !as_blob && !self.short.contains(&blob.root)
+    }
+
+    /// Of layers that differ only in the order of their frames, one that can be had: that of which most is here; else one that this site has; of those, for
+    /// who reads while it comes the last, as what is read first lies together there, and for who pulls all the first, which most others have.
+    fn one_order_each(&self, mut known: Vec<KnownLayer>) -> Vec<Layer> {
+        known.sort_by_cached_key(|known| {
+            let layer = &known.layer;
+            // What was only begun binds nobody.
+            let begun = |pack: BlobRef| {
+                let here = self.holdings.bytes_here([pack.root]);
+                here.saturating_mul(BEGUN) / pack.size.max(1)
+            };
+            let place = Place {
+                can_be_had: self.is_reachable(layer),
+                begun: layer.pack.map_or(0, begun),
+                near: layer.pack.is_some_and(|pack| self.found(&pack).near),
+                order: known.sequence,
+            };
+            (place.rank(self.paged), layer.index.root)
+        });
+        let mut first: Vec<KnownLayer> = Vec::new();
+        for known in known {
+            // What others say of orders is theirs.
+            let is_it = |first: &KnownLayer| {
+                first.signer == known.signer && is_reordered(&first.layer, &known.layer)
+            };
+            if !first.iter().any(is_it) {
+                first.push(known);
+            }
+        }
+        first.into_iter().map(|known| known.layer).collect()
     }
 
     /// Whether a layer may make what its record says, as far as can be told before any of it is fetched.
@@ -357,20 +435,16 @@ impl Known for Search {
     }
 
     fn layers_to(&self, space: Space, root: &RootHash) -> Result<Vec<Layer>, DatabaseError> {
-        let known = self
-            .records
-            .layers_to(root)?
-            .into_iter()
-            .map(|known| known.layer);
-        Ok(known
-            .filter(|layer| layer.space == space && self.is_usable(layer))
-            .collect())
+        let mut known = self.records.layers_to(root)?;
+        known.retain(|known| known.layer.space == space && self.is_usable(&known.layer));
+        Ok(self.one_order_each(known))
     }
 
     fn missing(&self, blob: &BlobRef) -> u64 {
-        let size = match self.reach_and_bytes(blob) {
+        let found = self.found(blob);
+        let size = match found.reach {
             // No more than that can come, and it may do.
-            (Reach::Some, bytes) if self.may_do_in_part(blob) => bytes,
+            Reach::Some if self.may_do_in_part(blob) => found.bytes,
             _ => blob.size,
         };
         size.saturating_sub(self.holdings.bytes_here([blob.root]))
@@ -396,6 +470,28 @@ impl Known for Search {
     }
 }
 
+/// What counts in the choice of one of several orders.
+#[derive(Debug, Clone, Copy)]
+struct Place {
+    can_be_had: bool,
+    /// How much of it is here.
+    begun: u64,
+    /// Whether all of it is here or in this site.
+    near: bool,
+    order: u64,
+}
+
+impl Place {
+    /// The least is taken, by who reads while it comes or pulls all.
+    fn rank(self, paged: bool) -> (bool, Reverse<u64>, bool, u64) {
+        let order = match paged {
+            true => u64::MAX - self.order,
+            false => self.order,
+        };
+        (!self.can_be_had, Reverse(self.begun), !self.near, order)
+    }
+}
+
 fn no_way(component: &Component) -> Failure {
     let message = format!(
         "no layer is known that leads to component {} ({})",
@@ -403,4 +499,44 @@ fn no_way(component: &Component) -> Failure {
     );
     Failure::new(FailureCode::Unreachable, message)
         .hint("records arrive from connected peers: wait, or start the machine that published it")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_orders_one_that_can_be_had_is_taken_then_what_is_begun_then_what_is_near() {
+        let first = Place {
+            can_be_had: true,
+            begun: 0,
+            near: false,
+            order: 0,
+        };
+        let last = Place { order: 2, ..first };
+        let taken = |of: [Place; 2], paged| {
+            let least = of.into_iter().min_by_key(|place| place.rank(paged));
+            least.unwrap().order
+        };
+        assert_eq!(
+            [true, false].map(|paged| taken([first, last], paged)),
+            [2, 0]
+        );
+        for paged in [true, false] {
+            let near = |order| Place {
+                near: true,
+                ..[first, last][order]
+            };
+            assert_eq!(taken([near(0), last], paged), 0);
+            assert_eq!(taken([first, near(1)], paged), 2);
+            let begun = Place { begun: 1, ..last };
+            assert_eq!(taken([near(0), begun], paged), 2);
+            // Who had it has left.
+            let gone = Place {
+                can_be_had: false,
+                ..begun
+            };
+            assert_eq!(taken([first, gone], paged), 0);
+        }
+    }
 }

@@ -146,6 +146,7 @@ fn layer(full: bool) -> LayerInfo {
         target_size: 1,
         index: blob(),
         pack: full.then(blob),
+        order: 1,
         signer: text(),
         issued: 1,
     }

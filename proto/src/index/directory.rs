@@ -59,6 +59,9 @@ pub struct FramePageEntry {
 }
 
 impl Directory {
+    /// How many bytes from the start of an index tell how long its directory is.
+    pub const HEAD_LEN: usize = MAX_HEAD_LEN;
+
     /// What the layer leads from and to.
     pub const fn header(&self) -> &IndexHeader {
         &self.header
@@ -84,6 +87,12 @@ impl Directory {
         self.pack_len
     }
 
+    /// Where in the index the pages of frames begin: behind the directory and the pages of runs. Its end, where there are none.
+    pub fn frames_at(&self) -> u64 {
+        let first = self.frame_pages.first();
+        first.map_or(self.index_len, |page| page.at)
+    }
+
     /// Length of the whole index, in bytes.
     pub const fn index_len(&self) -> u64 {
         self.index_len
@@ -105,7 +114,7 @@ impl Directory {
         (u64::from(id) < self.frame_count).then_some(page)
     }
 
-    /// How many bytes from the start of the index hold the directory; told by its first 9 bytes, or all of a shorter one.
+    /// How many bytes from the start of the index hold the directory; told by its first [`Self::HEAD_LEN`] bytes, or all of a shorter one.
     pub fn needed(start: &[u8]) -> Result<usize, DecodeError> {
         let mut reader = Reader::with_header(
             &start[..start.len().min(MAX_HEAD_LEN)],

@@ -138,6 +138,8 @@ pub struct LayerInfo {
     pub index: BlobStatus,
     /// Its pack; none where it has no frames.
     pub pack: Option<BlobStatus>,
+    /// Of a layer whose frames are told of in several orders, which: from the second on, what is read first is in front.
+    pub order: u64,
     /// The machine that signed the record.
     pub signer: String,
     /// When it was signed.

@@ -1,6 +1,7 @@
 //! Whole daemons in one process, on loopback: a publisher and who pulls from it.
 
 mod ending;
+mod paged;
 mod read_first;
 mod removal;
 mod waiting;

@@ -1,17 +1,29 @@
 //! What is told of what is read first.
 
+use std::ops::Range;
+
 use capsule_proto::RootHash;
+use capsule_proto::record::Layer;
 
 use super::*;
 use crate::control::{ByteRange, Prefetch};
-use crate::publish::prefetch;
+use crate::disk::Disk;
+use crate::held::{HeldWay, blobs_of, is_reordered, layer_blobs};
+use crate::paging;
+use crate::publish::{prefetch, reorder};
+
+pub(super) const PAGE: u64 = 4096;
+/// What is stored of a page.
+const STORED: u64 = 2048;
 
 /// Tells that one page is read first; says whether that was published.
 async fn tell(node: &Arc<Node>, component: RootHash, start: u64, renews: bool) -> bool {
-    let length = 4096;
     let told = Prefetch {
         component,
-        ranges: vec![ByteRange { start, length }],
+        ranges: vec![ByteRange {
+            start,
+            length: PAGE,
+        }],
         renews,
     };
     prefetch(node, told).await.unwrap().ranges == 1
@@ -29,18 +41,127 @@ async fn the_first_word_holds_until_it_is_renewed() {
     let (node, other) = (&lab.publisher.node, &lab.puller.node);
     let component = RootHash::of(b"memory");
     assert!(tell(node, component, 0, false).await);
-    assert!(!tell(node, component, 4096, false).await, "it is known");
+    assert!(!tell(node, component, PAGE, false).await, "it is known");
     assert!(!tell(node, component, 0, true).await, "that is the same");
     assert_eq!(newest(node, component), Some(0));
-    assert!(tell(node, component, 4096, true).await);
-    until(|| newest(other, component) == Some(4096)).await;
+    assert!(tell(node, component, PAGE, true).await);
+    until(|| newest(other, component) == Some(PAGE)).await;
     assert!(!tell(node, component, 0, true).await, "that was replaced");
     for page in 2..8 {
-        assert!(tell(node, component, 4096 * page, true).await);
+        assert!(tell(node, component, PAGE * page, true).await);
     }
     assert!(
-        !tell(node, component, 4096 * 8, true).await,
+        !tell(node, component, PAGE * 8, true).await,
         "that is enough"
     );
+    lab.stop().await;
+}
+
+/// Publishes a disk of frames of a page each; its component and content.
+pub(super) async fn publish_pages(lab: &Lab) -> (RootHash, Vec<u8>) {
+    let file = lab.temp.path().join("disk");
+    // What does not compress at all would be its own pack.
+    let mut content = vec![7; 24 << 20];
+    for page in content.chunks_mut(PAGE as usize) {
+        crate::home::system_entropy(&mut page[..STORED as usize]);
+    }
+    fs::write(&file, &content).unwrap();
+    let request = Publish {
+        read_as: PublishAs::Disk,
+        frame_max: Some(PAGE as u32),
+        ..Publish::of(file, "lab:1".parse().unwrap())
+    };
+    let silent = Reporter::silent();
+    let published = crate::publish::publish(&lab.publisher.node, request, &silent);
+    (published.await.unwrap().components[0].root, content)
+}
+
+/// Every sixteenth page, each in a chunk group of its own.
+fn pages(from: u64) -> Vec<Range<u64>> {
+    let page = |n: u64| (16 * n + from) * PAGE..(16 * n + from + 1) * PAGE;
+    (0..256).map(page).collect()
+}
+
+async fn tell_pages(node: &Arc<Node>, component: RootHash, from: u64) {
+    let range = |page: Range<u64>| ByteRange {
+        start: page.start,
+        length: PAGE,
+    };
+    let told = Prefetch {
+        component,
+        ranges: pages(from).into_iter().map(range).collect(),
+        renews: true,
+    };
+    assert_eq!(prefetch(node, told).await.unwrap().ranges, 256);
+}
+
+/// The layers to a component as a node knows them, in the order in which they were made.
+pub(super) fn orders(node: &Node, component: &RootHash) -> Vec<Layer> {
+    let mut known = node.records.layers_to(component).unwrap();
+    known.sort_by_key(|known| known.sequence);
+    known.into_iter().map(|known| known.layer).collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_told_to_be_read_first_lies_in_front_for_who_reads_it_while_it_comes() {
+    let lab = lab().await;
+    let (node, other) = (&lab.publisher.node, &lab.puller.node);
+    let ordering = tokio::spawn(reorder::run(node.clone()));
+    let (component, content) = publish_pages(&lab).await;
+    tell_pages(node, component, 3).await;
+    until(|| orders(other, &component).len() == 2).await;
+    let all = orders(other, &component);
+    assert!(is_reordered(&all[0], &all[1]));
+
+    let name = CapsuleRef("lab:1".into());
+    let opened = paging::open(other, &name, None, &|_| {}).await.unwrap();
+    let stream = opened.manifest().components[0].clone();
+    let disk = Arc::new(opened.stream(&stream).await.unwrap());
+    for page in pages(3) {
+        let read = disk.clone().read(page.clone(), Vec::new()).await.unwrap();
+        assert!(read == content[page.start as usize..page.end as usize]);
+    }
+    let here = |layer: &Layer| {
+        let pack = layer.pack.map(|pack| pack.root);
+        other.holdings.bytes_here(pack)
+    };
+    let (in_front, least) = (here(&all[1]), 256 * STORED);
+    assert!((least..least * 5 / 4).contains(&in_front), "{in_front}");
+    assert_eq!(here(&all[0]), 0);
+    drop((disk, opened));
+    // What came counts for who pulls the rest.
+    lab.pull("lab:1").await.unwrap();
+    let way = other.holdings.way_to(&stream).unwrap();
+    assert_eq!(way, Some(HeldWay::Layers(vec![layer_blobs(&all[1])])));
+    let out = lab.export("lab:1", "out").await.unwrap();
+    assert!(fs::read(out).unwrap() == content);
+    ordering.abort();
+    lab.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_pulls_all_takes_the_order_that_others_have_and_there_are_three_at_most() {
+    let lab = lab().await;
+    let (node, other) = (&lab.publisher.node, &lab.puller.node);
+    let ordering = tokio::spawn(reorder::run(node.clone()));
+    let (component, _) = publish_pages(&lab).await;
+    for (from, count) in [(3, 2), (4, 3)] {
+        tell_pages(node, component, from).await;
+        until(|| orders(node, &component).len() == count).await;
+    }
+    // Time enough for a fourth.
+    tell_pages(node, component, 5).await;
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    until(|| orders(other, &component).len() == 3).await;
+    // All of them stay.
+    crate::keep::gc(node, Gc { dry_run: false }).await.unwrap();
+    let all = orders(node, &component);
+    for layer in &all {
+        assert!(blobs_of(&[layer_blobs(layer)]).all(|blob| node.holdings.is_complete(&blob)));
+    }
+    lab.pull("lab:1").await.unwrap();
+    let held = other.store.component(&component).unwrap();
+    assert_eq!(held.recipe.layers, [layer_blobs(&all[0])]);
+    ordering.abort();
     lab.stop().await;
 }

@@ -1,0 +1,228 @@
+//! Layers that this machine told of are put in another order when somebody tells what is read first of what they make.
+//!
+//! When a capture is published, that is known only as far as one before it told. The layer in the new order is a further one to the same
+//! component, by a record of its own. Who reads while it comes takes it; whoever pulls all takes the first, which others have.
+
+use std::cmp::Reverse;
+use std::collections::BTreeSet;
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
+
+use capsule_proto::index::Space;
+use capsule_proto::manifest::Component;
+use capsule_proto::ranges::group_count;
+use capsule_proto::record::{BlobRef, Layer};
+use capsule_proto::{CapsuleId, RootHash};
+use positioned_io::ReadAt;
+
+use super::front::{front_of, in_order};
+use super::rebase::{Made, keep, settle};
+use crate::control::{Failure, FailureCode, Phase};
+use crate::encoding::DraftLayer;
+use crate::held::{blobs_of, is_reordered, layer_blobs};
+use crate::materialise::has_room;
+use crate::node::Node;
+use crate::records::KnownLayer;
+use crate::store::LayerBlobs;
+use crate::work::{Task, Work, blocking};
+
+/// How often a layer is put in another order: each is a pack of its own.
+const MAX_ORDERS: u64 = 2;
+/// That is worth it if so many bytes less are fetched of what is read first: some seconds of a thin link;
+const LEAST_SAVED: u64 = 128 << 10;
+/// if that is this part of what is fetched, and this part of the pack, which is kept once more.
+const LEAST_PART: u64 = 8;
+const LEAST_PART_OF_PACK: u64 = 64;
+/// Longest index that is put in another order: it is held whole.
+const MAX_INDEX: u64 = 64 << 20;
+/// What is told comes by several records, one after the other.
+const PAUSE: Duration = Duration::from_secs(2);
+/// What was looked at and is remembered; beyond, it is looked at again.
+const MAX_SEEN: usize = 4096;
+/// Chunk groups of a pack that are verified at a time.
+const VERIFIED_AT_ONCE: u64 = 1024;
+
+/// A layer as it is, and what is read first of the component that it makes.
+struct Candidate {
+    capsule: CapsuleId,
+    name: String,
+    layer: Layer,
+    /// The number of the next order of it.
+    order: u64,
+    reads: Vec<Range<u64>>,
+}
+
+/// Looks whenever somebody told; for ever.
+pub async fn run(node: Arc<Node>) {
+    let mut seen = BTreeSet::new();
+    node.records.look_at_reads();
+    loop {
+        node.records.told_of_reads().await;
+        tokio::time::sleep(PAUSE).await;
+        let shared = node.clone();
+        let found = match blocking(move || candidates(&shared)).await {
+            Ok(found) => found,
+            Err(failure) => {
+                let why = failure.message;
+                node.trouble(format!("looking for what is read first: {why}"));
+                continue;
+            }
+        };
+        for candidate in found {
+            if seen.len() >= MAX_SEEN {
+                seen.clear();
+            }
+            let key = candidate.key();
+            if !seen.insert(key) {
+                continue;
+            }
+            let name = candidate.name.clone();
+            if let Err(failure) = put_in_order(&node, candidate).await {
+                // It is as it was, only slower to resume from; what stood in the way may be gone when it is looked at next.
+                seen.remove(&key);
+                let why = failure.message;
+                tracing::info!(name, why, "what is read first lies where it was");
+            }
+        }
+    }
+}
+
+impl Candidate {
+    /// The same for as long as there is nothing new to do.
+    fn key(&self) -> (RootHash, RootHash) {
+        let bytes = |range: &Range<u64>| [range.start.to_le_bytes(), range.end.to_le_bytes()];
+        let reads: Vec<u8> = self.reads.iter().flat_map(bytes).flatten().collect();
+        (self.layer.index.root, RootHash::of(&reads))
+    }
+}
+
+/// The layers of this machine to what is here and of which it is told what is read first.
+fn candidates(node: &Node) -> Result<Vec<Candidate>, Failure> {
+    let mut found = Vec::new();
+    for (capsule, held) in node.store.capsules()? {
+        let manifest = node.holdings.manifest(&capsule).filter(|_| held.complete);
+        let components = manifest
+            .into_iter()
+            .flat_map(|manifest| manifest.components);
+        for component in components {
+            if let Some(told) = node.records.prefetch_of(&component.root)? {
+                let ranges = told.ranges.into_iter();
+                let reads = ranges.map(|(start, len)| start..start.saturating_add(len));
+                let reads: Vec<_> = reads.collect();
+                let layers = own_layers(node, &component)?.into_iter();
+                found.extend(layers.map(|(layer, order)| Candidate {
+                    capsule,
+                    name: component.name.clone(),
+                    layer,
+                    order,
+                    reads: reads.clone(),
+                }));
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// The layers to a component that this machine told of, each in the newest order that it has, and the number of the next; without those
+/// that have enough of them.
+fn own_layers(node: &Node, component: &Component) -> Result<Vec<(Layer, u64)>, Failure> {
+    let mut known = node.records.layers_to(&component.root)?;
+    let own = node.identity.machine.machine();
+    known.retain(|known| {
+        let is_stream = known.layer.space == Space::Stream && known.layer.pack.is_some();
+        known.signer == own && is_stream
+    });
+    known.sort_by_key(|known| (Reverse(known.sequence), known.layer.index.root));
+    let mut newest: Vec<(Layer, u64)> = Vec::new();
+    for KnownLayer { layer, .. } in &known {
+        let blobs = layer_blobs(layer);
+        let is_here = blobs_of(&[blobs]).all(|blob| node.holdings.is_complete(&blob));
+        if !is_here || newest.iter().any(|(of, _)| is_reordered(of, layer)) {
+            continue;
+        }
+        // Also of those that were lost: what was told of stays told.
+        let of_it = known.iter().filter(|of| is_reordered(&of.layer, layer));
+        let highest = of_it.map(|of| of.sequence).max().unwrap_or_default();
+        if highest < MAX_ORDERS {
+            newest.push((layer.clone(), highest + 1));
+        }
+    }
+    Ok(newest)
+}
+
+/// Makes the layer in another order, keeps and announces it, if that is worth it.
+async fn put_in_order(node: &Arc<Node>, candidate: Candidate) -> Result<(), Failure> {
+    let task = Task {
+        phase: Phase::Publishing,
+        total: None,
+        what: Some(candidate.name.clone()),
+    };
+    let (shared, capsule) = (node.clone(), candidate.capsule);
+    let making = move |work: &Work| reordered(&shared, &candidate, work);
+    match node.works.run_behind(task, making).await? {
+        Some(made) => settle(node, capsule, vec![made]).await,
+        None => Ok(()),
+    }
+}
+
+fn reordered(node: &Node, candidate: &Candidate, work: &Work) -> Result<Option<Made>, Failure> {
+    let Candidate {
+        name, layer, reads, ..
+    } = candidate;
+    let Some(pack) = layer.pack.filter(|_| layer.index.size <= MAX_INDEX) else {
+        return Ok(None);
+    };
+    let (store, blobs) = (&node.store, layer_blobs(layer));
+    // Not removed while it is read.
+    let _old = store.guard(blobs_of(&[blobs]));
+    let index = store.read_whole(&blobs.index, MAX_INDEX)?;
+    let Some((index, front)) = front_of(&index, pack.size, reads) else {
+        return Ok(None);
+    };
+    let (scattered, together) = front.fetched(&index);
+    let saved = scattered.saturating_sub(together);
+    let least = LEAST_SAVED.max(scattered / LEAST_PART);
+    if saved < least.max(pack.size / LEAST_PART_OF_PACK) {
+        return Ok(None);
+    }
+    if !has_room(store, node.home.dir(), &[blobs]) {
+        let message = "there is no room for it";
+        return Err(Failure::new(FailureCode::Full, message));
+    }
+    check_pack(node, &pack, work)?;
+    let bytes = store.open_blob(&pack.root)?;
+    let read = |at, into: &mut [u8]| {
+        let read = bytes.read_exact_at(at, into);
+        read.map_err(|error| Failure::new(FailureCode::Io, error.to_string()))
+    };
+    let (index, pack) = in_order(store, &index, &front, read, work)?;
+    let draft = DraftLayer {
+        space: layer.space,
+        parent: layer.parent,
+        blobs: LayerBlobs {
+            index: RootHash::of(&index),
+            pack: Some(pack.blob.root),
+        },
+        index,
+        pack: Some(pack),
+    };
+    tracing::info!(name, saved, "what is read first lies in front from now on");
+    let target = (layer.target, layer.target_size);
+    keep(node, draft, candidate.order, target).map(Some)
+}
+
+/// Fails where the disk has damaged a pack: that must not get a name of its own.
+fn check_pack(node: &Node, pack: &BlobRef, work: &Work) -> Result<(), Failure> {
+    let end = group_count(pack.size);
+    for first in (0..end).step_by(VERIFIED_AT_ONCE as usize) {
+        work.check()?;
+        let part = first..(first + VERIFIED_AT_ONCE).min(end);
+        if !node.store.verify_part(&pack.root, part)?.bad.is_empty() {
+            let message = format!("pack {} is damaged", pack.root);
+            return Err(Failure::new(FailureCode::Damaged, message)
+                .hint("`capsule verify --repair` fetches what is missing"));
+        }
+    }
+    Ok(())
+}
