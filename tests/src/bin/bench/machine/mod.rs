@@ -46,6 +46,8 @@ const MOVE: Duration = Duration::from_secs(3600);
 const SETTLES: Duration = Duration::from_secs(30);
 /// How long who resumes a machine first uses it: until what it read is published, and a little.
 const READS: Duration = Duration::from_secs(33);
+/// How long what it read takes to be put in front, and to be told of; a copy of some packs.
+const REORDERS: Duration = Duration::from_secs(20);
 /// Room for the homes: packs and memories of half a dozen machines.
 const ROOM: u64 = 12 << 30;
 
@@ -242,6 +244,7 @@ impl Bench<'_> {
     /// Somebody resumes a capsule on the LAN, types a command and goes on for half a minute: what he reads is published.
     fn recorded(&mut self, capsule: &str) -> Result<f64> {
         self.place.has(OTHER, true)?;
+        let layers = self.layers(HOME, capsule)?.len();
         let deadline = Deadline::after(STEP);
         let began = Instant::now();
         let (mut guest, info) =
@@ -257,8 +260,20 @@ impl Bench<'_> {
         deadline.wait("the prefetch record", || {
             let prefetch = prefetch(&home, capsule)?;
             std::thread::sleep(Duration::from_millis(500));
-            Ok(prefetch.contains_key("ram"))
+            let is_told = prefetch.contains_key("ram");
+            if is_told {
+                for (component, ranges) in prefetch {
+                    let bytes: u64 = ranges.iter().map(|(_, length)| length).sum();
+                    let count = ranges.len();
+                    eprintln!("of {component} {bytes} bytes are told in {count} ranges");
+                }
+            }
+            Ok(is_told)
         })?;
+        // Home puts that in front, where it is worth it, and tells.
+        std::thread::sleep(REORDERS);
+        let orders = self.layers(HOME, capsule)?.len() - layers;
+        eprintln!("what it reads first was put in front of {orders} layers");
         guest.remove(&deadline)?;
         // Only home is left to fetch from.
         self.place.has(OTHER, false)?;
