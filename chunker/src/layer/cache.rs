@@ -57,6 +57,12 @@ impl LayerCache {
             decoders: Mutex::default(),
         }))
     }
+
+    /// Forgets all pages of indexes: one that was damaged may have been read as another that is well-formed.
+    pub fn forget_pages(&self) {
+        self.0.runs.clear();
+        self.0.entries.clear();
+    }
 }
 
 impl Shared {
@@ -132,6 +138,16 @@ impl<V> Cache<V> {
         match &*slot.lock() {
             State::Made(value) => Some(value.clone()),
             State::Wanted | State::Making => None,
+        }
+    }
+
+    /// Forgets what is kept; what is being made stays.
+    pub fn clear(&self) {
+        let mut inner = self.lock();
+        while let Some(key) = inner.kept.pop_front() {
+            if let Some(entry) = inner.entries.remove(&key) {
+                inner.weight -= entry.weight;
+            }
         }
     }
 

@@ -75,8 +75,8 @@ enum Body {
         all: Vec<Layer>,
         /// Blobs that only this node has: of a way that it made itself.
         own: BTreeSet<RootHash>,
-        /// Has others share it for as long as this is read.
-        _cache: Arc<LayerCache>,
+        /// Which others share for as long as this is read.
+        cache: Arc<LayerCache>,
     },
     /// A blob of its own, kept from removal with the rest.
     Blob(BlobRef),
@@ -130,7 +130,7 @@ impl Paged {
                 top,
                 all: all.into_iter().zip(layers).map(layer).collect(),
                 own,
-                _cache: cache,
+                cache,
             },
             prepared,
         })
@@ -186,14 +186,17 @@ impl Paged {
     /// Looks whether the disk has damaged what a range is read from; that is no longer here then, and can come again. Blocks.
     fn condemn(&self, range: &Range<u64>) -> Result<(), ReadError> {
         // What is a blob of its own was compared with its hash as it was read.
-        let Body::Layers { all, .. } = &self.body else {
+        let Body::Layers { all, cache, .. } = &self.body else {
             return Ok(());
         };
         let store = &self.node.store;
         let of_store =
             |error| ReadError::io("a blob of the store", range.start, io::Error::other(error));
         for layer in all {
-            store.verify(&layer.index.root).map_err(of_store)?;
+            let bad = store.verify(&layer.index.root).map_err(of_store)?;
+            if !bad.is_empty() {
+                cache.forget_pages();
+            }
         }
         // Else what of the packs it is can be told when the indexes have come again.
         for (pack, groups) in self.takes(range).unwrap_or_default() {
