@@ -23,8 +23,6 @@ const AT_ONCE: usize = 64;
 const MAX_LEN: u64 = 1 << 20;
 /// When a resumed guest has run for so long without waiting, what it reads is no longer what resuming takes.
 const SETTLED: Duration = Duration::from_secs(10);
-/// But what it reads for so long then is told too: over a thin link its clock runs on while it waits, and what it does by the clock comes sooner.
-const RUNS_ON: Duration = Duration::from_secs(10);
 /// How often it is looked whether it waits, and how long it may.
 const TICK: Duration = Duration::from_millis(500);
 const WAITS: Duration = Duration::from_millis(200);
@@ -87,7 +85,6 @@ pub async fn bring(host: &Host, described: &Described, reading: &[Reading]) -> R
 /// Publishes what was read by a guest that was resumed, once that is over.
 pub async fn publish_later(host: Arc<Host>, running: Arc<Running>) {
     settled(&running).await;
-    tokio::time::sleep(RUNS_ON).await;
     note_first_reads(&running);
     publish(&host, &running).await;
     std::future::pending().await
@@ -191,36 +188,11 @@ fn note_first_reads(running: &Running) {
 /// What was read of each component so far.
 fn reads(running: &Running) -> Vec<Reads> {
     let read = running.parts.reading.iter().map(|read| {
-        let ranges = fitted(read.watched.touched(), MAX_PREFETCH_RANGES).into_iter();
+        let ranges = read.watched.touched().into_iter().take(MAX_PREFETCH_RANGES);
         let ranges = ranges.map(|(start, length)| ByteRange { start, length });
         (read.component.clone(), ranges.collect())
     });
     read.collect()
-}
-
-/// Ranges (start and length) in order of use, joined over gaps until there are at most so many: over short ones first, as what lies there mostly comes in the
-/// same frames.
-fn fitted(ranges: Vec<(u64, u64)>, most: usize) -> Vec<(u64, u64)> {
-    let mut ranges = ranges;
-    let mut gap = PAGE;
-    while ranges.len() > most.max(1) {
-        let mut by_place: Vec<(usize, (u64, u64))> = ranges.into_iter().enumerate().collect();
-        by_place.sort_unstable_by_key(|(_, (start, _))| *start);
-        let mut joined: Vec<(usize, (u64, u64))> = Vec::new();
-        for (order, (start, length)) in by_place {
-            match joined.last_mut() {
-                Some((first, last)) if start <= last.0 + last.1 + gap => {
-                    *first = order.min(*first);
-                    last.1 = last.1.max(start + length - last.0);
-                }
-                _ => joined.push((order, (start, length))),
-            }
-        }
-        joined.sort_unstable_by_key(|(order, _)| *order);
-        ranges = joined.into_iter().map(|(_, range)| range).collect();
-        gap *= 2;
-    }
-    ranges
 }
 
 /// Whether what is known tells what was read, but for a little, as no two guests read quite the same. It does not where it was handed on from a capsule
@@ -320,24 +292,6 @@ mod tests {
             !tells(&known[..1], &[reads("disk0", &[(0, 1)])]),
             "not of this one"
         );
-    }
-
-    #[test]
-    fn ranges_are_joined_over_the_shortest_gaps_until_they_are_few_enough() {
-        let pages = |of: &[(u64, u64)]| -> Vec<_> {
-            of.iter()
-                .map(|(start, len)| (start * PAGE, len * PAGE))
-                .collect()
-        };
-        let read = pages(&[(100, 1), (7, 1), (5, 1), (102, 2), (0, 1), (40, 3)]);
-        assert_eq!(fitted(read.clone(), 6), read);
-        // Gaps of one page go first: both of them.
-        let joined = pages(&[(100, 4), (5, 3), (0, 1), (40, 3)]);
-        assert_eq!(fitted(read.clone(), 5), joined);
-        assert_eq!(fitted(read.clone(), 4), joined);
-        assert_eq!(fitted(read.clone(), 3), pages(&[(100, 4), (0, 8), (40, 3)]));
-        assert_eq!(fitted(read, 1), pages(&[(0, 104)]));
-        assert_eq!(fitted(Vec::new(), 0), Vec::new());
     }
 
     #[test]
