@@ -37,7 +37,7 @@ const DEAR_DECODING: u64 = 4;
 /// Ways remembered; beyond, they are looked at again.
 const MAX_SEEN: usize = 4096;
 /// After what was tried and left dear, the next try: what stood in the way (a full disk, damage) may be gone.
-const RETRY: Duration = Duration::from_secs(900);
+pub const RETRY: Duration = Duration::from_secs(900);
 
 /// A component that may be dear to read.
 #[derive(Debug, Clone)]

@@ -110,6 +110,11 @@ mod tests {
 
     /// Frames of 10 bytes each, of which number n is stored in n + 1 bytes, the content in their order; `references` are pairs of frames.
     fn index(count: u32, references: &[(u32, u32)]) -> Index {
+        stored(count, references, |id| id + 1)
+    }
+
+    /// The same, of which each is stored in so many bytes.
+    fn stored(count: u32, references: &[(u32, u32)], len: impl Fn(u32) -> u32) -> Index {
         let mut builder = IndexBuilder::new();
         for id in 0..count {
             let to = references.iter().filter(|(from, _)| *from == id);
@@ -122,7 +127,7 @@ mod tests {
                 .collect();
             let frame = Frame {
                 pack_offset: builder.pack_len(),
-                pack_len: id + 1,
+                pack_len: len(id),
                 len: 10,
                 codec: match references.is_empty() {
                     true => Codec::Zstd,
@@ -181,34 +186,8 @@ mod tests {
     #[test]
     fn what_is_fetched_of_it_is_counted_in_chunk_groups() {
         const LEN: u32 = 5000;
-        let mut builder = IndexBuilder::new();
-        for id in 0..100 {
-            let frame = Frame {
-                pack_offset: builder.pack_len(),
-                pack_len: LEN,
-                len: 10,
-                codec: Codec::Zstd,
-                hash: FrameHash::of(&[id]),
-                depth: 0,
-                references: Vec::new(),
-                spans: Vec::new(),
-            };
-            builder.push_frame(frame).unwrap();
-            let from = RunFrom::Frame {
-                id: id.into(),
-                offset: 0,
-            };
-            let (start, len) = (10 * u64::from(id), 10);
-            builder.push_run(Run { start, len, from }).unwrap();
-        }
-        let header = index(1, &[]).directory.header().clone();
-        let target_size = 1000;
-        let index = builder.finish(&IndexHeader {
-            target_size,
-            ..header
-        });
-        let index = Index::decode(&index).unwrap();
-        // Bytes 50,000 to 55,000 lie in groups 3; 100,000 to 105,000 in 6; 115,000 to 120,000 in 7: the last two in neighbours.
+        let index = stored(100, &[], |_| LEN);
+        // Bytes 50,000 to 55,000 lie in group 3; 100,000 to 105,000 in 6; 115,000 to 120,000 in 7: the last two in neighbours.
         let front = Front::of(&index, vec![100..101, 200..201, 230..231]).unwrap();
         assert_eq!(front.fetched(&index), (3 * GROUP_LEN, GROUP_LEN));
         let front = Front::of(&index, vec![10..500, 500..990]).unwrap();

@@ -165,8 +165,12 @@ impl Holdings {
             layers.remove(0);
         }
         layers.push(layer);
+        self.put_offered(root, &layers)
+    }
+
+    fn put_offered(&self, root: &RootHash, layers: &[LayerBlobs]) -> Result<(), DatabaseError> {
         let mut out = Writer::default();
-        write_layers(&layers, &mut out);
+        write_layers(layers, &mut out);
         self.store.set_value(&offer_key(root), &out.finish())
     }
 
@@ -179,12 +183,10 @@ impl Holdings {
         let mut layers = self.offered(root)?;
         let before = layers.len();
         layers.retain(|layer| !is_bad(layer));
-        if layers.len() == before {
-            return Ok(());
+        match layers.len() == before {
+            true => Ok(()),
+            false => self.put_offered(root, &layers),
         }
-        let mut out = Writer::default();
-        write_layers(&layers, &mut out);
-        self.store.set_value(&offer_key(root), &out.finish())
     }
 
     /// The layers through which a tree was checked here.

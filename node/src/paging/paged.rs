@@ -167,9 +167,12 @@ impl Paged {
         };
         let mut missing = self.missing(range);
         if look_for_damage && missing.as_ref().map_or(true, Parts::is_empty) {
-            self.condemn(range)?;
-            // Another reader may have found it.
-            missing = self.missing(range);
+            let lost = self.condemn(range)?;
+            missing = match lost.is_empty() {
+                // Another reader may have found it.
+                true => self.missing(range),
+                false => Ok(lost),
+            };
         }
         let missing = missing?;
         match missing.is_empty() || missing.iter().any(|(blob, _)| self.is_own(blob)) {
@@ -183,29 +186,32 @@ impl Paged {
         matches!(&self.body, Body::Layers { own, .. } if own.contains(&blob.root))
     }
 
-    /// Looks whether the disk has damaged what a range is read from; that is no longer here then, and can come again. Blocks.
-    fn condemn(&self, range: &Range<u64>) -> Result<(), ReadError> {
+    /// Looks whether the disk has damaged what a range is read from; that is no longer here then, and can come again. Returns what was lost of indexes, which
+    /// has to come before they tell what else it is. Blocks.
+    fn condemn(&self, range: &Range<u64>) -> Result<Parts, ReadError> {
         // What is a blob of its own was compared with its hash as it was read.
         let Body::Layers { all, cache, .. } = &self.body else {
-            return Ok(());
+            return Ok(Parts::new());
         };
+        // Whoever finds the damage, pages that were read before may be of it.
+        cache.forget_pages();
         let store = &self.node.store;
         let of_store =
             |error| ReadError::io("a blob of the store", range.start, io::Error::other(error));
+        let mut lost = Parts::new();
         for layer in all {
             let bad = store.verify(&layer.index.root).map_err(of_store)?;
             if !bad.is_empty() {
-                cache.forget_pages();
+                lost.push((layer.index, bad));
             }
         }
-        // Else what of the packs it is can be told when the indexes have come again.
         for (pack, groups) in self.takes(range).unwrap_or_default() {
             for run in groups.runs() {
                 let checked = store.verify_part(&pack.root, run.clone());
                 checked.map_err(of_store)?;
             }
         }
-        Ok(())
+        Ok(lost)
     }
 
     /// Reads from a blob, and compares with its hash: nothing else would tell that the disk has damaged it. Blocks.
@@ -352,7 +358,7 @@ impl Paged {
                     let came = self.come(missing).await;
                     came.map_err(|error| failed(error.to_string()))?;
                     tries = 0;
-                    if look {
+                    if looked > 0 {
                         note_whole(&self.node, self.prepared.manifest.id()).await;
                     }
                 }

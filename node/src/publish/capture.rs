@@ -203,17 +203,12 @@ fn find(node: &Node, captured: &Captured) -> Result<Option<Here>, Failure> {
     let name = spelled(&resolution);
     let manifest = node.holdings.complete(&resolution.capsule, &name)?;
     match manifest.component(component) {
-        Some(found) if found.kind != ComponentKind::Tree => {
-            let told = node.records.prefetch_of(&found.root)?;
-            let ranges = told.into_iter().flat_map(|told| told.ranges);
-            let ranges = ranges.map(|(start, len)| start..start.saturating_add(len));
-            Ok(Some(Here {
-                capsule: resolution.capsule,
-                name,
-                component: found.clone(),
-                read_first: ranges.collect(),
-            }))
-        }
+        Some(found) if found.kind != ComponentKind::Tree => Ok(Some(Here {
+            capsule: resolution.capsule,
+            name,
+            component: found.clone(),
+            read_first: node.records.first_reads_of(&found.root)?,
+        })),
         _ => {
             let message = format!("{name} has no stream named {component}");
             Err(Failure::new(FailureCode::NotFound, message)

@@ -4,10 +4,10 @@
 //! component, by a record of its own. Who reads while it comes takes it; whoever pulls all takes the first, which others have.
 
 use std::cmp::Reverse;
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use capsule_proto::index::Space;
 use capsule_proto::manifest::Component;
@@ -21,7 +21,7 @@ use super::rebase::{Made, keep, settle};
 use crate::control::{Failure, FailureCode, Phase};
 use crate::encoding::DraftLayer;
 use crate::held::{blobs_of, is_reordered, layer_blobs};
-use crate::materialise::has_room;
+use crate::materialise::{RETRY, has_room};
 use crate::node::Node;
 use crate::records::KnownLayer;
 use crate::store::LayerBlobs;
@@ -55,7 +55,8 @@ struct Candidate {
 
 /// Looks whenever somebody told; for ever.
 pub async fn run(node: Arc<Node>) {
-    let mut seen = BTreeSet::new();
+    // By candidate, when it is looked at again: what is in order, or not worth it, never.
+    let mut seen: BTreeMap<Key, Option<Instant>> = BTreeMap::new();
     node.records.look_at_reads();
     loop {
         node.records.told_of_reads().await;
@@ -70,27 +71,32 @@ pub async fn run(node: Arc<Node>) {
             }
         };
         for candidate in found {
+            let is_due = |at: &Option<Instant>| at.is_some_and(|at| at <= Instant::now());
+            let key = candidate.key();
+            if seen.get(&key).is_some_and(|at| !is_due(at)) {
+                continue;
+            }
             if seen.len() >= MAX_SEEN {
                 seen.clear();
             }
-            let key = candidate.key();
-            if !seen.insert(key) {
-                continue;
-            }
             let name = candidate.name.clone();
-            if let Err(failure) = put_in_order(&node, candidate).await {
-                // It is as it was, only slower to resume from; what stood in the way may be gone when it is looked at next.
-                seen.remove(&key);
-                let why = failure.message;
+            let outcome = put_in_order(&node, candidate).await;
+            if let Err(failure) = &outcome {
+                // It is as it was, only slower to resume from.
+                let why = &failure.message;
                 tracing::info!(name, why, "what is read first lies where it was");
             }
+            seen.insert(key, outcome.is_err().then(|| Instant::now() + RETRY));
         }
     }
 }
 
+/// A candidate's index, and what is read first.
+type Key = (RootHash, RootHash);
+
 impl Candidate {
     /// The same for as long as there is nothing new to do.
-    fn key(&self) -> (RootHash, RootHash) {
+    fn key(&self) -> Key {
         let bytes = |range: &Range<u64>| [range.start.to_le_bytes(), range.end.to_le_bytes()];
         let reads: Vec<u8> = self.reads.iter().flat_map(bytes).flatten().collect();
         (self.layer.index.root, RootHash::of(&reads))
@@ -100,25 +106,27 @@ impl Candidate {
 /// The layers of this machine to what is here and of which it is told what is read first.
 fn candidates(node: &Node) -> Result<Vec<Candidate>, Failure> {
     let mut found = Vec::new();
+    if !node.identity.credential.grant().roles.publisher {
+        return Ok(found);
+    }
     for (capsule, held) in node.store.capsules()? {
         let manifest = node.holdings.manifest(&capsule).filter(|_| held.complete);
         let components = manifest
             .into_iter()
             .flat_map(|manifest| manifest.components);
         for component in components {
-            if let Some(told) = node.records.prefetch_of(&component.root)? {
-                let ranges = told.ranges.into_iter();
-                let reads = ranges.map(|(start, len)| start..start.saturating_add(len));
-                let reads: Vec<_> = reads.collect();
-                let layers = own_layers(node, &component)?.into_iter();
-                found.extend(layers.map(|(layer, order)| Candidate {
-                    capsule,
-                    name: component.name.clone(),
-                    layer,
-                    order,
-                    reads: reads.clone(),
-                }));
+            let reads = node.records.first_reads_of(&component.root)?;
+            if reads.is_empty() {
+                continue;
             }
+            let layers = own_layers(node, &component)?.into_iter();
+            found.extend(layers.map(|(layer, order)| Candidate {
+                capsule,
+                name: component.name.clone(),
+                layer,
+                order,
+                reads: reads.clone(),
+            }));
         }
     }
     Ok(found)

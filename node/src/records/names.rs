@@ -2,6 +2,7 @@
 
 use std::cmp::Reverse;
 use std::collections::BTreeSet;
+use std::ops::Range;
 
 use capsule_proto::CapsuleId;
 use capsule_proto::RootHash;
@@ -159,6 +160,14 @@ impl Records {
     pub fn prefetch_of(&self, component: &RootHash) -> Result<Option<Prefetch>, DatabaseError> {
         let told = self.prefetches_of(component)?;
         Ok(told.into_iter().next().map(|(_, prefetch)| prefetch))
+    }
+
+    /// What is read first of a component, by the word that counts; nothing where there is none.
+    pub fn first_reads_of(&self, component: &RootHash) -> Result<Vec<Range<u64>>, DatabaseError> {
+        let told = self.prefetch_of(component)?;
+        let ranges = told.into_iter().flat_map(|told| told.ranges);
+        let ranges = ranges.map(|(start, len)| start..start.saturating_add(len));
+        Ok(ranges.collect())
     }
 
     /// What those who resumed a component read of it first, by the members who may say so, with the sequence of each word: what counts is first.

@@ -68,6 +68,11 @@ impl Store {
         }
     }
 
+    /// Whether a root is guarded from removal: it is in use.
+    pub fn is_active(&self, root: &RootHash) -> bool {
+        self.inner.is_active(root)
+    }
+
     /// Removes one blob, and the components that are read through it; the bytes that were held of it.
     pub fn remove(&self, root: &RootHash) -> Result<u64, RemoveError> {
         let _one_at_a_time = lock(&self.inner.gc_turn);

@@ -6,14 +6,15 @@
 use std::collections::{BTreeMap, HashSet};
 use std::ops::Range;
 
-use capsule_proto::RootHash;
 use capsule_proto::index::Directory;
 use capsule_proto::ranges::{group_count, groups_touching};
-use capsule_proto::record::Layer;
+use capsule_proto::record::{BlobRef, Layer};
+use capsule_proto::{GroupRanges, RootHash};
 
 use super::fetch::{Fetched, Manner, Wanted, fetch};
 use super::patience::Patience;
 use super::prepare::ComponentPlan;
+use super::search::{Reach, reach_of};
 use crate::control::{Failure, FailureCode};
 use crate::held::fits;
 use crate::layers::{open_index, read_directory, read_up_to};
@@ -24,8 +25,8 @@ use crate::work::{Tell, blocking};
 /// Up to so many bytes an index comes whole in any case: its parts would cost more in words than they save.
 const SHORT: u64 = 64 << 10;
 
-/// How often something of an index is fetched: the head, the directory, the runs, and once more what was found damaged meanwhile.
-const ROUNDS: usize = 4;
+/// How often it is looked what has to come of an index: the head, the directory, the runs, once more what was found damaged meanwhile; and then nothing.
+const ROUNDS: usize = 5;
 
 /// Fetches the indexes of the components' layers that are not here, in part where that is wanted. If that fails, with what was being fetched.
 pub(super) async fn fetch_indexes(
@@ -36,34 +37,53 @@ pub(super) async fn fetch_indexes(
     tell: &dyn Tell,
     planning: &mut Fetched,
 ) -> Result<(), (Vec<Wanted>, Failure)> {
-    let layers = components.iter().flat_map(|plan| &plan.layers);
-    let mut indexes: BTreeMap<RootHash, u64> = layers
-        .map(|layer| (layer.index.root, layer.index.size))
-        .collect();
-    indexes.retain(|root, _| !node.holdings.is_complete(root));
     let is_long = |size: u64| in_part && size > SHORT;
-    let mut wanted: Vec<Wanted> = indexes
-        .iter()
-        .map(|(root, size)| wanted(*root, *size, is_long(*size).then_some(0..1)))
-        .collect();
-    indexes.retain(|_, size| is_long(*size));
-    // What comes tells what else is needed: the head, how long the directory is; that, where the pages of frames begin.
+    let (long, short): (Indexes, Indexes) = lacking(node, components)
+        .into_iter()
+        .partition(|(_, size)| is_long(*size));
+    let short = short.iter().map(|(root, size)| wanted(*root, *size, None));
+    let mut short: Vec<Wanted> = short.collect();
+    // What is here tells what else is needed: the head, how long the directory is; that, where the pages of frames begin.
     for _ in 0..ROUNDS {
-        let fetched = fetch(node, wanted.clone(), manner, patience, tell, planning);
-        if let Err(failure) = fetched.await {
-            return Err((wanted, failure));
-        }
-        let (store, known) = (node.store.clone(), indexes.clone());
+        let (store, known) = (node.store.clone(), long.clone());
         let more = blocking(move || more_of(&store, &known)).await;
-        wanted = more.map_err(|failure| (Vec::new(), failure))?;
-        if wanted.is_empty() {
+        let mut more = more.map_err(|failure| (Vec::new(), failure))?;
+        more.append(&mut short);
+        if more.is_empty() {
             return Ok(());
+        }
+        let fetched = fetch(node, more.clone(), manner, patience, tell, planning);
+        if let Err(failure) = fetched.await {
+            return Err((more, failure));
         }
     }
     let message = "the indexes of its layers came, and are not here";
     let failure = Failure::new(FailureCode::Io, message);
     let hint = "the same command fetches them again; look at the disk's health";
-    Err((wanted, failure.hint(hint)))
+    Err((Vec::new(), failure.hint(hint)))
+}
+
+/// Whether all of every index can be had that is not all here.
+pub(super) async fn whole_reachable(node: &Node, components: &[ComponentPlan]) -> bool {
+    for (root, size) in lacking(node, components) {
+        let (blob, all) = (BlobRef { root, size }, GroupRanges::all(size));
+        if reach_of(&node.network, &node.store, &blob, &all).await != Reach::All {
+            return false;
+        }
+    }
+    true
+}
+
+/// Indexes, with their sizes.
+type Indexes = BTreeMap<RootHash, u64>;
+
+/// The indexes of the components' layers that are not all here.
+fn lacking(node: &Node, components: &[ComponentPlan]) -> Indexes {
+    let layers = components.iter().flat_map(|plan| &plan.layers);
+    let indexes = layers.map(|layer| (layer.index.root, layer.index.size));
+    indexes
+        .filter(|(root, _)| !node.holdings.is_complete(root))
+        .collect()
 }
 
 fn wanted(root: RootHash, size: u64, groups: Option<Range<u64>>) -> Wanted {
@@ -76,7 +96,7 @@ fn wanted(root: RootHash, size: u64, groups: Option<Range<u64>>) -> Wanted {
 }
 
 /// What of these indexes has to come next. Blocks.
-fn more_of(store: &Store, indexes: &BTreeMap<RootHash, u64>) -> Result<Vec<Wanted>, Failure> {
+fn more_of(store: &Store, indexes: &Indexes) -> Result<Vec<Wanted>, Failure> {
     let mut more = Vec::new();
     for (root, size) in indexes {
         let here = store.durable(root).map(|here| here.ranges);
@@ -119,22 +139,11 @@ pub(super) async fn check_indexes(
     let (wrong, fine) = blocking(move || {
         let (mut wrong, mut all_fine) = (Vec::new(), true);
         for layer in layers {
-            let directory = read_directory(&*open_index(&store, &layer.index.root)?);
-            let pack_len = layer.pack.map_or(0, |pack| pack.size);
-            let fine = directory.as_ref().is_ok_and(|d| {
-                fits(d.header(), &layer)
-                    && d.pack_len() == pack_len
-                    && d.index_len() == layer.index.size
-            });
-            if fine {
-                continue;
-            }
-            all_fine = false;
-            let bad = store.verify(&layer.index.root)?;
-            let here = store.durable(&layer.index.root);
-            let is_here = here.is_some_and(|here| here.ranges.contains_run(&(0..1)));
-            if is_here && bad.is_empty() {
-                wrong.push(layer);
+            if !is_as_recorded(&store, &layer) {
+                all_fine = false;
+                if is_wrong(&store, &layer)? {
+                    wrong.push(layer);
+                }
             }
         }
         Ok((wrong, all_fine))
@@ -144,4 +153,28 @@ pub(super) async fn check_indexes(
         .into_iter()
         .for_each(|layer| node.transfers.refuse(layer));
     Ok(fine)
+}
+
+/// Whether what is here of a layer's index is what its record says.
+fn is_as_recorded(store: &Store, layer: &Layer) -> bool {
+    let index = open_index(store, &layer.index.root);
+    let directory = index.and_then(|index| read_directory(&*index));
+    let pack_len = layer.pack.map_or(0, |pack| pack.size);
+    directory.is_ok_and(|directory| {
+        fits(directory.header(), layer)
+            && directory.pack_len() == pack_len
+            && directory.index_len() == layer.index.size
+    })
+}
+
+/// Whether the index of a layer is not what its record says, though the disk has damaged nothing of it, and nobody took it out or had it come again meanwhile.
+fn is_wrong(store: &Store, layer: &Layer) -> Result<bool, Failure> {
+    let root = &layer.index.root;
+    let present = || store.present(root).map(|here| here.ranges);
+    let before = present();
+    let has_head = before
+        .as_ref()
+        .is_some_and(|here| here.contains_run(&(0..1)));
+    let is_sound = store.verify(root)?.is_empty() && present() == before;
+    Ok(has_head && is_sound && !is_as_recorded(store, layer))
 }

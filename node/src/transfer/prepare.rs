@@ -13,7 +13,7 @@ use capsule_proto::record::{BlobRef, Layer};
 use capsule_proto::{CapsuleId, GroupRanges, RootHash};
 
 use super::fetch::{Fetched, Manner, Wanted, fetch};
-use super::indexes::{check_indexes, fetch_indexes};
+use super::indexes::{check_indexes, fetch_indexes, whole_reachable};
 use super::like::{Like, look};
 use super::part::{short, with_reached};
 use super::patience::{Mood, Patience};
@@ -307,8 +307,10 @@ pub async fn prepare(
             let mut components = with_reached(node, components, tell).await?;
             // What is read of a pack may be had where not all of it is, which the choice hoped for.
             let short = short(node, &components).await;
-            // Where not all of a pack can be had, only whole indexes tell whether what is needed can.
-            if !short.is_empty() && std::mem::take(&mut in_part) && tries > 1 {
+            // Where not all of a pack can be had, only whole indexes tell whether what is needed can; if these can be had.
+            if in_part && !short.is_empty() && tries > 1 && whole_reachable(node, &components).await
+            {
+                in_part = false;
                 continue;
             }
             let found = short.difference(&excluded.short).count() > 0;

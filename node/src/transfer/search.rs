@@ -29,8 +29,9 @@ use crate::work::blocking;
 /// A component as a blob must be cheaper than its layers by this part of its bytes.
 const BLOB_SURCHARGE: u64 = 8;
 
-/// Of a pack in several orders, that of which most is here is gone on with, counted in so many parts of it.
-const BEGUN: u64 = 32;
+/// Of a pack in several orders, that of which most is here is gone on with, counted in so many parts of it. Much less than what makes another order worth
+/// it, so that who has read what that was made for goes on with it.
+const BEGUN: u64 = 512;
 
 /// The ways chosen.
 pub(super) struct Choice {
@@ -150,7 +151,8 @@ pub(super) async fn reach_of(
     blob: &BlobRef,
     wanted: &GroupRanges,
 ) -> Reach {
-    reach_by(wanted, &available(network, store, blob).await)
+    let (all, _) = available(network, store, blob, |_| true).await;
+    reach_by(wanted, &all)
 }
 
 fn reach_by(wanted: &GroupRanges, available: &GroupRanges) -> Reach {
@@ -161,27 +163,26 @@ fn reach_by(wanted: &GroupRanges, available: &GroupRanges) -> Reach {
     }
 }
 
-/// The chunk groups of a blob that are here or at connected machines.
-async fn available(network: &NetworkHandle, store: &Store, blob: &BlobRef) -> GroupRanges {
-    available_by(network, store, blob, |_| true).await
-}
-
-/// Those that are here or at machines that count.
-async fn available_by(
+/// The chunk groups of a blob that are here or at connected machines; and those that are here or at such as are near.
+async fn available(
     network: &NetworkHandle,
     store: &Store,
     blob: &BlobRef,
-    counts: impl Fn(&PeerId) -> bool,
-) -> GroupRanges {
+    is_near: impl Fn(&PeerId) -> bool,
+) -> (GroupRanges, GroupRanges) {
     let here = store.durable(&blob.root);
-    let mut groups = here.map_or_else(GroupRanges::new, |here| here.ranges);
+    let here = here.map_or_else(GroupRanges::new, |here| here.ranges);
+    let (mut all, mut near) = (here.clone(), here);
     // A closing network has no providers; whoever fetches hears of it.
     for provider in network.providers(blob.root).await.unwrap_or_default() {
-        if provider.size == blob.size && counts(&provider.peer) {
-            groups.union_with(&provider.groups);
+        if provider.size == blob.size {
+            all.union_with(&provider.groups);
+            if is_near(&provider.peer) {
+                near.union_with(&provider.groups);
+            }
         }
     }
-    groups
+    (all, near)
 }
 
 impl Search {
@@ -348,12 +349,9 @@ impl Search {
         if let Some(known) = self.found.borrow().get(&blob.root) {
             return *known;
         }
-        let (all, near) = self.runtime.block_on(async {
-            let is_near = |peer: &PeerId| self.near.contains(peer);
-            let near = available_by(&self.network, &self.store, blob, is_near);
-            let all = available(&self.network, &self.store, blob);
-            (all.await, near.await)
-        });
+        let is_near = |peer: &PeerId| self.near.contains(peer);
+        let available = available(&self.network, &self.store, blob, is_near);
+        let (all, near) = self.runtime.block_on(available);
         let whole = GroupRanges::all(blob.size);
         let found = Found {
             reach: reach_by(&whole, &all),
@@ -372,18 +370,19 @@ impl Search {
     }
 
     /// Of layers that differ only in the order of their frames, one that can be had: that of which most is here; else one that this site has; of those, for
-    /// who reads while it comes the last, as what is read first lies together there, and for who pulls all the first, which most others have.
+    /// who reads while it comes the last, as what is read first lies together there, and for who pulls all the first, which most others have. Where none can be
+    /// had, most is here of the best.
     fn one_order_each(&self, mut known: Vec<KnownLayer>) -> Vec<Layer> {
         known.sort_by_cached_key(|known| {
             let layer = &known.layer;
-            // What was only begun binds nobody.
-            let begun = |pack: BlobRef| {
-                let here = self.holdings.bytes_here([pack.root]);
-                here.saturating_mul(BEGUN) / pack.size.max(1)
+            let can_be_had = self.is_reachable(layer);
+            let begun = match can_be_had {
+                true => layer.pack.map_or(0, |pack| self.begun(&pack)),
+                false => self.holdings.bytes_here(blobs_of(&[layer_blobs(layer)])),
             };
             let place = Place {
-                can_be_had: self.is_reachable(layer),
-                begun: layer.pack.map_or(0, begun),
+                can_be_had,
+                begun,
                 near: layer.pack.is_some_and(|pack| self.found(&pack).near),
                 order: known.sequence,
             };
@@ -400,6 +399,13 @@ impl Search {
             }
         }
         first.into_iter().map(|known| known.layer).collect()
+    }
+
+    /// How much of a pack is here, in parts of it. A little binds nobody, unless it is in use: a guest that reads it goes on with it.
+    fn begun(&self, pack: &BlobRef) -> u64 {
+        let here = self.holdings.bytes_here([pack.root]);
+        let in_use = here > 0 && self.store.is_active(&pack.root);
+        (here.saturating_mul(BEGUN) / pack.size.max(1)).max(in_use.into())
     }
 
     /// Whether a layer may make what its record says, as far as can be told before any of it is fetched.
@@ -474,7 +480,7 @@ impl Known for Search {
 #[derive(Debug, Clone, Copy)]
 struct Place {
     can_be_had: bool,
-    /// How much of it is here.
+    /// How much of it is here: in parts where it can be had, else in bytes.
     begun: u64,
     /// Whether all of it is here or in this site.
     near: bool,

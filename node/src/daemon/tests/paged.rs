@@ -4,7 +4,7 @@ use std::os::unix::fs::FileExt;
 
 use capsule_proto::{GROUP_LEN, RootHash};
 
-use super::read_first::{PAGE, orders, publish_pages};
+use super::read_first::{PAGE, orders, publish_disk, publish_pages};
 use super::*;
 use crate::disk::Disk;
 use crate::layers::{open_index, read_directory};
@@ -75,16 +75,7 @@ async fn what_an_update_inherits_is_read_through_the_index_below_it() {
     let node = &lab.puller.node;
     let (component, mut content) = publish_pages(&lab).await;
     content[10 << 20..(10 << 20) + 20_000].fill(1);
-    let file = lab.temp.path().join("disk");
-    fs::write(&file, &content).unwrap();
-    let request = Publish {
-        read_as: PublishAs::Disk,
-        frame_max: Some(PAGE as u32),
-        ..Publish::of(file, "lab:2".parse().unwrap())
-    };
-    let silent = Reporter::silent();
-    let published = crate::publish::publish(&lab.publisher.node, request, &silent);
-    let updated = published.await.unwrap().components[0].root;
+    let updated = publish_disk(&lab, "lab:2", &content).await;
     let opened = open(node, "lab:2").await;
     let below = orders(node, &component)[0].index;
     let above = orders(node, &updated)[0].index;
@@ -134,4 +125,26 @@ async fn what_came_of_an_index_serves_after_a_restart_and_damage_of_it_comes_aga
     drop((disk, opened));
     puller.stop().await.unwrap();
     lab.publisher.stop().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_here_in_part_is_opened_and_read_without_anybody_else() {
+    let lab = lab().await;
+    let (component, content) = publish_pages(&lab).await;
+    let opened = open(&lab.puller.node, "lab:1").await;
+    let disk = disk(&opened).await;
+    read(&disk, &content, 0..20).await;
+    let index = orders(&lab.puller.node, &component)[0].index;
+    drop((disk, opened));
+    let home = lab.puller.node.home.clone();
+    lab.publisher.stop().await.unwrap();
+    lab.puller.stop().await.unwrap();
+    let puller = restart(&home).await;
+    let node = &puller.node;
+    assert!(here(node, &index.root) < index.size);
+    let opened = open(node, "lab:1").await;
+    let disk = self::disk(&opened).await;
+    read(&disk, &content, 0..20).await;
+    drop((disk, opened));
+    puller.stop().await.unwrap();
 }

@@ -59,21 +59,26 @@ async fn the_first_word_holds_until_it_is_renewed() {
 
 /// Publishes a disk of frames of a page each; its component and content.
 pub(super) async fn publish_pages(lab: &Lab) -> (RootHash, Vec<u8>) {
-    let file = lab.temp.path().join("disk");
     // What does not compress at all would be its own pack.
     let mut content = vec![7; 24 << 20];
     for page in content.chunks_mut(PAGE as usize) {
         crate::home::system_entropy(&mut page[..STORED as usize]);
     }
-    fs::write(&file, &content).unwrap();
+    (publish_disk(lab, "lab:1", &content).await, content)
+}
+
+/// Publishes a disk of this content so.
+pub(super) async fn publish_disk(lab: &Lab, name: &str, content: &[u8]) -> RootHash {
+    let file = lab.temp.path().join("disk");
+    fs::write(&file, content).unwrap();
     let request = Publish {
         read_as: PublishAs::Disk,
         frame_max: Some(PAGE as u32),
-        ..Publish::of(file, "lab:1".parse().unwrap())
+        ..Publish::of(file, name.parse().unwrap())
     };
     let silent = Reporter::silent();
     let published = crate::publish::publish(&lab.publisher.node, request, &silent);
-    (published.await.unwrap().components[0].root, content)
+    published.await.unwrap().components[0].root
 }
 
 /// Every sixteenth page, each in a chunk group of its own.
@@ -136,6 +141,31 @@ async fn what_is_told_to_be_read_first_lies_in_front_for_who_reads_it_while_it_c
     let out = lab.export("lab:1", "out").await.unwrap();
     assert!(fs::read(out).unwrap() == content);
     ordering.abort();
+    lab.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pull_goes_on_with_the_order_that_a_reader_has_open() {
+    let lab = lab().await;
+    let (node, other) = (&lab.publisher.node, &lab.puller.node);
+    let ordering = tokio::spawn(reorder::run(node.clone()));
+    let (component, content) = publish_pages(&lab).await;
+    tell_pages(node, component, 3).await;
+    until(|| orders(other, &component).len() == 2).await;
+    let name = CapsuleRef("lab:1".into());
+    let opened = paging::open(other, &name, None, &|_| {}).await.unwrap();
+    let stream = opened.manifest().components[0].clone();
+    let disk = Arc::new(opened.stream(&stream).await.unwrap());
+    // One page: less than what binds whoever comes later.
+    let page = pages(3).remove(0);
+    let read = disk.clone().read(page.clone(), Vec::new()).await.unwrap();
+    assert!(read == content[page.start as usize..page.end as usize]);
+    lab.pull("lab:1").await.unwrap();
+    let last = layer_blobs(&orders(other, &component)[1]);
+    let way = other.holdings.way_to(&stream).unwrap();
+    assert_eq!(way, Some(HeldWay::Layers(vec![last])));
+    ordering.abort();
+    drop((disk, opened));
     lab.stop().await;
 }
 
