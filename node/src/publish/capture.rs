@@ -314,7 +314,7 @@ impl Making<'_> {
                 let recorded = told.then(|| Recorded::known(base, source.written()));
                 let made = self.update_stream(&*source, captured.kind, old, recorded.as_ref())?;
                 let read_first = below.map_or(&[][..], |here| &here.read_first);
-                made.with_in_front(self.store, read_first, self.work)?
+                made.with_in_front(self.store, read_first, &*source, self.work)?
             }
             None if others.is_empty() => {
                 let options = self.options(captured.kind);

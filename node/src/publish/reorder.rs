@@ -9,6 +9,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use capsule_chunker::layer::read::ReadOptions;
 use capsule_proto::index::Space;
 use capsule_proto::manifest::Component;
 use capsule_proto::ranges::group_count;
@@ -16,11 +17,12 @@ use capsule_proto::record::{BlobRef, Layer};
 use capsule_proto::{CapsuleId, RootHash};
 use positioned_io::ReadAt;
 
-use super::front::{front_of, in_order};
+use super::front::InFront;
 use super::rebase::{Made, keep, settle};
 use crate::control::{Failure, FailureCode, Phase};
 use crate::encoding::DraftLayer;
-use crate::held::{blobs_of, is_reordered, layer_blobs};
+use crate::held::{HeldWay, blobs_of, layer_blobs, make_the_same};
+use crate::layers::open;
 use crate::materialise::{RETRY, has_room};
 use crate::node::Node;
 use crate::records::KnownLayer;
@@ -46,7 +48,7 @@ const VERIFIED_AT_ONCE: u64 = 1024;
 /// A layer as it is, and what is read first of the component that it makes.
 struct Candidate {
     capsule: CapsuleId,
-    name: String,
+    component: Component,
     layer: Layer,
     /// The number of the next order of it.
     order: u64,
@@ -79,7 +81,7 @@ pub async fn run(node: Arc<Node>) {
             if seen.len() >= MAX_SEEN {
                 seen.clear();
             }
-            let name = candidate.name.clone();
+            let name = candidate.component.name.clone();
             let outcome = put_in_order(&node, candidate).await;
             if let Err(failure) = &outcome {
                 // It is as it was, only slower to resume from.
@@ -122,7 +124,7 @@ fn candidates(node: &Node) -> Result<Vec<Candidate>, Failure> {
             let layers = own_layers(node, &component)?.into_iter();
             found.extend(layers.map(|(layer, order)| Candidate {
                 capsule,
-                name: component.name.clone(),
+                component: component.clone(),
                 layer,
                 order,
                 reads: reads.clone(),
@@ -146,11 +148,11 @@ fn own_layers(node: &Node, component: &Component) -> Result<Vec<(Layer, u64)>, F
     for KnownLayer { layer, .. } in &known {
         let blobs = layer_blobs(layer);
         let is_here = blobs_of(&[blobs]).all(|blob| node.holdings.is_complete(&blob));
-        if !is_here || newest.iter().any(|(of, _)| is_reordered(of, layer)) {
+        if !is_here || newest.iter().any(|(of, _)| make_the_same(of, layer)) {
             continue;
         }
         // Also of those that were lost: what was told of stays told.
-        let of_it = known.iter().filter(|of| is_reordered(&of.layer, layer));
+        let of_it = known.iter().filter(|of| make_the_same(&of.layer, layer));
         let highest = of_it.map(|of| of.sequence).max().unwrap_or_default();
         if highest < MAX_ORDERS {
             newest.push((layer.clone(), highest + 1));
@@ -164,7 +166,7 @@ async fn put_in_order(node: &Arc<Node>, candidate: Candidate) -> Result<(), Fail
     let task = Task {
         phase: Phase::Publishing,
         total: None,
-        what: Some(candidate.name.clone()),
+        what: Some(candidate.component.name.clone()),
     };
     let (shared, capsule) = (node.clone(), candidate.capsule);
     let making = move |work: &Work| reordered(&shared, &candidate, work);
@@ -176,7 +178,10 @@ async fn put_in_order(node: &Arc<Node>, candidate: Candidate) -> Result<(), Fail
 
 fn reordered(node: &Node, candidate: &Candidate, work: &Work) -> Result<Option<Made>, Failure> {
     let Candidate {
-        name, layer, reads, ..
+        component,
+        layer,
+        reads,
+        ..
     } = candidate;
     let Some(pack) = layer.pack.filter(|_| layer.index.size <= MAX_INDEX) else {
         return Ok(None);
@@ -184,11 +189,16 @@ fn reordered(node: &Node, candidate: &Candidate, work: &Work) -> Result<Option<M
     let (store, blobs) = (&node.store, layer_blobs(layer));
     // Not removed while it is read.
     let _old = store.guard(blobs_of(&[blobs]));
-    let index = store.read_whole(&blobs.index, MAX_INDEX)?;
-    let Some((index, front)) = front_of(&index, pack.size, reads) else {
+    let Some(HeldWay::Layers(way)) = node.holdings.way_to(component)? else {
         return Ok(None);
     };
-    let (scattered, together) = front.fetched(&index);
+    let _way = store.guard(blobs_of(&way));
+    let index = store.read_whole(&blobs.index, MAX_INDEX)?;
+    let content = open(store, &way, &ReadOptions::default())?;
+    let Some(front) = InFront::of(&index, pack.size, reads, &*content, work)? else {
+        return Ok(None);
+    };
+    let (scattered, together) = front.fetched();
     let saved = scattered.saturating_sub(together);
     let least = LEAST_SAVED.max(scattered / LEAST_PART);
     if saved < least.max(pack.size / LEAST_PART_OF_PACK) {
@@ -204,7 +214,7 @@ fn reordered(node: &Node, candidate: &Candidate, work: &Work) -> Result<Option<M
         let read = bytes.read_exact_at(at, into);
         read.map_err(|error| Failure::new(FailureCode::Io, error.to_string()))
     };
-    let (index, pack) = in_order(store, &index, &front, read, work)?;
+    let (index, pack) = front.write(store, read, work)?;
     let draft = DraftLayer {
         space: layer.space,
         parent: layer.parent,
@@ -215,7 +225,13 @@ fn reordered(node: &Node, candidate: &Candidate, work: &Work) -> Result<Option<M
         index,
         pack: Some(pack),
     };
-    tracing::info!(name, saved, "what is read first lies in front from now on");
+    let name = &component.name;
+    tracing::info!(
+        name,
+        scattered,
+        together,
+        "what is read first lies in front from now on"
+    );
     let target = (layer.target, layer.target_size);
     keep(node, draft, candidate.order, target).map(Some)
 }

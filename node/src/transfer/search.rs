@@ -20,7 +20,7 @@ use tokio::runtime::Handle;
 use super::prepare::{ComponentPlan, Excluded, not_as_recorded};
 use crate::control::{Failure, FailureCode};
 use crate::graph::{Cost, Known, Way, cheapest};
-use crate::held::{HeldWay, Holdings, TreeWay, blobs_of, check_len, is_reordered, layer_blobs};
+use crate::held::{HeldWay, Holdings, TreeWay, blobs_of, check_len, layer_blobs, make_the_same};
 use crate::node::Node;
 use crate::records::{KnownLayer, Records};
 use crate::store::{BlobKind, DatabaseError, LayerBlobs, MAX_LAYERS, Reached, Store};
@@ -369,7 +369,7 @@ impl Search {
         !as_blob && !self.short.contains(&blob.root)
     }
 
-    /// Of layers that differ only in the order of their frames, one that can be had: that of which most is here; else one that this site has; of those, for
+    /// Of layers that are orders of one, one that can be had: that of which most is here; else one that this site has; of those, for
     /// who reads while it comes the last, as what is read first lies together there, and for who pulls all the first, which most others have. Where none can be
     /// had, most is here of the best.
     fn one_order_each(&self, mut known: Vec<KnownLayer>) -> Vec<Layer> {
@@ -390,9 +390,11 @@ impl Search {
         });
         let mut first: Vec<KnownLayer> = Vec::new();
         for known in known {
-            // What others say of orders is theirs.
+            // What others say of orders is theirs; and two that are both first are two layers.
             let is_it = |first: &KnownLayer| {
-                first.signer == known.signer && is_reordered(&first.layer, &known.layer)
+                first.signer == known.signer
+                    && first.sequence != known.sequence
+                    && make_the_same(&first.layer, &known.layer)
             };
             if !first.iter().any(is_it) {
                 first.push(known);

@@ -75,7 +75,8 @@ async fn what_an_update_inherits_is_read_through_the_index_below_it() {
     let node = &lab.puller.node;
     let (component, mut content) = publish_pages(&lab).await;
     content[10 << 20..(10 << 20) + 20_000].fill(1);
-    let updated = publish_disk(&lab, "lab:2", &content).await;
+    let updated = publish_disk(&lab, "lab:2", &content, PAGE).await;
+    until(|| !orders(node, &updated).is_empty()).await;
     let opened = open(node, "lab:2").await;
     let below = orders(node, &component)[0].index;
     let above = orders(node, &updated)[0].index;

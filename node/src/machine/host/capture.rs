@@ -1,4 +1,4 @@
-//! Capturing a machine: its memory is made small, it stands still while the state of its devices is written and its disks and memory are
+//! Capturing a machine: what it does not use of its memory becomes zeros, it stands still while the state of its devices is written and its disks and memory are
 //! frozen, and goes on; what was frozen is then hashed and published.
 //!
 //! What is frozen is what was written since the last capture, so both the pause and the work follow that. Where publishing fails,
@@ -147,7 +147,7 @@ impl Host {
         let qemu = &running.qemu;
         let shrunk = match request.no_balloon {
             true => Ok(Shrunk::NoBalloon),
-            false => qemu.shrink().await,
+            false => squeeze(qemu).await,
         };
         let stopped = match shrunk {
             Ok(shrunk) => {
@@ -327,6 +327,18 @@ impl Host {
         self.let_go(before, &after).await;
         Ok(written)
     }
+}
+
+/// Has a guest do without the memory that it does not use, and gives it back: it is zeros now, and stays so until the guest uses it.
+///
+/// One that resumed with the balloon inflated would have to give back each page first, for which all of its tables come; and until it has, its
+/// memory lies in such small pieces that Linux moves pages about to make larger ones: an upgraded Debian guest read 165 MB of its memory for that.
+async fn squeeze(qemu: &Qemu) -> Result<Shrunk, Failure> {
+    let shrunk = qemu.shrink().await?;
+    if let Err(error) = qemu.grow().await {
+        tracing::warn!(%error, "the guest is captured with less memory than it could have");
+    }
+    Ok(shrunk)
 }
 
 /// Lets a guest go on with all of its memory, if it has stopped; what is in the way is only told, as whoever asks has a better reason to fail.

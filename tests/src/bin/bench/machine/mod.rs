@@ -44,8 +44,8 @@ const STEP: Duration = Duration::from_secs(900);
 const MOVE: Duration = Duration::from_secs(3600);
 /// How long a guest that has booted is left alone before it counts as idle.
 const SETTLES: Duration = Duration::from_secs(30);
-/// How long who resumes a machine first uses it: until what it read is published, and a little.
-const READS: Duration = Duration::from_secs(33);
+/// Longest that who resumes a machine first uses it: until what it read is published.
+const READS: Duration = Duration::from_secs(90);
 /// How long what it read takes to be put in front, and to be told of; a copy of some packs.
 const REORDERS: Duration = Duration::from_secs(20);
 /// Room for the homes: packs and memories of half a dozen machines.
@@ -245,6 +245,7 @@ impl Bench<'_> {
     fn recorded(&mut self, capsule: &str) -> Result<f64> {
         self.place.has(OTHER, true)?;
         let layers = self.layers(HOME, capsule)?.len();
+        let before = prefetch(self.place.node(HOME).home(), capsule)?;
         let deadline = Deadline::after(STEP);
         let began = Instant::now();
         let (mut guest, info) =
@@ -255,21 +256,7 @@ impl Bench<'_> {
             "{capsule} without a record, on the LAN: runs after {:.1} s, answers after {first:.1}",
             info.started_seconds.unwrap_or_default()
         );
-        std::thread::sleep(READS);
-        let home = self.place.node(HOME).home().to_owned();
-        deadline.wait("the prefetch record", || {
-            let prefetch = prefetch(&home, capsule)?;
-            std::thread::sleep(Duration::from_millis(500));
-            let is_told = prefetch.contains_key("ram");
-            if is_told {
-                for (component, ranges) in prefetch {
-                    let bytes: u64 = ranges.iter().map(|(_, length)| length).sum();
-                    let count = ranges.len();
-                    eprintln!("of {component} {bytes} bytes are told in {count} ranges");
-                }
-            }
-            Ok(is_told)
-        })?;
+        self.told(capsule, &before)?;
         // Home puts that in front, where it is worth it, and tells.
         std::thread::sleep(REORDERS);
         let orders = self.layers(HOME, capsule)?.len() - layers;
@@ -278,6 +265,29 @@ impl Bench<'_> {
         // Only home is left to fetch from.
         self.place.has(OTHER, false)?;
         Ok(first)
+    }
+
+    /// Waits until who runs a capsule has told what it read first: anything, or where that was known before of one like it, something else.
+    fn told(&self, capsule: &str, before: &Reads) -> Result<()> {
+        let home = self.place.node(HOME).home();
+        let began = Instant::now();
+        let mut told = prefetch(home, capsule)?;
+        while (told == *before || !told.contains_key("ram")) && began.elapsed() < READS {
+            std::thread::sleep(Duration::from_millis(500));
+            told = prefetch(home, capsule)?;
+        }
+        ensure!(
+            told.contains_key("ram"),
+            "nobody told what {capsule} reads first"
+        );
+        for (component, ranges) in &told {
+            let bytes: u64 = ranges.iter().map(|(_, length)| length).sum();
+            let count = ranges.len();
+            eprintln!("of {component} {bytes} bytes are told in {count} ranges");
+        }
+        let news = if told == *before { "no news" } else { "told" };
+        eprintln!("{news} after {:.1} s", guest::since(began));
+        Ok(())
     }
 
     /// Bytes of a capsule's layers, as a node knows them.
@@ -291,8 +301,11 @@ impl Bench<'_> {
     }
 }
 
-/// What a node knows of what resuming a capsule reads first: by component, start and length of each range.
-fn prefetch(home: &Path, capsule: &str) -> Result<BTreeMap<String, Vec<(u64, u64)>>> {
+/// What resuming a capsule reads first: by component, start and length of each range.
+type Reads = BTreeMap<String, Vec<(u64, u64)>>;
+
+/// What a node knows of that.
+fn prefetch(home: &Path, capsule: &str) -> Result<Reads> {
     let described = Client::connect(home)?.call(Describe {
         capsule: CapsuleRef(capsule.to_owned()),
         wait: None,
