@@ -204,6 +204,11 @@ pub fn has_room(store: &Store, dir: &Path, layers: &[LayerBlobs]) -> bool {
     let blobs: BTreeSet<RootHash> = blobs_of(layers).collect();
     let here = blobs.iter().filter_map(|blob| store.durable(blob));
     let needed: u64 = here.map(|here| here.ranges.bytes(here.size)).sum();
+    has_room_for(store, dir, needed)
+}
+
+/// Whether there is room for so many bytes twice over.
+pub fn has_room_for(store: &Store, dir: &Path, needed: u64) -> bool {
     let (needed, usage) = (needed.saturating_mul(2), store.usage());
     let within = |quota: u64| quota.saturating_sub(usage.used) >= needed;
     // Where it cannot be told, writing tells.

@@ -113,6 +113,11 @@ fn a_machine_goes_to_a_node_that_had_nothing_and_comes_back() {
     // Captured while it runs, it goes on.
     let one = first.capture(here, "me:1", &[]);
     assert_eq!(one["balloon"], true);
+    assert_eq!(
+        one["warnings"],
+        Value::Array(Vec::new()),
+        "the balloon has given all back"
+    );
     assert!(one["pause_seconds"].as_f64().unwrap() < STILL, "{one:#}");
     assert!(number(&one, "ram_written") > 8 << 20, "{one:#}");
     assert!(number(&one, "disk_written") > 3_000_000, "{one:#}");

@@ -4,14 +4,16 @@
 //! would not do: what is changed and changed back between two readings is in neither of them, but in the frames.
 
 use std::io;
+use std::ops::Range;
 
-use capsule_proto::ranges::{group_bytes, group_count};
+use capsule_proto::ranges::{group_bytes, group_count, groups_touching};
 use capsule_proto::{GROUP_LEN, GroupRanges};
 use positioned_io::ReadAt;
 
 use super::encode::{EncodeError, Hashed};
 use super::slab::Slab;
 use crate::bao::{VerifyError, verify};
+use crate::content::Content;
 use crate::delta::Outline;
 
 /// Zeros are compared as bytes, where a group is not wholly zero.
@@ -91,7 +93,7 @@ impl<'a> Reread<'a> {
 
     /// Compares all groups that are whole.
     fn check(&mut self) -> Result<(), EncodeError> {
-        let Hashed { tree, outboard } = self.hashed;
+        let tree = &self.hashed.tree;
         let first = self.start / GROUP_LEN;
         let end = self.start + self.bytes.len() as u64;
         let whole = if end == tree.size {
@@ -102,22 +104,7 @@ impl<'a> Reread<'a> {
         if whole <= first || self.bytes.is_empty() {
             return Ok(());
         }
-        let groups = GroupRanges::from(first..whole);
-        let data = Window {
-            start: self.start,
-            bytes: &self.bytes,
-        };
-        let same = verify(tree, &groups, &data, *outboard).map_err(|error| match error {
-            VerifyError::Outboard { offset, source } => EncodeError::Hashed { offset, source },
-            VerifyError::Data { group, .. } => EncodeError::Changed {
-                offset: group * GROUP_LEN,
-            },
-        })?;
-        if let Some(run) = groups.difference(&same).runs().first() {
-            return Err(EncodeError::Changed {
-                offset: run.start * GROUP_LEN,
-            });
-        }
+        check(self.hashed, first..whole, self.start, &self.bytes)?;
         let done = group_bytes(&(first..whole), tree.size).end - self.start;
         self.bytes.drain(..done as usize);
         self.start += done;
@@ -130,6 +117,47 @@ impl<'a> Reread<'a> {
             return Ok(());
         }
         Err(EncodeError::Changed { offset: self.start })
+    }
+}
+
+/// Reads a part of content that was hashed before, which must still be what it was; behind what the buffer has.
+pub(super) fn proved(
+    content: &dyn Content,
+    hashed: &Hashed<'_>,
+    part: Range<u64>,
+    into: &mut Vec<u8>,
+) -> Result<(), EncodeError> {
+    let groups = groups_touching(&part);
+    let around = group_bytes(&groups, hashed.tree.size);
+    let mut bytes = vec![0; (around.end - around.start) as usize];
+    content.read_at(around.start, &mut bytes)?;
+    check(hashed, groups, around.start, &bytes)?;
+    let from = (part.start - around.start) as usize;
+    into.extend_from_slice(&bytes[from..from + (part.end - part.start) as usize]);
+    Ok(())
+}
+
+/// Compares chunk groups, which lie in bytes of the content from some place on, with the tree.
+fn check(
+    hashed: &Hashed<'_>,
+    groups: Range<u64>,
+    start: u64,
+    bytes: &[u8],
+) -> Result<(), EncodeError> {
+    let groups = GroupRanges::from(groups);
+    let data = Window { start, bytes };
+    let same = verify(&hashed.tree, &groups, &data, hashed.outboard);
+    let same = same.map_err(|error| match error {
+        VerifyError::Outboard { offset, source } => EncodeError::Hashed { offset, source },
+        VerifyError::Data { group, .. } => EncodeError::Changed {
+            offset: group * GROUP_LEN,
+        },
+    })?;
+    match groups.difference(&same).runs().first() {
+        Some(run) => Err(EncodeError::Changed {
+            offset: run.start * GROUP_LEN,
+        }),
+        None => Ok(()),
     }
 }
 

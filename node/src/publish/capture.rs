@@ -314,7 +314,7 @@ impl Making<'_> {
                 let recorded = told.then(|| Recorded::known(base, source.written()));
                 let made = self.update_stream(&*source, captured.kind, old, recorded.as_ref())?;
                 let read_first = below.map_or(&[][..], |here| &here.read_first);
-                made.with_in_front(self.store, read_first, &*source, self.work)?
+                made.with_in_front(self.store, (captured.kind, &*source), read_first, self.work)?
             }
             None if others.is_empty() => {
                 let options = self.options(captured.kind);
@@ -354,7 +354,7 @@ impl Making<'_> {
 }
 
 /// A component that is here, to be read.
-fn stored(store: &Store, component: &Component) -> Result<Box<dyn Source>, Failure> {
+pub(super) fn stored(store: &Store, component: &Component) -> Result<Box<dyn Source>, Failure> {
     let holdings = Holdings::new(store.clone());
     match holdings.way_to(component)? {
         Some(HeldWay::Layers(layers)) => {

@@ -9,7 +9,8 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use capsule_chunker::layer::read::ReadOptions;
+use capsule_chunker::bao::Tree;
+use capsule_chunker::layer::encode::Hashed;
 use capsule_proto::index::Space;
 use capsule_proto::manifest::Component;
 use capsule_proto::ranges::group_count;
@@ -17,13 +18,13 @@ use capsule_proto::record::{BlobRef, Layer};
 use capsule_proto::{CapsuleId, RootHash};
 use positioned_io::ReadAt;
 
-use super::front::InFront;
+use super::capture::stored;
+use super::front::{InFront, Resumed};
 use super::rebase::{Made, keep, settle};
 use crate::control::{Failure, FailureCode, Phase};
 use crate::encoding::DraftLayer;
-use crate::held::{HeldWay, blobs_of, layer_blobs, make_the_same};
-use crate::layers::open;
-use crate::materialise::{RETRY, has_room};
+use crate::held::{blobs_of, layer_blobs, make_the_same};
+use crate::materialise::{RETRY, has_room_for};
 use crate::node::Node;
 use crate::records::KnownLayer;
 use crate::store::LayerBlobs;
@@ -40,6 +41,8 @@ const LEAST_PART_OF_PACK: u64 = 64;
 const MAX_INDEX: u64 = 64 << 20;
 /// What is told comes by several records, one after the other.
 const PAUSE: Duration = Duration::from_secs(2);
+/// For so many words on one layer this is tried while the node runs: each may take seconds of two cores.
+const MAX_WORDS: u64 = 8;
 /// What was looked at and is remembered; beyond, it is looked at again.
 const MAX_SEEN: usize = 4096;
 /// Chunk groups of a pack that are verified at a time.
@@ -57,8 +60,8 @@ struct Candidate {
 
 /// Looks whenever somebody told; for ever.
 pub async fn run(node: Arc<Node>) {
-    // By candidate, when it is looked at again: what is in order, or not worth it, never.
-    let mut seen: BTreeMap<Key, Option<Instant>> = BTreeMap::new();
+    // By the layer's index.
+    let mut seen: BTreeMap<RootHash, Seen> = BTreeMap::new();
     node.records.look_at_reads();
     loop {
         node.records.told_of_reads().await;
@@ -73,13 +76,12 @@ pub async fn run(node: Arc<Node>) {
             }
         };
         for candidate in found {
-            let is_due = |at: &Option<Instant>| at.is_some_and(|at| at <= Instant::now());
-            let key = candidate.key();
-            if seen.get(&key).is_some_and(|at| !is_due(at)) {
-                continue;
-            }
             if seen.len() >= MAX_SEEN {
                 seen.clear();
+            }
+            let last = seen.entry(candidate.layer.index.root).or_default();
+            if !last.is_due(candidate.key()) {
+                continue;
             }
             let name = candidate.component.name.clone();
             let outcome = put_in_order(&node, candidate).await;
@@ -88,20 +90,40 @@ pub async fn run(node: Arc<Node>) {
                 let why = &failure.message;
                 tracing::info!(name, why, "what is read first lies where it was");
             }
-            seen.insert(key, outcome.is_err().then(|| Instant::now() + RETRY));
+            last.again = outcome.is_err().then(|| Instant::now() + RETRY);
         }
     }
 }
 
-/// A candidate's index, and what is read first.
-type Key = (RootHash, RootHash);
+/// What was last done of a layer.
+#[derive(Default)]
+struct Seen {
+    /// The hash of what was to be read first.
+    reads: Option<RootHash>,
+    /// When it is to be done again: what is in order, or not worth it, never.
+    again: Option<Instant>,
+    /// For how many different words.
+    words: u64,
+}
+
+impl Seen {
+    /// Whether something is to be done for what is told of the layer; that is noted. Whatever is told, there is an end of it.
+    fn is_due(&mut self, reads: RootHash) -> bool {
+        if self.reads == Some(reads) {
+            return self.again.is_some_and(|at| at <= Instant::now());
+        }
+        self.reads = Some(reads);
+        self.words += 1;
+        self.words <= MAX_WORDS
+    }
+}
 
 impl Candidate {
     /// The same for as long as there is nothing new to do.
-    fn key(&self) -> Key {
+    fn key(&self) -> RootHash {
         let bytes = |range: &Range<u64>| [range.start.to_le_bytes(), range.end.to_le_bytes()];
         let reads: Vec<u8> = self.reads.iter().flat_map(bytes).flatten().collect();
-        (self.layer.index.root, RootHash::of(&reads))
+        RootHash::of(&reads)
     }
 }
 
@@ -189,22 +211,30 @@ fn reordered(node: &Node, candidate: &Candidate, work: &Work) -> Result<Option<M
     let (store, blobs) = (&node.store, layer_blobs(layer));
     // Not removed while it is read.
     let _old = store.guard(blobs_of(&[blobs]));
-    let Some(HeldWay::Layers(way)) = node.holdings.way_to(component)? else {
-        return Ok(None);
-    };
-    let _way = store.guard(blobs_of(&way));
     let index = store.read_whole(&blobs.index, MAX_INDEX)?;
-    let content = open(store, &way, &ReadOptions::default())?;
-    let Some(front) = InFront::of(&index, pack.size, reads, &*content, work)? else {
+    let content = stored(store, component)?;
+    let outboard = store.open_outboard(&component.root)?;
+    let resumed = Resumed {
+        kind: component.kind,
+        content: &*content,
+        hashed: Hashed {
+            tree: Tree {
+                root: component.root,
+                size: component.size,
+            },
+            outboard: &*outboard,
+        },
+        reads,
+    };
+    let least = LEAST_SAVED.max(pack.size / LEAST_PART_OF_PACK);
+    let Some(front) = InFront::of(&index, pack.size, &resumed, least, work)? else {
         return Ok(None);
     };
-    let (scattered, together) = front.fetched();
-    let saved = scattered.saturating_sub(together);
-    let least = LEAST_SAVED.max(scattered / LEAST_PART);
-    if saved < least.max(pack.size / LEAST_PART_OF_PACK) {
+    let (saved, scattered) = (front.saved(), front.scattered());
+    if saved < least.max(scattered / LEAST_PART) {
         return Ok(None);
     }
-    if !has_room(store, node.home.dir(), &[blobs]) {
+    if !has_room_for(store, node.home.dir(), front.pack_len()) {
         let message = "there is no room for it";
         return Err(Failure::new(FailureCode::Full, message));
     }
@@ -229,7 +259,7 @@ fn reordered(node: &Node, candidate: &Candidate, work: &Work) -> Result<Option<M
     tracing::info!(
         name,
         scattered,
-        together,
+        saved,
         "what is read first lies in front from now on"
     );
     let target = (layer.target, layer.target_size);

@@ -23,7 +23,7 @@ use super::format::{duration, size};
 use super::output::tell;
 use super::progress::Display;
 use super::publish::{Strength, versioned_name};
-use super::style::Style;
+use super::style::{Style, printable};
 use super::table::{Table, fields};
 
 /// Run machines from capsules under QEMU, and capture them as capsules
@@ -219,6 +219,9 @@ fn capture(args: CaptureArgs, home: &Home) -> Result<(), Exit> {
     let captured = captured?;
     if args.stop {
         client::await_end(&directory)?;
+    }
+    for warning in &captured.published.warnings {
+        super::output::tell(format_args!("note: {}", printable(warning)));
     }
     args.output.print(&captured, render_captured)?;
     let name = &captured.published.name;

@@ -427,8 +427,10 @@ fn before_paging_qemu() -> std::io::Result<()> {
 /// Tells a guest that was resumed what became of it: it may have been captured with less memory than it has, and some time ago.
 async fn wake(running: Arc<Running>) {
     if running.parts.state.is_some() {
-        if let Err(error) = running.qemu.grow().await {
-            tracing::warn!(%error, "the guest has less memory than it could");
+        match running.qemu.grow().await {
+            Ok(0) => {}
+            Ok(left) => tracing::info!(left, "the guest has not taken back all of its memory yet"),
+            Err(error) => tracing::warn!(%error, "the guest has less memory than it could"),
         }
         // Over a thin link it takes until the agent itself has come.
         let set = async {

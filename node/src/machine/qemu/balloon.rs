@@ -13,9 +13,13 @@ const STATISTICS: Duration = Duration::from_secs(3);
 /// So long a shrinking may take.
 const SHRINK: Duration = Duration::from_secs(30);
 /// So long a growing may take.
-const GROW: Duration = Duration::from_secs(15);
+const GROW: Duration = Duration::from_secs(30);
 /// A balloon that has not moved for so long has come as far as it will.
 const STILL: Duration = Duration::from_secs(2);
+/// A guest that takes less than a quarter of a processor for so long is quiet.
+const QUIET: Duration = Duration::from_secs(1);
+/// So long that is waited for: some are never.
+const QUIET_WITHIN: Duration = Duration::from_secs(10);
 /// So often it is looked.
 const LOOK: Duration = Duration::from_millis(50);
 /// What the guest keeps beside what it uses. With less its driver complains, and its processes starve.
@@ -66,16 +70,41 @@ impl Qemu {
         })
     }
 
-    /// Gives the guest all of its memory.
+    /// Gives the guest all of its memory; bytes that it has not taken back by then.
     ///
     /// # Errors
     /// QEMU refuses.
-    pub async fn grow(&self) -> Result<(), Failure> {
+    pub async fn grow(&self) -> Result<u64, Failure> {
         if self.balloon.is_none() || self.balloon_size().await? == self.ram_size {
-            return Ok(());
+            return Ok(0);
         }
-        let size = self.ram_size;
-        self.inflate(size, GROW).await.map(drop)
+        let size = self.inflate(self.ram_size, GROW).await?;
+        Ok(self.ram_size.saturating_sub(size))
+    }
+
+    /// Bytes that the balloon has.
+    ///
+    /// # Errors
+    /// QEMU does not answer.
+    pub async fn inflated(&self) -> Result<u64, Failure> {
+        match self.balloon {
+            Some(_) => Ok(self.ram_size.saturating_sub(self.balloon_size().await?)),
+            None => Ok(0),
+        }
+    }
+
+    /// Returns when the guest has little to do, or after some seconds.
+    pub async fn quiet(&self) {
+        let began = Instant::now();
+        let mut before = self.cpu_time();
+        while began.elapsed() < QUIET_WITHIN {
+            sleep(QUIET).await;
+            let now = self.cpu_time();
+            if now.saturating_sub(before) < QUIET / 4 {
+                return;
+            }
+            before = now;
+        }
     }
 
     /// Bytes that the guest could give away, as its driver says; none where no driver answers.

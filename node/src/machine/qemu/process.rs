@@ -38,6 +38,8 @@ pub type BeforeExec = fn() -> io::Result<()>;
 /// A machine in a QEMU of its own, which is killed when this is dropped.
 pub struct Qemu {
     child: Mutex<Child>,
+    /// The process's.
+    id: u32,
     process: OwnedFd,
     monitor: Monitor,
     log: Log,
@@ -115,6 +117,7 @@ impl Qemu {
         });
         Ok(Self {
             child: Mutex::new(child),
+            id,
             process,
             monitor,
             log,
@@ -124,6 +127,20 @@ impl Qemu {
             balloon: balloon.map(|device| device.id.clone()),
             agent_port: tokio::sync::Mutex::default(),
         })
+    }
+
+    /// Processor time that it has taken so far, as far as it is told.
+    pub(super) fn cpu_time(&self) -> Duration {
+        let told = std::fs::read_to_string(format!("/proc/{}/stat", self.id));
+        // proc(5): behind the program's name, which may have anything, the 12th and 13th field.
+        let fields = told.as_deref().ok().and_then(|told| told.rsplit_once(')'));
+        let fields = fields.map_or("", |(_, fields)| fields).split_whitespace();
+        let ticks = fields
+            .skip(11)
+            .take(2)
+            .filter_map(|field| field.parse::<u64>().ok());
+        let millis = ticks.sum::<u64>() * 1000 / rustix::param::clock_ticks_per_second().max(1);
+        Duration::from_millis(millis)
     }
 
     /// Runs a command of the monitor.
