@@ -30,6 +30,8 @@ const MAX_APART: u32 = 1 << 20;
 const ALONE: u64 = 4;
 /// as does one of which all but this part is read.
 const NEARLY: u64 = 8;
+/// So many parts are made of each run and each piece; where more would be, as a frame that is taken apart is in the content many times, nothing is done.
+const MAX_PARTS: usize = 4;
 /// zstd's level for what is read first, which many fetch over thin links, and for what is left.
 const LEVEL: i32 = 15;
 const LEVEL_OF_REST: i32 = 6;
@@ -82,16 +84,22 @@ impl Front {
             };
             let (taken, left) = divided(&of_frame, &read[id]);
             taken.into_iter().for_each(|piece| pages.push(piece));
-            let len = u64::from(index.frames[id].len);
-            let is_apart = index.frames[id].len <= MAX_APART && !referred[id];
-            if is_apart && left_len + len <= MAX_TAKEN && !left.is_empty() {
-                left_len += len;
+            let frame = &index.frames[id];
+            let is_alone = frame.references.is_empty() && !referred[id];
+            let is_apart =
+                is_alone && frame.len <= MAX_APART && left_len + u64::from(frame.len) <= MAX_TAKEN;
+            if is_apart && !left.is_empty() {
+                left_len += u64::from(frame.len);
                 rest.push(left);
             }
         }
         let (count, mut new) = (pages.0.len(), pages.0);
         new.extend(rest);
         let moves = Moves::of(index.frames.len(), &new);
+        let pieces: usize = new.iter().map(Vec::len).sum();
+        if moves.parts(&index.runs) > MAX_PARTS * (index.runs.len() + pieces) {
+            return None;
+        }
         let used = used(index, &whole, &moves);
         let ids = (0..index.frames.len() as u32).filter(|id| used[*id as usize]);
         let (mut kept, others): (Vec<u32>, Vec<u32>) = ids.partition(|id| whole[*id as usize]);
@@ -115,19 +123,23 @@ impl Front {
         self.scattered
     }
 
-    /// Makes the new frames of what the layer makes, which must have the hashes that it has. On all cores.
+    /// Makes the new frames of what the layer makes, which must have the hashes that it has; on all cores, or on one.
     pub fn make(
         &self,
         content: &dyn Content,
         hashed: &Hashed<'_>,
+        on_all_cores: bool,
         progress: &dyn Progress,
     ) -> Result<Vec<NewFrame>, EncodeError> {
-        let numbers = (0..self.new.len()).into_par_iter();
-        let frames = numbers.map(|number| match progress.cancelled() {
+        let one = |number| match progress.cancelled() {
             true => Err(EncodeError::Cancelled),
             false => self.make_one(content, hashed, number),
-        });
-        frames.collect()
+        };
+        let numbers = 0..self.new.len();
+        match on_all_cores {
+            true => numbers.into_par_iter().map(one).collect(),
+            false => numbers.map(one).collect(),
+        }
     }
 
     fn make_one(
@@ -290,7 +302,13 @@ fn whole(index: &Index, read: &[Vec<Range<u32>>]) -> Vec<bool> {
         let read: u64 = read.sum();
         if read > 0 {
             let (len, packed) = (u64::from(frame.len), u64::from(frame.pack_len));
-            let is_short = packed * ALONE <= read;
+            // Against old content, pages alone may be longer; and what would be left of it, much longer.
+            let alone = if frame.references.is_empty() {
+                ALONE
+            } else {
+                1
+            };
+            let is_short = packed * alone <= read;
             let is_read = (len - read.min(len)) * NEARLY <= len;
             whole[id] = is_short || is_read || taken + read > MAX_TAKEN;
             taken += if whole[id] { 0 } else { read };

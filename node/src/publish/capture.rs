@@ -371,7 +371,7 @@ pub(super) fn stored(store: &Store, component: &Component) -> Result<Box<dyn Sou
 }
 
 fn gone(root: RootHash) -> Failure {
-    let message = format!("component {root}, on which the machine stands, is not here any more");
+    let message = format!("component {root} is not here any more, or is damaged");
     Failure::new(FailureCode::Damaged, message)
         .hint("`capsule verify --repair` fetches what is missing")
 }

@@ -31,6 +31,8 @@ pub(super) struct Resumed<'a> {
     pub content: &'a dyn Content,
     pub hashed: Hashed<'a>,
     pub reads: &'a [Range<u64>],
+    /// Whether nobody waits for it.
+    pub behind: bool,
 }
 
 impl MadeLayer {
@@ -71,13 +73,14 @@ impl MadeLayer {
                 outboard,
             },
             reads,
+            behind: false,
         };
         let size = pack.blob.size;
         let Some(front) = InFront::of(&layer.index, size, &resumed, 0, work)? else {
             return Ok(());
         };
         // Who resumes it spares at least as much as all of it becomes longer by.
-        if front.saved() <= front.pack_len().saturating_sub(size) {
+        if front.saved() <= front.growth(size) {
             return Ok(());
         }
         let read = |at, into: &mut [u8]| Ok(pack.import.read_exact_at(at, into)?);
@@ -115,7 +118,10 @@ impl InFront {
         if pack_size > MAX_PACK || resumed.reads.is_empty() {
             return Ok(None);
         }
-        let Ok(before) = Index::decode(index) else {
+        let tree = &resumed.hashed.tree;
+        let before = Index::decode(index).ok();
+        let Some(before) = before.filter(|index| index.directory.header().target_size == tree.size)
+        else {
             return Ok(None);
         };
         let len = frame_len(resumed.kind, &before);
@@ -123,7 +129,7 @@ impl InFront {
         let Some(front) = front.filter(|front| front.scattered() > least) else {
             return Ok(None);
         };
-        let new = front.make(resumed.content, &resumed.hashed, work)?;
+        let new = front.make(resumed.content, &resumed.hashed, !resumed.behind, work)?;
         let after = front.index(&before, &new).map_err(EncodeError::from)?;
         Ok(Some(Self {
             longer: (after.len() as u64).saturating_sub(index.len() as u64),
@@ -144,6 +150,11 @@ impl InFront {
     /// Of so many that it fetched of the pack.
     pub const fn scattered(&self) -> u64 {
         self.front.scattered()
+    }
+
+    /// By how much the pack becomes longer.
+    pub fn growth(&self, pack_size: u64) -> u64 {
+        self.pack_len().saturating_sub(pack_size)
     }
 
     /// Length of the pack as it becomes.

@@ -76,10 +76,11 @@ pub async fn run(node: Arc<Node>) {
             }
         };
         for candidate in found {
-            if seen.len() >= MAX_SEEN {
+            let layer = candidate.layer.index.root;
+            if seen.len() >= MAX_SEEN && !seen.contains_key(&layer) {
                 seen.clear();
             }
-            let last = seen.entry(candidate.layer.index.root).or_default();
+            let last = seen.entry(layer).or_default();
             if !last.is_due(candidate.key()) {
                 continue;
             }
@@ -112,7 +113,7 @@ impl Seen {
         if self.reads == Some(reads) {
             return self.again.is_some_and(|at| at <= Instant::now());
         }
-        self.reads = Some(reads);
+        (self.reads, self.again) = (Some(reads), None);
         self.words += 1;
         self.words <= MAX_WORDS
     }
@@ -225,19 +226,33 @@ fn reordered(node: &Node, candidate: &Candidate, work: &Work) -> Result<Option<M
             outboard: &*outboard,
         },
         reads,
+        behind: true,
     };
     let least = LEAST_SAVED.max(pack.size / LEAST_PART_OF_PACK);
-    let Some(front) = InFront::of(&index, pack.size, &resumed, least, work)? else {
+    let room = |len| match has_room_for(store, node.home.dir(), len) {
+        true => Ok(()),
+        false => Err(Failure::new(FailureCode::Full, "there is no room for it")),
+    };
+    // Before the work; what is made may be longer.
+    room(pack.size)?;
+    let front = InFront::of(&index, pack.size, &resumed, least, work);
+    let front = front.map_err(|failure| match failure.code {
+        FailureCode::Changed => damaged(&component.root),
+        _ => failure,
+    })?;
+    let Some(front) = front else {
         return Ok(None);
     };
     let (saved, scattered) = (front.saved(), front.scattered());
-    if saved < least.max(scattered / LEAST_PART) {
+    // Who has begun it may fetch all of it.
+    if saved
+        < least
+            .max(scattered / LEAST_PART)
+            .max(front.growth(pack.size))
+    {
         return Ok(None);
     }
-    if !has_room_for(store, node.home.dir(), front.pack_len()) {
-        let message = "there is no room for it";
-        return Err(Failure::new(FailureCode::Full, message));
-    }
+    room(front.pack_len())?;
     check_pack(node, &pack, work)?;
     let bytes = store.open_blob(&pack.root)?;
     let read = |at, into: &mut [u8]| {
@@ -273,10 +288,32 @@ fn check_pack(node: &Node, pack: &BlobRef, work: &Work) -> Result<(), Failure> {
         work.check()?;
         let part = first..(first + VERIFIED_AT_ONCE).min(end);
         if !node.store.verify_part(&pack.root, part)?.bad.is_empty() {
-            let message = format!("pack {} is damaged", pack.root);
-            return Err(Failure::new(FailureCode::Damaged, message)
-                .hint("`capsule verify --repair` fetches what is missing"));
+            return Err(damaged(&pack.root));
         }
     }
     Ok(())
+}
+
+fn damaged(what: &RootHash) -> Failure {
+    Failure::new(FailureCode::Damaged, format!("{what} is damaged"))
+        .hint("`capsule verify --repair` fetches what is missing")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_same_word_is_heard_once_and_of_others_only_so_many() {
+        let word = |n: u64| RootHash::of(&n.to_le_bytes());
+        let mut seen = Seen::default();
+        assert!(seen.is_due(word(0)) && !seen.is_due(word(0)));
+        seen.again = Some(Instant::now());
+        assert!(seen.is_due(word(0)), "it has failed");
+        for n in 1..MAX_WORDS {
+            assert!(seen.is_due(word(n)), "{n}");
+        }
+        seen.again = Some(Instant::now());
+        assert!(!seen.is_due(word(MAX_WORDS)) && !seen.is_due(word(MAX_WORDS)));
+    }
 }

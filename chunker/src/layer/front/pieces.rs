@@ -181,6 +181,21 @@ impl Moves {
         Self(moves)
     }
 
+    /// How many parts the runs are cut in, at most.
+    pub fn parts(&self, runs: &[Run]) -> usize {
+        let of_run = |run: &Run| match run.from {
+            RunFrom::Frame { id, offset } => {
+                let moves = &self.0[id as usize];
+                let end = offset + run.len as u32;
+                let first = moves.partition_point(|moved| moved.bytes.end <= offset);
+                let last = moves.partition_point(|moved| moved.bytes.start < end);
+                2 * (last - first) + 1
+            }
+            _ => 1,
+        };
+        runs.iter().map(of_run).sum()
+    }
+
     /// The runs, cut where new frames have what they take; with each part its new frame, if there is one, whose offset it has then.
     pub fn applied(&self, run: &Run) -> Vec<(Run, Option<usize>)> {
         let RunFrom::Frame { id, offset } = run.from else {

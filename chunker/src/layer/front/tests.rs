@@ -63,7 +63,7 @@ fn made(front: &Front, content: &[u8]) -> Vec<NewFrame> {
         tree,
         outboard: &outboard,
     };
-    front.make(&source, &hashed, &()).unwrap()
+    front.make(&source, &hashed, true, &()).unwrap()
 }
 
 fn hashes(content: &[u8]) -> (Tree, Vec<u8>) {
@@ -165,15 +165,45 @@ fn what_the_content_has_several_times_is_taken_once() {
 
 #[test]
 fn a_frame_that_others_refer_to_and_one_that_is_long_stay_beside_what_is_taken_from_them() {
-    let before = index(10, &[9, 9], &[(1, 0)], &[]);
-    let front = Front::of(&before, &[3..4], 100).unwrap();
-    assert_eq!(taken(&front), [vec![3..4]]);
+    // Of 2 something is left; 0 is only referred to when all of it is read; 1 refers, and more than its length is not read.
+    let before = index(10, &[9, 9, 9], &[(1, 0)], &[]);
+    let front = Front::of(&before, &[0..8, 13..14, 23..24], 100).unwrap();
+    let expected = [vec![0..8, 13..14, 23..24], vec![20..23, 24..30]];
+    assert_eq!(taken(&front), expected);
     assert_eq!(front.kept, [0, 1]);
+    let content: Vec<u8> = (0..30).collect();
+    let new = made(&front, &content);
+    let after = Index::decode(&front.index(&before, &new).unwrap()).unwrap();
+    assert_eq!(after.frames[3].references[0].to, ReferenceTo::Frame(2));
+    let expected = [(0, 8, 0, 0), (8, 2, 2, 8), (10, 3, 3, 0), (13, 1, 0, 8)];
+    assert_eq!(lie(&after)[..4], expected);
     let long = MAX_APART + 1;
     let before = index(long, &[long, long], &[], &[]);
     let front = Front::of(&before, &[3..4], 100).unwrap();
     assert_eq!(taken(&front), [vec![3..4]]);
     assert_eq!(front.kept, [0, 1]);
+}
+
+#[test]
+fn what_is_read_nearly_whole_stays_whole_and_so_does_what_refers_and_is_not_longer() {
+    let kept = |stored: u32, references: &[(u32, u32)], end: u64| {
+        let before = index(80, &[9, stored], references, &[]);
+        Front::of(&before, &[80..end], 100).is_none_or(|front| front.new.is_empty())
+    };
+    assert!(kept(80, &[], 80 + 70));
+    assert!(!kept(80, &[], 80 + 69));
+    assert!(kept(30, &[(1, 0)], 80 + 30));
+    assert!(!kept(30, &[(1, 0)], 80 + 29));
+    assert!(!kept(30, &[], 80 + 30));
+}
+
+#[test]
+fn what_the_content_has_very_often_is_not_cut_up() {
+    let again = RunFrom::Frame { id: 0, offset: 1 };
+    let before = index(1000, &[1000, 1000], &[], &vec![again; 200]);
+    let reads: Vec<_> = (0..20).map(|n| 40 * n..40 * n + 1).collect();
+    assert_eq!(Front::of(&before, &reads, 100), None);
+    assert!(Front::of(&before, &reads[..1], 100).is_some());
 }
 
 #[test]
@@ -229,7 +259,7 @@ fn what_is_not_what_was_hashed_is_not_taken() {
         tree,
         outboard: &outboard,
     };
-    let made = front.make(&BytesSource(&content), &hashed, &());
+    let made = front.make(&BytesSource(&content), &hashed, false, &());
     assert!(
         matches!(made, Err(EncodeError::Changed { offset: 0 })),
         "{made:?}"

@@ -169,8 +169,8 @@ async fn pages_of_longer_frames_come_without_the_rest_of_these() {
         .iter()
         .filter(|page| page.start >= 12 << 20)
         .count() as u64;
-    let added = packs[1] - packs[0];
-    assert!(added < read_of_it * STORED * 5 / 4, "{added}");
+    // What is taken out of frames is not left in them.
+    assert!(packs[1] < packs[0] + packs[0] / 100, "{packs:?}");
 
     let name = CapsuleRef("lab:2".into());
     let opened = paging::open(other, &name, None, &|_| {}).await.unwrap();

@@ -182,7 +182,7 @@ impl Host {
         let overlays = self.next_overlays().await?;
         let state = self.directory.file("state.new");
         let _last = std::fs::remove_file(&state);
-        let inflated = qemu.inflated().await?;
+        let inflated = inflated(qemu).await;
         let began = Instant::now();
         qemu.stop().await?;
         self.freeze_still(qemu, running, &state, &overlays).await?;
@@ -344,13 +344,22 @@ impl Host {
 /// it is done with that here, it is done elsewhere.
 async fn squeeze(qemu: &Qemu) -> Result<Shrunk, Failure> {
     let shrunk = qemu.shrink().await?;
-    if matches!(shrunk, Shrunk::Shrunk { .. }) {
+    // It may have been resumed so.
+    if inflated(qemu).await > 0 {
         if let Err(error) = qemu.grow().await {
             tracing::warn!(%error, "the guest is captured with less memory than it could have");
         }
         qemu.quiet().await;
     }
     Ok(shrunk)
+}
+
+/// Bytes that the balloon has, as far as QEMU tells.
+async fn inflated(qemu: &Qemu) -> u64 {
+    qemu.inflated().await.unwrap_or_else(|error| {
+        tracing::warn!(%error, "it is not known what the balloon has");
+        0
+    })
 }
 
 /// Lets a guest go on with all of its memory, if it has stopped; what is in the way is only told, as whoever asks has a better reason to fail.

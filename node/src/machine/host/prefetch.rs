@@ -26,8 +26,9 @@ const SETTLED: Duration = Duration::from_secs(10);
 /// How often it is looked whether it waits, and how long it may.
 const TICK: Duration = Duration::from_millis(500);
 const WAITS: Duration = Duration::from_millis(200);
-/// What is known of a capsule is told again, unless more was read beside it than this part of it.
-const MISSED_PART: u64 = 16;
+/// What is known of a capsule is told again, with what else was read, if that is so many pages; and without it, if these are more than this part of it.
+const LEAST_MISSED: u64 = 16;
+const MISSED_PART: u64 = 8;
 
 /// A component, and what is read of it first, in order.
 pub type Reads = (String, Vec<ByteRange>);
@@ -177,11 +178,7 @@ fn note_first_reads(running: &Running) {
     let (known, read) = (known(running), reads(running));
     let mut first = lock(&running.first_reads);
     if first.is_empty() {
-        *first = if tells(&known, &read) {
-            known
-        } else {
-            read.into_iter().map(|read| better(&known, read)).collect()
-        };
+        *first = read.into_iter().map(|read| better(&known, read)).collect();
     }
 }
 
@@ -195,31 +192,36 @@ fn reads(running: &Running) -> Vec<Reads> {
     read.collect()
 }
 
-/// Whether what is known tells what was read, but for a little, as no two guests read quite the same. It does not where it was handed on from a capsule
-/// before, and much has happened since.
-fn tells(known: &[Reads], read: &[Reads]) -> bool {
-    let pages_of = |component: &str| {
-        let mut known = known.iter().filter(|(name, _)| name == component);
-        known
-            .next()
-            .map_or_else(GroupRanges::new, |(_, ranges)| pages(ranges))
+/// What is to be told of a component: what is known of it, as no two guests read quite the same, and what was read beside that, as over a thin link each such page
+/// is waited for by itself. Where that is much, only what was read: what is known was handed on from a capsule before, and much has happened since.
+fn better(known: &[Reads], (component, read): Reads) -> Reads {
+    let of_it = known.iter().find(|(name, _)| *name == component);
+    let Some((_, told)) = of_it else {
+        return (component, read);
     };
-    let (mut told, mut missed) = (0, 0);
-    for (component, ranges) in read {
-        let (known, read) = (pages_of(component), pages(ranges));
-        told += known.count();
-        missed += read.difference(&known).count();
-    }
-    missed * MISSED_PART <= told
+    let pages_told = pages(told);
+    let missed = pages(&read).difference(&pages_told).count();
+    let ranges = if missed < LEAST_MISSED {
+        told.clone()
+    } else if missed * MISSED_PART > pages_told.count() {
+        read
+    } else {
+        let missed = read.iter().flat_map(|range| beside(range, &pages_told));
+        let all = told.iter().copied().chain(missed);
+        all.take(MAX_PREFETCH_RANGES).collect()
+    };
+    (component, ranges)
 }
 
-/// What was read of a component, or what is known of it where that tells it.
-fn better(known: &[Reads], read: Reads) -> Reads {
-    let of_it = known.iter().find(|(name, _)| *name == read.0);
-    match of_it {
-        Some(told) if tells(known, std::slice::from_ref(&read)) => told.clone(),
-        _ => read,
-    }
+/// What of a range is in no page that is told.
+fn beside(range: &ByteRange, told: &GroupRanges) -> Vec<ByteRange> {
+    let all = pages(std::slice::from_ref(range));
+    let missed = all.difference(told);
+    let runs = missed.runs().iter().map(|run| ByteRange {
+        start: run.start * PAGE,
+        length: (run.end - run.start) * PAGE,
+    });
+    runs.collect()
 }
 
 /// The pages of ranges.
@@ -270,28 +272,24 @@ mod tests {
     }
 
     #[test]
-    fn what_is_known_is_told_until_it_misses_much() {
+    fn what_is_known_is_told_with_what_it_misses_until_that_is_much() {
         let known = [
-            reads("ram", &[(1000, 100), (0, 50)]),
+            reads("ram", &[(1000, 100), (0, 150)]),
             reads("disk0", &[(7, 10)]),
         ];
-        assert!(tells(&known, &known));
-        let little = [
-            reads("ram", &[(0, 60), (1000, 3)]),
-            reads("disk0", &[(7, 10)]),
-        ];
-        assert!(tells(&known, &little), "10 pages of 160 are new");
-        let much = [reads("ram", &[(0, 60)]), reads("disk0", &[(0, 17)])];
-        assert!(!tells(&known, &much), "17 are");
-        assert!(!tells(&[], &little), "nothing is known");
-        let ram = reads("ram", &[(0, 55)]);
-        assert_eq!(better(&known, ram), known[0], "by component");
-        assert_eq!(better(&known, much[1].clone()), much[1]);
-        assert_eq!(better(&known[..1], much[1].clone()), much[1]);
-        assert!(
-            !tells(&known[..1], &[reads("disk0", &[(0, 1)])]),
-            "not of this one"
-        );
+        let told = |component: &str, pages: &[(u64, u64)]| better(&known, reads(component, pages));
+        assert_eq!(told("ram", &[(1000, 100), (0, 150)]), known[0]);
+        assert_eq!(told("ram", &[(0, 165), (1000, 3)]), known[0], "a little");
+        let more = [(1000, 100), (0, 150), (500, 6), (150, 10)];
+        assert_eq!(told("ram", &[(500, 6), (0, 160)]), reads("ram", &more));
+        let most = [(1000, 100), (0, 150), (150, 31)];
+        assert_eq!(told("ram", &[(0, 181)]), reads("ram", &most));
+        let much = reads("ram", &[(0, 182)]);
+        assert_eq!(better(&known, much.clone()), much);
+        assert_eq!(better(&[], much.clone()), much, "nothing is known");
+        let disk = reads("disk0", &[(0, 40)]);
+        assert_eq!(better(&known, disk.clone()), disk, "by component");
+        assert_eq!(told("disk0", &[(0, 17)]), known[1]);
     }
 
     #[test]

@@ -14,8 +14,9 @@ const STATISTICS: Duration = Duration::from_secs(3);
 const SHRINK: Duration = Duration::from_secs(30);
 /// So long a growing may take.
 const GROW: Duration = Duration::from_secs(30);
-/// A balloon that has not moved for so long has come as far as it will.
+/// A balloon that has not moved for so long has come as far as it will: a guest may have nothing more to give, but can always take.
 const STILL: Duration = Duration::from_secs(2);
+const STILL_GROWING: Duration = Duration::from_secs(8);
 /// A guest that takes less than a quarter of a processor for so long is quiet.
 const QUIET: Duration = Duration::from_secs(1);
 /// So long that is waited for: some are never.
@@ -62,7 +63,7 @@ impl Qemu {
         if target >= before {
             return Ok(Shrunk::InUse);
         }
-        let after = self.inflate(target, SHRINK).await?;
+        let after = self.inflate(target, SHRINK, STILL).await?;
         Ok(Shrunk::Shrunk {
             before,
             after,
@@ -78,7 +79,7 @@ impl Qemu {
         if self.balloon.is_none() || self.balloon_size().await? == self.ram_size {
             return Ok(0);
         }
-        let size = self.inflate(self.ram_size, GROW).await?;
+        let size = self.inflate(self.ram_size, GROW, STILL_GROWING).await?;
         Ok(self.ram_size.saturating_sub(size))
     }
 
@@ -153,11 +154,11 @@ impl Qemu {
     }
 
     /// Asks for a size, and returns what it is when it is reached, moves no more, or the time is over.
-    async fn inflate(&self, target: u64, limit: Duration) -> Result<u64, Failure> {
+    async fn inflate(&self, target: u64, limit: Duration, still: Duration) -> Result<u64, Failure> {
         self.execute("balloon", json!({ "value": target })).await?;
         let start = Instant::now();
         let (mut now, mut moved) = (self.balloon_size().await?, start);
-        while now != target && moved.elapsed() < STILL && start.elapsed() < limit {
+        while now != target && moved.elapsed() < still && start.elapsed() < limit {
             sleep(LOOK).await;
             let size = self.balloon_size().await?;
             if size != now {
