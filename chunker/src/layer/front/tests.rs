@@ -1,3 +1,8 @@
+#![expect(
+    clippy::single_range_in_vec_init,
+    reason = "one range is read, or taken"
+)]
+
 use capsule_proto::RootHash;
 use capsule_proto::index::{IndexHeader, Reference, Run, Space};
 
