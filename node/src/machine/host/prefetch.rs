@@ -10,7 +10,7 @@ use capsule_proto::{CapsuleId, GroupRanges, RootHash};
 use futures::{StreamExt, TryStreamExt, stream};
 
 use super::parts::{Reading, describe};
-use super::{Host, Running};
+use super::{Host, Running, by_id};
 use crate::control::{
     ByteRange, CapsuleRef, ComponentInfo, Described, Failure, FailureCode, Phase, Prefetch,
     Progress,
@@ -86,7 +86,7 @@ pub async fn bring(host: &Host, described: &Described, reading: &[Reading]) -> R
 /// Publishes what was read by a guest that was resumed, once that is over.
 pub async fn publish_later(host: Arc<Host>, running: Arc<Running>) {
     settled(&running).await;
-    note_first_reads(&running);
+    note_first_reads(&host, &running).await;
     publish(&host, &running).await;
     std::future::pending().await
 }
@@ -108,8 +108,8 @@ pub async fn publish(host: &Host, running: &Running) {
     if running.parts.state.is_none() {
         return;
     }
-    let known = known(running);
-    for (component, ranges) in first_reads(running) {
+    let known = known(host, running).await;
+    for (component, ranges) in first_reads(running, &known) {
         let before = known.iter().find(|(name, _)| *name == component);
         // What was told before it ran stays, unless it turned out to miss much.
         let renews = before.is_some_and(|(_, known)| *known != ranges);
@@ -129,7 +129,7 @@ pub async fn hand_on(
     before: Option<CapsuleId>,
     captured: &[ComponentInfo],
 ) {
-    let mut first = first_reads(running);
+    let mut first = first_reads(running, &known(host, running).await);
     if first.is_empty()
         && let Some(before) = before
         && let Ok(described) = describe(host, CapsuleRef(before.to_string())).await
@@ -151,19 +151,24 @@ fn told(described: &Described) -> Vec<Reads> {
         .collect()
 }
 
-/// What was told of the capsule from which a guest was resumed.
-fn known(running: &Running) -> Vec<Reads> {
-    running.parts.described.iter().flat_map(told).collect()
+/// What is told by now of the capsule from which a guest was resumed: a node that had just started may have heard of it later.
+async fn known(host: &Host, running: &Running) -> Vec<Reads> {
+    let Some(then) = &running.parts.described else {
+        return Vec::new();
+    };
+    match describe(host, by_id(&then.capsule)).await {
+        Ok(now) => told(&now),
+        Err(_) => told(then),
+    }
 }
 
 /// What is known to be read first of each component: what this guest read until it had settled; before that, what was told of the capsule, or else
 /// what it has read until this is asked first, as a capture reads too.
-fn first_reads(running: &Running) -> Vec<Reads> {
+fn first_reads(running: &Running, known: &[Reads]) -> Vec<Reads> {
     let mut first = lock(&running.first_reads);
     if first.is_empty() && running.parts.state.is_some() {
-        let known = known(running);
         if !known.is_empty() {
-            return known;
+            return known.to_vec();
         }
         *first = reads(running);
     }
@@ -171,11 +176,11 @@ fn first_reads(running: &Running) -> Vec<Reads> {
 }
 
 /// Notes what a guest has read first that has settled now.
-fn note_first_reads(running: &Running) {
+async fn note_first_reads(host: &Host, running: &Running) {
     if running.parts.state.is_none() {
         return;
     }
-    let (known, read) = (known(running), reads(running));
+    let (known, read) = (known(host, running).await, reads(running));
     let mut first = lock(&running.first_reads);
     if first.is_empty() {
         *first = read.into_iter().map(|read| better(&known, read)).collect();
