@@ -31,6 +31,17 @@ pub enum Packed {
     Lzma(Vec<u8>),
 }
 
+impl Packed {
+    /// The codec, and the bytes that it makes: of a stored frame none, as they are its content.
+    pub(super) fn into_parts(self) -> (Codec, Vec<u8>) {
+        match self {
+            Self::Stored => (Codec::Stored, Vec::new()),
+            Self::Zstd(bytes) => (Codec::Zstd, bytes),
+            Self::Lzma(bytes) => (Codec::Lzma, bytes),
+        }
+    }
+}
+
 /// What is wrong with a frame.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 pub enum FrameFault {

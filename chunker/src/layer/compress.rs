@@ -103,11 +103,7 @@ impl<'a> FrameCompressor<'a> {
     }
 
     fn plain(&mut self, content: &[u8]) -> Result<Encoding, FrameFault> {
-        let (codec, bytes) = match self.alone.compress(content)? {
-            Packed::Stored => (Codec::Stored, Vec::new()),
-            Packed::Zstd(bytes) => (Codec::Zstd, bytes),
-            Packed::Lzma(bytes) => (Codec::Lzma, bytes),
-        };
+        let (codec, bytes) = self.alone.compress(content)?.into_parts();
         Ok(Encoding {
             codec,
             bytes,

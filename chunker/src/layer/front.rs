@@ -17,7 +17,7 @@ use capsule_proto::{FrameHash, GROUP_LEN, GroupRanges};
 use rayon::prelude::*;
 
 use self::pieces::{Moves, Piece, divided, in_content, read_of, referred, with_references};
-use super::codec::{Compressor, Packed};
+use super::codec::Compressor;
 use super::encode::{EncodeError, Hashed};
 use super::reread::proved;
 use crate::content::{Content, Progress};
@@ -65,8 +65,8 @@ pub struct NewFrame {
 pub enum Next {
     /// A new frame, by its number.
     New(usize),
-    /// A frame that stays: where it lies in the pack as it was.
-    Kept(Range<u64>),
+    /// A frame that stays, by the id that it had.
+    Kept(u32),
 }
 
 impl Front {
@@ -93,7 +93,8 @@ impl Front {
                 rest.push(left);
             }
         }
-        let (count, mut new) = (pages.0.len(), pages.0);
+        let mut new = pages.frames;
+        let count = new.len();
         new.extend(rest);
         let moves = Moves::of(index.frames.len(), &new);
         let pieces: usize = new.iter().map(Vec::len).sum();
@@ -163,10 +164,9 @@ impl Front {
             frame: number as u32,
             why,
         })?;
-        let (codec, bytes) = match packed {
-            Packed::Stored => (Codec::Stored, bytes),
-            Packed::Zstd(packed) => (Codec::Zstd, packed),
-            Packed::Lzma(packed) => (Codec::Lzma, packed),
+        let (codec, bytes) = match packed.into_parts() {
+            (Codec::Stored, _) => (Codec::Stored, bytes),
+            packed => packed,
         };
         let frame = Frame {
             pack_offset: 0,
@@ -191,101 +191,91 @@ impl Front {
 
     /// Length of the pack as it becomes.
     pub fn pack_len(&self, index: &Index, new: &[NewFrame]) -> u64 {
-        let lens = self.order(index).map(|next| match next {
+        let lens = self.order().map(|next| match next {
             Next::New(number) => new[number].bytes.len() as u64,
-            Next::Kept(place) => place.end - place.start,
+            Next::Kept(id) => index.frames[id as usize].pack_len.into(),
         });
         lens.sum()
     }
 
     /// The pack as it becomes, frame by frame.
-    pub fn order<'a>(&'a self, index: &'a Index) -> impl Iterator<Item = Next> + 'a {
+    pub fn order(&self) -> impl Iterator<Item = Next> + '_ {
         let new = |numbers: Range<usize>| numbers.map(Next::New);
-        let kept = |ids: &'a [u32]| {
-            let frames = ids.iter().map(|id| &index.frames[*id as usize]);
-            frames.map(|frame| Next::Kept(place(frame)))
-        };
         let (first, others) = self.kept.split_at(self.first);
-        let front = new(0..self.pages).chain(kept(first));
-        front
+        new(0..self.pages)
+            .chain(first.iter().copied().map(Next::Kept))
             .chain(new(self.pages..self.new.len()))
-            .chain(kept(others))
+            .chain(others.iter().copied().map(Next::Kept))
     }
 
     /// The index as it becomes.
     pub fn index(&self, index: &Index, new: &[NewFrame]) -> Result<Vec<u8>, BuildError> {
-        let ids = self.new_ids(index.frames.len());
+        let (mut new_ids, mut ids) = (vec![0; new.len()], vec![0; index.frames.len()]);
+        for (id, next) in (0..).zip(self.order()) {
+            match next {
+                Next::New(number) => new_ids[number] = id,
+                Next::Kept(was) => ids[was as usize] = id,
+            }
+        }
         let mut builder = IndexBuilder::new();
-        let mut kept = self.kept.iter();
-        for next in self.order(index) {
-            let mut frame = match next {
-                Next::New(number) => new[number].frame.clone(),
-                Next::Kept(_) => match kept.next() {
-                    Some(id) => index.frames[*id as usize].clone(),
-                    None => break,
-                },
+        for next in self.order() {
+            let frame = match next {
+                Next::New(number) => &new[number].frame,
+                Next::Kept(was) => &index.frames[was as usize],
             };
-            frame.pack_offset = builder.pack_len();
-            for reference in &mut frame.references {
+            let mut references = frame.references.clone();
+            for reference in &mut references {
                 if let ReferenceTo::Frame(id) = &mut reference.to {
                     *id = ids[*id as usize];
                 }
             }
-            builder.push_frame(frame)?;
+            builder.push_frame(Frame {
+                pack_offset: builder.pack_len(),
+                references,
+                ..frame.clone()
+            })?;
         }
         for run in &index.runs {
             for (mut part, to) in self.moves.applied(run) {
                 if let RunFrom::Frame { id, .. } = &mut part.from {
-                    *id = to.map_or(ids[*id as usize], |number| self.new_id(number));
+                    *id = to.map_or(ids[*id as usize], |number| new_ids[number]);
                 }
                 builder.push_run(part)?;
             }
         }
         Ok(builder.finish(index.directory.header()))
     }
-
-    /// The id of a new frame.
-    const fn new_id(&self, number: usize) -> u32 {
-        match number < self.pages {
-            true => number as u32,
-            false => (number + self.first) as u32,
-        }
-    }
-
-    /// The ids that the frames have which stay, by those that they had.
-    fn new_ids(&self, count: usize) -> Vec<u32> {
-        let mut ids = vec![0; count];
-        for (position, was) in self.kept.iter().enumerate() {
-            let before = match position < self.first {
-                true => self.pages,
-                false => self.new.len(),
-            };
-            ids[*was as usize] = (before + position) as u32;
-        }
-        ids
-    }
 }
 
 /// New frames, filled one after the other.
-struct Frames(Vec<Vec<Piece>>, u32, u32);
+struct Frames {
+    frames: Vec<Vec<Piece>>,
+    /// What the last has room for.
+    room: u32,
+    /// Length of each.
+    len: u32,
+}
 
 impl Frames {
     /// None yet; each is to have at most so many bytes.
-    const fn new(most: u32) -> Self {
-        Self(Vec::new(), 0, most)
+    fn new(len: u32) -> Self {
+        Self {
+            frames: Vec::new(),
+            room: 0,
+            len: len.max(1),
+        }
     }
 
     /// Puts a piece into the last, and what it has no room for into further ones.
     fn push(&mut self, mut piece: Piece) {
-        let Self(frames, room, most) = self;
         while piece.len() > 0 {
-            if *room == 0 {
-                frames.push(Vec::new());
-                *room = (*most).max(1);
+            if self.room == 0 {
+                self.frames.push(Vec::new());
+                self.room = self.len;
             }
-            let (now, later) = piece.split(piece.len().min(*room));
-            *room -= now.len();
-            frames.last_mut().expect("there is one").push(now);
+            let (now, later) = piece.split(piece.len().min(self.room));
+            self.room -= now.len();
+            self.frames.last_mut().expect("there is one").push(now);
             piece = later;
         }
     }

@@ -164,7 +164,7 @@ impl InFront {
 
     /// How many frames it has then.
     pub fn frames(&self) -> u64 {
-        self.front.order(&self.before).count() as u64
+        self.front.order().count() as u64
     }
 
     /// Index and pack. `read` reads the pack as it was.
@@ -177,13 +177,14 @@ impl InFront {
         let mut import = store.begin_import()?;
         let mut hasher = TreeHasher::with_storage(store.scratch()?);
         let mut kept = Vec::new();
-        for next in self.front.order(&self.before) {
+        for next in self.front.order() {
             work.check()?;
             let frame = match next {
                 Next::New(number) => &self.new[number].bytes,
-                Next::Kept(place) => {
-                    kept.resize((place.end - place.start) as usize, 0);
-                    read(place.start, &mut kept)?;
+                Next::Kept(id) => {
+                    let was = &self.before.frames[id as usize];
+                    kept.resize(was.pack_len as usize, 0);
+                    read(was.pack_offset, &mut kept)?;
                     &kept
                 }
             };

@@ -41,7 +41,7 @@ const LEAST_PART_OF_PACK: u64 = 64;
 const MAX_INDEX: u64 = 64 << 20;
 /// What is told comes by several records, one after the other.
 const PAUSE: Duration = Duration::from_secs(2);
-/// For so many words on one layer this is tried while the node runs: each may take seconds of two cores.
+/// For so many words on one layer this is tried while the node runs: each may take seconds of a core.
 const MAX_WORDS: u64 = 8;
 /// What was looked at and is remembered; beyond, it is looked at again.
 const MAX_SEEN: usize = 4096;

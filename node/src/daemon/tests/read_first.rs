@@ -3,13 +3,14 @@
 use std::ops::Range;
 
 use capsule_proto::RootHash;
+use capsule_proto::manifest::Component;
 use capsule_proto::record::Layer;
 
 use super::*;
 use crate::control::{ByteRange, Prefetch};
 use crate::disk::Disk;
 use crate::held::{HeldWay, blobs_of, layer_blobs, make_the_same};
-use crate::paging;
+use crate::paging::{self, Opened, Paged};
 use crate::publish::{prefetch, reorder};
 
 pub(super) const PAGE: u64 = 4096;
@@ -59,12 +60,17 @@ async fn the_first_word_holds_until_it_is_renewed() {
 
 /// Publishes a disk of frames of a page each; its component and content.
 pub(super) async fn publish_pages(lab: &Lab) -> (RootHash, Vec<u8>) {
-    // What does not compress at all would be its own pack.
-    let mut content = vec![7; 24 << 20];
-    for page in content.chunks_mut(PAGE as usize) {
+    let mut content = vec![0; 24 << 20];
+    fill(&mut content);
+    (publish_disk(lab, "lab:1", &content, PAGE).await, content)
+}
+
+/// Fills pages. What does not compress at all would be its own pack.
+fn fill(pages: &mut [u8]) {
+    pages.fill(7);
+    for page in pages.chunks_mut(PAGE as usize) {
         crate::home::system_entropy(&mut page[..STORED as usize]);
     }
-    (publish_disk(lab, "lab:1", &content, PAGE).await, content)
 }
 
 /// Publishes a disk of this content, in frames of at most so many bytes.
@@ -100,6 +106,24 @@ async fn tell_pages(node: &Arc<Node>, component: RootHash, from: u64) {
     assert_eq!(prefetch(node, told).await.unwrap().ranges, 256);
 }
 
+/// Opens a capsule's disk and reads pages of it as they come; it stays open with what is returned.
+async fn read_pages(
+    node: &Arc<Node>,
+    name: &str,
+    pages: &[Range<u64>],
+    content: &[u8],
+) -> (Component, (Arc<Paged>, Opened)) {
+    let name = CapsuleRef(name.into());
+    let opened = paging::open(node, &name, None, &|_| {}).await.unwrap();
+    let stream = opened.manifest().components[0].clone();
+    let disk = Arc::new(opened.stream(&stream).await.unwrap());
+    for page in pages {
+        let read = disk.clone().read(page.clone(), Vec::new()).await.unwrap();
+        assert!(read == content[page.start as usize..page.end as usize]);
+    }
+    (stream, (disk, opened))
+}
+
 /// The layers to a component as a node knows them, in the order in which they were made.
 pub(super) fn orders(node: &Node, component: &RootHash) -> Vec<Layer> {
     let mut known = node.records.layers_to(component).unwrap();
@@ -118,14 +142,7 @@ async fn what_is_told_to_be_read_first_lies_in_front_for_who_reads_it_while_it_c
     let all = orders(other, &component);
     assert!(make_the_same(&all[0], &all[1]));
 
-    let name = CapsuleRef("lab:1".into());
-    let opened = paging::open(other, &name, None, &|_| {}).await.unwrap();
-    let stream = opened.manifest().components[0].clone();
-    let disk = Arc::new(opened.stream(&stream).await.unwrap());
-    for page in pages(3) {
-        let read = disk.clone().read(page.clone(), Vec::new()).await.unwrap();
-        assert!(read == content[page.start as usize..page.end as usize]);
-    }
+    let (stream, open) = read_pages(other, "lab:1", &pages(3), &content).await;
     let here = |layer: &Layer| {
         let pack = layer.pack.map(|pack| pack.root);
         other.holdings.bytes_here(pack)
@@ -133,7 +150,7 @@ async fn what_is_told_to_be_read_first_lies_in_front_for_who_reads_it_while_it_c
     let (in_front, least) = (here(&all[1]), 256 * STORED);
     assert!((least..least * 5 / 4).contains(&in_front), "{in_front}");
     assert_eq!(here(&all[0]), 0);
-    drop((disk, opened));
+    drop(open);
     // What came counts for who pulls the rest.
     lab.pull("lab:1").await.unwrap();
     let way = other.holdings.way_to(&stream).unwrap();
@@ -149,16 +166,11 @@ async fn pages_of_longer_frames_come_without_the_rest_of_these() {
     let lab = lab().await;
     let (node, other) = (&lab.publisher.node, &lab.puller.node);
     let ordering = tokio::spawn(reorder::run(node.clone()));
-    let mut content = vec![7; 24 << 20];
-    for page in content.chunks_mut(PAGE as usize) {
-        crate::home::system_entropy(&mut page[..STORED as usize]);
-    }
+    let mut content = vec![0; 24 << 20];
+    fill(&mut content);
     // An update, of which what is the same below does not go into it.
     let below = publish_disk(&lab, "lab:1", &content, 16 * PAGE).await;
-    content[12 << 20..].fill(9);
-    for page in content[12 << 20..].chunks_mut(PAGE as usize) {
-        crate::home::system_entropy(&mut page[..STORED as usize]);
-    }
+    fill(&mut content[12 << 20..]);
     let component = publish_disk(&lab, "lab:2", &content, 16 * PAGE).await;
     tell_pages(node, component, 3).await;
     until(|| orders(other, &component).len() == 2).await;
@@ -172,17 +184,10 @@ async fn pages_of_longer_frames_come_without_the_rest_of_these() {
     // What is taken out of frames is not left in them.
     assert!(packs[1] < packs[0] + packs[0] / 100, "{packs:?}");
 
-    let name = CapsuleRef("lab:2".into());
-    let opened = paging::open(other, &name, None, &|_| {}).await.unwrap();
-    let stream = opened.manifest().components[0].clone();
-    let disk = Arc::new(opened.stream(&stream).await.unwrap());
-    for page in pages(3) {
-        let read = disk.clone().read(page.clone(), Vec::new()).await.unwrap();
-        assert!(read == content[page.start as usize..page.end as usize]);
-    }
+    let (_, open) = read_pages(other, "lab:2", &pages(3), &content).await;
     let here = other.holdings.bytes_here(all[1].pack.map(|pack| pack.root));
     assert!(here < read_of_it * STORED * 5 / 4, "{here}");
-    drop((disk, opened));
+    drop(open);
     lab.pull("lab:2").await.unwrap();
     let out = lab.export("lab:2", "out").await.unwrap();
     assert!(fs::read(out).unwrap() == content);
@@ -198,20 +203,14 @@ async fn a_pull_goes_on_with_the_order_that_a_reader_has_open() {
     let (component, content) = publish_pages(&lab).await;
     tell_pages(node, component, 3).await;
     until(|| orders(other, &component).len() == 2).await;
-    let name = CapsuleRef("lab:1".into());
-    let opened = paging::open(other, &name, None, &|_| {}).await.unwrap();
-    let stream = opened.manifest().components[0].clone();
-    let disk = Arc::new(opened.stream(&stream).await.unwrap());
     // One page: less than what binds whoever comes later.
-    let page = pages(3).remove(0);
-    let read = disk.clone().read(page.clone(), Vec::new()).await.unwrap();
-    assert!(read == content[page.start as usize..page.end as usize]);
+    let (stream, open) = read_pages(other, "lab:1", &pages(3)[..1], &content).await;
     lab.pull("lab:1").await.unwrap();
     let last = layer_blobs(&orders(other, &component)[1]);
     let way = other.holdings.way_to(&stream).unwrap();
     assert_eq!(way, Some(HeldWay::Layers(vec![last])));
     ordering.abort();
-    drop((disk, opened));
+    drop(open);
     lab.stop().await;
 }
 
